@@ -1,0 +1,45 @@
+"""Attention over shared prefixes: one copy of a prefix's keys and values, never expanded.
+
+The operator needs torch alone; what works on Hugging Face models is imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastprefix.attention import prefix_attention
+from fastprefix.kv import PrefixKV
+
+if TYPE_CHECKING:
+    from fastprefix.hf import UnsupportedModelError, patch_model, unpatch_model, use_prefix
+    from fastprefix.tuning import PrefixConfig, PrefixTuningModel
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "UnsupportedModelError": "fastprefix.hf",
+    "patch_model": "fastprefix.hf",
+    "unpatch_model": "fastprefix.hf",
+    "use_prefix": "fastprefix.hf",
+    "PrefixConfig": "fastprefix.tuning",
+    "PrefixTuningModel": "fastprefix.tuning",
+}
+
+__all__ = [
+    "PrefixConfig",
+    "PrefixKV",
+    "PrefixTuningModel",
+    "UnsupportedModelError",
+    "__version__",
+    "patch_model",
+    "prefix_attention",
+    "unpatch_model",
+    "use_prefix",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastprefix' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

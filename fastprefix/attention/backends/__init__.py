@@ -1,0 +1,1 @@
+"""Three implementations of one contract. They never import each other."""

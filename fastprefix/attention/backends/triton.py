@@ -1,0 +1,49 @@
+"""The fused Triton kernels behind the operator. Triton is imported when a kernel runs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
+    from fastprefix.kernels import prefix_attention_forward
+
+    return prefix_attention_forward(
+        query, key, value, prefix_key, prefix_value, key_padding_mask,
+        is_causal=is_causal, scale=scale,
+    )  # fmt: skip
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    key_padding_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Same contract as :func:`fastprefix.attention.backends.composed.backward`."""
+    from fastprefix.kernels import prefix_attention_backward
+
+    return prefix_attention_backward(
+        grad_out, query, key, value, prefix_key, prefix_value, key_padding_mask, out, lse,
+        is_causal=is_causal, scale=scale, needs=needs,
+    )  # fmt: skip

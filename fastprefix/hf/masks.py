@@ -1,0 +1,81 @@
+"""Attention masks for the "fastprefix" implementation, kept compact where the mask is standard.
+
+What a model's layers receive as ``attention_mask``, and what :mod:`fastprefix.hf.attention` reads:
+
+- None: no padding; causal or not as the module says.
+- [B, Lk] bool: causal, aligned to the end, with padding (True = real token).
+- [B, 1, 1, Lk] bool: not causal, with padding.
+- anything else of four dimensions: an explicit mask [B, 1 or Hq, Lq, Lk].
+
+The prefix appears in none of them: every query sees all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+
+
+def prefix_attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """A mask function for transformers' AttentionMaskInterface; arguments are the interface's."""
+    known_ends = isinstance(q_offset, int) and q_offset + q_length == kv_length
+    if (
+        mask_function is causal_mask_function
+        and allow_is_causal_skip
+        and kv_offset == 0
+        and known_ends
+        and (attention_mask is None or attention_mask.shape[-1] == kv_length)
+    ):
+        return None if _all_real(attention_mask) else attention_mask
+    if (
+        mask_function is bidirectional_mask_function
+        and allow_is_bidirectional_skip
+        and kv_offset == 0
+        and (attention_mask is None or attention_mask.shape[-1] == kv_length)
+    ):
+        if _all_real(attention_mask) or attention_mask is None:
+            return None
+        return attention_mask[:, None, None, :]
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,  # type: ignore[arg-type]
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        # sdpa's rules for leaving the mask out align to the start; ours to the end
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        **kwargs,
+    )
+
+
+def _all_real(attention_mask: Tensor | None) -> bool:
+    """Whether nothing is padded, asked only where the answer costs no synchronisation."""
+    if attention_mask is None:
+        return True
+    if torch.compiler.is_compiling() or attention_mask.device.type != "cpu":
+        return False
+    return bool(attention_mask.all())

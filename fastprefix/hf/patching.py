@@ -1,0 +1,323 @@
+"""Patching a model: its attention, its slots, and the hook that injects the active prefix.
+
+Nothing is monkey-patched. ``patch_model`` sets transformers' own attention implementation, numbers
+the attention modules, and registers a forward pre-hook, which adds the active prefix to the call's
+keyword arguments and moves the text's positions behind it. The prefix thus travels with the call,
+so that gradient checkpointing replays it and several forwards before a backward do not mix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from fastprefix.attention.selection import BACKENDS
+from fastprefix.hf.attention import NAME, SLOT, ActivePrefix, Recorder
+from fastprefix.kv import LayerShape, PrefixKV
+
+_STATE = "_fastprefix_state"
+# The prefix of each `use_prefix` block, by the state's key. Thread-local, so that two threads may
+# run one model with different prefixes; not a ContextVar, which torch.compile cannot trace.
+_ACTIVE = threading.local()
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot take a prefix; the message says why."""
+
+
+@dataclass
+class _State:
+    """What patching did to a model, so that it can be undone."""
+
+    previous: str | None
+    backend: str
+    shapes: tuple[LayerShape, ...] = ()
+    handles: list[RemovableHandle] = field(default_factory=list)
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+def patch_model(model: PreTrainedModel, backend: str = "auto") -> PreTrainedModel:
+    """Makes a model attend through fastprefix, ready for :func:`use_prefix`.
+
+    Runs the model once on one token to see which modules attend, in which order, and what shape
+    their keys and values have. Without an active prefix the model computes what it did before.
+
+    Args:
+        model: a transformers model whose attention goes through AttentionInterface.
+        backend: of :func:`fastprefix.prefix_attention`, for all layers.
+
+    Returns:
+        The model itself. Patching a patched model only sets the backend.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: unknown backend.
+        UnsupportedModelError: the model cannot take a prefix. It is left as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: got {type(model).__name__}, takes a transformers PreTrainedModel")
+    if backend != "auto" and backend not in BACKENDS:
+        names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
+        raise ValueError(f"backend: got {backend!r}, takes one of {names}")
+    state = getattr(model, _STATE, None)
+    if state is not None:
+        state.backend = backend
+        return model
+
+    state = _State(model.config._attn_implementation, backend)
+    _set_implementation(model, NAME)
+    try:
+        modules, state.shapes = _probe(model)
+    except Exception:
+        _set_implementation(model, state.previous)
+        raise
+    for slot, module in enumerate(modules):
+        setattr(module, SLOT, slot)
+    # The decoder gets the hook too: calling it alone must not silently run without the prefix.
+    for hooked in {id(m): m for m in (model, model.base_model)}.values():
+        parameters = tuple(inspect.signature(hooked.forward).parameters)
+        hook = partial(_inject, key=state.key, names=parameters)
+        state.handles.append(hooked.register_forward_pre_hook(hook, with_kwargs=True))
+    setattr(model, _STATE, state)
+    return model
+
+
+def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Undoes :func:`patch_model`: the model is what it was, attention implementation included.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    state = _state(model)
+    for handle in state.handles:
+        handle.remove()
+    for module in model.modules():
+        if hasattr(module, SLOT):
+            delattr(module, SLOT)
+    _set_implementation(model, state.previous)
+    delattr(model, _STATE)
+    return model
+
+
+def is_patched(model: PreTrainedModel) -> bool:
+    """Whether :func:`patch_model` holds for a model."""
+    return getattr(model, _STATE, None) is not None
+
+
+def layer_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
+    """Key and value shapes of a patched model's attention layers, as seen in a forward pass."""
+    return _state(model).shapes
+
+
+@contextlib.contextmanager
+def use_prefix(model: PreTrainedModel, kv: PrefixKV) -> Iterator[PreTrainedModel]:
+    """Every forward of the model in this block, and in this thread, attends to the prefix.
+
+    ``generate()``, padding on either side and caches work as without it: the cache and the
+    attention mask hold the text alone, position_ids count it from 0. A block within a block
+    replaces the prefix. A model that was not patched is patched for the block and restored.
+
+    Args:
+        model: see :func:`patch_model`.
+        kv: the prefix; moved to the model's device and dtype if need be. Gradients flow to it.
+
+    Raises:
+        TypeError: kv is not a PrefixKV.
+        ValueError: kv does not fit the model's layers.
+        UnsupportedModelError: see :func:`patch_model`.
+    """
+    patched_here = not is_patched(model)
+    if patched_here:
+        patch_model(model)
+    try:
+        state = _state(model)
+        active = replace(activate(model, kv), temporary=patched_here)
+        outer = getattr(_ACTIVE, state.key, None)
+        setattr(_ACTIVE, state.key, active)
+        try:
+            yield model
+        finally:
+            if outer is None:
+                delattr(_ACTIVE, state.key)
+            else:
+                setattr(_ACTIVE, state.key, outer)
+    finally:
+        if patched_here:
+            unpatch_model(model)
+
+
+def activate(model: PreTrainedModel, kv: PrefixKV) -> ActivePrefix:
+    """What to hand to a patched model's forward as ``fastprefix=`` for one call with this prefix.
+
+    Raises:
+        TypeError: kv is not a PrefixKV.
+        ValueError: the model is not patched, or kv does not fit its layers.
+    """
+    if not isinstance(kv, PrefixKV):
+        raise TypeError(f"kv: got {type(kv).__name__}, takes a PrefixKV")
+    state = _state(model)
+    if kv.num_layers != len(state.shapes):
+        raise ValueError(
+            f"kv: got a prefix of {kv.num_layers} layers, takes one of {len(state.shapes)} "
+            f"for this {type(model).__name__}"
+        )
+    for layer, (got, want) in enumerate(zip(kv.shapes, state.shapes, strict=True)):
+        if got != want:
+            raise ValueError(f"kv: got {got} in layer {layer}, takes {want}")
+    # converted once here, not in every layer of every step
+    return ActivePrefix(kv.to(model.device, model.dtype), state.backend)
+
+
+def _state(model: PreTrainedModel) -> _State:
+    state = getattr(model, _STATE, None)
+    if state is None:
+        raise ValueError(f"model: this {type(model).__name__} is not patched; call patch_model")
+    return state
+
+
+def _set_implementation(model: PreTrainedModel, name: str | None) -> None:
+    if name is None:
+        model.config._attn_implementation_internal = None
+        return
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not route its attention through transformers' "
+            "AttentionInterface, so no other attention can take its place"
+        )
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> tuple[list[nn.Module], tuple[LayerShape, ...]]:
+    """The attention modules in the order of their calls, and what they were handed."""
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: only decoder-only text models are supported yet"
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: takes no position_ids, so its text cannot be placed "
+            "behind a prefix; not supported yet"
+        )
+    recorder = Recorder()
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        model(input_ids=token, use_cache=False, fastprefix=recorder)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its forward does not pass keyword arguments down to the "
+            f"attention layers ({error})"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+    if not recorder.modules:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: none of its attention layers received the keyword arguments "
+            "of the forward call, through which a prefix travels"
+        )
+    if len(set(map(id, recorder.modules))) != len(recorder.modules):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: shares attention modules between layers; not supported yet"
+        )
+    shapes = tuple(
+        LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        for key, value in zip(recorder.keys, recorder.values, strict=True)
+    )
+    return recorder.modules, shapes
+
+
+def _inject(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    key: str,
+    names: tuple[str, ...],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook: adds the active prefix and moves positions behind it."""
+    placed = kwargs.get(NAME)
+    if placed is None:
+        active = getattr(_ACTIVE, key, None)
+    elif isinstance(placed, ActivePrefix) and not placed.positioned:
+        active = placed
+    else:
+        return None  # a recorder, or the outer model's hook was here
+    if active is None or active.kv is None:
+        return None
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    _check_checkpointing(module, active)
+    kwargs[NAME] = replace(active, positioned=True)
+    kwargs["position_ids"] = _positions(kwargs, active.kv.position_offset)
+    return (), kwargs
+
+
+def _positions(kwargs: dict[str, Any], offset: int) -> Tensor:
+    """Positions of the text behind the prefix; padding takes none.
+
+    Explicit position_ids count the text from 0. Without them positions follow the attention mask,
+    as generate() does: pads between prefix and text must not push the text away.
+    """
+    position_ids = kwargs.get("position_ids")
+    if position_ids is not None:
+        return position_ids + offset
+    inputs = kwargs.get("input_ids")
+    if inputs is None:
+        inputs = kwargs["inputs_embeds"]
+    length = inputs.shape[1]
+    attention_mask = kwargs.get("attention_mask")
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        positions = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -length:]
+    else:
+        cache = kwargs.get("past_key_values")
+        seen = cache.get_seq_length() if cache is not None else 0
+        positions = (torch.arange(length, device=inputs.device) + seen)[None]
+    return positions + offset
+
+
+def _check_checkpointing(module: nn.Module, active: ActivePrefix) -> None:
+    """Gradient checkpointing runs layers again in the backward: they must find the prefix there."""
+    if not (module.training and torch.is_grad_enabled()):
+        return
+    functions = [
+        getattr(layer, "_gradient_checkpointing_func", None)
+        for layer in module.modules()
+        if getattr(layer, "gradient_checkpointing", False)
+    ]
+    if not functions:
+        return
+    if active.temporary:
+        raise ValueError(
+            "gradient checkpointing: the backward runs layers again, possibly after use_prefix has "
+            "restored the model; call patch_model(model) before the block"
+        )
+    # the reentrant variant finds gradients for positional inputs only, and the prefix is none
+    if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions):
+        raise ValueError(
+            "gradient checkpointing: the reentrant variant would lose the prefix's gradient; "
+            "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
+
+
+__all__ = [
+    "UnsupportedModelError",
+    "activate",
+    "is_patched",
+    "layer_shapes",
+    "patch_model",
+    "unpatch_model",
+    "use_prefix",
+]

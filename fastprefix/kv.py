@@ -1,0 +1,218 @@
+"""A prefix for every layer of a model, in one copy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_FORMAT = "fastprefix-kv"
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one attention layer's keys and values look like.
+
+    Attributes:
+        num_heads: key/value heads, Hkv.
+        key_size: D.
+        value_size: Dv.
+    """
+
+    num_heads: int
+    key_size: int
+    value_size: int
+
+    @property
+    def width(self) -> int:
+        """Numbers that one virtual token holds in this layer, key and value together."""
+        return self.num_heads * (self.key_size + self.value_size)
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixKV:
+    """Keys and values of a prefix, layer by layer; every sequence of a batch shares them.
+
+    Attributes:
+        keys: one [Hkv, P, D] tensor a layer, as the attention sees them (after rotary embedding).
+        values: one [Hkv, P, Dv] tensor a layer.
+        position_offset: position of the first token that follows the prefix. For a prefilled
+            prompt this is its length; learned prefixes take as many positions as they have
+            virtual tokens, as in PEFT.
+
+    Raises:
+        TypeError: keys or values are not sequences of floating-point tensors.
+        ValueError: their numbers, shapes, dtypes or devices do not fit together, or
+            position_offset is negative.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    position_offset: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", tuple(self.keys))
+        object.__setattr__(self, "values", tuple(self.values))
+        if not self.keys or len(self.keys) != len(self.values):
+            raise ValueError(
+                f"keys, values: got {len(self.keys)} and {len(self.values)} layers, "
+                "takes the same number, at least 1"
+            )
+        first = self.keys[0]
+        for name, tensors in (("keys", self.keys), ("values", self.values)):
+            for layer, tensor in enumerate(tensors):
+                if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                    raise TypeError(f"{name}[{layer}]: takes a floating-point tensor")
+                if tensor.dim() != 3 or tensor.shape[:2] != self.keys[layer].shape[:2]:
+                    raise ValueError(
+                        f"{name}[{layer}]: got shape {list(tensor.shape)}, takes [Hkv, P, D], "
+                        f"Hkv and P as in keys[{layer}]"
+                    )
+                if tensor.dtype != first.dtype or tensor.device != first.device:
+                    raise ValueError(
+                        f"{name}[{layer}]: got {tensor.dtype} on {tensor.device}, "
+                        f"takes {first.dtype} on {first.device} as keys[0]"
+                    )
+        if self.position_offset < 0:
+            raise ValueError(f"position_offset: got {self.position_offset}, takes 0 or more")
+
+    @classmethod
+    def prefill(cls, model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
+        """Keys and values that the model itself computes for a prompt.
+
+        Args:
+            model: a model that :func:`fastprefix.patch_model` accepts; it is left as it was.
+            input_ids: [P] or [1, P] token ids.
+
+        Raises:
+            ValueError: input_ids is empty or holds more than one sequence.
+        """
+        from fastprefix.hf.prefill import prefill  # the one place that looks down the map
+
+        return prefill(model, input_ids)
+
+    @classmethod
+    def from_text(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
+    ) -> PrefixKV:
+        """Keys and values of a text, tokenised as the start of a sequence.
+
+        Args:
+            model: see :meth:`prefill`.
+            tokenizer: the model's.
+            text: a system prompt, a document; special tokens are added as the tokenizer does.
+        """
+        return cls.prefill(model, tokenizer(text)["input_ids"])
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.keys)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Prefix length P; the longest where layers differ."""
+        return max(key.shape[1] for key in self.keys)
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """Head numbers and sizes, layer by layer."""
+        return tuple(
+            LayerShape(key.shape[0], key.shape[2], value.shape[2])
+            for key, value in zip(self.keys, self.values, strict=True)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of all keys and values."""
+        return self.keys[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of all keys and values."""
+        return self.keys[0].device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a backward pass reaches any key or value."""
+        return any(tensor.requires_grad for tensor in (*self.keys, *self.values))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values: all that a batch of any size needs."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Key [Hkv, P, D] and value [Hkv, P, Dv] of a layer."""
+        return self.keys[index], self.values[index]
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> PrefixKV:
+        """A copy on another device or in another dtype; itself where nothing changes."""
+        if (dtype is None or dtype == self.dtype) and (
+            device is None or torch.device(device) == self.device
+        ):
+            return self
+        return PrefixKV(
+            tuple(tensor.to(device=device, dtype=dtype) for tensor in self.keys),
+            tuple(tensor.to(device=device, dtype=dtype) for tensor in self.values),
+            self.position_offset,
+        )
+
+    def detach(self) -> PrefixKV:
+        """The same keys and values in contiguous memory, cut off from the graph that made them."""
+        return PrefixKV(
+            tuple(tensor.detach().contiguous() for tensor in self.keys),
+            tuple(tensor.detach().contiguous() for tensor in self.values),
+            self.position_offset,
+        )
+
+    def save(self, file: str | Path) -> None:
+        """Writes a safetensors file; :meth:`load` reads it back bit for bit."""
+        tensors = {}
+        for layer in range(self.num_layers):
+            tensors[f"layers.{layer}.key"] = self.keys[layer].detach().contiguous()
+            tensors[f"layers.{layer}.value"] = self.values[layer].detach().contiguous()
+        about = {"num_layers": self.num_layers, "position_offset": self.position_offset}
+        metadata = {"format": "pt", _FORMAT: json.dumps(about)}
+        partial = Path(f"{file}.partial")
+        save_file(tensors, partial, metadata=metadata)
+        partial.replace(file)  # never half a file under the real name
+
+    @classmethod
+    def load(cls, file: str | Path, device: torch.device | str = "cpu") -> PrefixKV:
+        """Reads a file that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a PrefixKV file, or its values are not all finite.
+        """
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"file: {file} does not exist")
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                about: dict[str, Any] = json.loads((opened.metadata() or {})[_FORMAT])
+                layers = range(about["num_layers"])
+                keys = tuple(opened.get_tensor(f"layers.{layer}.key") for layer in layers)
+                values = tuple(opened.get_tensor(f"layers.{layer}.value") for layer in layers)
+                offset = int(about["position_offset"])
+        except Exception as error:
+            raise ValueError(f"file: {file} is not a whole PrefixKV file ({error!r})") from error
+        for name, tensors in (("key", keys), ("value", values)):
+            for layer, tensor in enumerate(tensors):
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(
+                        f"file: {file} holds a NaN or infinity in layers.{layer}.{name}"
+                    )
+        return cls(keys, values, offset)

@@ -1,0 +1,254 @@
+"""A frozen model with a trainable prefix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastprefix.encoders import DirectEncoder, MLPEncoder, to_flat
+from fastprefix.hf.patching import activate, layer_shapes, patch_model, use_prefix
+from fastprefix.hf.peft_format import load_adapter, save_adapter
+from fastprefix.kv import PrefixKV
+from fastprefix.tuning.config import PrefixConfig
+
+
+class PrefixTuningModel(nn.Module):
+    """Prefix tuning: the base model is frozen, its attention sees a trained prefix.
+
+    The base model is patched in place and stays so. ``state_dict()`` holds the encoder alone, so
+    that a trainer's checkpoints do not repeat the base; ``save_pretrained`` writes PEFT's format.
+
+    Args:
+        model: the base; all its parameters are frozen.
+        config: see :class:`PrefixConfig`.
+        tokenizer: the base's; needed for init="text".
+
+    Raises:
+        ValueError: init="text" without a tokenizer.
+        UnsupportedModelError: see :func:`fastprefix.patch_model`.
+
+    Example:
+        >>> tuned = PrefixTuningModel(model, PrefixConfig(num_virtual_tokens=32))
+        >>> Trainer(tuned, arguments, train_dataset=data).train()
+        >>> tuned.save_pretrained("adapter")
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: PrefixConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        start = _initial_ids(config, model, tokenizer)  # before anything is changed
+        patch_model(model)
+        model.requires_grad_(False)
+        self.base_model = model
+        self.prefix_config = config
+        shapes = layer_shapes(model)
+        self.encoder: DirectEncoder | MLPEncoder
+        if config.prefix_projection:
+            hidden = _embedding_weight(model).shape[1]
+            self.encoder = MLPEncoder(
+                shapes,
+                config.num_virtual_tokens,
+                embedding_size=hidden,
+                hidden_size=config.encoder_hidden_size or hidden,
+                position_offset=config.position_offset,
+                dropout=config.dropout,
+                init_std=config.init_std,
+            )
+        else:
+            self.encoder = DirectEncoder(
+                shapes,
+                config.num_virtual_tokens,
+                position_offset=config.position_offset,
+                dropout=config.dropout,
+                init_std=config.init_std,
+            )
+        self.encoder.to(model.device)
+        if start is not None:
+            self.encoder.start_from(to_flat(PrefixKV.prefill(model, start)))
+        self.register_load_state_dict_post_hook(_allow_no_base)
+        self.register_state_dict_post_hook(_drop_base)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward with the prefix; masks, positions and labels are the text's.
+
+        Args:
+            input_ids: [B, L].
+            attention_mask: [B, L], 0 for padding on either side.
+            position_ids: [B, L], counted from 0 at the text's first token.
+            inputs_embeds: [B, L, hidden], in place of input_ids.
+            labels: [B, L], -100 where no loss is wanted.
+            kwargs: whatever else the base model's forward takes.
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+        }
+        kwargs.update({name: value for name, value in given.items() if value is not None})
+        return self.base_model(fastprefix=activate(self.base_model, self.encoder()), **kwargs)
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate()`` with the prefix."""
+        generate: Any = self.base_model.generate  # models for other tasks have none
+        with use_prefix(self.base_model, self.export()):
+            return generate(*args, **kwargs)
+
+    @torch.no_grad()
+    def export(self) -> PrefixKV:
+        """The prefix as it stands: no dropout, no parameterisation, no graph."""
+        training = self.encoder.training
+        try:
+            self.encoder.eval()
+            return self.encoder().detach()
+        finally:
+            self.encoder.train(training)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable parameters and all parameters, the base's included."""
+        parameters = list(self.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        return trainable, sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints both numbers and their ratio, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """Writes the prefix in PEFT's format; an MLP is dropped, as PEFT does.
+
+        Raises:
+            ValueError: see :func:`fastprefix.hf.peft_format.save_adapter`.
+        """
+        config = self.prefix_config
+        fields = {
+            "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
+            "encoder_hidden_size": config.encoder_hidden_size,
+            "prefix_projection": config.prefix_projection,
+            "task_type": config.task_type,
+        }
+        save_adapter(folder, self.export(), fields)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: PreTrainedModel, name_or_folder: str | Path, *, is_trainable: bool = False
+    ) -> PrefixTuningModel:
+        """Loads an adapter that fastprefix or PEFT saved.
+
+        Args:
+            model: the base; patched and frozen.
+            name_or_folder: a folder, or a repository name on the Hugging Face hub.
+            is_trainable: whether to train the prefix further (directly; an MLP is gone).
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: not a prefix-tuning adapter for this model.
+        """
+        patch_model(model)
+        adapter = load_adapter(name_or_folder, layer_shapes(model))
+        config = PrefixConfig(
+            num_virtual_tokens=adapter.kv.num_virtual_tokens,
+            task_type=adapter.config.get("task_type") or "CAUSAL_LM",
+            position_offset=adapter.kv.position_offset,
+        )
+        tuned = cls(model, config)
+        tuned.encoder.start_from(to_flat(adapter.kv))
+        tuned.requires_grad_(False)
+        tuned.encoder.requires_grad_(is_trainable)
+        return tuned.train(is_trainable)
+
+    # What transformers.Trainer asks of a model.
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration."""
+        return self.base_model.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The base model's generation configuration."""
+        return self.base_model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """The base model's device."""
+        return self.base_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's dtype; the encoder keeps float32."""
+        return self.base_model.dtype
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base's loss takes num_items_in_batch, for gradient accumulation."""
+        return getattr(self.base_model, "accepts_loss_kwargs", True)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Recomputes activations in the backward instead of keeping them (non-reentrant only)."""
+        chosen = gradient_checkpointing_kwargs or {"use_reentrant": False}
+        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=chosen)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps activations again."""
+        self.base_model.gradient_checkpointing_disable()
+
+
+def _initial_ids(
+    config: PrefixConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Tensor | None:
+    """[P] token ids whose keys and values the prefix starts from; None for a random start."""
+    P = config.num_virtual_tokens
+    if config.init == "random":
+        return None
+    if config.init == "vocab":
+        return torch.randint(_embedding_weight(model).shape[0], (P,))
+    if tokenizer is None:
+        raise ValueError("tokenizer: got None, init='text' needs one")
+    ids = torch.tensor(tokenizer(config.init_text)["input_ids"])
+    if len(ids) == 0:
+        raise ValueError(f"init_text: {config.init_text!r} has no tokens")
+    return ids.repeat(-(-P // len(ids)))[:P]
+
+
+def _embedding_weight(model: PreTrainedModel) -> Tensor:
+    """[vocabulary, hidden]."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """The base is frozen and lives in its own files: a checkpoint holds the encoder alone."""
+    for name in [name for name in state if name.startswith(f"{prefix}base_model.")]:
+        del state[name]
+
+
+def _allow_no_base(module: nn.Module, incompatible: Any) -> None:
+    """Loading such a checkpoint misses nothing."""
+    missing = incompatible.missing_keys
+    missing[:] = [name for name in missing if not name.startswith("base_model.")]
