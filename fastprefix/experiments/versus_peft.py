@@ -143,7 +143,7 @@ def _peft_checkpointing(folder: str, flat: Tensor, workload: Workload) -> str:
 
     def load(folder: str) -> PreTrainedModel:
         model = _load(folder)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
         return model
 
     try:
@@ -168,11 +168,11 @@ def _alternate(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, fl
 
 def _checkpointed(side: _Side) -> Callable[[], None]:
     def step() -> None:
-        side.tuned.gradient_checkpointing_enable()
+        side.tuned.activation_checkpointing_enable()
         try:
             side.train_step()
         finally:
-            side.tuned.gradient_checkpointing_disable()
+            side.tuned.activation_checkpointing_disable()
 
     return step
 

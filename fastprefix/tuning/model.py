@@ -206,16 +206,37 @@ class PrefixTuningModel(nn.Module):
         """Whether the base's loss takes num_items_in_batch, for gradient accumulation."""
         return getattr(self.base_model, "accepts_loss_kwargs", True)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether the backward recomputes activations."""
+        return self.base_model.is_activation_checkpointing
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Recomputes activations in the backward instead of keeping them (non-reentrant only)."""
-        chosen = gradient_checkpointing_kwargs or {"use_reentrant": False}
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=chosen)
+        """Recomputes activations in the backward instead of keeping them.
+
+        Args:
+            activation_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``; the
+                reentrant variant is refused by the next forward.
+            kwargs: of the base model's method of this name.
+        """
+        chosen = activation_checkpointing_kwargs or {"use_reentrant": False}
+        self.base_model.activation_checkpointing_enable(chosen, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keeps activations again."""
+        self.base_model.activation_checkpointing_disable()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of :meth:`activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keeps activations again."""
-        self.base_model.gradient_checkpointing_disable()
+        """The older name of :meth:`activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
 
 
 def _initial_ids(
