@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from fastprefix.cli.console import console, quiet_libraries
 
@@ -58,7 +59,8 @@ def demo(
     """Train a prefix on a real model, use it, and measure it beside PEFT in the same run."""
     from fastprefix.cli.demo import run_demo
 
-    run_demo(model, json_file, output, steps, seed)
+    with _clear_errors():
+        run_demo(model, json_file, output, steps, seed)
 
 
 @app.command()
@@ -142,9 +144,9 @@ class _clear_errors:  # noqa: N801  # reads as a statement
         quiet_libraries()
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        expected = (ValueError, TypeError, FileNotFoundError, NotImplementedError, RuntimeError)
+        expected = (ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError)
         if isinstance(error, expected) and not os.environ.get("FASTPREFIX_TRACEBACK"):
-            console.print(f"[bold red]error:[/] {error}", highlight=False)
+            console.print("[bold red]error:[/]", Text(str(error)))
             raise typer.Exit(1) from error
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
-from fastprefix.cli.console import TrainingProgress, console, quiet_libraries
+from fastprefix.cli.console import TrainingProgress, console
 from fastprefix.cli.loading import load
 from fastprefix.experiments.versus_peft import Workload, compare
 from fastprefix.hf import unpatch_model
@@ -32,7 +33,6 @@ def run_demo(
     model_name: str, json_file: Path | None, output: Path, steps: int, seed: int
 ) -> dict[str, Any]:
     """Runs all parts, prints them, and returns the figures that go into the JSON file."""
-    quiet_libraries()
     set_seed(seed)
     started = time.perf_counter()
     with console.status(f"loading {model_name}"):
@@ -123,7 +123,7 @@ def _descriptions(records: list[Record], before: list[str], after: list[str]) ->
     for column in ("attributes", "without the prefix", "with it", "reference"):
         table.add_column(column, ratio=1)
     for record, old, new in zip(records, before, after, strict=True):
-        table.add_row(record.prompt, old, new, record.description)
+        table.add_row(*map(Text, (record.prompt, old, new, record.description)))
     return table
 
 

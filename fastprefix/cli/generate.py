@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
+from rich.text import Text
 from transformers import set_seed
 
 from fastprefix.cli.console import console
@@ -59,5 +60,5 @@ def run_generation(
     new = ids[:, batch["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     for prompt, text in zip(prompts, texts, strict=True):
-        console.print(f"[bold]{prompt}[/]", highlight=False)
-        console.print(text, highlight=False, markup=False)
+        console.print(Text(prompt, style="bold"))
+        console.print(Text(text))

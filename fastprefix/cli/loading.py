@@ -50,6 +50,8 @@ def _locate(name: str) -> tuple[str, str | None]:
             )
         name = str(Path(spec.origin).parent)
     path = Path(name)
+    if not path.exists() and (path.is_absolute() or name.startswith(".")):
+        raise FileNotFoundError(f"model: {name} does not exist")  # and is no hub name
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"model: {name} does not exist")

@@ -1,0 +1,86 @@
+"""The command line, run as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from fastprefix.cli.app import app
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_info_names_versions_the_device_and_the_chosen_backend() -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    for word in ("torch", "triton", "transformers", "composed: the default on cpu", "reference"):
+        assert word in result.output
+
+
+@pytest.fixture
+def adapter(tiny_folder: str, tmp_path: Path) -> Path:
+    output = tmp_path / "adapter"
+    result = run(
+        *("train", "--model", tiny_folder, "--output", str(output), "--num-virtual-tokens", "5"),
+        *("--steps", "3", "--batch-size", "2", "--dtype", "float32", "--gradient-checkpointing"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "trainable params: 640" in result.output  # 2 layers, 2 heads, 2 x 16 numbers, 5 tokens
+    return output
+
+
+def test_a_trained_adapter_is_saved_and_generated_with(adapter: Path, tiny_folder: str) -> None:
+    assert load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"].shape == (5, 128)
+    assert json.loads((adapter / "adapter_config.json").read_text())["num_virtual_tokens"] == 5
+    prompts = ("name: Fenwick House", "a longer prompt: of more tokens")
+    common = ("generate", "--model", tiny_folder, "--max-new-tokens", "6", "--dtype", "float32")
+    plain = run(*common, *prompts)
+    tuned = run(*common, "--adapter", str(adapter), *prompts)
+    assert plain.exit_code == tuned.exit_code == 0
+    assert "prefix of 5 tokens, one copy for all 2 prompts" in tuned.output
+    assert plain.output.splitlines()[-1] != tuned.output.splitlines()[-1]
+
+
+def test_a_system_prompt_gives_what_the_concatenated_prompt_gives(tiny_folder: str) -> None:
+    common = ("generate", "--model", tiny_folder, "--max-new-tokens", "8", "--dtype", "float32")
+    whole = run(*common, "Answer briefly. What is ice?")
+    shared = run(*common, "--system-prompt", "Answer briefly.", " What is ice?")
+    assert whole.exit_code == shared.exit_code == 0
+    assert whole.output.splitlines()[-1] == shared.output.splitlines()[-1]
+
+
+def test_training_on_a_file_of_ones_own(tiny_folder: str, tmp_path: Path) -> None:
+    data = tmp_path / "records.jsonl"
+    data.write_text(
+        "".join(
+            json.dumps({"attributes": {"name": f"n{i}"}, "description": f"It is n{i}."}) + "\n"
+            for i in range(4)
+        )
+    )
+    result = run(
+        *("train", "--model", tiny_folder, "--output", str(tmp_path / "out"), "--data", str(data)),
+        *("--steps", "2", "--batch-size", "2", "--init", "random", "--prefix-projection"),
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("generate", "hello", "--model", "/no/such/folder"), "/no/such/folder"),
+        (("generate", "hello", "--adapter", "a", "--system-prompt", "b"), "--system-prompt"),
+        (("train", "--output", "out", "--init", "zero"), "init"),
+        (("train", "--output", "out", "--data", "missing.jsonl"), "missing.jsonl"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_1(arguments: tuple[str, ...], said: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "error:" in result.output
+    assert said in result.output.replace("\n", "")
+    assert "Traceback" not in result.output
