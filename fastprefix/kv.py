@@ -49,6 +49,8 @@ class PrefixKV:
         position_offset: position of the first token that follows the prefix. For a prefilled
             prompt this is its length; learned prefixes take as many positions as they have
             virtual tokens, as in PEFT.
+        in_window: whether the prefix slides out of a sliding window as the same text would (a
+            prefilled prompt), or stays visible (a learned prefix).
 
     Raises:
         TypeError: keys or values are not sequences of floating-point tensors.
@@ -59,6 +61,7 @@ class PrefixKV:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     position_offset: int
+    in_window: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", tuple(self.keys))
@@ -168,6 +171,7 @@ class PrefixKV:
             tuple(tensor.to(device=device, dtype=dtype) for tensor in self.keys),
             tuple(tensor.to(device=device, dtype=dtype) for tensor in self.values),
             self.position_offset,
+            self.in_window,
         )
 
     def detach(self) -> PrefixKV:
@@ -176,6 +180,7 @@ class PrefixKV:
             tuple(tensor.detach().contiguous() for tensor in self.keys),
             tuple(tensor.detach().contiguous() for tensor in self.values),
             self.position_offset,
+            self.in_window,
         )
 
     def save(self, file: str | Path) -> None:
@@ -184,7 +189,11 @@ class PrefixKV:
         for layer in range(self.num_layers):
             tensors[f"layers.{layer}.key"] = self.keys[layer].detach().contiguous()
             tensors[f"layers.{layer}.value"] = self.values[layer].detach().contiguous()
-        about = {"num_layers": self.num_layers, "position_offset": self.position_offset}
+        about = {
+            "num_layers": self.num_layers,
+            "position_offset": self.position_offset,
+            "in_window": self.in_window,
+        }
         metadata = {"format": "pt", _FORMAT: json.dumps(about)}
         partial = Path(f"{file}.partial")
         save_file(tensors, partial, metadata=metadata)
@@ -206,7 +215,7 @@ class PrefixKV:
                 layers = range(about["num_layers"])
                 keys = tuple(opened.get_tensor(f"layers.{layer}.key") for layer in layers)
                 values = tuple(opened.get_tensor(f"layers.{layer}.value") for layer in layers)
-                offset = int(about["position_offset"])
+                kv = cls(keys, values, int(about["position_offset"]), bool(about["in_window"]))
         except Exception as error:
             raise ValueError(f"file: {file} is not a whole PrefixKV file ({error!r})") from error
         for name, tensors in (("key", keys), ("value", values)):
@@ -215,4 +224,4 @@ class PrefixKV:
                     raise ValueError(
                         f"file: {file} holds a NaN or infinity in layers.{layer}.{name}"
                     )
-        return cls(keys, values, offset)
+        return kv

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastprefix.encoders.flat import flat_width, to_prefix_kv
+from fastprefix.encoders.flat import check_start, flat_width, to_prefix_kv
 from fastprefix.kv import LayerShape, PrefixKV
 
 
@@ -48,5 +48,10 @@ class DirectEncoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, flat: Tensor) -> None:
-        """Starts from given numbers [P, width]."""
+        """Starts from given numbers [P, width].
+
+        Raises:
+            ValueError: flat has another shape.
+        """
+        check_start(flat, self.embedding.shape[0], self.shapes)
         self.embedding.copy_(flat)

@@ -51,6 +51,13 @@ def to_prefix_kv(
     return PrefixKV(tuple(tensors[0::2]), tuple(tensors[1::2]), position_offset)
 
 
+def check_start(flat: Tensor, num_virtual_tokens: int, shapes: Sequence[LayerShape]) -> None:
+    """Raises ValueError unless flat is [P, width]: an encoder starts from no other shape."""
+    expected = (num_virtual_tokens, flat_width(shapes))
+    if tuple(flat.shape) != expected:
+        raise ValueError(f"flat: got shape {list(flat.shape)}, takes [P, width] = {list(expected)}")
+
+
 def to_flat(kv: PrefixKV) -> Tensor:
     """The inverse of :func:`to_prefix_kv`: [P, width].
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastprefix.encoders.flat import flat_width, to_prefix_kv
+from fastprefix.encoders.flat import check_start, flat_width, to_prefix_kv
 from fastprefix.kv import LayerShape, PrefixKV
 
 
@@ -49,7 +49,7 @@ class MLPEncoder(nn.Module):
             nn.Linear(embedding_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, width)
         )
         self.dropout = nn.Dropout(dropout)
-        self.register_buffer("start", torch.zeros(1, width))
+        self.register_buffer("start", torch.zeros(num_virtual_tokens, width))
 
     def forward(self) -> PrefixKV:
         """The prefix, with gradients; dropout applies in training."""
@@ -62,9 +62,13 @@ class MLPEncoder(nn.Module):
 
         No embedding makes a random network give chosen outputs, so the numbers become a constant
         to which the network, its last layer zeroed, at first adds nothing.
+
+        Raises:
+            ValueError: flat has another shape.
         """
+        check_start(flat, self.embedding.shape[0], self.shapes)
         last = self.transform[-1]
         assert isinstance(last, nn.Linear)
         last.weight.zero_()
         last.bias.zero_()
-        self.start = flat.to(self.embedding)
+        self.start.copy_(flat)

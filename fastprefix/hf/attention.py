@@ -25,13 +25,11 @@ class ActivePrefix:
         kv: the prefix, or None for plain attention.
         backend: of :func:`fastprefix.prefix_attention`.
         positioned: whether the call's position_ids are already moved behind the prefix.
-        temporary: whether the model stays patched for this prefix only.
     """
 
     kv: PrefixKV | None
     backend: str = "auto"
     positioned: bool = False
-    temporary: bool = False
 
 
 @dataclass(eq=False)
@@ -89,14 +87,9 @@ def prefix_attention_forward(
         [B, Lq, Hq, Dv], and None for the weights, which are never formed.
 
     Raises:
-        ValueError: attention weights are asked for, or the module has no slot for the prefix.
+        ValueError: the module has no slot for the prefix.
         NotImplementedError: the model needs a feature that the operator does not have yet.
     """
-    if kwargs.get("output_attentions"):
-        raise ValueError(
-            "output_attentions: fastprefix never forms attention weights; "
-            "run the model with attn_implementation='eager' to see them"
-        )
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError(
             f"{type(module).__name__} adds a position bias, which is not supported yet"
@@ -120,6 +113,13 @@ def prefix_attention_forward(
                     "so it has no share in the prefix; patch the model as you run it"
                 )
             prefix_key, prefix_value = fastprefix.kv.layer(slot)
+            whole = prefix_key.shape[1] + key.shape[2]
+            if fastprefix.kv.in_window and sliding_window is not None and whole > sliding_window:
+                raise NotImplementedError(
+                    f"{type(module).__name__} has a sliding_window of {sliding_window}, and a "
+                    f"prompt of {prefix_key.shape[1]} tokens with {key.shape[2]} tokens of text "
+                    "does not fit: prompts that slide out of it are not supported yet"
+                )
 
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)

@@ -9,9 +9,11 @@ so that gradient checkpointing replays it and several forwards before a backward
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import threading
 import uuid
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,10 +28,13 @@ from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.attention import NAME, SLOT, ActivePrefix, Recorder
 from fastprefix.kv import LayerShape, PrefixKV
 
-_STATE = "_fastprefix_state"
+_STATE = "_fastprefix_state"  # on the patched model
+_HOOKED = "_fastprefix_hooked"  # on it and on its decoder: the same state, for the hook
 # The prefix of each `use_prefix` block, by the state's key. Thread-local, so that two threads may
 # run one model with different prefixes; not a ContextVar, which torch.compile cannot trace.
 _ACTIVE = threading.local()
+_LOCK = threading.RLock()
+_PATCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 class UnsupportedModelError(ValueError):
@@ -38,13 +43,30 @@ class UnsupportedModelError(ValueError):
 
 @dataclass
 class _State:
-    """What patching did to a model, so that it can be undone."""
+    """What patching did to a model, so that it can be undone.
+
+    Attributes:
+        previous: the attention implementation to restore.
+        backend: of the operator.
+        lasting: patched by `patch_model`, not just for the blocks that need it.
+        blocks: how many blocks rely on the patch at the moment, in all threads.
+        shapes: of the attention layers' keys and values.
+        handles: of the hooks.
+        key: names the model in `_ACTIVE`.
+    """
 
     previous: str | None
     backend: str
+    lasting: bool = False
+    blocks: int = 0
     shapes: tuple[LayerShape, ...] = ()
     handles: list[RemovableHandle] = field(default_factory=list)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        """A copied model is patched for good, and sees none of the original's prefixes."""
+        handles = copy.deepcopy(self.handles, memo)
+        return _State(self.previous, self.backend, True, 0, self.shapes, handles)
 
 
 def patch_model(model: PreTrainedModel, backend: str = "auto") -> PreTrainedModel:
@@ -65,31 +87,15 @@ def patch_model(model: PreTrainedModel, backend: str = "auto") -> PreTrainedMode
         ValueError: unknown backend.
         UnsupportedModelError: the model cannot take a prefix. It is left as it was.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: got {type(model).__name__}, takes a transformers PreTrainedModel")
+    _check_type(model)
     if backend != "auto" and backend not in BACKENDS:
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend: got {backend!r}, takes one of {names}")
-    state = getattr(model, _STATE, None)
-    if state is not None:
-        state.backend = backend
-        return model
-
-    state = _State(model.config._attn_implementation, backend)
-    _set_implementation(model, NAME)
-    try:
-        modules, state.shapes = _probe(model)
-    except Exception:
-        _set_implementation(model, state.previous)
-        raise
-    for slot, module in enumerate(modules):
-        setattr(module, SLOT, slot)
-    # The decoder gets the hook too: calling it alone must not silently run without the prefix.
-    for hooked in {id(m): m for m in (model, model.base_model)}.values():
-        parameters = tuple(inspect.signature(hooked.forward).parameters)
-        hook = partial(_inject, key=state.key, names=parameters)
-        state.handles.append(hooked.register_forward_pre_hook(hook, with_kwargs=True))
-    setattr(model, _STATE, state)
+    with _LOCK:
+        if not is_patched(model):
+            _patch(model)
+        state = _state(model)
+        state.backend, state.lasting = backend, True
     return model
 
 
@@ -99,14 +105,17 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: the model is not patched.
     """
-    state = _state(model)
-    for handle in state.handles:
-        handle.remove()
-    for module in model.modules():
-        if hasattr(module, SLOT):
-            delattr(module, SLOT)
-    _set_implementation(model, state.previous)
-    delattr(model, _STATE)
+    with _LOCK:
+        state = _state(model)
+        for handle in state.handles:
+            handle.remove()
+        for module in model.modules():
+            for name in (SLOT, _HOOKED):
+                if hasattr(module, name):
+                    delattr(module, name)
+        if not _sharing_config(model):
+            _set_implementation(model, state.previous)
+        delattr(model, _STATE)
     return model
 
 
@@ -137,24 +146,39 @@ def use_prefix(model: PreTrainedModel, kv: PrefixKV) -> Iterator[PreTrainedModel
         ValueError: kv does not fit the model's layers.
         UnsupportedModelError: see :func:`patch_model`.
     """
-    patched_here = not is_patched(model)
-    if patched_here:
-        patch_model(model)
-    try:
-        state = _state(model)
-        active = replace(activate(model, kv), temporary=patched_here)
-        outer = getattr(_ACTIVE, state.key, None)
-        setattr(_ACTIVE, state.key, active)
+    with patched(model):
+        active = activate(model, kv)
+        key = _state(model).key
+        outer = getattr(_ACTIVE, key, None)
+        setattr(_ACTIVE, key, active)
         try:
             yield model
         finally:
+            setattr(_ACTIVE, key, outer)
             if outer is None:
-                delattr(_ACTIVE, state.key)
-            else:
-                setattr(_ACTIVE, state.key, outer)
+                delattr(_ACTIVE, key)
+
+
+@contextlib.contextmanager
+def patched(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model is patched in this block; the last block to end restores it, unless it was before.
+
+    Raises:
+        UnsupportedModelError: see :func:`patch_model`.
+    """
+    _check_type(model)
+    with _LOCK:
+        if not is_patched(model):
+            _patch(model)
+        state = _state(model)
+        state.blocks += 1
+    try:
+        yield model
     finally:
-        if patched_here:
-            unpatch_model(model)
+        with _LOCK:
+            state.blocks -= 1
+            if state.blocks == 0 and not state.lasting and is_patched(model):
+                unpatch_model(model)
 
 
 def activate(model: PreTrainedModel, kv: PrefixKV) -> ActivePrefix:
@@ -184,6 +208,43 @@ def _state(model: PreTrainedModel) -> _State:
     if state is None:
         raise ValueError(f"model: this {type(model).__name__} is not patched; call patch_model")
     return state
+
+
+def _check_type(model: object) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: got {type(model).__name__}, takes a transformers PreTrainedModel")
+
+
+def _patch(model: PreTrainedModel) -> None:
+    previous = model.config._attn_implementation
+    for other in _sharing_config(model):
+        previous = _state(other).previous
+    state = _State(previous, "auto")
+    _set_implementation(model, NAME)
+    try:
+        modules, state.shapes = _probe(model)
+    except Exception:
+        _set_implementation(model, state.previous)
+        raise
+    for slot, module in enumerate(modules):
+        setattr(module, SLOT, slot)
+    # The decoder gets the hook too: calling it alone must not silently run without the prefix.
+    for hooked in {id(m): m for m in (model, model.base_model)}.values():
+        parameters = tuple(inspect.signature(hooked.forward).parameters)
+        hook = partial(_inject, names=parameters)
+        state.handles.append(hooked.register_forward_pre_hook(hook, with_kwargs=True))
+        setattr(hooked, _HOOKED, state)
+    setattr(model, _STATE, state)
+    _PATCHED.add(model)
+
+
+def _sharing_config(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """Other patched models made from the same config object, which holds the implementation."""
+    return [
+        other
+        for other in _PATCHED
+        if other is not model and other.config is model.config and is_patched(other)
+    ]
 
 
 def _set_implementation(model: PreTrainedModel, name: str | None) -> None:
@@ -241,17 +302,25 @@ def _probe(model: PreTrainedModel) -> tuple[list[nn.Module], tuple[LayerShape, .
 
 
 def _inject(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    key: str,
-    names: tuple[str, ...],
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook: adds the active prefix and moves positions behind it."""
+    state: _State = getattr(module, _HOOKED)
+    config: Any = module.config
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise ValueError(
+            "output_attentions: fastprefix never forms attention weights; unpatch the model and "
+            "run it with attn_implementation='eager' to see them"
+        )
+    if config._attn_implementation != NAME:
+        raise RuntimeError(
+            f"{type(module).__name__}: its attention implementation was set to "
+            f"{config._attn_implementation!r} after it was patched, so that no prefix would be "
+            "seen; call unpatch_model and patch_model"
+        )
     placed = kwargs.get(NAME)
     if placed is None:
-        active = getattr(_ACTIVE, key, None)
+        active = getattr(_ACTIVE, state.key, None)
     elif isinstance(placed, ActivePrefix) and not placed.positioned:
         active = placed
     else:
@@ -259,7 +328,7 @@ def _inject(
     if active is None or active.kv is None:
         return None
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    _check_checkpointing(module, active)
+    _check_checkpointing(module, state)
     kwargs[NAME] = replace(active, positioned=True)
     kwargs["position_ids"] = _positions(kwargs, active.kv.position_offset)
     return (), kwargs
@@ -288,7 +357,7 @@ def _positions(kwargs: dict[str, Any], offset: int) -> Tensor:
     return positions + offset
 
 
-def _check_checkpointing(module: nn.Module, active: ActivePrefix) -> None:
+def _check_checkpointing(module: nn.Module, state: _State) -> None:
     """Gradient checkpointing runs layers again in the backward: they must find the prefix there."""
     if not (module.training and torch.is_grad_enabled()):
         return
@@ -299,7 +368,7 @@ def _check_checkpointing(module: nn.Module, active: ActivePrefix) -> None:
     ]
     if not functions:
         return
-    if active.temporary:
+    if not state.lasting:
         raise ValueError(
             "gradient checkpointing: the backward runs layers again, possibly after use_prefix has "
             "restored the model; call patch_model(model) before the block"
@@ -318,6 +387,7 @@ __all__ = [
     "is_patched",
     "layer_shapes",
     "patch_model",
+    "patched",
     "unpatch_model",
     "use_prefix",
 ]

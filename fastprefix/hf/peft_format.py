@@ -96,9 +96,11 @@ def load_adapter(name_or_folder: str | Path, shapes: tuple[LayerShape, ...]) -> 
     config_file = _find(name_or_folder, CONFIG_FILE)
     weights_file = _find(name_or_folder, WEIGHTS_FILE)
     try:
-        config = json.loads(config_file.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8
         raise ValueError(f"{config_file}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file}: got a JSON {type(config).__name__}, takes an object")
     kind = config.get("peft_type")
     if kind != "PREFIX_TUNING":
         raise ValueError(f"{config_file}: got peft_type {kind!r}, takes 'PREFIX_TUNING'")
@@ -108,6 +110,11 @@ def load_adapter(name_or_folder: str | Path, shapes: tuple[LayerShape, ...]) -> 
             if list(opened.keys()) != [_TENSOR]:
                 raise ValueError(f"got tensors {list(opened.keys())}, takes {_TENSOR!r} alone")
             flat = opened.get_tensor(_TENSOR)
+            if flat.dim() != 2 or not flat.is_floating_point():
+                raise ValueError(
+                    f"got {flat.dtype} {_TENSOR} of shape {list(flat.shape)}, takes floating-point "
+                    "[num_virtual_tokens, width]"
+                )
     except Exception as error:
         raise ValueError(f"{weights_file}: {error}") from error
     for field, want in (

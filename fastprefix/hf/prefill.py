@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastprefix.hf.attention import Recorder
-from fastprefix.hf.patching import is_patched, patch_model, unpatch_model
+from fastprefix.hf.patching import patched
 from fastprefix.kv import PrefixKV
 
 
@@ -25,28 +25,25 @@ def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Prefix
             f"input_ids: got {ids.dtype} of shape {list(ids.shape)}, takes the token ids of one "
             "prompt, [P] or [1, P], P at least 1"
         )
-    patched_here = not is_patched(model)
-    if patched_here:
-        patch_model(model)
     recorder = Recorder()
     training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        # the logits of all but one token would be thrown away
-        short = "logits_to_keep" in inspect.signature(model.forward).parameters
-        model(
-            input_ids=ids,
-            use_cache=False,
-            fastprefix=recorder,
-            **({"logits_to_keep": 1} if short else {}),
-        )
-    finally:
-        for module in training:
-            module.training = True
-        if patched_here:
-            unpatch_model(model)
+    # the logits of all but one token would be thrown away
+    short = "logits_to_keep" in inspect.signature(model.forward).parameters
+    with patched(model):
+        model.eval()
+        try:
+            model(
+                input_ids=ids,
+                use_cache=False,
+                fastprefix=recorder,
+                **({"logits_to_keep": 1} if short else {}),
+            )
+        finally:
+            for module in training:
+                module.training = True
     return PrefixKV(
         tuple(key[0].contiguous() for key in recorder.keys),
         tuple(value[0].contiguous() for value in recorder.values),
         position_offset=ids.shape[1],
+        in_window=True,
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import DirectEncoder, MLPEncoder, to_flat
-from fastprefix.hf.patching import activate, layer_shapes, patch_model, use_prefix
+from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
 from fastprefix.hf.peft_format import load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.config import PrefixConfig
@@ -166,8 +166,9 @@ class PrefixTuningModel(nn.Module):
             FileNotFoundError: a file is missing.
             ValueError: not a prefix-tuning adapter for this model.
         """
-        patch_model(model)
-        adapter = load_adapter(name_or_folder, layer_shapes(model))
+        with patched(model):  # left as it was if the adapter is refused
+            shapes = layer_shapes(model)
+        adapter = load_adapter(name_or_folder, shapes)
         config = PrefixConfig(
             num_virtual_tokens=adapter.kv.num_virtual_tokens,
             task_type=adapter.config.get("task_type") or "CAUSAL_LM",
@@ -271,5 +272,6 @@ def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) ->
 
 def _allow_no_base(module: nn.Module, incompatible: Any) -> None:
     """Loading such a checkpoint misses nothing."""
+    base = {f"base_model.{name}" for name in module.base_model.state_dict()}  # type: ignore
     missing = incompatible.missing_keys
-    missing[:] = [name for name in missing if not name.startswith("base_model.")]
+    missing[:] = [name for name in missing if name[name.find("base_model.") :] not in base]

@@ -1,0 +1,31 @@
+"""Settings that every test needs before torch or Triton do any work."""
+
+import os
+
+# Triton reads this when a kernel is defined, so it must be set before anything imports Triton.
+# `TRITON_INTERPRET=0 pytest` runs without the interpreter (and so without Triton on the CPU).
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+from hypothesis import Phase, settings
+
+# The order of a parallel sum must not depend on the machine; and the shapes here are so small that
+# a second thread costs more than it brings.
+torch.set_num_threads(1)
+
+# The same examples in every run: a red test stays red until the code changes.
+# Without the phase that explains failures, which runs slow examples many times over.
+settings.register_profile(
+    "fastprefix",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+)
+settings.load_profile("fastprefix")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

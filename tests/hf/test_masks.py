@@ -1,0 +1,119 @@
+"""The form of each mask, as fastprefix.hf.masks documents it, and custom masks from the user."""
+
+import pytest
+import torch
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+
+from fastprefix import PrefixKV, patch_model, use_prefix
+from fastprefix.hf.masks import prefix_attention_mask
+
+ALL = torch.ones(2, 6, dtype=torch.bool)
+PADDED = ALL.clone()
+PADDED[1, :3] = False
+
+
+def mask_of(function=causal_mask_function, q=6, kv=6, padding=None, **options):
+    options = {"q_offset": kv - q, **options}
+    return prefix_attention_mask(
+        2, q, kv, mask_function=function, attention_mask=padding, **options
+    )
+
+
+@pytest.mark.parametrize("padding", [None, ALL])
+@pytest.mark.parametrize("q", [6, 2, 1])
+def test_causal_without_padding_needs_no_mask(padding, q):
+    assert mask_of(q=q, padding=padding) is None
+
+
+@pytest.mark.parametrize("q", [6, 2, 1])
+def test_causal_with_padding_stays_two_dimensional(q):
+    assert torch.equal(mask_of(q=q, padding=PADDED), PADDED)
+
+
+def test_bidirectional_with_padding_is_one_row():
+    options = {"allow_is_bidirectional_skip": True}
+    assert mask_of(bidirectional_mask_function, **options) is None
+    assert mask_of(bidirectional_mask_function, padding=ALL, **options) is None
+    found = mask_of(bidirectional_mask_function, padding=PADDED, **options)
+    assert torch.equal(found, PADDED[:, None, None, :])
+
+
+EXPLICIT = {
+    "window": {"function": sliding_window_causal_mask_function(3)},
+    "no skip": {"allow_is_causal_skip": False},
+    "queries not at the end": {"q": 2, "q_offset": 1},
+    "a cache that begins later": {"q": 4, "kv": 4, "q_offset": 2, "kv_offset": 2},
+    "offset as a tensor": {"q": 2, "q_offset": torch.tensor(4)},
+    "bidirectional, no skip": {"function": bidirectional_mask_function},
+}
+
+
+@pytest.mark.parametrize("padding", [None, PADDED], ids=["full", "padded"])
+@pytest.mark.parametrize("case", EXPLICIT)
+def test_anything_else_is_the_mask_of_sdpa(case, padding):
+    options = {"q": 6, "kv": 6, "function": causal_mask_function, **EXPLICIT[case]}
+    found = mask_of(padding=padding, **options)
+    q, kv, function = (options.pop(name) for name in ("q", "kv", "function"))
+    options = {"q_offset": kv - q, **options, "allow_is_causal_skip": False}
+    expected = sdpa_mask(2, q, kv, mask_function=function, attention_mask=padding, **options)
+    assert found.dim() == 4
+    assert torch.equal(found, expected)
+
+
+def test_a_padding_mask_longer_than_the_keys_is_not_taken_as_it_is():
+    """As with a static cache, whose mask the user gives for the text seen so far."""
+    longer = torch.cat([PADDED, ALL], dim=1)
+    found = mask_of(padding=longer)
+    assert found.dim() == 4
+    assert torch.equal(found, sdpa_mask(2, 6, 6, attention_mask=longer, allow_is_causal_skip=False))
+
+
+def blocks(dtype, rows=2, length=6):
+    """A mask that no flag describes: causal, but every third query misses the second token."""
+    sees = torch.ones(length, length, dtype=torch.bool).tril().repeat(rows, 1, 1, 1)
+    sees[:, :, 2::3, 1] = False
+    sees[1, :, 4:, 0] = False
+    if dtype == torch.bool:
+        return sees
+    bias = torch.randn(sees.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+    return bias.masked_fill(~sees, torch.finfo(dtype).min)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_custom_mask_without_a_prefix(tiny, model, bare, dtype):
+    ids, _ = tiny.batch((6, 6))
+    mask = blocks(dtype)
+    expected = bare(ids, attention_mask=mask).logits
+    assert not torch.allclose(expected, bare(ids).logits, atol=1e-3)
+    got = patch_model(model)(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("explicit", [True, False], ids=["position_ids", "no position_ids"])
+def test_custom_mask_with_a_prefix_covers_the_text_alone(tiny, model, bare, dtype, explicit):
+    front, (ids, _) = tiny.prompt(), tiny.batch((6, 6))
+    mask, P = blocks(dtype), front.shape[1]
+    whole = torch.ones(P + 6, P + 6, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    if dtype != torch.bool:
+        whole = torch.zeros(whole.shape).masked_fill(~whole, torch.finfo(dtype).min)
+    whole[:, :, P:, P:] = mask
+    expected = bare(torch.cat([front.expand(2, -1), ids], 1), attention_mask=whole).logits[:, P:]
+
+    options = {"position_ids": torch.arange(6)[None]} if explicit else {}
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        got = model(ids, attention_mask=mask, **options).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_custom_mask_of_a_single_query_is_not_taken_for_padding(tiny, model, bare):
+    """[B, 1, 1, Lk] with one query: causality adds nothing, so both readings must agree."""
+    ids = tiny.prompt(1)
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    got = patch_model(model)(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got, bare(ids).logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,197 @@
+"""save_pretrained and from_pretrained: round trips, and errors that name the file."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel
+from fastprefix.hf.peft_format import load_adapter, save_adapter
+
+P = 6
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """An adapter for the tiny Llama."""
+    config = PrefixConfig(num_virtual_tokens=P, init_std=1.0)
+    PrefixTuningModel(tiny.build(), config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit(folder, **fields):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **fields}))
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("position_offset", [None, 0, 9])
+def test_round_trip(tiny, architecture, tmp_path, projection, position_offset):
+    config = PrefixConfig(
+        num_virtual_tokens=P,
+        prefix_projection=projection,
+        position_offset=position_offset,
+        init_std=1.0,
+    )
+    tuned = PrefixTuningModel(tiny.build(architecture), config).eval()
+    tuned.save_pretrained(tmp_path / "new" / "adapter")
+    loaded = PrefixTuningModel.from_pretrained(
+        tiny.build(architecture), str(tmp_path / "new" / "adapter")
+    )
+    ids, mask = tiny.batch()
+    assert torch.equal(loaded(ids, mask).logits, tuned(ids, mask).logits)
+    assert loaded.export().position_offset == (P if position_offset is None else position_offset)
+    assert sorted(file.name for file in (tmp_path / "new" / "adapter").iterdir()) == [
+        CONFIG,
+        WEIGHTS,
+    ]
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_is_trainable(tiny, folder, is_trainable):
+    loaded = PrefixTuningModel.from_pretrained(tiny.build(), folder, is_trainable=is_trainable)
+    assert loaded.training == is_trainable
+    trainable = [name for name, p in loaded.named_parameters() if p.requires_grad]
+    assert trainable == (["encoder.embedding"] if is_trainable else [])
+
+
+def test_bfloat16_adapters_load(tiny, folder):
+    weights = load_file(folder / WEIGHTS)
+    save_file({n: t.bfloat16() for n, t in weights.items()}, folder / WEIGHTS)
+    kv = PrefixTuningModel.from_pretrained(tiny.build(), folder).export()
+    assert kv.position_offset == P, "a file without our metadata: as in PEFT"
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_missing_file(tiny, folder, file):
+    (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match=file):
+        PrefixTuningModel.from_pretrained(tiny.build(), folder)
+
+
+def test_missing_folder(tiny, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        PrefixTuningModel.from_pretrained(tiny.build(), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("architecture", ["gpt2"])
+def test_adapter_for_another_model(model, folder):
+    with pytest.raises(ValueError, match=rf"{CONFIG}: got num_attention_heads 2, takes 4"):
+        PrefixTuningModel.from_pretrained(model, folder)
+
+
+def test_adapter_for_fewer_layers(tiny, folder):
+    with pytest.raises(ValueError, match=rf"{CONFIG}: got num_layers 3, takes 2"):
+        PrefixTuningModel.from_pretrained(tiny.build(num_hidden_layers=2), folder)
+
+
+def test_adapter_for_another_head_size(tiny, folder):
+    with pytest.raises(ValueError, match=rf"{CONFIG}: got token_dim 32, takes 16"):
+        PrefixTuningModel.from_pretrained(tiny.build(head_dim=8), folder)
+
+
+def test_config_that_says_nothing_of_the_model_leaves_it_to_the_weights(tiny, folder):
+    edit(folder, num_layers=None, num_attention_heads=None, token_dim=None)
+    PrefixTuningModel.from_pretrained(tiny.build(), folder)
+    with pytest.raises(ValueError, match=WEIGHTS):
+        PrefixTuningModel.from_pretrained(tiny.build(num_hidden_layers=2), folder)
+
+
+def test_weights_of_another_length_than_the_config(tiny, folder):
+    edit(folder, num_virtual_tokens=P + 1)
+    with pytest.raises(ValueError, match=f"num_virtual_tokens {P + 1}"):
+        PrefixTuningModel.from_pretrained(tiny.build(), folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none(tiny, folder, value):
+    weights = load_file(folder / WEIGHTS)
+    weights["prompt_embeddings"][2, 3] = value
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}.*NaN or infinity"):
+        PrefixTuningModel.from_pretrained(tiny.build(), folder)
+
+
+def test_a_lora_adapter(tiny, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    peft.get_peft_model(tiny.build(), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{CONFIG}.*LORA.*PREFIX_TUNING"):
+        PrefixTuningModel.from_pretrained(tiny.build(), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "not JSON"])
+def test_config_that_is_not_json(tiny, folder, text):
+    (folder / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=CONFIG):
+        PrefixTuningModel.from_pretrained(tiny.build(), folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"PREFIX_TUNING"'])
+def test_config_that_is_not_an_object(tiny, folder, text):
+    (folder / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=CONFIG):
+        PrefixTuningModel.from_pretrained(tiny.build(), folder)
+
+
+def test_config_that_is_not_text(tiny, folder):
+    (folder / CONFIG).write_bytes(b"\xff\xfe\x00{")
+    with pytest.raises(ValueError, match=CONFIG):
+        PrefixTuningModel.from_pretrained(tiny.build(), folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_weights_cut_short(tiny, folder, keep):
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:keep])
+    with pytest.raises(ValueError, match=WEIGHTS):
+        PrefixTuningModel.from_pretrained(tiny.build(), folder)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"base_model.prompt": torch.zeros(P, 192)},
+        {"prompt_embeddings": torch.zeros(P, 192), "more": torch.zeros(1)},
+        {"prompt_embeddings": torch.zeros(P, 191)},
+        {"prompt_embeddings": torch.zeros(P * 192)},
+        {"prompt_embeddings": torch.zeros(())},
+        {"prompt_embeddings": torch.zeros(P, 192, dtype=torch.int64)},
+    ],
+    ids=["other name", "more", "other width", "flat", "a number", "integers"],
+)
+def test_weights_that_are_no_prefix(tiny, folder, tensors):
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=WEIGHTS):
+        PrefixTuningModel.from_pretrained(tiny.build(), folder)
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(tiny, folder):
+    (folder / WEIGHTS).unlink()
+    model = tiny.build()
+    with pytest.raises(FileNotFoundError):
+        PrefixTuningModel.from_pretrained(model, folder)
+    assert model.config._attn_implementation == "sdpa"
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_prefixes_that_the_format_cannot_hold_are_refused(tmp_path):
+    key, wide = torch.zeros(2, P, 16), torch.zeros(2, P, 8)
+    for kv in (PrefixKV((key, wide), (key, wide), P), PrefixKV((key,), (wide,), P)):
+        with pytest.raises(ValueError, match=r"PrefixKV\.save"):
+            save_adapter(tmp_path / "adapter", kv, {})
+    ragged = PrefixKV((key, key[:, :2]), (key, key[:, :2]), P)
+    with pytest.raises(ValueError, match="lengths"):
+        save_adapter(tmp_path / "adapter", ragged, {})
+
+
+def test_save_adapter_keeps_the_fields_given(tmp_path):
+    kv = PrefixKV([torch.randn(2, P, 16)], [torch.randn(2, P, 16)], 3)
+    save_adapter(tmp_path, kv, {"base_model_name_or_path": "some/model"})
+    adapter = load_adapter(tmp_path, kv.shapes)
+    assert adapter.config["base_model_name_or_path"] == "some/model"
+    assert adapter.kv.position_offset == 3
+    assert torch.equal(adapter.kv.keys[0], kv.keys[0])
+    assert torch.equal(adapter.kv.values[0], kv.values[0])

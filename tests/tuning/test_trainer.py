@@ -1,0 +1,119 @@
+"""transformers.Trainer as it is."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from fastprefix import PrefixConfig, PrefixTuningModel
+
+
+class Texts(torch.utils.data.Dataset):
+    """Padded rows that repeat a few tokens, so that there is something to learn."""
+
+    def __init__(self, tiny, count=8):
+        rows = [(torch.arange(4 + row % 3) * 7 + 1) % tiny.VOCAB for row in range(count)]
+        self.ids, self.mask = tiny.pad(rows, "right")
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, row):
+        ids, mask = self.ids[row], self.mask[row]
+        labels = ids.masked_fill(mask == 0, -100)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "row": row}
+
+
+@pytest.fixture
+def make(tiny, architecture, tmp_path):
+    """A Trainer of a new model; everything but the options given is the same each time."""
+
+    def build(prefix=(), **options):
+        torch.manual_seed(0)
+        config = PrefixConfig(num_virtual_tokens=4, **dict(prefix))
+        arguments = TrainingArguments(
+            **{
+                "output_dir": str(tmp_path / "out"),
+                "report_to": [],
+                "use_cpu": True,
+                "max_steps": 6,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 3e-2,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                **options,
+            }
+        )
+        return Trainer(
+            PrefixTuningModel(tiny.build(architecture), config),
+            arguments,
+            train_dataset=Texts(tiny),
+            eval_dataset=Texts(tiny, 5),
+        )
+
+    return build
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_loss_falls_and_evaluation_works(make, projection):
+    trainer = make({"prefix_projection": projection})
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert len(losses(trainer)) == 6
+    assert after < before - 0.3
+
+
+def test_columns_of_the_text_are_kept(make):
+    trainer = make()
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_gradient_checkpointing_gives_the_same_losses(make):
+    plain, saving = make(), make(gradient_checkpointing=True)
+    also = make(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
+    for trainer in (plain, saving, also):
+        trainer.train()
+    assert any(getattr(m, "gradient_checkpointing", False) for m in saving.model.modules())
+    assert losses(saving) == pytest.approx(losses(plain), rel=1e-4)
+    assert losses(also) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_accumulated_batches_give_the_losses_of_whole_ones(make):
+    whole = make(max_steps=3, per_device_train_batch_size=8)
+    parts = make(max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    whole.train()
+    parts.train()
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)
+
+
+def test_resumed_training_ends_where_uninterrupted_training_does(make):
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    whole = make(**saved)
+    whole.train()
+    folder = f"{whole.args.output_dir}/checkpoint-3"
+    resumed = make(**saved)
+    resumed.train(resume_from_checkpoint=folder)
+    for name, tensor in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], tensor, msg=name)
+    assert losses(resumed)[-3:] == pytest.approx(losses(whole)[-3:], rel=1e-5)
+
+
+def test_best_model_is_loaded_at_the_end(make):
+    every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    trainer = make(**every, load_best_model_at_end=True, learning_rate=1e-2)
+    trainer.train()
+    best = min(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_bfloat16_training(make):
+    trainer = make(bf16=True)
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.3
