@@ -101,7 +101,8 @@ def prefix_attention(
         prefix_index: not supported yet (several prefixes in one batch).
         prefix_lengths: not supported yet.
         attn_mask: bool (True = attend) or additive (in the query's dtype or float32),
-            broadcastable to [B, Hq, Lq, Lk]; for the sequence part only. No gradient.
+            broadcastable to [B, Hq, Lq, Lk]; for the sequence part only. Additive values of
+            -1e30 or less hide the key. No gradient.
         key_padding_mask: bool [B, Lk], True = real token; any pattern.
         cu_seqlens: not supported yet.
         dropout_p: not supported yet, other than 0.
@@ -124,7 +125,7 @@ def prefix_attention(
 
     Raises:
         ValueError: a shape, device, mask or length does not fit; the message names the argument.
-        TypeError: a dtype does not fit.
+        TypeError: not a tensor, or a dtype does not fit.
         NotImplementedError: an argument that no backend supports yet.
         RuntimeError: the backend cannot do what the call needs; the message names those that can.
 
@@ -137,24 +138,23 @@ def prefix_attention(
         torch.Size([8, 12, 10, 64])
     """
     checks.refuse_unbuilt(
-        {
-            "prefix_index": prefix_index,
-            "prefix_lengths": prefix_lengths,
-            "cu_seqlens": cu_seqlens,
-            "dropout_p": dropout_p,
-            "sliding_window": sliding_window,
-            "softcap": softcap,
-            "sinks": sinks,
-            "prefix_bias": prefix_bias,
-            "prefix_in_window": prefix_in_window,
-        }
+        prefix_index=prefix_index,
+        prefix_lengths=prefix_lengths,
+        cu_seqlens=cu_seqlens,
+        dropout_p=dropout_p,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        prefix_bias=prefix_bias,
+        prefix_in_window=prefix_in_window,
     )
+    checks.check_sequence(query, key, value)
     if (prefix_key is None) != (prefix_value is None):
         raise ValueError("prefix_key, prefix_value: got one of the two, takes both or neither")
     if prefix_key is None or prefix_value is None:
         prefix_key = key.new_empty(key.shape[1], 0, key.shape[3])
         prefix_value = value.new_empty(value.shape[1], 0, value.shape[3])
-    checks.check_tensors(query, key, value, prefix_key, prefix_value)
+    checks.check_prefix(query, value, prefix_key, prefix_value)
     checks.check_key_padding_mask(key_padding_mask, query, key)
     checks.check_attn_mask(attn_mask, query, key)
     checks.check_causal(is_causal, query, key)

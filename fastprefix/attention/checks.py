@@ -8,54 +8,43 @@ import torch
 from torch import Tensor
 
 
-def refuse_unbuilt(arguments: dict[str, Any]) -> None:
+def refuse_unbuilt(*, dropout_p: float, prefix_in_window: bool, **others: Any) -> None:
     """Raises NotImplementedError for an argument of the contract that no backend can do yet."""
-    for name, value in arguments.items():
-        if value is not None and value is not False and value != 0.0:
-            raise NotImplementedError(
-                f"{name}: not supported yet by any backend; leave it at its default"
-            )
+    given = [name for name, value in others.items() if value is not None]
+    if dropout_p != 0.0:
+        given.append("dropout_p")
+    if prefix_in_window:
+        given.append("prefix_in_window")
+    if given:
+        raise NotImplementedError(
+            f"{', '.join(given)}: not supported yet by any backend; leave at the default"
+        )
 
 
-def check_tensors(
-    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor
-) -> None:
-    """Shapes, dtypes and devices of the five differentiable tensors."""
-    for name, tensor, shape in (
-        ("query", query, "[B, Hq, Lq, D]"),
-        ("key", key, "[B, Hkv, Lk, D]"),
-        ("value", value, "[B, Hkv, Lk, Dv]"),
-        ("prefix_key", prefix_key, "[Hkv, P, D]"),
-        ("prefix_value", prefix_value, "[Hkv, P, Dv]"),
-    ):
-        _is_tensor(name, tensor)
-        if tensor.dim() != shape.count(",") + 1:
-            raise ValueError(f"{name}: got shape {_shape(tensor)}, takes {shape}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: got {tensor.dtype}, takes a floating-point dtype")
-        for what in ("dtype", "device"):
-            if getattr(tensor, what) != getattr(query, what):
-                raise ValueError(
-                    f"{name}: got {what} {getattr(tensor, what)}, takes the query's "
-                    f"{getattr(query, what)}"
-                )
+def check_sequence(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Types, ranks, shapes, dtypes and devices of query, key and value."""
+    _check_operand("query", query, "[B, Hq, Lq, D]", query)
+    _check_operand("key", key, "[B, Hkv, Lk, D]", query)
+    _check_operand("value", value, "[B, Hkv, Lk, Dv]", query)
     B, Hq, _, D = query.shape
     _, Hkv, Lk, Dv = value.shape
-    P = prefix_value.shape[1]
-    for name, tensor, expected, meaning in (
-        ("key", key, (B, Hkv, Lk, D), "B and D of query, Hkv and Lk of value"),
-        ("value", value, (B, Hkv, Lk, Dv), "B of query"),
-        ("prefix_key", prefix_key, (Hkv, P, D), "Hkv of value, P of prefix_value, D of query"),
-        ("prefix_value", prefix_value, (Hkv, P, Dv), "Hkv and Dv of value"),
-    ):
-        if tuple(tensor.shape) != expected:
-            raise ValueError(
-                f"{name}: got shape {_shape(tensor)}, takes {list(expected)} ({meaning})"
-            )
+    _check_shape("key", key, (B, Hkv, Lk, D), "B and D of query, Hkv and Lk of value")
+    _check_shape("value", value, (B, Hkv, Lk, Dv), "B of query")
     if D == 0 or Dv == 0:
         raise ValueError(f"query, value: got head sizes {D} and {Dv}, takes at least 1")
     if Hkv == 0 or Hq % Hkv != 0:
         raise ValueError(f"query: got {Hq} heads, takes a multiple of the {Hkv} key/value heads")
+
+
+def check_prefix(query: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> None:
+    """Types, ranks, shapes, dtypes and devices of the prefix."""
+    _check_operand("prefix_key", prefix_key, "[Hkv, P, D]", query)
+    _check_operand("prefix_value", prefix_value, "[Hkv, P, Dv]", query)
+    Hkv, Dv = value.shape[1], value.shape[3]
+    P = prefix_value.shape[1]
+    _check_shape("prefix_value", prefix_value, (Hkv, P, Dv), "Hkv and Dv of value")
+    expected = (Hkv, P, query.shape[3])
+    _check_shape("prefix_key", prefix_key, expected, "Hkv of value, P of prefix_value, D of query")
 
 
 def check_key_padding_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
@@ -105,6 +94,22 @@ def check_causal(is_causal: bool, query: Tensor, key: Tensor) -> None:
         raise ValueError(
             f"is_causal: got Lq = {query.shape[2]} and Lk = {key.shape[2]}, takes Lk >= Lq"
         )
+
+
+def _check_operand(name: str, tensor: Any, shape: str, query: Tensor) -> None:
+    _is_tensor(name, tensor)
+    if tensor.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name}: got shape {_shape(tensor)}, takes {shape}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: got {tensor.dtype}, takes a floating-point dtype")
+    if tensor.dtype != query.dtype:
+        raise TypeError(f"{name}: got {tensor.dtype}, takes the query's {query.dtype}")
+    _same_device(name, tensor, query)
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: got shape {_shape(tensor)}, takes {list(expected)} ({meaning})")
 
 
 def _is_tensor(name: str, value: Any) -> None:

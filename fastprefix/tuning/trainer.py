@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from fastprefix.tuning.model import PrefixTuningModel
 
@@ -81,6 +82,7 @@ def fit(
             data_collator=collator,
             callbacks=list(callbacks),
         )
+        trainer.remove_callback(PrinterCallback)  # the caller's callbacks show what happens
         trainer.train()
     tuned.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -189,7 +189,8 @@ class _SequencePart:
             hidden = torch.ones(self.Lq, self.Lk, dtype=torch.bool, device=query.device)
             hidden = hidden.triu_(self.Lk - self.Lq + 1)
             if bias is None:
-                bias = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=query.device)
+                wide = torch.promote_types(query.dtype, torch.float32)
+                bias = torch.zeros(1, 1, 1, 1, dtype=wide, device=query.device)
             bias = bias.masked_fill(hidden, _FLOOR)
             is_causal = False
         self.is_causal = is_causal
@@ -255,6 +256,10 @@ def _additive(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _equal_head_sizes(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Pads the last dimension with zeros to the largest: exact, and what the kernel asks for."""
+    """Pads the last dimension with zeros to the largest: exact, and what the kernel asks for.
+
+    It also takes that dimension for contiguous without looking.
+    """
     width = max(x.shape[-1] for x in tensors)
-    return tuple(x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors)
+    padded = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors)
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in padded)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Additive masks say "do not attend" with -inf or with the most negative number of their dtype.
+MASKED = -1e30
+
 
 def visible(
     query_length: int,
@@ -44,7 +47,8 @@ def forward(
         prefix_key: [Hkv, P, D]; P may be 0.
         prefix_value: [Hkv, P, Dv].
         key_padding_mask: [B, Lk] bool, True = real token, or None.
-        attn_mask: bool (True = attend) or additive, broadcastable to [B, Hq, Lq, Lk], or None.
+        attn_mask: bool (True = attend) or additive, broadcastable to [B, Hq, Lq, Lk], or None;
+            additive values of -1e30 or less hide the key.
         is_causal: query i sees sequence keys 0 .. i + Lk - Lq.
         scale: factor on the scores.
 
@@ -65,7 +69,7 @@ def forward(
         if mask.dtype is torch.bool:
             scores = scores.masked_fill(~mask, float("-inf"))
         else:
-            scores = scores + mask.to(scores.dtype)
+            scores = scores + mask.to(scores.dtype).masked_fill(mask <= MASKED, float("-inf"))
     scores = torch.cat([prefix_scores * scale, scores], dim=-1)
     # Rows that see nothing: a finite stand-in for their maximum of -inf, and 1 for their sum of 0.
     top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(1)
@@ -77,4 +81,4 @@ def forward(
     out = torch.einsum("bhgqp,hpd->bhgqd", weights[..., :P], prefix_value)
     out = out + torch.einsum("bhgqk,bhkd->bhgqd", weights[..., P:], value)
     lse_dtype = torch.promote_types(lse.dtype, torch.float32)
-    return out.reshape(B, Hq, Lq, -1), lse.reshape(B, Hq, Lq).to(lse_dtype)
+    return out.reshape(B, Hq, Lq, value.shape[-1]), lse.reshape(B, Hq, Lq).to(lse_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -19,10 +20,9 @@ def forward(
     """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
     from fastprefix.kernels import prefix_attention_forward
 
-    return prefix_attention_forward(
-        query, key, value, prefix_key, prefix_value, key_padding_mask,
-        is_causal=is_causal, scale=scale,
-    )  # fmt: skip
+    inputs = (query, key, value, prefix_key, prefix_value, key_padding_mask)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        return prefix_attention_forward(*inputs, is_causal=is_causal, scale=scale)
 
 
 def backward(
@@ -43,7 +43,6 @@ def backward(
     """Same contract as :func:`fastprefix.attention.backends.composed.backward`."""
     from fastprefix.kernels import prefix_attention_backward
 
-    return prefix_attention_backward(
-        grad_out, query, key, value, prefix_key, prefix_value, key_padding_mask, out, lse,
-        is_causal=is_causal, scale=scale, needs=needs,
-    )  # fmt: skip
+    inputs = (grad_out, query, key, value, prefix_key, prefix_value, key_padding_mask, out, lse)
+    with torch.cuda.device_of(query):
+        return prefix_attention_backward(*inputs, is_causal=is_causal, scale=scale, needs=needs)

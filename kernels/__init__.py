@@ -1,0 +1,23 @@
+"""Triton kernels of prefix attention: raw launchers, tensors in, tensors out, no autograd.
+
+Importing this package imports Triton; nothing above imports it before a kernel runs.
+"""
+
+if __name__ == "kernels":
+    # Not fastprefix.kernels, then: the repository's root stands on sys.path, and somebody (say
+    # transformers) imports the Hugging Face package of this folder's name. Hand that out.
+    from ._namesake import stand_aside
+
+    stand_aside()
+else:
+    import triton
+
+    from .backward import prefix_attention_backward
+    from .forward import prefix_attention_forward
+
+    if triton.knobs.runtime.interpret:
+        from .interpret import repair
+
+        repair()
+
+    __all__ = ["prefix_attention_backward", "prefix_attention_forward"]

@@ -1,0 +1,360 @@
+"""How kernels are launched: target families, the table of tile shapes, the launch itself."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_SIZE = 256
+
+
+class Tile(NamedTuple):
+    """Rows and keys per tile, warps per program, pipeline stages of the loops."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the table needs to know of a device."""
+
+    family: str  # a key of TABLE
+    multiprocessors: int
+
+
+# Passes of a family: [(largest block of the head size, tile for 16-bit types, tile for fp32)], the
+# first row that fits is taken. `rows` are query rows, `keys` prefix or sequence keys.
+#
+# The reasons, all static (registers, spills and instructions per MMA FLOP from `offline.py`; no
+# timing stands behind them yet):
+# - the larger the tile, the fewer instructions per FLOP, until 255 registers spill. 4 warps reuse
+#   operands better than 8; 8 halve the accumulators per thread where 4 would spill.
+# - two stages: with tiles of this size the next load hides behind one tile of products; a third
+#   stage costs registers (5 to 8 % more instructions) and shared memory (fewer programs).
+# - dkv and dprefix keep two fp32 accumulators [keys, D], so keys are long and rows short.
+# - fp32 without TF32 runs on FMA units with all operands in registers: small tiles.
+Row = tuple[int, Tile, Tile]
+Passes = dict[str, list[Row]]
+
+# sm_80, 164 KiB: mma.sync with operands in registers.
+AMPERE: Passes = {
+    "forward": [
+        (64, Tile(128, 64, 4, 2), Tile(64, 32, 8, 2)),
+        (128, Tile(128, 64, 8, 2), Tile(32, 32, 4, 2)),
+        (256, Tile(64, 32, 8, 2), Tile(32, 16, 4, 2)),
+    ],
+    "dq": [
+        (64, Tile(128, 32, 4, 2), Tile(64, 32, 8, 2)),
+        (128, Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
+        (256, Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)),
+    ],
+    "dkv": [
+        (64, Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
+        (128, Tile(64, 64, 8, 2), Tile(16, 32, 4, 2)),
+        (256, Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
+    ],
+    "dprefix": [
+        (64, Tile(64, 128, 8, 2), Tile(32, 32, 4, 2)),
+        (128, Tile(32, 128, 8, 2), Tile(16, 32, 4, 2)),
+        (256, Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
+    ],
+}
+# sm_86, sm_89, sm_12x: the same instructions, 99 KiB. Ampere's tiles fit up to a head block of 128
+# (82 KiB at most) because two stages are enough; 256 takes one stage and shorter tiles.
+AMPERE_SMALL: Passes = {
+    step: [
+        *rows[:2],
+        (256, rows[2][1]._replace(rows=32, keys=32, stages=1), rows[2][2]._replace(stages=1)),
+    ]
+    for step, rows in AMPERE.items()
+}
+# Ptxas for sm_12x spills at Ampere's dprefix tiles; these are the next smaller.
+AMPERE_SMALL["dprefix"][:2] = [
+    (64, Tile(32, 128, 8, 2), AMPERE["dprefix"][0][2]),
+    (128, Tile(64, 64, 8, 2), AMPERE["dprefix"][1][2]),
+]
+# sm_90, 227 KiB: wgmma reads operands from shared memory and works on 64 rows per 4 warps, which
+# leaves registers for tiles twice as long.
+HOPPER: Passes = {
+    "forward": [
+        (64, Tile(128, 128, 8, 2), AMPERE["forward"][0][2]),
+        (128, Tile(128, 128, 8, 3), AMPERE["forward"][1][2]),
+        (256, Tile(128, 64, 8, 2), AMPERE["forward"][2][2]),
+    ],
+    "dq": [
+        (64, Tile(128, 64, 8, 2), AMPERE["dq"][0][2]),
+        (128, Tile(128, 64, 8, 2), AMPERE["dq"][1][2]),
+        (256, Tile(64, 32, 8, 1), AMPERE["dq"][2][2]),
+    ],
+    "dkv": [
+        (64, Tile(64, 64, 4, 2), AMPERE["dkv"][0][2]),
+        (128, Tile(32, 128, 8, 2), AMPERE["dkv"][1][2]),
+        (256, Tile(32, 64, 8, 1), AMPERE["dkv"][2][2]),
+    ],
+    "dprefix": [
+        (64, Tile(64, 128, 8, 2), AMPERE["dprefix"][0][2]),
+        (128, Tile(32, 128, 8, 2), AMPERE["dprefix"][1][2]),
+        (256, Tile(32, 64, 8, 1), AMPERE["dprefix"][2][2]),
+    ],
+}
+# sm_100: accumulators live in tensor memory, so registers are no limit for short keys; the tiles
+# are Hopper's without its longest forward and dq tiles.
+BLACKWELL: Passes = {
+    **HOPPER,
+    "forward": [
+        (64, Tile(128, 64, 4, 2), AMPERE["forward"][0][2]),
+        (128, Tile(128, 64, 8, 2), AMPERE["forward"][1][2]),
+        (256, Tile(64, 32, 8, 2), AMPERE["forward"][2][2]),
+    ],
+    "dq": [
+        HOPPER["dq"][0],
+        (128, Tile(128, 32, 8, 2), AMPERE["dq"][1][2]),
+        HOPPER["dq"][2],
+    ],
+}
+# gfx9: waves of 64 and 64 KiB of LDS; loads go through registers, so one stage.
+CDNA: Passes = {
+    "forward": [
+        (64, Tile(128, 64, 4, 1), Tile(64, 32, 4, 1)),
+        (128, Tile(128, 32, 8, 1), Tile(32, 32, 4, 1)),
+        (256, Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)),
+    ],
+    "dq": [
+        (64, Tile(128, 32, 4, 1), Tile(64, 32, 4, 1)),
+        (128, Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+        (256, Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)),
+    ],
+    "dkv": [
+        (64, Tile(32, 128, 8, 1), Tile(32, 32, 4, 1)),
+        (128, Tile(16, 64, 4, 1), Tile(16, 32, 4, 1)),
+        (256, Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    ],
+    "dprefix": [
+        (64, Tile(32, 128, 8, 1), Tile(32, 32, 4, 1)),
+        (128, Tile(16, 64, 4, 1), Tile(16, 32, 4, 1)),
+        (256, Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    ],
+}
+# gfx10 to gfx12: waves of 32, and WMMA keeps each operand twice per wave, hence the shortest tiles
+# of all. The backward passes still spill a little at D 128.
+RDNA: Passes = {
+    "forward": [
+        (64, Tile(64, 64, 8, 1), Tile(32, 32, 4, 1)),
+        (128, Tile(64, 16, 8, 1), Tile(32, 16, 4, 1)),
+        (256, Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+    ],
+    "dq": [
+        (64, Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
+        (128, Tile(64, 16, 8, 1), Tile(32, 16, 4, 1)),
+        (256, Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+    ],
+    "dkv": [
+        (64, Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
+        (128, Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+        (256, Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+    ],
+    "dprefix": [
+        (64, Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
+        (128, Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+        (256, Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+    ],
+}
+# Small enough that small problems have whole, partial and several tiles.
+INTERPRETER: Passes = {step: [(256, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))] for step in AMPERE}
+TABLE: dict[str, Passes] = {
+    "ampere": AMPERE,
+    "ampere-small": AMPERE_SMALL,
+    "hopper": HOPPER,
+    "blackwell": BLACKWELL,
+    "cdna": CDNA,
+    "rdna": RDNA,
+    "interpreter": INTERPRETER,
+}
+
+# Shared memory that one program may use, in bytes.
+SHARED_MEMORY = {
+    "ampere": 166_912,
+    "ampere-small": 101_376,
+    "hopper": 232_448,
+    "blackwell": 232_448,
+    "cdna": 65_536,
+    "rdna": 65_536,
+    "interpreter": 1 << 31,
+}
+
+
+def family_of_capability(major: int, minor: int) -> str:
+    """The family of an NVIDIA device."""
+    if major == 9:
+        return "hopper"
+    if major == 10:
+        return "blackwell"
+    # sm_80 and sm_87 have 164 KiB of shared memory; Turing, sm_86, sm_89 and sm_12x 100 or less.
+    return "ampere" if (major, minor) in ((8, 0), (8, 7)) else "ampere-small"
+
+
+def family_of_amd(arch: str) -> str:
+    """The family of an AMD device: gfx9 has MFMA and waves of 64, the others WMMA and 32."""
+    return "cdna" if arch.startswith("gfx9") else "rdna"
+
+
+@functools.lru_cache
+def target_of(device: torch.device) -> Target:
+    """The target of a tensor's device; anything that is no GPU is Triton's interpreter."""
+    if device.type != "cuda":
+        # Few, so that small test shapes still split their reductions.
+        return Target("interpreter", 4)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        family = family_of_amd(properties.gcnArchName)
+    else:
+        family = family_of_capability(properties.major, properties.minor)
+    return Target(family, properties.multi_processor_count)
+
+
+def block_size(head_size: int) -> int:
+    """The power of two, 16 at least, that holds a head: the shape of a tensor-core operand."""
+    return max(16, triton.next_power_of_2(head_size))
+
+
+def choose(step: str, target: Target, head_size: int, dtype: torch.dtype, rows: int) -> Tile:
+    """The tile for a pass ("forward", "dq", "dkv", "dprefix") over runs of `rows` query rows.
+
+    Few rows (decode) shrink the tile to the next power of two that holds them.
+    """
+    block = block_size(head_size)
+    for largest, half, single in TABLE[target.family][step]:
+        if block <= largest:
+            tile = single if dtype == torch.float32 else half
+            return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
+    raise ValueError(f"head size {head_size} exceeds {MAX_HEAD_SIZE}")
+
+
+def splits(step_tiles: int, row_tiles: int, target: Target) -> int:
+    """Into how many parts a reduction over `row_tiles` is cut when `step_tiles` programs exist.
+
+    Two programs per multiprocessor are enough to fill a device, so the parts never exceed
+    ceil(2 * multiprocessors / step_tiles): a bound that knows neither the batch nor the lengths.
+    """
+    return max(1, min(row_tiles, triton.cdiv(2 * target.multiprocessors, step_tiles)))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """IEEE products for fp32 unless the user allows TF32; irrelevant to 16-bit types."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Stride arguments: s_qb, s_qh, s_qm for q, ..n for keys; the head dimension's is 1."""
+    found = {}
+    for name, tensor in tensors.items():
+        sequence = "m" if name in ("q", "o", "do") else "n"
+        letters = ("h", sequence) if name in ("pk", "pv") else ("b", "h", sequence)
+        for letter, step in zip(letters, tensor.stride(), strict=False):
+            found[f"s_{name}{letter}"] = step
+    return found
+
+
+def mask_strides(mask: Tensor | None) -> dict[str, int]:
+    """Strides of a key padding mask [B, Lk]; zeros if there is none."""
+    s_pb, s_pn = (0, 0) if mask is None else mask.stride()
+    return {"s_pb": s_pb, "s_pn": s_pn}
+
+
+def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, copied only where the last dimension is strided.
+
+    Or where one position is so far from the next (8 million elements) that offsets inside a tile,
+    which are 32 bits wide to save registers, could overflow.
+    """
+    return tuple(
+        t if (t.stride(-1) == 1 or t.shape[-1] == 1) and t.stride(-2) < 1 << 23 else t.contiguous()
+        for t in tensors
+    )
+
+
+def check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    key_padding_mask: Tensor | None,
+) -> None:
+    """Raise ValueError for operands that a kernel would read out of bounds or misinterpret."""
+    B, Hq, _, D = query.shape
+    Hkv, Lk = key.shape[1], key.shape[2]
+    expected = {
+        "key": (key, (B, Hkv, Lk, D)),
+        "value": (value, (B, Hkv, Lk, D)),
+        "prefix_key": (prefix_key, (Hkv, prefix_key.shape[1], D)),
+        "prefix_value": (prefix_value, (Hkv, prefix_key.shape[1], D)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, "
+                f"the query is {query.dtype} on {query.device}"
+            )
+    if query.dtype not in DTYPES:
+        raise ValueError(f"the kernels support {DTYPES}, not {query.dtype}")
+    if not 1 <= D <= MAX_HEAD_SIZE:
+        raise ValueError(f"head size {D} is outside 1 .. {MAX_HEAD_SIZE}")
+    if Hkv == 0 or Hq % Hkv:
+        raise ValueError(f"{Hq} query heads are not a multiple of {Hkv} key heads")
+    if key_padding_mask is not None and (
+        tuple(key_padding_mask.shape) != (B, Lk)
+        or key_padding_mask.dtype != torch.bool
+        or key_padding_mask.device != query.device
+    ):
+        raise ValueError(
+            f"key_padding_mask must be bool [{B}, {Lk}] on {query.device}, got "
+            f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)} on {key_padding_mask.device}"
+        )
+
+
+def check_forward_results(query: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Raise ValueError if the gradient or the forward's results do not belong to the query."""
+    for name, tensor in (("grad_out", grad_out), ("out", out)):
+        if (tensor.shape, tensor.dtype, tensor.device) != (query.shape, query.dtype, query.device):
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, the query "
+                f"{query.dtype} {tuple(query.shape)} on {query.device}"
+            )
+    if (lse.shape, lse.dtype, lse.device) != (query.shape[:3], torch.float32, query.device):
+        raise ValueError(
+            f"lse must be float32 {tuple(query.shape[:3])} on {query.device}, "
+            f"got {lse.dtype} {tuple(lse.shape)} on {lse.device}"
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid, its run-time and its compile-time arguments: all that a launch is."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    tile: Tile
+
+    def run(self) -> None:
+        """Enqueue the kernel."""
+        self.kernel[self.grid](
+            **self.arguments,
+            **self.constants,
+            num_warps=self.tile.warps,
+            num_stages=self.tile.stages,
+        )

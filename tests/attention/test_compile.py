@@ -1,0 +1,97 @@
+"""torch.compile traces the operator whole, forward and backward, and changes no result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._inductor.config
+
+from fastprefix import prefix_attention
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def block(backend):
+    """A function with work before and after the operator, as in a model."""
+
+    def run(query, key, value, prefix_key, prefix_value, **options):
+        out, lse = prefix_attention(
+            query * 1.5, key + 0.1, value.tanh(), prefix_key, prefix_value,
+            **options, return_lse=True, backend=backend,
+        )  # fmt: skip
+        return out.transpose(1, 2).reshape(out.shape[0], -1, out.shape[1] * out.shape[3]), lse
+
+    return run
+
+
+def solve(problem, function):
+    """`problem.solve`, with the gradient in the shape that `block` returns."""
+    grad_out = problem.grad_out
+    B, Hq, Lq, D = grad_out.shape
+    flat = grad_out.transpose(1, 2).reshape(B, Lq, Hq * D)
+    return type(problem)(problem.tensors, problem.options, flat).solve(function)
+
+
+CALLS = {
+    "causal, padded": {"is_causal": True, "pad": "left", "Lk": 9},
+    "bidirectional": {},
+    "no prefix": {"P": None, "is_causal": True},
+    "one query": {"Lq": 1, "Lk": 9, "is_causal": True},
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_one_graph_with_equal_results(backend, call, make_problem):
+    problem = make_problem(**call, Hq=2, Hkv=1)
+    function = block(backend)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(solve(problem, compiled), solve(problem, function))
+
+
+def test_dynamic_shapes_compile_once(make_problem):
+    """The lengths of a decoding loop and of ragged batches must not compile anew each step."""
+    function = block("composed")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    # Sizes that are equal by chance would be compiled in as equal.
+    for B, Lq, Lk, P in ((5, 3, 7, 11), (6, 8, 9, 12), (7, 5, 13, 15)):
+        problem = make_problem(B=B, Lq=Lq, Lk=Lk, P=P, is_causal=True, pad="left")
+        torch.testing.assert_close(solve(problem, compiled), solve(problem, function))
+        compilations.append(counter.frame_count)
+    assert compilations[0] == compilations[-1]
+
+
+def test_masks_and_value_head_sizes(masking_backend, make_problem):
+    problem = make_problem(attn_mask=torch.rand(2, 1, 7, 7) < 0.7, Dv=24, is_causal=True)
+    function = block(masking_backend)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(solve(problem, compiled), solve(problem, function))
+
+
+@pytest.mark.parametrize("Lq", [1, 7])
+def test_inductor(Lq, make_problem):
+    """Inductor checks the strides that the fake ops promised against those it gets."""
+    problem = make_problem(is_causal=True, pad="left", Lq=Lq, Lk=9)
+
+    # The operator alone: there is nothing for a C++ compiler to do, which would take a minute.
+    def run(*tensors, **options):
+        return prefix_attention(*tensors, **options, return_lse=True)
+
+    compiled = torch.compile(run, fullgraph=True)
+    # The cache on disk is blind to the code of fake ops.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        got = problem.solve(compiled)
+    torch.testing.assert_close(got, problem.solve(run))
+
+
+def test_errors_are_the_same_under_the_compiler(make_problem):
+    problem = make_problem(Lq=7, Lk=3)
+    compiled = torch.compile(block("auto"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="Lk >= Lq"):
+        compiled(*problem.tensors.values(), is_causal=True)

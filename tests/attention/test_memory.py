@@ -1,0 +1,96 @@
+"""The prefix is never expanded: no buffer of a prefix per row exists, forward or backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastprefix.attention.backends import composed
+
+B, Hq, Hkv, P, D = 8, 4, 2, 256, 32
+EXPANDED = B * Hkv * P * D  # elements of a prefix copied once per row
+
+
+class LargestBuffer(TorchDispatchMode):
+    """Elements of the largest storage that any op of PyTorch returns; views own none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                elements = x.untyped_storage().nbytes() // x.element_size()
+                self.elements = max(self.elements, elements)
+        return result
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def problem(request, make_problem):
+    return make_problem(B=B, Hq=Hq, Hkv=Hkv, Lq=1, Lk=3, P=P, D=D, dtype=request.param)
+
+
+def composed_arguments(problem):
+    return (*problem.tensors.values(), None, None)
+
+
+def test_the_concatenation_shows_in_the_count(problem, plain_attention):
+    """The measurement itself: the oracle expands the prefix and must be caught at it."""
+    with LargestBuffer() as largest:
+        problem.solve(plain_attention, wanted=())
+    assert largest.elements >= EXPANDED
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_forward_allocates_no_copies_of_the_prefix(problem, pad):
+    arguments = list(composed_arguments(problem))
+    if pad:
+        arguments[5] = torch.ones(B, 3, dtype=torch.bool)
+    with LargestBuffer() as largest:
+        composed.forward(*arguments, is_causal=True, scale=0.2)
+    # One copy of the prefix's size at most, where a row of every sequence would be eight.
+    assert largest.elements <= Hkv * P * D
+
+
+def test_backward_allocates_no_gradient_per_row(problem):
+    arguments = composed_arguments(problem)
+    out, lse = composed.forward(*arguments, is_causal=True, scale=0.2)
+    with LargestBuffer() as largest:
+        composed.backward(
+            problem.grad_out, *arguments, out, lse, is_causal=True, scale=0.2, needs=(True,) * 5
+        )
+    assert largest.elements <= Hkv * P * D
+
+
+def test_keys_are_not_repeated_for_the_query_heads(make_problem):
+    """Hq / Hkv = 4 over a long cache: nothing as large as two copies of the keys."""
+    problem = make_problem(B=2, Hq=8, Hkv=2, Lq=1, Lk=512, P=4, D=D, pad="left", is_causal=True)
+    arguments = (*problem.tensors.values(), problem.options["key_padding_mask"], None)
+    keys = problem.tensors["key"].numel()
+    with LargestBuffer() as largest:
+        out, lse = composed.forward(*arguments, is_causal=True, scale=0.2)
+        composed.backward(
+            problem.grad_out, *arguments, out, lse, is_causal=True, scale=0.2, needs=(True,) * 5
+        )
+    assert largest.elements < 2 * keys
+
+
+def test_what_is_kept_for_the_backward_has_one_prefix(problem):
+    """Autograd saves the inputs themselves, the output and the log-sum-exp: nothing else."""
+    from fastprefix import prefix_attention
+
+    saved = {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
+        return x
+
+    leaves = [x.requires_grad_() for x in problem.tensors.values()]
+    inputs = sum(x.numel() for x in leaves)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = prefix_attention(*leaves, is_causal=True, backend="composed")
+    assert sum(saved.values()) <= inputs + out.numel() + B * Hq

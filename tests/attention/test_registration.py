@@ -1,0 +1,172 @@
+"""The operator as PyTorch's machinery sees it: torch.library's own checks, and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fastprefix import prefix_attention
+
+# opcheck runs an op dozens of times, and the interpreter is slow: small problems.
+SMALL = {"Hq": 2, "Hkv": 1, "Lq": 3, "P": 4}
+CALLS = {
+    "plain": SMALL,
+    "causal": {**SMALL, "is_causal": True, "Lk": 5, "B": 1},
+    "padded": {**SMALL, "pad": "one row", "P": 0, "is_causal": True},
+    "decode": {**SMALL, "Lq": 1, "Lk": 4, "is_causal": True, "pad": "left"},
+    "empty batch": {**SMALL, "B": 0},
+    "no keys": {**SMALL, "Lk": 0, "dtype": torch.bfloat16},
+}
+
+
+def op_arguments(problem, backend):
+    """Positional arguments of the registered op."""
+    options = problem.options
+    tensors = problem.tensors.values()
+    masks = (options["key_padding_mask"], options["attn_mask"])
+    return (*tensors, *masks, options["is_causal"], 0.25, backend)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_opcheck_of_the_forward(fused_backend, call, make_problem):
+    problem = make_problem(**call)
+    for x in problem.tensors.values():
+        x.requires_grad_()
+    torch.library.opcheck(
+        torch.ops.fastprefix.prefix_attention.default, op_arguments(problem, fused_backend)
+    )
+
+
+@pytest.mark.parametrize("memory", ["sliced", "blhd", "last dimension strided"])
+def test_opcheck_of_the_forward_with_strides(memory, make_problem):
+    problem = make_problem()
+    for name, x in problem.tensors.items():
+        if memory == "sliced":
+            x = torch.cat([x, x], -1)[..., : x.shape[-1]]
+        elif memory == "blhd":
+            x = x.transpose(-3, -2).contiguous().transpose(-3, -2)
+        else:
+            x = torch.stack([x, x], -1)[..., 0]
+        problem.tensors[name] = x.requires_grad_()
+    torch.library.opcheck(
+        torch.ops.fastprefix.prefix_attention.default, op_arguments(problem, "composed")
+    )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("Dv", [16, 24])
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_opcheck_with_attn_mask(is_causal, Dv, kind, make_problem):
+    mask = torch.randn(2, 1, 7, 7)
+    problem = make_problem(attn_mask=mask > 0 if kind == "bool" else mask, Dv=Dv)
+    problem.options["is_causal"] = is_causal
+    for x in problem.tensors.values():
+        x.requires_grad_()
+    torch.library.opcheck(
+        torch.ops.fastprefix.prefix_attention.default, op_arguments(problem, "composed")
+    )
+
+
+def check_backward(problem, backend, needs):
+    """Runs opcheck on the backward op at what the forward returns."""
+    inputs = op_arguments(problem, backend)
+    out, lse = torch.ops.fastprefix.prefix_attention(*inputs)
+    torch.library.opcheck(
+        torch.ops.fastprefix.prefix_attention_backward.default,
+        (problem.grad_out, *inputs[:7], out, lse, *inputs[7:], needs),
+    )
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_opcheck_of_the_backward(fused_backend, call, make_problem):
+    check_backward(make_problem(**call), fused_backend, [True] * 5)
+
+
+@pytest.mark.parametrize("wanted", range(5))
+def test_opcheck_of_a_single_gradient(wanted, make_problem):
+    needs = [i == wanted for i in range(5)]
+    check_backward(make_problem(**SMALL, pad="left", is_causal=True), "composed", needs)
+
+
+def test_fake_tensors_agree_in_strides_for_one_query(fused_backend, make_problem):
+    """A compiler plans with the fake op's strides, and reads the real op's memory with them."""
+    problem = make_problem(Lq=1, Lk=4)
+    inputs = op_arguments(problem, fused_backend)
+    real = torch.ops.fastprefix.prefix_attention(*inputs)
+    mode = torch._subclasses.FakeTensorMode()
+    fake_inputs = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+    with mode:
+        fake = torch.ops.fastprefix.prefix_attention(*fake_inputs)
+    for x, y in zip(real, fake, strict=True):
+        assert all(x.stride(d) == y.stride(d) for d in range(x.dim()) if x.shape[d] > 1)
+        assert x.dtype == y.dtype
+
+
+def test_no_gradient_flows_through_the_log_sum_exp(backend, make_problem):
+    tensors = [x.requires_grad_() for x in make_problem().tensors.values()]
+    out, lse = prefix_attention(*tensors, return_lse=True, backend=backend)
+    assert out.requires_grad
+    assert not lse.requires_grad
+
+
+def test_log_sum_exp_in_a_loss_changes_no_gradient(backend, make_problem):
+    problem = make_problem(**SMALL)
+
+    def run(*tensors, **options):
+        out, lse = prefix_attention(*tensors, **options, return_lse=True, backend=backend)
+        return out + 0 * lse[..., None], lse
+
+    torch.testing.assert_close(problem.solve(run), problem.by(backend))
+
+
+def test_no_graph_without_gradients(backend, make_problem):
+    problem = make_problem(**SMALL)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            got = prefix_attention(*problem.tensors.values(), backend=backend)
+        assert not got.requires_grad
+        torch.testing.assert_close(got, problem.by(backend)["out"])
+
+
+def test_second_derivatives_are_refused_and_not_wrong(fused_backend, make_problem):
+    problem = make_problem()
+    leaves = [x.requires_grad_() for x in problem.tensors.values()]
+    out = prefix_attention(*leaves, backend=fused_backend)
+    grads = torch.autograd.grad((out**2).sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backward|autograd|differentiable"):
+        torch.autograd.grad(sum(g.sum() for g in grads), leaves)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(backend, use_reentrant, make_problem):
+    problem = make_problem(**SMALL, is_causal=True, pad="left")
+
+    def checkpointed(*tensors, **options):
+        def run(*tensors):
+            return prefix_attention(*tensors, **options, return_lse=True, backend=backend)
+
+        return checkpoint(run, *tensors, use_reentrant=use_reentrant)
+
+    leaves = [x.requires_grad_() for x in problem.tensors.values()]
+    out, _ = checkpointed(*leaves, **problem.options)
+    out.backward(problem.grad_out)  # reentrant checkpoints refuse torch.autograd.grad
+    expected = problem.by(backend)
+    for name, x in problem.tensors.items():
+        torch.testing.assert_close(x.grad, expected[name], msg=name)
+
+
+def test_several_forwards_before_one_backward(backend, make_problem):
+    """One prefix in two calls (two micro-batches, a prompt's completions): gradients add up."""
+    first, second = make_problem(**SMALL), make_problem(**SMALL, is_causal=True)
+    shared = {n: first.tensors[n] for n in ("prefix_key", "prefix_value")}
+    second.tensors.update(shared)
+    expected = [p.by(backend) for p in (first, second)]
+    for x in shared.values():
+        x.requires_grad_()
+    outs = [
+        prefix_attention(*p.tensors.values(), **p.options, backend=backend) for p in (first, second)
+    ]
+    torch.autograd.backward(outs, [first.grad_out, second.grad_out])
+    for name, x in shared.items():
+        torch.testing.assert_close(x.grad, expected[0][name] + expected[1][name])
