@@ -53,7 +53,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the trained adapter; replaced.")] = Path(
         "demo-adapter"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 70,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 40,
     seed: SeedOption = 0,
 ) -> None:
     """Train a prefix on a real model, use it, and measure it beside PEFT in the same run."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
 from fastprefix.encoders import to_flat
 from fastprefix.experiments.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
@@ -37,7 +37,7 @@ class Workload:
         num_virtual_tokens: prefix length P.
         batch: sequences decoded at once.
         prompt_length: tokens of each sequence before decoding.
-        new_tokens: tokens decoded for each sequence.
+        new_tokens: tokens decoded for each sequence; the clock starts after the first.
         train_batch: sequences of a training step.
         train_length: tokens of each.
         repeats: measured rounds, after one that is not counted.
@@ -46,10 +46,10 @@ class Workload:
     num_virtual_tokens: int = 512
     batch: int = 16
     prompt_length: int = 16
-    new_tokens: int = 32
-    train_batch: int = 8
+    new_tokens: int = 16
+    train_batch: int = 4
     train_length: int = 128
-    repeats: int = 3
+    repeats: int = 2
 
 
 class _Side:
@@ -59,12 +59,14 @@ class _Side:
         self.tuned, self.workload = tuned, workload
         self.optimizer = torch.optim.AdamW([prefix], lr=1e-3)
 
-    def decode(self) -> Tensor:
-        w = self.workload
+    def decode(self) -> float:
+        """Seconds of decoding, without the prompt's own forward."""
         self.tuned.eval()
-        return _generate(self.tuned, w)
+        return _decode(self.tuned, self.workload)
 
-    def train_step(self) -> None:
+    def train_step(self) -> float:
+        """Seconds of a forward, a backward and an optimizer step."""
+        start = time.perf_counter()
         w = self.workload
         self.tuned.train()
         ids = _tokens(w.train_batch, w.train_length)
@@ -72,18 +74,35 @@ class _Side:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return time.perf_counter() - start
 
 
-def _generate(model: Any, w: Workload) -> Tensor:
+class _Clock(StoppingCriteria):
+    """Stops nothing, but notes when each step of generate() is done."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def _decode(model: Any, w: Workload) -> float:
+    clock = _Clock()
     ids = _tokens(w.batch, w.prompt_length)
-    return model.generate(
+    model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=w.new_tokens,
         min_new_tokens=w.new_tokens,
         do_sample=False,
         pad_token_id=0,
+        use_cache=True,
+        stopping_criteria=[clock],
     )
+    # the first step is the prompt's, the same on both sides but for the prefix
+    return clock.times[-1] - clock.times[0]
 
 
 def _tokens(batch: int, length: int) -> Tensor:
@@ -153,24 +172,22 @@ def _peft_checkpointing(folder: str, flat: Tensor, workload: Workload) -> str:
     return "works"
 
 
-def _alternate(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each piece of work, run in turn, forwards and backwards."""
+def _alternate(work: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median of the seconds that each piece of work says, run in turn, forwards and backwards."""
     for run in work.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for i in range(repeats):
         for name in list(work) if i % 2 == 0 else reversed(list(work)):
-            start = time.perf_counter()
-            work[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(work[name]())
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _checkpointed(side: _Side) -> Callable[[], None]:
-    def step() -> None:
+def _checkpointed(side: _Side) -> Callable[[], float]:
+    def step() -> float:
         side.tuned.activation_checkpointing_enable()
         try:
-            side.train_step()
+            return side.train_step()
         finally:
             side.tuned.activation_checkpointing_disable()
 
@@ -191,7 +208,7 @@ def measure_time(folder: str, w: Workload) -> dict[str, Any]:
         },
         w.repeats,
     )
-    tokens = w.batch * w.new_tokens
+    tokens = w.batch * (w.new_tokens - 1)
     return {
         "decode_tokens_per_s": {name: tokens / seconds for name, seconds in decode.items()},
         "train_step_s": {**train, "peft_checkpointing": _peft_checkpointing(folder, flat, w)},
@@ -205,11 +222,12 @@ def measure_memory(folder: str, w: Workload) -> dict[str, Any]:
     resident before the step (weights, prefix, optimizer state).
     """
     flat = _flat(folder, w)
-    none = _peak(partial(_generate, _load(folder), w))
+    none = _peak(partial(_decode, _load(folder), w))
     decode, train = {}, {}
     for name, make in (("fastprefix", _fastprefix_side), ("peft", _peft_side)):
         side = make(folder, flat, w)
         decode[name] = max(0.0, _peak(side.decode) - none)
+        side.train_step()  # the optimizer's state, allocated once and kept, is not extra
         train[name] = _peak(side.train_step)
         if name == "fastprefix":
             train[f"{name}_checkpointing"] = _peak(_checkpointed(side))
@@ -218,7 +236,6 @@ def measure_memory(folder: str, w: Workload) -> dict[str, Any]:
 
 
 def _peak(work: Callable[[], Any]) -> float:
-    work()  # what is allocated once and kept (optimizer state, kernel caches) is not extra
     with PeakMemory() as memory:
         work()
     return memory.megabytes

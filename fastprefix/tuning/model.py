@@ -107,7 +107,11 @@ class PrefixTuningModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate()`` with the prefix."""
+        """The base model's ``generate()`` with the prefix.
+
+        With a cache unless told otherwise: the Trainer switches it off in the base's config.
+        """
+        kwargs.setdefault("use_cache", True)
         generate: Any = self.base_model.generate  # models for other tasks have none
         with use_prefix(self.base_model, self.export()):
             return generate(*args, **kwargs)

@@ -56,6 +56,7 @@ def fit(
     Returns:
         The training loss of each step.
     """
+    use_cache = tuned.config.use_cache  # which the Trainer switches off for good
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants one, but saves nothing here
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -83,6 +84,9 @@ def fit(
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # the caller's callbacks show what happens
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            tuned.config.use_cache = use_cache
     tuned.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -30,7 +30,8 @@ def test_where_it_is_not_installed_others_find_an_empty_package() -> None:
         "import importlib.machinery as m, sys; find = m.PathFinder.find_spec; "
         "m.PathFinder.find_spec = classmethod(lambda c, n, p=None, t=None: "
         "None if n == 'kernels' and p is not None else find(n, p, t)); "
-        "import kernels; print(hasattr(kernels, 'prefix_attention_forward'), 'triton' in sys.modules)"
+        "import kernels; "
+        "print(hasattr(kernels, 'prefix_attention_forward'), 'triton' in sys.modules)"
     )
     assert run(code) == "False False"
 
@@ -39,4 +40,4 @@ def test_ours_is_found_under_its_own_name_all_the_same() -> None:
     code = (
         "import transformers, fastprefix.kernels as k; print(k.prefix_attention_forward.__name__)"
     )
-    assert run(code) == "prefix_attention_forward"
+    assert run(code).startswith("<function prefix_attention_forward")
