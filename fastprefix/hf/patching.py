@@ -234,6 +234,9 @@ def _patch(model: PreTrainedModel) -> None:
         hook = partial(_inject, names=parameters)
         state.handles.append(hooked.register_forward_pre_hook(hook, with_kwargs=True))
         setattr(hooked, _HOOKED, state)
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Module):
+        state.handles.append(head.register_forward_pre_hook(_contiguous_input))
     setattr(model, _STATE, state)
     _PATCHED.add(model)
 
@@ -332,6 +335,15 @@ def _inject(
     kwargs[NAME] = replace(active, positioned=True)
     kwargs["position_ids"] = _positions(kwargs, active.kv.position_offset)
     return (), kwargs
+
+
+def _contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Pre-hook of the head: generate() hands it the last token of each row, a strided view.
+
+    torch.matmul multiplies that by a frozen weight as a batch of products, each with its own copy
+    of the whole vocabulary's weights: most of the memory that a prompt's forward takes.
+    """
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
 def _positions(kwargs: dict[str, Any], offset: int) -> Tensor:
