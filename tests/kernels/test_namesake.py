@@ -40,4 +40,4 @@ def test_ours_is_found_under_its_own_name_all_the_same() -> None:
     code = (
         "import transformers, fastprefix.kernels as k; print(k.prefix_attention_forward.__name__)"
     )
-    assert run(code).startswith("<function prefix_attention_forward")
+    assert "prefix_attention_forward" in run(code)
