@@ -47,6 +47,9 @@ def forward(
     if query.numel() == 0 or P + Lk == 0:
         lse = torch.full((B, Hq, Lq), float("-inf"), dtype=lse_dtype, device=query.device)
         return query.new_zeros(B, Hq, Lq, Dv), lse
+    if Lq == 1 and P > 0 and Lk > 0 and key_padding_mask is None and attn_mask is None:
+        out, lse = _decode(query, key, value, prefix_key, prefix_value, scale)
+        return out[..., :Dv], lse
 
     if Lk > 0:
         part = _SequencePart(query, key, key_padding_mask, attn_mask, is_causal)
@@ -74,6 +77,35 @@ def forward(
         out = out.masked_fill(blind[..., None], 0.0)
         lse = lse.masked_fill(blind, float("-inf"))
     return out[..., :Dv], lse
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One query per row that sees everything: the general path's result in fewer small steps.
+
+    A generated token calls this once a layer, where each PyTorch call costs about as much as the
+    arithmetic; the flash calls should be most of what is left.
+    """
+    B, Hq, _, D = query.shape
+    Hkv = prefix_key.shape[0]
+    grouped = query.reshape(B, Hkv, Hq // Hkv, D)
+    out, lse = _flash(grouped, key, value, 0.0, False, scale=scale)
+    rows = grouped.transpose(0, 1).reshape(1, Hkv, -1, D)
+    prefix_out, prefix_lse = _flash(
+        rows, prefix_key[None], prefix_value[None], 0.0, False, scale=scale
+    )
+    prefix_out = prefix_out.view(Hkv, B, -1, D).transpose(0, 1)
+    prefix_lse = prefix_lse.view(Hkv, B, -1).transpose(0, 1)
+    weight = torch.sigmoid(prefix_lse - lse)[..., None]
+    merged = torch.lerp(out.to(weight.dtype), prefix_out.to(weight.dtype), weight)
+    lse = torch.logaddexp(lse, prefix_lse)
+    return merged.to(query.dtype).reshape(query.shape), lse.reshape(B, Hq, 1)
 
 
 def backward(
