@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from .backward_dkv import dkv_launch
 from .backward_dprefix import dprefix_launches
 from .backward_dq import dq_launch
 from .blocks import load_tile
+from .problem import Problem, make_problem
 
 DELTA_ROWS = 64
 
@@ -39,13 +42,13 @@ def prefix_attn_bwd_delta_kernel(
 
 def delta_launch(out: Tensor, grad_out: Tensor, delta: Tensor) -> launch.Launch:
     """The launch that fills `delta` [B, H, Lq]."""
-    B, H, Lq, D = out.shape
+    B, H, Lq, Dv = out.shape
     rows = min(DELTA_ROWS, triton.next_power_of_2(Lq))
     return launch.Launch(
         prefix_attn_bwd_delta_kernel,
         (triton.cdiv(Lq, rows) * B * H,),
         dict(out=out, do=grad_out, delta=delta, **launch.strides(o=out, do=grad_out), H=H, Lq=Lq),
-        {"HEAD": D, "BLOCK_M": rows, "BLOCK_D": launch.block_size(D)},
+        {"HEAD": Dv, "BLOCK_M": rows, "BLOCK_D": launch.block_size(Dv)},
         launch.Tile(rows=rows, keys=1, warps=4, stages=1),
     )
 
@@ -57,74 +60,97 @@ def prefix_attention_backward(
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
     *,
     is_causal: bool,
     scale: float,
-    needs: tuple[bool, bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    needs: tuple[bool, ...],
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
     """Gradients of `prefix_attention_forward`.
 
     Args:
-        grad_out: [B, Hq, Lq, D], any strides.
-        query: [B, Hq, Lq, D], as given to the forward; so are the next five.
+        grad_out: [B, Hq, Lq, Dv], any strides.
+        query: [B, Hq, Lq, D], as given to the forward; so are the next four.
         key: [B, Hkv, Lk, D].
-        value: [B, Hkv, Lk, D].
+        value: [B, Hkv, Lk, Dv].
         prefix_key: [Hkv, P, D].
-        prefix_value: [Hkv, P, D].
-        key_padding_mask: [B, Lk] bool or None.
-        out: [B, Hq, Lq, D], the forward's result.
+        prefix_value: [Hkv, P, Dv].
+        out: [B, Hq, Lq, Dv], the forward's result.
         lse: [B, Hq, Lq] float32, the forward's log-sum-exp.
-        is_causal: as given to the forward.
+        is_causal: as given to the forward, like the rest.
         scale: as given to the forward.
-        needs: which of the gradients for query, key, value, prefix_key and prefix_value to
-            compute. Passes that no wanted gradient requires do not run.
+        needs: which of the gradients for query, key, value, prefix_key, prefix_value, sinks and
+            prefix_bias to compute. Passes that no wanted gradient requires do not run.
+        options: as given to the forward.
 
     Returns:
-        Gradients of query, key, value, prefix_key [Hkv, P, D] and prefix_value [Hkv, P, D] in the
-        dtypes of the inputs, None where not needed. The prefix gradients are summed over the
-        batch, bit for bit the same in every run on the same device.
+        Gradients of query, key, value, prefix_key [Hkv, P, D], prefix_value [Hkv, P, Dv], sinks
+        [Hq] and prefix_bias [Hq], in the dtypes of the inputs; None where not needed. Those of the
+        prefix are summed over the rows that have it, bit for bit the same in every run on the same
+        device.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
-    launch.check(query, key, value, prefix_key, prefix_value, key_padding_mask)
-    launch.check_forward_results(query, grad_out, out, lse)
-    query, key, value, prefix_key, prefix_value, grad_out, out = launch.rows_contiguous(
-        query, key, value, prefix_key, prefix_value, grad_out, out
+    problem = make_problem(
+        query, key, value, prefix_key, prefix_value, is_causal=is_causal, scale=scale, **options
     )
+    check_forward_results(problem, grad_out, out, lse)
+    grad_out, out = launch.rows_contiguous(grad_out, out)
     lse = lse.contiguous()
-    target = launch.target_of(query.device)
     inputs = (query, key, value, prefix_key, prefix_value)
     # Without a query row nothing is launched, so nothing would be written.
     allocate = torch.empty if query.numel() else torch.zeros
-    grads = [
+    dq, dk, dv, dpk, dpv = (
         allocate(x.shape, dtype=x.dtype, device=x.device) if need else None
-        for x, need in zip(inputs, needs, strict=True)
-    ]
-    dq, dk, dv, dpk, dpv = grads
+        for x, need in zip(inputs, needs[:5], strict=True)
+    )
+    sinks, bias = problem.sinks, problem.prefix_bias
+    need_sinks, need_bias = needs[5] and sinks is not None, needs[6] and bias is not None
+    if need_bias and bias is not None and bias.dim() != 1:
+        raise ValueError(f"prefix_bias: no gradient for shape {tuple(bias.shape)}, only for [Hq]")
+    dsinks = torch.zeros_like(sinks) if need_sinks and sinks is not None else None
+    dbias = torch.zeros_like(bias) if need_bias and bias is not None else None
     if not query.numel():
-        return dq, dk, dv, dpk, dpv
+        return dq, dk, dv, dpk, dpv, dsinks, dbias
 
     delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
-    if dq is not None or dk is not None or dpk is not None:
+    if not all(grad is None for grad in (dq, dk, dpk, dsinks, dbias)):
         delta_launch(out, grad_out, delta).run()
-    if dq is not None:
-        dq_launch(
-            query, key, value, prefix_key, prefix_value, key_padding_mask, grad_out, lse, delta, dq,
-            is_causal=is_causal, scale=scale, target=target,
-        ).run()  # fmt: skip
+    if dq is not None or dbias is not None:
+        rows = None
+        if dbias is not None:
+            rows = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+        dq_launch(problem, grad_out, lse, delta, dq, rows).run()
+        if rows is not None and dbias is not None:
+            dbias.copy_(rows.sum((0, 2)))
     if key.numel() and (dk is not None or dv is not None):
-        dkv_launch(
-            query, key, value, key_padding_mask, grad_out, lse, delta, dk, dv,
-            is_causal=is_causal, scale=scale, target=target,
-        ).run()  # fmt: skip
+        dkv_launch(problem, grad_out, lse, delta, dk, dv).run()
     if prefix_key.numel() and (dpk is not None or dpv is not None):
-        for step in dprefix_launches(
-            query, prefix_key, prefix_value, grad_out, lse, delta, dpk, dpv,
-            scale=scale, target=target,
-        ):  # fmt: skip
+        for step in dprefix_launches(problem, grad_out, lse, delta, dpk, dpv):
             step.run()
-    return dq, dk, dv, dpk, dpv
+    if dsinks is not None and sinks is not None:
+        # The sink's weight is exp(sink - lse) and its value is nothing: dS = P * (0 - delta).
+        weight = torch.exp(sinks.float()[None, :, None] - lse)
+        weight = weight.masked_fill(lse == float("-inf"), 0.0)  # a sink of -inf, and nothing seen
+        dsinks.copy_(-(weight * delta).sum((0, 2)))
+    return dq, dk, dv, dpk, dpv, dsinks, dbias
+
+
+def check_forward_results(problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Raise ValueError if the gradient or the forward's results do not belong to the query."""
+    query = problem.query
+    shape = (*query.shape[:3], problem.value.shape[-1])
+    for name, tensor in (("grad_out", grad_out), ("out", out)):
+        if (tensor.shape, tensor.dtype, tensor.device) != (shape, query.dtype, query.device):
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected "
+                f"{query.dtype} {shape} on {query.device}"
+            )
+    if (lse.shape, lse.dtype, lse.device) != (query.shape[:3], torch.float32, query.device):
+        raise ValueError(
+            f"lse must be float32 {tuple(query.shape[:3])} on {query.device}, "
+            f"got {lse.dtype} {tuple(lse.shape)} on {lse.device}"
+        )

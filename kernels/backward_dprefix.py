@@ -8,160 +8,237 @@ stores one partial tile in fp32. The second adds the partials in a fixed order. 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, tables
 from .backward_dkv import key_gradients
-from .blocks import LOG2E, load_tile, store_tile
+from .blocks import LOG2E, load_tile, ranks, store_tile
+from .problem import Problem
 
 REDUCE_BLOCK = 1024
 
 
 @triton.jit
 def prefix_attn_bwd_dprefix_kernel(
-    q, pk, pv, do, lse, delta, dpk, dpv,
-    s_qb, s_qh, s_qm, s_pkh, s_pkn, s_pvh, s_pvn, s_dob, s_doh, s_dom,
-    Hkv, Lq, P, row_tiles, split_tiles, scale,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, pk, pv, bias, starts, rank, cu, key_tiles, query_tiles, bounds, seed,
+    do, lse, delta, dpk, dpv,
+    s_qb, s_qh, s_qm, s_pkh, s_pkn, s_pvh, s_pvn, s_bh, s_bm, s_bn, s_dob, s_doh, s_dom,
+    Hkv, Lq, Lk, P, n_tiles, row_tiles, split_tiles, scale, window, softcap, dropped, keep,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, EVEN: tl.constexpr,
+    SPLITS: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N prefix positions of one KV head and `split_tiles` query tiles.
+    """One program: BLOCK_N positions of one prefix, one KV head, one part of the query tiles.
 
     dpk, dpv [splits, Hkv, P, D] (None: not needed) are the partials, or with one split the result.
-    EVEN: every query tile is whole.
+    With one prefix for all rows a part is `split_tiles` of the `row_tiles` tiles, and EVEN says
+    that they are all whole. With several prefixes or packed sequences `key_tiles` lists (prefix,
+    tile), `query_tiles` (sequence, tile) in the order of the prefixes, and `bounds` where in that
+    list each prefix's begin.
     """
-    n_tiles = tl.cdiv(P, BLOCK_N)
-    i_n = tl.program_id(0) % n_tiles * BLOCK_N
+    i_tile = tl.program_id(0) % n_tiles
     i_h = (tl.program_id(0) // n_tiles % Hkv).to(tl.int64)
     i_split = tl.program_id(0) // n_tiles // Hkv
+    total = Lq
+    length = P
+    i_first = 0
+    if key_tiles is not None:
+        i_prefix = tl.load(key_tiles + i_tile * 2)
+        if i_prefix < 0:
+            return
+        i_tile = tl.load(key_tiles + i_tile * 2 + 1)
+        i_first = tl.load(starts + i_prefix)
+        P = tl.load(starts + i_prefix + 1) - i_first
+        t_first = tl.load(bounds + i_prefix)
+        t_end = tl.load(bounds + i_prefix + 1)
+        split_tiles = tl.cdiv(t_end - t_first, SPLITS)
+        t_first += i_split * split_tiles
+        t_end = tl.minimum(t_first + split_tiles, t_end)
+        steps = tl.maximum(t_end - t_first, 0) * GROUP
+    else:
+        t_first = i_split * split_tiles
+        t_end = tl.minimum(t_first + split_tiles, row_tiles)
+        steps = t_end - t_first
+    i_n = i_tile * BLOCK_N
 
     o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
     o_m = tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     m_n = i_n + o_n < P
-    o_start = i_n.to(tl.int64)
+    o_start = tl.cast(i_first + i_n, tl.int64)
     p_k = pk + (i_h * s_pkh + o_start * s_pkn) + (o_n[:, None] * s_pkn + o_d[None, :])
-    p_v = pv + (i_h * s_pvh + o_start * s_pvn) + (o_n[:, None] * s_pvn + o_d[None, :])
+    p_v = pv + (i_h * s_pvh + o_start * s_pvn) + (o_n[:, None] * s_pvn + o_dv[None, :])
     b_k = load_tile(p_k, m_n, o_d, HEAD, BLOCK_D, True)  # [BN, BD]
-    b_v = load_tile(p_v, m_n, o_d, HEAD, BLOCK_D, True)  # [BN, BD]
+    b_v = load_tile(p_v, m_n, o_dv, HEAD_V, BLOCK_DV, True)  # [BN, BDV]
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    scale_log2 = scale * LOG2E
+    b_dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
 
     # Query tiles are numbered (sequence, head of the group, position); counters step through them
     # because dividing by the number of tiles per head would cost more than the rest of the step.
-    t_first = i_split * split_tiles
-    t_end = tl.minimum(t_first + split_tiles, row_tiles)
     m_tiles = tl.cdiv(Lq, BLOCK_M)
     i_bg = t_first // m_tiles
     i_m = t_first % m_tiles * BLOCK_M
     o_q = o_m[:, None] * s_qm + o_d[None, :]  # [BM, BD]
-    o_do = o_m[:, None] * s_dom + o_d[None, :]  # [BM, BD]
-    for _ in tl.range(t_first, t_end, 1):
-        i_b = (i_bg // GROUP).to(tl.int64)
-        i_head = i_h * GROUP + i_bg % GROUP
-        o_row = (i_b * Hkv * GROUP + i_head) * Lq + i_m
+    o_do = o_m[:, None] * s_dom + o_dv[None, :]  # [BM, BDV]
+    for i_x in tl.range(0, steps, 1):
+        if key_tiles is not None:
+            p_entry = query_tiles + (t_first + i_x // GROUP) * 2
+            i_seq = tl.load(p_entry)
+            i_m = tl.load(p_entry + 1) * BLOCK_M
+            i_b = i_seq.to(tl.int64)
+            i_head = i_h * GROUP + i_x % GROUP
+            i_start = 0
+            if cu is not None:
+                i_b = i_b * 0
+                i_start = tl.load(cu + i_seq)
+                Lq = tl.load(cu + i_seq + 1) - i_start
+                Lk = Lq
+        else:
+            i_seq = i_bg // GROUP
+            i_b = i_seq.to(tl.int64)
+            i_head = i_h * GROUP + i_bg % GROUP
+            i_start = 0
+        i_token = (i_start + i_m).to(tl.int64)
+        o_row = (i_b * Hkv * GROUP + i_head) * total + i_token
+        o_low = None
+        if IN_WINDOW:
+            m_m = i_m + o_m < Lq
+            o_low = P - i_n - window + 1 + ranks(rank, i_b, i_m + o_m, m_m, Lq, Lk)
+        b_shift = None
+        p_rows = None
+        if BIAS_DIM == 1:
+            b_shift = tl.load(bias + i_head * s_bh).to(tl.float32) * LOG2E
+            b_shift = tl.where(b_shift > -1.0e30, b_shift, float("-inf"))
+        if BIAS_DIM == 3:
+            p_rows = bias + i_head * s_bh + o_start * s_bn + ((i_token + o_m) * s_bm)[None, :]
         b_dk, b_dv = key_gradients(
             b_dk, b_dv, b_k, b_v,
-            q + (i_b * s_qb + i_head * s_qh + i_m.to(tl.int64) * s_qm) + o_q,
-            do + (i_b * s_dob + i_head * s_doh + i_m.to(tl.int64) * s_dom) + o_do,
-            lse + o_row + o_m, delta + o_row + o_m,
-            i_m + o_m < Lq, o_d, o_n, o_m, scale_log2,
-            HEAD, BLOCK_D, not EVEN, False, dpk is not None, dpv is not None, PRECISION,
+            q + (i_b * s_qb + i_head * s_qh + i_token * s_qm) + o_q,
+            do + (i_b * s_dob + i_head * s_doh + i_token * s_dom) + o_do,
+            lse + o_row + o_m, delta + o_row + o_m, p_rows, s_bn, b_shift,
+            i_m + o_m < Lq, m_n, o_d, o_dv, o_n, o_low, None,
+            scale, softcap, seed, dropped, keep, i_n + o_n, i_m + o_m,
+            (i_seq * Hkv * GROUP + i_head).to(tl.int32),
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, not EVEN, dpk is not None, dpv is not None, PRECISION,
         )  # fmt: skip
-        i_m += BLOCK_M
-        i_bg = tl.where(i_m < Lq, i_bg, i_bg + 1)
-        i_m = tl.where(i_m < Lq, i_m, 0)
+        if key_tiles is None:
+            i_m += BLOCK_M
+            i_bg = tl.where(i_m < Lq, i_bg, i_bg + 1)
+            i_m = tl.where(i_m < Lq, i_m, 0)
 
-    o_base = ((i_split * Hkv + i_h) * P + i_n) * HEAD
-    o_tile = o_n[:, None] * HEAD + o_d[None, :]
+    o_base = (i_split * Hkv + i_h) * length + o_start
     if dpk is not None:
-        store_tile(dpk + o_base + o_tile, b_dk * scale, m_n, o_d, HEAD, BLOCK_D)
+        o_tile = o_n[:, None] * HEAD + o_d[None, :]
+        store_tile(dpk + o_base * HEAD + o_tile, b_dk * scale, m_n, o_d, HEAD, BLOCK_D)
     if dpv is not None:
-        store_tile(dpv + o_base + o_tile, b_dv, m_n, o_d, HEAD, BLOCK_D)
+        o_tile = o_n[:, None] * HEAD_V + o_dv[None, :]
+        store_tile(dpv + o_base * HEAD_V + o_tile, b_dv, m_n, o_dv, HEAD_V, BLOCK_DV)
 
 
 @triton.jit
 def prefix_attn_bwd_dprefix_reduce_kernel(
-    partial_k, partial_v, dpk, dpv, numel, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+    partial, grad, numel, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program: BLOCK elements of the prefix gradients, the splits added in order."""
+    """One program: BLOCK elements of a prefix gradient, the splits added in order."""
     o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < numel
-    if dpk is not None:
-        b_dk = tl.zeros([BLOCK], dtype=tl.float32)
-        for i_s in range(SPLITS):
-            b_dk += tl.load(partial_k + i_s * numel + o_x, mask=m_x, other=0.0)
-        tl.store(dpk + o_x, b_dk.to(dpk.dtype.element_ty), mask=m_x)
-    if dpv is not None:
-        b_dv = tl.zeros([BLOCK], dtype=tl.float32)
-        for i_s in range(SPLITS):
-            b_dv += tl.load(partial_v + i_s * numel + o_x, mask=m_x, other=0.0)
-        tl.store(dpv + o_x, b_dv.to(dpv.dtype.element_ty), mask=m_x)
+    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for i_s in range(SPLITS):
+        b_sum += tl.load(partial + i_s * numel + o_x, mask=m_x, other=0.0)
+    tl.store(grad + o_x, b_sum.to(grad.dtype.element_ty), mask=m_x)
+
+
+def query_tile_table(problem: Problem, rows: int) -> tuple[Tensor, Tensor]:
+    """The query tiles sorted by prefix: (sequence, tile) [tiles, 2] int32, and bounds [N + 1].
+
+    The tiles of prefix n are bounds[n] .. bounds[n + 1]; rows without a prefix come before all.
+    """
+    device, Lq = problem.query.device, problem.query.shape[2]
+    M, index = problem.sequences, problem.prefix_index
+    if index is None:
+        index = torch.zeros(M, dtype=torch.int32, device=device)
+    sorted_index, order = index.sort(stable=True)
+    if problem.cu_seqlens is None:
+        total = M * triton.cdiv(Lq, rows)
+        counts = torch.full((M,), triton.cdiv(Lq, rows), device=device)
+    else:
+        total = triton.cdiv(Lq, rows) + M
+        counts = ((problem.cu_seqlens.diff() + rows - 1) // rows)[order]
+    run, tile = tables.expand(counts, total)
+    sequence = torch.where(run < 0, -1, order[run.clamp(min=0)])
+    prefixes = 1 if problem.prefix_lengths is None else problem.prefix_lengths.shape[0]
+    first_row = torch.searchsorted(sorted_index, torch.arange(prefixes + 1, device=device).int())
+    bounds = tables.boundaries(counts)[first_row]
+    return torch.stack([sequence, tile], 1).to(torch.int32), bounds
 
 
 def dprefix_launches(
-    query: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
+    problem: Problem,
     grad_out: Tensor,
     lse: Tensor,
     delta: Tensor,
     grad_prefix_key: Tensor | None,
     grad_prefix_value: Tensor | None,
-    *,
-    scale: float,
-    target: launch.Target,
 ) -> list[launch.Launch]:
     """The launches that fill the (contiguous) prefix gradients that are not None, in order."""
-    B, Hq, Lq, D = query.shape
-    Hkv, P, _ = prefix_key.shape
-    tile = launch.choose("dprefix", target, D, query.dtype, rows=Lq)
-    row_tiles = B * (Hq // Hkv) * triton.cdiv(Lq, tile.rows)
-    programs = Hkv * triton.cdiv(P, tile.keys)
-    splits = launch.splits(programs, row_tiles, target)
+    B, _, Hkv, Lq, _, P = problem.sizes
+    tile = launch.choose("dprefix", problem, rows=Lq)
+    own: dict[str, Any] = {}
+    if problem.prefix_lengths is None and problem.cu_seqlens is None:
+        key_tiles = triton.cdiv(P, tile.keys)
+        row_tiles = B * problem.group * triton.cdiv(Lq, tile.rows)
+        even = Lq % tile.rows == 0
+    else:
+        starts = problem.starts
+        if starts is None:
+            starts = torch.tensor([0, P], dtype=torch.int32, device=problem.query.device)
+        own["starts"] = starts
+        own["key_tiles"] = tables.ragged_tiles(starts, P, tile.keys)
+        own["query_tiles"], own["bounds"] = query_tile_table(problem, tile.rows)
+        key_tiles = own["key_tiles"].shape[0]
+        row_tiles = own["query_tiles"].shape[0]
+        even = False
+    programs = Hkv * key_tiles
+    splits = launch.splits(programs, row_tiles, problem.target)
     split_tiles = triton.cdiv(row_tiles, splits)
     splits = triton.cdiv(row_tiles, split_tiles)
     results = [grad_prefix_key, grad_prefix_value]
     sums = results
     if splits > 1:
-        shape = (splits, Hkv, P, D)
         sums = [
-            None if grad is None else torch.empty(shape, dtype=torch.float32, device=query.device)
+            None if grad is None
+            else torch.empty((splits, *grad.shape), dtype=torch.float32, device=grad.device)
             for grad in results
-        ]
+        ]  # fmt: skip
+    own |= {
+        "do": grad_out, "lse": lse, "delta": delta, "dpk": sums[0], "dpv": sums[1],
+        "n_tiles": key_tiles, "row_tiles": row_tiles, "split_tiles": split_tiles,
+        "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
+    }  # fmt: skip
+    for name in ("key_tiles", "query_tiles", "bounds"):
+        own.setdefault(name, None)
+    even = even and not problem.prefix_in_window
+    constants = {"EVEN": even, "SPLITS": splits}
     launches = [
+        problem.launch(prefix_attn_bwd_dprefix_kernel, programs * splits, tile, own, constants)
+    ]
+    if splits == 1:
+        return launches
+    return launches + [
         launch.Launch(
-            prefix_attn_bwd_dprefix_kernel,
-            (programs * splits,),
-            dict(
-                q=query, pk=prefix_key, pv=prefix_value, do=grad_out, lse=lse, delta=delta,
-                dpk=sums[0], dpv=sums[1],
-                **launch.strides(q=query, pk=prefix_key, pv=prefix_value, do=grad_out),
-                Hkv=Hkv, Lq=Lq, P=P, row_tiles=row_tiles, split_tiles=split_tiles, scale=scale,
-            ),
-            {
-                "GROUP": Hq // Hkv, "HEAD": D, "EVEN": Lq % tile.rows == 0,
-                "PRECISION": launch.dot_precision(query.dtype),
-                "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BLOCK_D": launch.block_size(D),
-            },
-            tile,
+            prefix_attn_bwd_dprefix_reduce_kernel,
+            (triton.cdiv(grad.numel(), REDUCE_BLOCK),),
+            {"partial": partial, "grad": grad, "numel": grad.numel()},
+            {"SPLITS": splits, "BLOCK": REDUCE_BLOCK},
+            launch.Tile(rows=1, keys=REDUCE_BLOCK, warps=4, stages=1),
         )
-    ]  # fmt: skip
-    if splits > 1:
-        launches.append(
-            launch.Launch(
-                prefix_attn_bwd_dprefix_reduce_kernel,
-                (triton.cdiv(Hkv * P * D, REDUCE_BLOCK),),
-                {
-                    "partial_k": sums[0], "partial_v": sums[1],
-                    "dpk": grad_prefix_key, "dpv": grad_prefix_value, "numel": Hkv * P * D,
-                },
-                {"SPLITS": splits, "BLOCK": REDUCE_BLOCK},
-                launch.Tile(rows=1, keys=REDUCE_BLOCK, warps=4, stages=1),
-            )
-        )  # fmt: skip
-    return launches
+        for partial, grad in zip(sums, results, strict=True)
+        if grad is not None
+    ]

@@ -7,30 +7,63 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .blocks import LOG2E, causal_range, load_tile, packed_rows, store_tile
+from .blocks import (
+    LOG2E,
+    add_mask,
+    cap,
+    clamp,
+    kept,
+    load_tile,
+    locate,
+    packed_rows,
+    packed_span,
+    prefix_of,
+    ranks,
+    sequence_end,
+    sequence_range,
+    store_tile,
+)
+from .problem import Problem
 
 
 @triton.jit
 def dq_sweep(
-    b_dq, b_q, b_do, b_lse2, b_delta,
-    p_k, p_v, p_pad, s_kn, s_vn, s_pn,
-    lo, hi, length, o_limit, scale_log2, o_d,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    BOUND: tl.constexpr, PRECISION: tl.constexpr,
+    b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
+    p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
+    lo, hi, length, o_low, o_high, m_r, scale, softcap,
+    seed, dropped, keep, column, o_query, o_head, o_d, o_dv,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BOUND: tl.constexpr, NEED_DBIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS K over the keys lo .. hi of one source; row i sees key n if n < o_limit[i]."""
+    """Add dS K over the keys lo .. hi of one source; the arguments are the forward's.
+
+    b_dbias [BM] gets the sums of the gradients of the scores, if NEED_DBIAS.
+    """
     o_n = tl.arange(0, BLOCK_N)
     o_k = o_n[:, None] * s_kn + o_d[None, :]  # [BN, BD]
-    o_v = o_n[:, None] * s_vn + o_d[None, :]  # [BN, BD]
+    o_v = o_n[:, None] * s_vn + o_dv[None, :]  # [BN, BDV]
+    scale_log2 = scale * LOG2E
     for i_n in tl.range(lo, hi, BLOCK_N):
         m_n = i_n + o_n < length
         o_start = tl.cast(i_n, tl.int64)
         b_k = load_tile(p_k + o_start * s_kn + o_k, m_n, o_d, HEAD, BLOCK_D, BOUND)  # [BN, BD]
-        b_v = load_tile(p_v + o_start * s_vn + o_v, m_n, o_d, HEAD, BLOCK_D, BOUND)  # [BN, BD]
+        b_v = load_tile(p_v + o_start * s_vn + o_v, m_n, o_dv, HEAD_V, BLOCK_DV, BOUND)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-        b_p = tl.math.exp2(b_s * scale_log2 - b_lse2[:, None])
+        if softcap is not None:
+            b_t = cap(b_s, scale, softcap)
+            b_s = b_t * (softcap * LOG2E)
+        else:
+            b_s = b_s * scale_log2
+        if b_row is not None:
+            b_s += b_row[:, None]
+        if p_mask is not None:
+            m_tile = m_r[:, None] & m_n[None, :]
+            b_s = add_mask(b_s, p_mask + (o_start + o_n)[None, :] * s_mn, m_tile)
+        b_p = tl.math.exp2(b_s - b_lse2[:, None])
         if BOUND:
-            b_p = tl.where((i_n + o_n)[None, :] < o_limit, b_p, 0.0)
+            b_p = tl.where((i_n + o_n)[None, :] < o_high, b_p, 0.0)
+            if o_low is not None:
+                b_p = tl.where((i_n + o_n)[None, :] >= o_low, b_p, 0.0)
         if p_pad is not None:
             if BOUND:
                 m_pad = tl.load(p_pad + o_start * s_pn + o_n * s_pn, mask=m_n, other=0) != 0
@@ -38,120 +71,178 @@ def dq_sweep(
                 m_pad = tl.load(p_pad + o_start * s_pn + o_n * s_pn) != 0
             b_p = tl.where(m_pad[None, :], b_p, 0.0)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
+        if seed is not None:
+            o_key = (column + i_n + o_n)[None, :]
+            b_dp *= kept(seed, dropped, o_key, o_query, o_head) / keep
         b_ds = b_p * (b_dp - b_delta[:, None])
+        if NEED_DBIAS:
+            b_dbias += tl.sum(b_ds, 1)
+        if softcap is not None:
+            b_ds *= 1.0 - b_t * b_t
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-    return b_dq
+    return b_dq, b_dbias
 
 
 @triton.jit
 def prefix_attn_bwd_dq_kernel(
-    q, k, v, pk, pv, pad, do, lse, delta, dq,
+    q, k, v, pk, pv, pad, mask, bias, index, starts, rank, cu, tiles, seed,
+    do, lse, delta, dq, dbias,
     s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,
-    s_pkh, s_pkn, s_pvh, s_pvn, s_pb, s_pn, s_dob, s_doh, s_dom,
-    Hkv, Lq, Lk, P, scale,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    s_pkh, s_pkn, s_pvh, s_pvn, s_pb, s_pn, s_mb, s_mh, s_mm, s_mn, s_bh, s_bm, s_bn,
+    s_dob, s_doh, s_dom,
+    Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
+    BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M packed rows of one KV head of one sequence, as in the forward."""
-    n_tiles = tl.cdiv(GROUP * Lq, BLOCK_M)
-    i_bh = tl.program_id(0) // n_tiles
-    i_tile = tl.program_id(0) % n_tiles
-    if CAUSAL:
-        i_tile = n_tiles - 1 - i_tile
-    i_b = (i_bh // Hkv).to(tl.int64)
-    i_h = (i_bh % Hkv).to(tl.int64)
+    """One program: BLOCK_M packed rows of one KV head of one sequence, as in the forward.
+
+    dbias [B, Hq, Lq], if not None, gets each row's sum of the gradients of its prefix scores.
+    """
+    total = Lq
+    i_b, i_seq, i_h, i_tile, i_start, Lq, Lk = locate(
+        cu, tiles, Hkv, Lq, Lk, GROUP, BLOCK_M, CAUSAL
+    )
+    if cu is not None:  # noqa: SIM102 (the inner test is no constant)
+        if i_seq < 0:
+            return
+    i_first, P = prefix_of(index, starts, i_seq, P)
 
     o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
     o_g, o_q, m_r = packed_rows(i_tile, Lq, GROUP, BLOCK_M)
     o_head = i_h * GROUP + o_g
-    o_q64 = o_q.to(tl.int64)
+    o_token = (i_start + o_q).to(tl.int64)
     # lse, delta and dq are contiguous: the packed rows of a KV head lie end to end.
     o_r = tl.arange(0, BLOCK_M)
-    row = (i_b * Hkv + i_h) * GROUP * Lq + i_tile * BLOCK_M
-    p_q = q + i_b * s_qb + o_head * s_qh + o_q64 * s_qm
-    p_do = do + i_b * s_dob + o_head * s_doh + o_q64 * s_dom
+    if cu is not None:
+        row = o_head * total + o_token
+    else:
+        row = (i_b * Hkv + i_h) * GROUP * Lq + i_tile * BLOCK_M + o_r
+    p_q = q + i_b * s_qb + o_head * s_qh + o_token * s_qm
+    p_do = do + i_b * s_dob + o_head * s_doh + o_token * s_dom
     b_q = load_tile(p_q[:, None] + o_d[None, :], m_r, o_d, HEAD, BLOCK_D, True)  # [BM, BD]
-    b_do = load_tile(p_do[:, None] + o_d[None, :], m_r, o_d, HEAD, BLOCK_D, True)  # [BM, BD]
-    b_delta = tl.load(delta + row + o_r, mask=m_r, other=0.0)
-    b_lse2 = tl.load(lse + row + o_r, mask=m_r, other=float("inf")) * LOG2E
+    b_do = load_tile(p_do[:, None] + o_dv[None, :], m_r, o_dv, HEAD_V, BLOCK_DV, True)
+    b_delta = tl.load(delta + row, mask=m_r, other=0.0)
+    b_lse2 = tl.load(lse + row, mask=m_r, other=float("inf")) * LOG2E
     # P = exp2(S - lse) must be 0, not infinite, in rows that see nothing.
     b_lse2 = tl.where(b_lse2 == float("-inf"), float("inf"), b_lse2)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    scale_log2 = scale * LOG2E
+    b_dbias = tl.zeros([BLOCK_M], dtype=tl.float32)
+    q_first, q_last = packed_span(i_tile, Lq, GROUP, BLOCK_M)
+    o_c1 = o_q[:, None]
+    o_c2 = (i_seq * Hkv * GROUP + o_head).to(tl.int32)[:, None]
 
-    p_k = pk + i_h * s_pkh
-    p_v = pv + i_h * s_pvh
+    p_k = pk + i_h * s_pkh + tl.cast(i_first, tl.int64) * s_pkn
+    p_v = pv + i_h * s_pvh + tl.cast(i_first, tl.int64) * s_pvn
     n_whole = P // BLOCK_N * BLOCK_N
-    b_dq = dq_sweep(
-        b_dq, b_q, b_do, b_lse2, b_delta, p_k, p_v, None, s_pkn, s_pvn, 0,
-        0, n_whole, P, P, scale_log2, o_d, HEAD, BLOCK_D, BLOCK_N, False, PRECISION,
+    b_row = None
+    p_bias = None
+    if BIAS_DIM == 1:
+        b_row = tl.load(bias + o_head * s_bh, mask=m_r, other=0.0).to(tl.float32) * LOG2E
+        b_row = tl.where(b_row > -1.0e30, b_row, float("-inf"))
+    if BIAS_DIM == 3:
+        p_bias = bias + (o_head * s_bh + o_token * s_bm)[:, None] + i_first * s_bn
+    n_lo = 0
+    o_low = None
+    if IN_WINDOW:
+        r_first = ranks(rank, i_b, q_first, None, Lq, Lk)
+        r_last = ranks(rank, i_b, q_last, None, Lq, Lk)
+        o_low = (P - window + 1 + ranks(rank, i_b, o_q, m_r, Lq, Lk))[:, None]
+        n_any = clamp(P - window + 1 + r_first, P) // BLOCK_N * BLOCK_N
+        n_lo = tl.cdiv(clamp(P - window + 1 + r_last, P), BLOCK_N) * BLOCK_N
+        n_lo = tl.minimum(n_lo, n_whole)
+        b_dq, b_dbias = dq_sweep(
+            b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
+            p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
+            n_any, n_lo, P, o_low, P, m_r, scale, softcap,
+            seed, dropped, keep, 0, o_c1, o_c2, o_d, o_dv,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, dbias is not None, PRECISION,
+        )  # fmt: skip
+    b_dq, b_dbias = dq_sweep(
+        b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
+        p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
+        n_lo, n_whole, P, None, P, m_r, scale, softcap,
+        seed, dropped, keep, 0, o_c1, o_c2, o_d, o_dv,
+        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, dbias is not None, PRECISION,
     )  # fmt: skip
-    b_dq = dq_sweep(
-        b_dq, b_q, b_do, b_lse2, b_delta, p_k, p_v, None, s_pkn, s_pvn, 0,
-        n_whole, P, P, P, scale_log2, o_d, HEAD, BLOCK_D, BLOCK_N, True, PRECISION,
+    b_dq, b_dbias = dq_sweep(
+        b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
+        p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
+        n_whole, P, P, o_low, P, m_r, scale, softcap,
+        seed, dropped, keep, 0, o_c1, o_c2, o_d, o_dv,
+        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, dbias is not None, PRECISION,
     )  # fmt: skip
 
-    p_k = k + i_b * s_kb + i_h * s_kh
-    p_v = v + i_b * s_vb + i_h * s_vh
+    p_k = k + i_b * s_kb + i_h * s_kh + tl.cast(i_start, tl.int64) * s_kn
+    p_v = v + i_b * s_vb + i_h * s_vh + tl.cast(i_start, tl.int64) * s_vn
     p_pad = pad
     if pad is not None:
         p_pad = pad + i_b * s_pb
-    if CAUSAL:
-        n_all, n_any = causal_range(i_tile, Lq, Lk, GROUP, BLOCK_M)
-        o_limit = tl.minimum(o_q + 1 + Lk - Lq, Lk)[:, None]
-    else:
-        n_all, n_any, o_limit = Lk, Lk, Lk
-    n_whole = n_all // BLOCK_N * BLOCK_N
-    b_dq = dq_sweep(
-        b_dq, b_q, b_do, b_lse2, b_delta, p_k, p_v, p_pad, s_kn, s_vn, s_pn,
-        0, n_whole, Lk, o_limit, scale_log2, o_d, HEAD, BLOCK_D, BLOCK_N, False, PRECISION,
+    p_mask = None
+    if mask is not None:
+        p_mask = mask + (i_b * s_mb + o_head * s_mh + o_token * s_mm)[:, None]
+    any_low, all_low, all_high, any_high = sequence_range(q_first, q_last, Lq, Lk, window, CAUSAL)
+    o_high = sequence_end(o_q[:, None], Lq, Lk, window, CAUSAL)
+    o_low = None
+    n_whole = all_high // BLOCK_N * BLOCK_N
+    n_lo = 0
+    if window is not None:
+        o_low = (o_q + Lk - Lq - window + 1)[:, None]
+        n_any = any_low // BLOCK_N * BLOCK_N
+        n_lo = tl.maximum(tl.minimum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, n_whole), n_any)
+        n_whole = tl.maximum(n_whole, n_lo)
+        b_dq, b_dbias = dq_sweep(
+            b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, None,
+            p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
+            n_any, n_lo, Lk, o_low, o_high, m_r, scale, softcap,
+            seed, dropped, keep, P, o_c1, o_c2, o_d, o_dv,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, PRECISION,
+        )  # fmt: skip
+    b_dq, b_dbias = dq_sweep(
+        b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, None,
+        p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
+        n_lo, n_whole, Lk, None, o_high, m_r, scale, softcap,
+        seed, dropped, keep, P, o_c1, o_c2, o_d, o_dv,
+        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, PRECISION,
     )  # fmt: skip
-    b_dq = dq_sweep(
-        b_dq, b_q, b_do, b_lse2, b_delta, p_k, p_v, p_pad, s_kn, s_vn, s_pn,
-        n_whole, n_any, Lk, o_limit, scale_log2, o_d, HEAD, BLOCK_D, BLOCK_N, True, PRECISION,
+    b_dq, b_dbias = dq_sweep(
+        b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, None,
+        p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
+        n_whole, any_high, Lk, o_low, o_high, m_r, scale, softcap,
+        seed, dropped, keep, P, o_c1, o_c2, o_d, o_dv,
+        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, PRECISION,
     )  # fmt: skip
 
-    p_dq = dq + row * HEAD + (o_r[:, None] * HEAD + o_d[None, :])
     m_r = i_tile * BLOCK_M + o_r < GROUP * Lq
-    store_tile(p_dq, b_dq * scale, m_r, o_d, HEAD, BLOCK_D)
+    if dbias is not None:
+        tl.store(dbias + row, b_dbias, mask=m_r)
+    if dq is not None:
+        if cu is not None:
+            p_dq = dq + (row[:, None] * HEAD + o_d[None, :])
+        else:
+            row = (i_b * Hkv + i_h) * GROUP * Lq + i_tile * BLOCK_M
+            p_dq = dq + row * HEAD + (o_r[:, None] * HEAD + o_d[None, :])
+        store_tile(p_dq, b_dq * scale, m_r, o_d, HEAD, BLOCK_D)
 
 
 def dq_launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
+    problem: Problem,
     grad_out: Tensor,
     lse: Tensor,
     delta: Tensor,
-    grad_query: Tensor,
-    *,
-    is_causal: bool,
-    scale: float,
-    target: launch.Target,
+    grad_query: Tensor | None,
+    grad_bias_rows: Tensor | None = None,
 ) -> launch.Launch:
-    """The launch that fills the contiguous `grad_query`."""
-    B, Hq, Lq, D = query.shape
-    Hkv, Lk = key.shape[1], key.shape[2]
-    tile = launch.choose("dq", target, D, query.dtype, rows=Hq // Hkv * Lq)
-    return launch.Launch(
-        prefix_attn_bwd_dq_kernel,
-        (triton.cdiv(Hq // Hkv * Lq, tile.rows) * B * Hkv,),
-        dict(
-            q=query, k=key, v=value, pk=prefix_key, pv=prefix_value, pad=key_padding_mask,
-            do=grad_out, lse=lse, delta=delta, dq=grad_query,
-            **launch.strides(
-                q=query, k=key, v=value, pk=prefix_key, pv=prefix_value, do=grad_out
-            ),
-            **launch.mask_strides(key_padding_mask),
-            Hkv=Hkv, Lq=Lq, Lk=Lk, P=prefix_key.shape[1], scale=scale,
-        ),
-        {
-            "GROUP": Hq // Hkv, "HEAD": D, "CAUSAL": is_causal,
-            "PRECISION": launch.dot_precision(query.dtype),
-            "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BLOCK_D": launch.block_size(D),
-        },
-        tile,
-    )  # fmt: skip
+    """The launch that fills the contiguous `grad_query` [B, Hq, Lq, D].
+
+    And `grad_bias_rows` [B, Hq, Lq] fp32: the sums of each row's gradients of prefix scores.
+    """
+    _, _, Hkv, Lq, _, _ = problem.sizes
+    tile = launch.choose("dq", problem, rows=problem.group * Lq)
+    table, tiles = problem.query_tiles(tile.rows, problem.group)
+    own = {
+        "do": grad_out, "lse": lse, "delta": delta, "dq": grad_query, "dbias": grad_bias_rows,
+        "tiles": table, "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
+    }  # fmt: skip
+    return problem.launch(prefix_attn_bwd_dq_kernel, tiles * Hkv, tile, own)

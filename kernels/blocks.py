@@ -1,4 +1,4 @@
-"""Tile primitives that every kernel shares: constants, loads, and the row packing of a KV head."""
+"""What every kernel shares: loads, scores, key ranges, and the row packing of a KV head."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Start of a running maximum. Finite, so that "nothing seen yet" minus "nothing seen yet" is 0 and
 # not NaN: exp2(-inf - LOWEST) is 0 without a single select in the loops.
 LOWEST = tl.constexpr(-1.0e38)
+
+# An additive mask or bias this low hides the key, as -inf does.
+HIDDEN = tl.constexpr(-1.0e30)
 
 
 @triton.jit
@@ -50,13 +53,138 @@ def packed_rows(i_tile, Lq, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def causal_range(i_tile, Lq, Lk, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Keys seen by all rows of a packed tile, [0, all), and by any of them, [0, any)."""
+def packed_span(i_tile, Lq, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """First and last query position among the rows of a packed tile."""
     r_first = i_tile * BLOCK_M
     r_last = tl.minimum(r_first + BLOCK_M, GROUP * Lq) - 1
     same_head = r_first // Lq == r_last // Lq
-    q_first = tl.where(same_head, r_first % Lq, 0)
-    q_last = tl.where(same_head, r_last % Lq, Lq - 1)
-    n_all = tl.minimum(tl.maximum(q_first + 1 + Lk - Lq, 0), Lk)
-    n_any = tl.minimum(tl.maximum(q_last + 1 + Lk - Lq, 0), Lk)
-    return n_all, n_any
+    return tl.where(same_head, r_first % Lq, 0), tl.where(same_head, r_last % Lq, Lq - 1)
+
+
+@triton.jit
+def locate(
+    cu, tiles, Hkv, Lq, Lk, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, LAST_FIRST: tl.constexpr
+):
+    """Where a program of packed query rows works.
+
+    Returns the batch index of strides, the sequence, the KV head, the tile of its rows, the first
+    token of the sequence, and its lengths. With cu_seqlens the sequence is -1 past the table's end.
+    """
+    if cu is not None:
+        i_h = tl.program_id(0) % Hkv
+        p_tile = tiles + tl.program_id(0) // Hkv * 2
+        i_seq = tl.load(p_tile)
+        i_tile = tl.load(p_tile + 1)
+        i_start = tl.load(cu + tl.maximum(i_seq, 0))
+        length = tl.load(cu + tl.maximum(i_seq, 0) + 1) - i_start
+        i_b = i_seq * 0
+        Lq = length
+        Lk = length
+    else:
+        n_tiles = tl.cdiv(GROUP * Lq, BLOCK_M)
+        i_bh = tl.program_id(0) // n_tiles
+        i_tile = tl.program_id(0) % n_tiles
+        if LAST_FIRST:
+            i_tile = n_tiles - 1 - i_tile
+        i_b = i_bh // Hkv
+        i_h = i_bh % Hkv
+        i_seq = i_b
+        i_start = 0
+    return i_b.to(tl.int64), i_seq, i_h.to(tl.int64), i_tile, i_start, Lq, Lk
+
+
+@triton.jit
+def prefix_of(index, starts, i_seq, P):
+    """First position and length of a sequence's prefix."""
+    if index is not None:
+        i_prefix = tl.load(index + i_seq)
+        i_safe = tl.maximum(i_prefix, 0)
+        first = tl.load(starts + i_safe)
+        P = tl.where(i_prefix < 0, 0, tl.load(starts + i_safe + 1) - first)
+    else:
+        first = 0
+    return first, P
+
+
+@triton.jit
+def clamp(x, high):
+    """Limit x to 0 .. high."""
+    return tl.minimum(tl.maximum(x, 0), high)
+
+
+@triton.jit
+def sequence_range(q_first, q_last, Lq, Lk, window, CAUSAL: tl.constexpr):
+    """Keys seen by all of the queries q_first .. q_last, and by any.
+
+    Returns (any_low, all_low, all_high, any_high): all see [all_low, all_high).
+    """
+    past = Lk - Lq
+    if CAUSAL:
+        all_high = clamp(q_first + past + 1, Lk)
+        any_high = clamp(q_last + past + 1, Lk)
+    elif window is not None:
+        all_high = clamp(q_first + past + window, Lk)
+        any_high = clamp(q_last + past + window, Lk)
+    else:
+        all_high = Lk
+        any_high = Lk
+    if window is not None:
+        any_low = clamp(q_first + past - window + 1, Lk)
+        all_low = clamp(q_last + past - window + 1, Lk)
+    else:
+        any_low = 0
+        all_low = 0
+    return any_low, all_low, all_high, any_high
+
+
+@triton.jit
+def sequence_end(o_q, Lq, Lk, window, CAUSAL: tl.constexpr):
+    """Query o_q sees no key from here on."""
+    if CAUSAL:
+        return tl.minimum(o_q + 1 + Lk - Lq, Lk)
+    elif window is not None:
+        return tl.minimum(o_q + window + Lk - Lq, Lk)
+    else:
+        return Lk
+
+
+@triton.jit
+def ranks(rank, i_b, o_q, m_q, Lq, Lk):
+    """Real tokens before each query: the table's, or without padding its position."""
+    if rank is not None:
+        if m_q is not None:
+            return tl.load(rank + i_b * Lq + o_q, mask=m_q, other=0)
+        else:
+            return tl.load(rank + i_b * Lq + o_q)
+    else:
+        return tl.maximum(o_q + Lk - Lq, 0)
+
+
+@triton.jit
+def cap(b_s, scale, softcap):
+    """Capped scores over the cap, tanh(scale * s / softcap), with an absolute error of 1e-7."""
+    return 1.0 - 2.0 / (1.0 + tl.math.exp2(b_s * (2.0 * scale / softcap * LOG2E)))
+
+
+@triton.jit
+def add_mask(b_s, p_mask, m_tile):
+    """Base-2 scores with a bool (True = attend) or additive mask; low values hide."""
+    if p_mask.dtype.element_ty == tl.int1:
+        return tl.where(tl.load(p_mask, mask=m_tile, other=0) != 0, b_s, float("-inf"))
+    else:
+        b_m = tl.load(p_mask, mask=m_tile, other=0.0).to(tl.float32)
+        return tl.where(b_m > HIDDEN, b_s + b_m * LOG2E, float("-inf"))
+
+
+@triton.jit
+def kept(seed, dropped, o_key, o_query, o_head):
+    """1 for the weights that dropout keeps, 0 for the others; Philox 4x32-10, one word each.
+
+    Counters: the key's column in [prefix ; sequence], the query's position, sequence * Hq + head.
+    They broadcast against each other to the tile.
+    """
+    zero = o_key * 0 + o_query * 0 + o_head * 0
+    word, _, _, _ = tl.philox(
+        tl.load(seed), zero + o_key, zero + o_query, zero + o_head, zero
+    )  # fmt: skip
+    return tl.where(word >= dropped.to(tl.uint32), 1.0, 0.0)

@@ -2,40 +2,72 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .blocks import LN2, LOG2E, LOWEST, causal_range, load_tile, packed_rows, store_tile
+from .blocks import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    add_mask,
+    cap,
+    clamp,
+    kept,
+    load_tile,
+    locate,
+    packed_rows,
+    packed_span,
+    prefix_of,
+    ranks,
+    sequence_end,
+    sequence_range,
+    store_tile,
+)
+from .problem import Problem, make_problem
 
 
 @triton.jit
 def fwd_sweep(
-    b_acc, b_max, b_sum, b_q,
-    p_k, p_v, p_pad, s_kn, s_vn, s_pn,
-    lo, hi, length, o_limit, scale_log2, o_d,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    BOUND: tl.constexpr, PRESCALE: tl.constexpr, PRECISION: tl.constexpr,
+    b_acc, b_max, b_sum, b_q, b_row,
+    p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
+    lo, hi, length, o_low, o_high, m_r, scale, softcap,
+    seed, dropped, column, o_query, o_head, o_d, o_dv,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BOUND: tl.constexpr, PRESCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the keys lo .. hi of one source; row i sees key n if n < o_limit[i].
+    """Attend to the keys lo .. hi of one source; row i sees o_low[i] <= n < o_high[i].
 
-    p_k, p_v, p_pad are scalars, the source's first key. With BOUND False all the keys exist and
-    all the rows see them: nothing is tested.
+    p_k, p_v, p_pad are scalars, the source's first key; p_mask [BM, 1] its first column. With
+    BOUND False all the keys exist and all the rows see them: nothing is tested. b_row is added to
+    a row's scores; `column` is where the source begins in [prefix ; sequence], for dropout.
     """
     o_n = tl.arange(0, BLOCK_N)
     o_k = o_n[:, None] * s_kn + o_d[None, :]  # [BN, BD]
-    o_v = o_n[:, None] * s_vn + o_d[None, :]  # [BN, BD]
+    o_v = o_n[:, None] * s_vn + o_dv[None, :]  # [BN, BDV]
+    scale_log2 = scale * LOG2E
     for i_n in tl.range(lo, hi, BLOCK_N):
         m_n = i_n + o_n < length
         o_start = tl.cast(i_n, tl.int64)
         b_k = load_tile(p_k + o_start * s_kn + o_k, m_n, o_d, HEAD, BLOCK_D, BOUND)  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-        if PRESCALE:
+        if softcap is not None:
+            b_s = cap(b_s, scale, softcap) * (softcap * LOG2E)
+        elif PRESCALE:
             b_s *= scale_log2
+        if b_row is not None:
+            b_s += b_row[:, None]
+        if p_mask is not None:
+            m_tile = m_r[:, None] & m_n[None, :]
+            b_s = add_mask(b_s, p_mask + (o_start + o_n)[None, :] * s_mn, m_tile)
         if BOUND:
-            b_s = tl.where((i_n + o_n)[None, :] < o_limit, b_s, float("-inf"))
+            b_s = tl.where((i_n + o_n)[None, :] < o_high, b_s, float("-inf"))
+            if o_low is not None:
+                b_s = tl.where((i_n + o_n)[None, :] >= o_low, b_s, float("-inf"))
         if p_pad is not None:
             if BOUND:
                 m_pad = tl.load(p_pad + o_start * s_pn + o_n * s_pn, mask=m_n, other=0) != 0
@@ -51,7 +83,9 @@ def fwd_sweep(
         b_alpha = tl.math.exp2(b_max - b_new)
         b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
         b_acc = b_acc * b_alpha[:, None]
-        b_v = load_tile(p_v + o_start * s_vn + o_v, m_n, o_d, HEAD, BLOCK_D, BOUND)  # [BN, BD]
+        if seed is not None:
+            b_p *= kept(seed, dropped, (column + i_n + o_n)[None, :], o_query, o_head)
+        b_v = load_tile(p_v + o_start * s_vn + o_v, m_n, o_dv, HEAD_V, BLOCK_DV, BOUND)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_max = b_new
     return b_acc, b_max, b_sum
@@ -59,123 +93,154 @@ def fwd_sweep(
 
 @triton.jit
 def prefix_attn_fwd_kernel(
-    q, k, v, pk, pv, pad, out, lse,
+    q, k, v, pk, pv, pad, mask, bias, sinks, index, starts, rank, cu, tiles, seed, out, lse,
     s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,
-    s_pkh, s_pkn, s_pvh, s_pvn, s_pb, s_pn,
-    Hkv, Lq, Lk, P, scale,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr, PRESCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    s_pkh, s_pkn, s_pvh, s_pvn, s_pb, s_pn, s_mb, s_mh, s_mm, s_mn, s_bh, s_bm, s_bn,
+    Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
+    PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M packed rows of one KV head of one sequence."""
-    n_tiles = tl.cdiv(GROUP * Lq, BLOCK_M)
-    i_bh = tl.program_id(0) // n_tiles
-    i_tile = tl.program_id(0) % n_tiles
-    if CAUSAL:
-        # The last rows see the most keys: start them first.
-        i_tile = n_tiles - 1 - i_tile
-    i_b = (i_bh // Hkv).to(tl.int64)
-    i_h = (i_bh % Hkv).to(tl.int64)
+    # With a causal mask the last rows see the most keys: start them first.
+    total = Lq
+    i_b, i_seq, i_h, i_tile, i_start, Lq, Lk = locate(
+        cu, tiles, Hkv, Lq, Lk, GROUP, BLOCK_M, CAUSAL
+    )
+    if cu is not None:  # noqa: SIM102 (the inner test is no constant)
+        if i_seq < 0:
+            return
+    i_first, P = prefix_of(index, starts, i_seq, P)
 
     o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
     o_g, o_q, m_r = packed_rows(i_tile, Lq, GROUP, BLOCK_M)
     o_head = i_h * GROUP + o_g
-    p_q = q + i_b * s_qb + o_head * s_qh + o_q.to(tl.int64) * s_qm
+    o_token = (i_start + o_q).to(tl.int64)
+    p_q = q + i_b * s_qb + o_head * s_qh + o_token * s_qm
     b_q = load_tile(p_q[:, None] + o_d[None, :], m_r, o_d, HEAD, BLOCK_D, True)  # [BM, BD]
 
-    b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    scale_log2 = scale * LOG2E
+    q_first, q_last = packed_span(i_tile, Lq, GROUP, BLOCK_M)
+    o_c1 = o_q[:, None]
+    o_c2 = (i_seq * Hkv * GROUP + o_head).to(tl.int32)[:, None]
 
     # Prefix: whole tiles, then its tail. Nothing is causal and nothing is padding here.
-    p_k = pk + i_h * s_pkh
-    p_v = pv + i_h * s_pvh
+    p_k = pk + i_h * s_pkh + tl.cast(i_first, tl.int64) * s_pkn
+    p_v = pv + i_h * s_pvh + tl.cast(i_first, tl.int64) * s_pvn
     n_whole = P // BLOCK_N * BLOCK_N
+    b_row = None
+    p_bias = None
+    if BIAS_DIM == 1:
+        b_row = tl.load(bias + o_head * s_bh, mask=m_r, other=0.0).to(tl.float32) * LOG2E
+        b_row = tl.where(b_row > -1.0e30, b_row, float("-inf"))
+    if BIAS_DIM == 3:
+        p_bias = bias + (o_head * s_bh + o_token * s_bm)[:, None] + i_first * s_bn
+    n_lo = 0
+    o_low = None
+    if IN_WINDOW:
+        r_first = ranks(rank, i_b, q_first, None, Lq, Lk)
+        r_last = ranks(rank, i_b, q_last, None, Lq, Lk)
+        o_low = (P - window + 1 + ranks(rank, i_b, o_q, m_r, Lq, Lk))[:, None]
+        n_any = clamp(P - window + 1 + r_first, P) // BLOCK_N * BLOCK_N
+        n_lo = tl.cdiv(clamp(P - window + 1 + r_last, P), BLOCK_N) * BLOCK_N
+        n_lo = tl.minimum(n_lo, n_whole)
+        b_acc, b_max, b_sum = fwd_sweep(
+            b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
+            n_any, n_lo, P, o_low, P, m_r, scale, softcap,
+            seed, dropped, 0, o_c1, o_c2, o_d, o_dv,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+        )  # fmt: skip
     b_acc, b_max, b_sum = fwd_sweep(
-        b_acc, b_max, b_sum, b_q, p_k, p_v, None, s_pkn, s_pvn, 0,
-        0, n_whole, P, P, scale_log2, o_d,
-        HEAD, BLOCK_D, BLOCK_N, False, PRESCALE, PRECISION,
+        b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
+        n_lo, n_whole, P, None, P, m_r, scale, softcap,
+        seed, dropped, 0, o_c1, o_c2, o_d, o_dv,
+        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRESCALE, PRECISION,
     )  # fmt: skip
     b_acc, b_max, b_sum = fwd_sweep(
-        b_acc, b_max, b_sum, b_q, p_k, p_v, None, s_pkn, s_pvn, 0,
-        n_whole, P, P, P, scale_log2, o_d,
-        HEAD, BLOCK_D, BLOCK_N, True, PRESCALE, PRECISION,
+        b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
+        n_whole, P, P, o_low, P, m_r, scale, softcap,
+        seed, dropped, 0, o_c1, o_c2, o_d, o_dv,
+        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
     )  # fmt: skip
 
-    # Sequence: tiles that all rows see whole, then the diagonal and the tail.
-    p_k = k + i_b * s_kb + i_h * s_kh
-    p_v = v + i_b * s_vb + i_h * s_vh
+    # Sequence: the window's edge, tiles that all rows see whole, the diagonal and the tail.
+    p_k = k + i_b * s_kb + i_h * s_kh + tl.cast(i_start, tl.int64) * s_kn
+    p_v = v + i_b * s_vb + i_h * s_vh + tl.cast(i_start, tl.int64) * s_vn
     p_pad = pad
     if pad is not None:
         p_pad = pad + i_b * s_pb
-    if CAUSAL:
-        n_all, n_any = causal_range(i_tile, Lq, Lk, GROUP, BLOCK_M)
-        o_limit = tl.minimum(o_q + 1 + Lk - Lq, Lk)[:, None]
-    else:
-        n_all, n_any, o_limit = Lk, Lk, Lk
-    n_whole = n_all // BLOCK_N * BLOCK_N
+    p_mask = None
+    if mask is not None:
+        p_mask = mask + (i_b * s_mb + o_head * s_mh + o_token * s_mm)[:, None]
+    any_low, all_low, all_high, any_high = sequence_range(q_first, q_last, Lq, Lk, window, CAUSAL)
+    o_high = sequence_end(o_q[:, None], Lq, Lk, window, CAUSAL)
+    o_low = None
+    n_whole = all_high // BLOCK_N * BLOCK_N
+    n_lo = 0
+    if window is not None:
+        o_low = (o_q + Lk - Lq - window + 1)[:, None]
+        n_any = any_low // BLOCK_N * BLOCK_N
+        n_lo = tl.maximum(tl.minimum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, n_whole), n_any)
+        n_whole = tl.maximum(n_whole, n_lo)
+        b_acc, b_max, b_sum = fwd_sweep(
+            b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
+            n_any, n_lo, Lk, o_low, o_high, m_r, scale, softcap,
+            seed, dropped, P, o_c1, o_c2, o_d, o_dv,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+        )  # fmt: skip
     b_acc, b_max, b_sum = fwd_sweep(
-        b_acc, b_max, b_sum, b_q, p_k, p_v, p_pad, s_kn, s_vn, s_pn,
-        0, n_whole, Lk, o_limit, scale_log2, o_d,
-        HEAD, BLOCK_D, BLOCK_N, False, PRESCALE, PRECISION,
+        b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
+        n_lo, n_whole, Lk, None, o_high, m_r, scale, softcap,
+        seed, dropped, P, o_c1, o_c2, o_d, o_dv,
+        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRESCALE, PRECISION,
     )  # fmt: skip
     b_acc, b_max, b_sum = fwd_sweep(
-        b_acc, b_max, b_sum, b_q, p_k, p_v, p_pad, s_kn, s_vn, s_pn,
-        n_whole, n_any, Lk, o_limit, scale_log2, o_d,
-        HEAD, BLOCK_D, BLOCK_N, True, PRESCALE, PRECISION,
+        b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
+        n_whole, any_high, Lk, o_low, o_high, m_r, scale, softcap,
+        seed, dropped, P, o_c1, o_c2, o_d, o_dv,
+        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
     )  # fmt: skip
 
+    if sinks is not None:
+        b_sink = tl.load(sinks + o_head, mask=m_r, other=float("-inf")).to(tl.float32) * LOG2E
+        b_new = tl.maximum(b_max, b_sink)
+        b_alpha = tl.math.exp2(b_max - b_new)
+        b_sum = b_sum * b_alpha + tl.math.exp2(b_sink - b_new)
+        b_acc = b_acc * b_alpha[:, None]
+        b_max = b_new
     m_some = b_sum > 0.0
     b_sum = tl.where(m_some, b_sum, 1.0)
-    b_out = b_acc / b_sum[:, None]
     b_lse = tl.where(m_some, (b_max + tl.math.log2(b_sum)) * LN2, float("-inf"))
-    # out and lse are contiguous, so packed rows lie end to end: no division outlives the loops.
+    if seed is not None:
+        b_sum *= keep
+    b_out = b_acc / b_sum[:, None]
+    # out and lse are contiguous.
     o_r = tl.arange(0, BLOCK_M)
+    if cu is not None:
+        row = o_head * total + o_token
+        p_out = out + (row[:, None] * HEAD_V + o_dv[None, :])
+        p_lse = lse + row
+    else:
+        # Packed rows lie end to end: no division outlives the loops.
+        row = (i_b * Hkv + i_h) * GROUP * Lq + i_tile * BLOCK_M
+        p_out = out + row * HEAD_V + (o_r[:, None] * HEAD_V + o_dv[None, :])
+        p_lse = lse + row + o_r
     m_r = i_tile * BLOCK_M + o_r < GROUP * Lq
-    row = (i_b * Hkv + i_h) * GROUP * Lq + i_tile * BLOCK_M
-    p_out = out + row * HEAD + (o_r[:, None] * HEAD + o_d[None, :])
-    store_tile(p_out, b_out, m_r, o_d, HEAD, BLOCK_D)
-    tl.store(lse + row + o_r, b_lse, mask=m_r)
+    store_tile(p_out, b_out, m_r, o_dv, HEAD_V, BLOCK_DV)
+    tl.store(p_lse, b_lse, mask=m_r)
 
 
-def forward_launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    is_causal: bool,
-    scale: float,
-    target: launch.Target,
-) -> launch.Launch:
-    """The launch that fills the contiguous `out` and `lse`."""
-    B, Hq, Lq, D = query.shape
-    Hkv, Lk = key.shape[1], key.shape[2]
-    tile = launch.choose("forward", target, D, query.dtype, rows=Hq // Hkv * Lq)
-    return launch.Launch(
-        prefix_attn_fwd_kernel,
-        (triton.cdiv(Hq // Hkv * Lq, tile.rows) * B * Hkv,),
-        dict(
-            q=query, k=key, v=value, pk=prefix_key, pv=prefix_value, pad=key_padding_mask,
-            out=out, lse=lse,
-            **launch.strides(q=query, k=key, v=value, pk=prefix_key, pv=prefix_value),
-            **launch.mask_strides(key_padding_mask),
-            Hkv=Hkv, Lq=Lq, Lk=Lk, P=prefix_key.shape[1], scale=scale,
-        ),
-        {
-            "GROUP": Hq // Hkv, "HEAD": D, "CAUSAL": is_causal,
-            # The maximum of the scaled scores is the scaled maximum only for a positive scale.
-            "PRESCALE": not scale > 0,
-            "PRECISION": launch.dot_precision(query.dtype),
-            "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BLOCK_D": launch.block_size(D),
-        },
-        tile,
-    )  # fmt: skip
+def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
+    """The launch that fills the contiguous `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
+    _, _, Hkv, Lq, _, _ = problem.sizes
+    tile = launch.choose("forward", problem, rows=problem.group * Lq)
+    table, tiles = problem.query_tiles(tile.rows, problem.group)
+    own = {"out": out, "lse": lse, "tiles": table, "keep": 1.0 - problem.dropout_p}
+    return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own)
 
 
 def prefix_attention_forward(
@@ -184,39 +249,37 @@ def prefix_attention_forward(
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
     *,
     is_causal: bool,
     scale: float,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over [prefix ; sequence], the prefix shared by all rows of the batch.
+    """Softmax attention over [prefix ; sequence], a prefix shared by all rows that have it.
 
     Args:
-        query: [B, Hq, Lq, D], fp32, bf16 or fp16; D from 1 to 256. Any strides, here and below.
+        query: [B, Hq, Lq, D], fp32, bf16 or fp16; D and Dv from 1 to 256. Any strides, here and
+            below.
         key: [B, Hkv, Lk, D], Hq a multiple of Hkv.
-        value: [B, Hkv, Lk, D].
+        value: [B, Hkv, Lk, Dv].
         prefix_key: [Hkv, P, D]; P may be 0.
-        prefix_value: [Hkv, P, D].
-        key_padding_mask: [B, Lk] bool, True = real token, or None.
+        prefix_value: [Hkv, P, Dv].
         is_causal: query i sees the sequence keys 0 .. i + Lk - Lq.
         scale: factor on the scores.
+        options: the optional fields of :class:`~fastprefix.kernels.problem.Problem`.
 
     Returns:
-        out [B, Hq, Lq, D] in the query's dtype and the log-sum-exp (natural log) [B, Hq, Lq] in
-        float32. Rows that see nothing: zeros and -inf.
+        out [B, Hq, Lq, Dv] in the query's dtype and the log-sum-exp (natural log) [B, Hq, Lq] in
+        float32. Rows that see nothing: zeros and -inf (with a sink: the sink).
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
-    launch.check(query, key, value, prefix_key, prefix_value, key_padding_mask)
-    query, key, value, prefix_key, prefix_value = launch.rows_contiguous(
-        query, key, value, prefix_key, prefix_value
+    problem = make_problem(
+        query, key, value, prefix_key, prefix_value, is_causal=is_causal, scale=scale, **options
     )
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    shape = (*query.shape[:3], value.shape[-1])
+    out = torch.empty(shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if out.numel():
-        forward_launch(
-            query, key, value, prefix_key, prefix_value, key_padding_mask, out, lse,
-            is_causal=is_causal, scale=scale, target=launch.target_of(query.device),
-        ).run()  # fmt: skip
+        forward_launch(problem, out, lse).run()
     return out, lse

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
@@ -226,15 +229,24 @@ def block_size(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))
 
 
-def choose(step: str, target: Target, head_size: int, dtype: torch.dtype, rows: int) -> Tile:
+def choose(step: str, problem: Problem, rows: int) -> Tile:
     """The tile for a pass ("forward", "dq", "dkv", "dprefix") over runs of `rows` query rows.
 
-    Few rows (decode) shrink the tile to the next power of two that holds them.
+    Few rows (decode) shrink the tile to the next power of two that holds them. What needs registers
+    of its own in every score (an additive tile, dropout's random words) takes half the
+    rows: with all of them ptxas spills, and gives up on dprefix with a bias altogether.
     """
+    head_size = max(problem.query.shape[-1], problem.value.shape[-1])
     block = block_size(head_size)
-    for largest, half, single in TABLE[target.family][step]:
+    bias = problem.prefix_bias
+    heavy = bool(
+        problem.attn_mask is not None or problem.dropout_p or (bias is not None and bias.dim() == 3)
+    )
+    for largest, half, single in TABLE[problem.target.family][step]:
         if block <= largest:
-            tile = single if dtype == torch.float32 else half
+            tile = single if problem.query.dtype == torch.float32 else half
+            if heavy and problem.target.family != "interpreter":
+                tile = tile._replace(rows=max(16, tile.rows // 2))
             return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
     raise ValueError(f"head size {head_size} exceeds {MAX_HEAD_SIZE}")
 
@@ -281,63 +293,6 @@ def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
         t if (t.stride(-1) == 1 or t.shape[-1] == 1) and t.stride(-2) < 1 << 23 else t.contiguous()
         for t in tensors
     )
-
-
-def check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
-) -> None:
-    """Raise ValueError for operands that a kernel would read out of bounds or misinterpret."""
-    B, Hq, _, D = query.shape
-    Hkv, Lk = key.shape[1], key.shape[2]
-    expected = {
-        "key": (key, (B, Hkv, Lk, D)),
-        "value": (value, (B, Hkv, Lk, D)),
-        "prefix_key": (prefix_key, (Hkv, prefix_key.shape[1], D)),
-        "prefix_value": (prefix_value, (Hkv, prefix_key.shape[1], D)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, "
-                f"the query is {query.dtype} on {query.device}"
-            )
-    if query.dtype not in DTYPES:
-        raise ValueError(f"the kernels support {DTYPES}, not {query.dtype}")
-    if not 1 <= D <= MAX_HEAD_SIZE:
-        raise ValueError(f"head size {D} is outside 1 .. {MAX_HEAD_SIZE}")
-    if Hkv == 0 or Hq % Hkv:
-        raise ValueError(f"{Hq} query heads are not a multiple of {Hkv} key heads")
-    if key_padding_mask is not None and (
-        tuple(key_padding_mask.shape) != (B, Lk)
-        or key_padding_mask.dtype != torch.bool
-        or key_padding_mask.device != query.device
-    ):
-        raise ValueError(
-            f"key_padding_mask must be bool [{B}, {Lk}] on {query.device}, got "
-            f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)} on {key_padding_mask.device}"
-        )
-
-
-def check_forward_results(query: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Raise ValueError if the gradient or the forward's results do not belong to the query."""
-    for name, tensor in (("grad_out", grad_out), ("out", out)):
-        if (tensor.shape, tensor.dtype, tensor.device) != (query.shape, query.dtype, query.device):
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, the query "
-                f"{query.dtype} {tuple(query.shape)} on {query.device}"
-            )
-    if (lse.shape, lse.dtype, lse.device) != (query.shape[:3], torch.float32, query.device):
-        raise ValueError(
-            f"lse must be float32 {tuple(query.shape[:3])} on {query.device}, "
-            f"got {lse.dtype} {tuple(lse.shape)} on {lse.device}"
-        )
 
 
 @dataclass(frozen=True)

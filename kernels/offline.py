@@ -32,10 +32,16 @@ from .backward_dkv import dkv_launch
 from .backward_dprefix import dprefix_launches
 from .backward_dq import dq_launch
 from .forward import forward_launch
+from .problem import Problem
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-POINTERS = {torch.bool: "*i1", **{dtype: f"*{name}" for name, dtype in DTYPES.items()}}
+POINTERS = {
+    torch.bool: "*i1",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    **{dtype: f"*{name}" for name, dtype in DTYPES.items()},
+}
 
 # Tensor-core instructions in the disassembly of each vendor.
 NVIDIA_MMA = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
@@ -101,16 +107,17 @@ def launches(case: Case) -> list[launch.Launch]:
     pk, pv, dpk, dpv = (empty(Hkv, P, D) for _ in range(4))
     lse, delta = (empty(B, Hq, Lq, dtype=torch.float32) for _ in range(2))
     mask = empty(B, Lk, dtype=torch.bool) if case.padding else None
-    rule: dict[str, Any] = {"scale": 0.125, "target": target}
+    problem = Problem(
+        q, k, v, pk, pv,
+        is_causal=case.is_causal, scale=0.125, target=target, key_padding_mask=mask,
+    )  # fmt: skip
     return [
-        forward_launch(q, k, v, pk, pv, mask, out, lse, is_causal=case.is_causal, **rule),
+        forward_launch(problem, out, lse),
         delta_launch(out, do, delta),
-        dq_launch(
-            q, k, v, pk, pv, mask, do, lse, delta, dq, is_causal=case.is_causal, **rule
-        ),
-        dkv_launch(q, k, v, mask, do, lse, delta, dk, dv, is_causal=case.is_causal, **rule),
-        *dprefix_launches(q, pk, pv, do, lse, delta, dpk, dpv, **rule),
-    ]  # fmt: skip
+        dq_launch(problem, do, lse, delta, dq),
+        dkv_launch(problem, do, lse, delta, dk, dv),
+        *dprefix_launches(problem, do, lse, delta, dpk, dpv),
+    ]
 
 
 def source(step: launch.Launch, target: GPUTarget) -> ASTSource:

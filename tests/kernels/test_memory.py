@@ -68,10 +68,10 @@ def test_gradients_that_are_not_needed_are_not_computed(problem, run, wanted):
     inputs, grad_out, mask = case.operands()
     out, lse, *grads = run(case, inputs, grad_out, mask)
     some = prefix_attention_backward(
-        grad_out, *inputs, mask, out, lse,
-        is_causal=case.is_causal, scale=case.scale, needs=tuple(i == wanted for i in range(5)),
+        grad_out, *inputs, out, lse, key_padding_mask=mask,
+        is_causal=case.is_causal, scale=case.scale, needs=tuple(i == wanted for i in range(7)),
     )  # fmt: skip
-    for i, (x, y) in enumerate(zip(some, grads, strict=True)):
+    for i, (x, y) in enumerate(zip(some, [*grads, None, None], strict=True)):
         assert torch.equal(x, y) if i == wanted else x is None
 
 

@@ -20,9 +20,11 @@ def forward(
     """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
     from fastprefix.kernels import prefix_attention_forward
 
-    inputs = (query, key, value, prefix_key, prefix_value, key_padding_mask)
+    inputs = (query, key, value, prefix_key, prefix_value)
     with torch.cuda.device_of(query):  # Triton launches on the current device
-        return prefix_attention_forward(*inputs, is_causal=is_causal, scale=scale)
+        return prefix_attention_forward(
+            *inputs, is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask
+        )
 
 
 def backward(
@@ -43,6 +45,10 @@ def backward(
     """Same contract as :func:`fastprefix.attention.backends.composed.backward`."""
     from fastprefix.kernels import prefix_attention_backward
 
-    inputs = (grad_out, query, key, value, prefix_key, prefix_value, key_padding_mask, out, lse)
+    inputs = (grad_out, query, key, value, prefix_key, prefix_value, out, lse)
     with torch.cuda.device_of(query):
-        return prefix_attention_backward(*inputs, is_causal=is_causal, scale=scale, needs=needs)
+        grads = prefix_attention_backward(
+            *inputs, is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask,
+            needs=(*needs, False, False),
+        )  # fmt: skip
+    return grads[:5]
