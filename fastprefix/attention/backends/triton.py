@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastprefix.attention.call import Options
+
+# The launchers at hand return the gradients of query, key, value and the prefix alone, and
+# `selection.BACKENDS` lets no other feature through to them. False when they return all seven.
+FIVE_GRADIENTS = True
+
 
 def forward(
     query: Tensor,
@@ -12,17 +18,14 @@ def forward(
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
-    *,
-    is_causal: bool,
-    scale: float,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
     from fastprefix.kernels import prefix_attention_forward
 
-    inputs = (query, key, value, prefix_key, prefix_value, key_padding_mask)
+    keywords = {"key_padding_mask": None, **options.keywords()}
     with torch.cuda.device_of(query):  # Triton launches on the current device
-        return prefix_attention_forward(*inputs, is_causal=is_causal, scale=scale)
+        return prefix_attention_forward(query, key, value, prefix_key, prefix_value, **keywords)
 
 
 def backward(
@@ -32,17 +35,20 @@ def backward(
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    *,
-    is_causal: bool,
-    scale: float,
-    needs: tuple[bool, bool, bool, bool, bool],
+    options: Options,
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Same contract as :func:`fastprefix.attention.backends.composed.backward`."""
     from fastprefix.kernels import prefix_attention_backward
 
-    inputs = (grad_out, query, key, value, prefix_key, prefix_value, key_padding_mask, out, lse)
+    keywords = {"key_padding_mask": None, **options.keywords()}
+    inputs = (grad_out, query, key, value, prefix_key, prefix_value)
     with torch.cuda.device_of(query):
-        return prefix_attention_backward(*inputs, is_causal=is_causal, scale=scale, needs=needs)
+        if FIVE_GRADIENTS:
+            grads = prefix_attention_backward(
+                *inputs, out=out, lse=lse, **keywords, needs=needs[:5]
+            )
+            return (*grads, None, None)
+        return prefix_attention_backward(*inputs, out=out, lse=lse, **keywords, needs=needs)
