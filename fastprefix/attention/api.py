@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from fastprefix.attention import checks
-from fastprefix.attention.backends import reference
-from fastprefix.attention.op import prefix_attention_op
-from fastprefix.attention.selection import choose
+from fastprefix.attention.call import Options
+from fastprefix.attention.op import prefix_attention_forward
+from fastprefix.attention.selection import choose, features_of
 
 BackendName = Literal["auto", "reference", "composed", "triton"]
 
@@ -89,31 +90,45 @@ def prefix_attention(
     """Softmax attention over [prefix ; sequence] with one copy of the prefix for all rows.
 
     The result is that of concatenating the prefix to every row's keys and values. All queries see
-    all of the prefix; causality and masks concern the sequence part alone. Differentiable in
-    query, key, value, prefix_key and prefix_value; the prefix's gradient comes summed over rows.
+    all of their prefix; causality, windows and masks concern the sequence part alone, unless
+    ``prefix_in_window`` says otherwise. Query i stands at position p_i = i + Lk - Lq among the
+    sequence's keys. Differentiable in query, key, value, prefix_key, prefix_value, sinks and a
+    prefix_bias of shape [Hq]; the prefix's gradient comes summed over rows.
 
     Args:
         query: [B, Hq, Lq, D].
         key: [B, Hkv, Lk, D], Hq a multiple of Hkv (GQA, MQA). Never repeated.
         value: [B, Hkv, Lk, Dv].
-        prefix_key: [Hkv, P, D], shared by all rows; P may be 0. None for no prefix.
+        prefix_key: [Hkv, P, D], shared by all rows; P may be 0. None for no prefix. Several
+            prefixes lie end to end along P.
         prefix_value: [Hkv, P, Dv], or None.
-        prefix_index: not supported yet (several prefixes in one batch).
-        prefix_lengths: not supported yet.
+        prefix_index: int32 or int64 [B] ([M] with cu_seqlens), which of several prefixes a row
+            attends to; -1 for none. With prefix_lengths only.
+        prefix_lengths: int32 or int64 [N], lengths of several prefixes, which add up to P.
         attn_mask: bool (True = attend) or additive (in the query's dtype or float32),
             broadcastable to [B, Hq, Lq, Lk]; for the sequence part only. Additive values of
             -1e30 or less hide the key. No gradient.
         key_padding_mask: bool [B, Lk], True = real token; any pattern.
-        cu_seqlens: not supported yet.
-        dropout_p: not supported yet, other than 0.
-        is_causal: query i sees sequence keys 0 .. i + Lk - Lq. Unlike in SDPA this aligns to the
-            end (a KV cache), and combines with attn_mask.
+        cu_seqlens: int32 or int64 [M + 1], offsets of M sequences that lie end to end in a batch
+            of 1, with Lq = Lk. Tokens attend inside their own sequence (and to its prefix). Not
+            with key_padding_mask or attn_mask.
+        dropout_p: share of the normalised weights that is dropped, the others growing by
+            1 / (1 - dropout_p); the log-sum-exp is not touched. Drawn from PyTorch's default
+            generator, the same in every backend.
+        is_causal: query i sees sequence keys 0 .. p_i. Unlike in SDPA this aligns to the end (a
+            KV cache), and combines with attn_mask.
         scale: factor on the scores; 1 / sqrt(D) if None.
-        sliding_window: not supported yet.
-        softcap: not supported yet.
-        sinks: not supported yet.
-        prefix_bias: not supported yet.
-        prefix_in_window: not supported yet.
+        sliding_window: query i sees sequence keys j with |p_i - j| < sliding_window (padding
+            takes its place in this count, as in transformers).
+        softcap: scores become softcap * tanh(scaled score / softcap), before any bias.
+        sinks: [Hq], in the query's dtype or float32: each softmax denominator gets another
+            exp(sinks[h]), which carries no value. The log-sum-exp includes it.
+        prefix_bias: added to the prefix part's scores after the cap, in the query's dtype or
+            float32: [Hq] per head, or [Hq, Lq, P] by packed column (without a gradient). -1e30 or
+            less hides the key.
+        prefix_in_window: for a prefix that is text (a prefilled prompt): it slides out of the
+            sliding_window as the same text would. Token j of a row's P tokens stands P - j + r_i
+            before query i, where r_i counts the row's real tokens before p_i.
         return_lse: also return the log-sum-exp of the scores.
         backend: "auto", "reference", "composed" or "triton"; see
             :mod:`fastprefix.attention.selection`. A named backend never falls back.
@@ -124,9 +139,11 @@ def prefix_attention(
         nothing; no gradient flows through it.
 
     Raises:
-        ValueError: a shape, device, mask or length does not fit; the message names the argument.
+        ValueError: a shape, device, mask, length or number does not fit, or two arguments do not
+            go together; the message names the argument. Values of prefix_index, prefix_lengths
+            and cu_seqlens are read on the CPU, asserted on the device elsewhere, and trusted
+            under torch.compile.
         TypeError: not a tensor, or a dtype does not fit.
-        NotImplementedError: an argument that no backend supports yet.
         RuntimeError: the backend cannot do what the call needs; the message names those that can.
 
     Example:
@@ -137,42 +154,87 @@ def prefix_attention(
         >>> prefix_attention(q, k, v, prefix_key, prefix_value, is_causal=True).shape
         torch.Size([8, 12, 10, 64])
     """
-    checks.refuse_unbuilt(
-        prefix_index=prefix_index,
-        prefix_lengths=prefix_lengths,
-        cu_seqlens=cu_seqlens,
-        dropout_p=dropout_p,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-        prefix_bias=prefix_bias,
-        prefix_in_window=prefix_in_window,
-    )
-    checks.check_sequence(query, key, value)
     if (prefix_key is None) != (prefix_value is None):
         raise ValueError("prefix_key, prefix_value: got one of the two, takes both or neither")
+    has_prefix = prefix_key is not None
     if prefix_key is None or prefix_value is None:
-        prefix_key = key.new_empty(key.shape[1], 0, key.shape[3])
-        prefix_value = value.new_empty(value.shape[1], 0, value.shape[3])
-    checks.check_prefix(query, value, prefix_key, prefix_value)
-    checks.check_key_padding_mask(key_padding_mask, query, key)
-    checks.check_attn_mask(attn_mask, query, key)
-    checks.check_causal(is_causal, query, key)
+        prefix_key, prefix_value = _no_prefix(key, value)
+    checks.check_tensors(query, key, value, prefix_key, prefix_value)
+    if key_padding_mask is not None:
+        checks.check_key_padding_mask(key_padding_mask, query, key)
+    if is_causal:
+        checks.check_causal(query, key)
     D, Dv = query.shape[-1], value.shape[-1]
     if scale is None:
         scale = 1.0 / math.sqrt(D)
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale: got {scale}, takes a finite number")
-
-    features = set()
-    if attn_mask is not None:
-        features.add("attn_mask")
-    if Dv != D:
-        features.add("D != Dv")
-    name, _ = choose(backend, query.device.type, query.dtype, frozenset(features), max(D, Dv))
-    inputs = (query, key, value, prefix_key, prefix_value, key_padding_mask, attn_mask)
-    if name == "reference":
-        out, lse = reference.forward(*inputs, is_causal=is_causal, scale=scale)
     else:
-        out, lse = prefix_attention_op(*inputs, is_causal, float(scale), name)
+        checks.check_scale(scale)
+    if (
+        prefix_index is None
+        and prefix_lengths is None
+        and attn_mask is None
+        and cu_seqlens is None
+        and dropout_p == 0.0
+        and sliding_window is None
+        and not softcap
+        and sinks is None
+        and prefix_bias is None
+        and not prefix_in_window
+    ):
+        options = Options(bool(is_causal), float(scale), key_padding_mask=key_padding_mask)
+        features = _ONLY_D_DV if Dv != D else _NONE
+    else:
+        options = Options(
+            is_causal=bool(is_causal),
+            scale=float(scale),
+            sinks=sinks,
+            prefix_bias=prefix_bias,
+            key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
+            prefix_index=prefix_index,
+            prefix_lengths=prefix_lengths,
+            cu_seqlens=cu_seqlens,
+            sliding_window=sliding_window,
+            softcap=softcap or None,
+            prefix_in_window=bool(prefix_in_window),
+            dropout_p=dropout_p,
+        )
+        checks.check_options(options, query, key, prefix_key.shape[1], has_prefix)
+        features = features_of(options, D, Dv)
+        options = _on_device(options, query)
+    name, _ = choose(backend, query.device.type, query.dtype, features, max(D, Dv))
+    out, lse = prefix_attention_forward(query, key, value, prefix_key, prefix_value, options, name)
     return (out, lse.detach()) if return_lse else out
+
+
+_NONE: frozenset[str] = frozenset()
+_ONLY_D_DV = frozenset({"D != Dv"})
+
+
+def _no_prefix(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """A prefix of no tokens; what is no tensor is left to the checks."""
+    if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return key, value
+    if key.dim() != 4 or value.dim() != 4:
+        return key, value
+    Hkv = value.shape[1]
+    return key.new_empty(Hkv, 0, key.shape[3]), value.new_empty(Hkv, 0, value.shape[3])
+
+
+def _on_device(options: Options, query: Tensor) -> Options:
+    """Integers as the kernels read them, and the seed of the dropout."""
+
+    def int32(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(torch.int32)
+
+    seed = None
+    if options.dropout_p > 0.0:
+        # from the default generator, so that checkpointing draws the same one again
+        seed = torch.randint(2**63 - 1, (1,), device=query.device)
+    return options._replace(
+        prefix_index=int32(options.prefix_index),
+        prefix_lengths=int32(options.prefix_lengths),
+        cu_seqlens=int32(options.cu_seqlens),
+        dropout_p=float(options.dropout_p),
+        dropout_seed=seed,
+    )

@@ -2,6 +2,10 @@
 
 Output and gradients of [B, H, L, D] tensors are laid out in memory as [B, L, H, D], the order in
 which a model's projections produce and consume them.
+
+A registered op has a flat signature: five tensors, the fields of
+:class:`~fastprefix.attention.call.Options` in order, and the backend. They are packed and unpacked
+here and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,127 +15,138 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix.attention.backends import composed, triton
+from fastprefix.attention.backends import composed, reference, triton
+from fastprefix.attention.call import SCHEMA, Options
+
+# What may need a gradient: the five tensors and two of the options.
+DIFFERENTIABLE = ("query", "key", "value", "prefix_key", "prefix_value", "sinks", "prefix_bias")
+
+_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value"
+_SINKS, _BIAS = (5 + Options._fields.index(name) for name in DIFFERENTIABLE[5:])
 
 
-@torch.library.custom_op("fastprefix::prefix_attention", mutates_args=())
-def prefix_attention_op(
+def prefix_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    options: Options,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp by the named fused backend; arguments are already checked."""
-    inputs = (query, key, value, prefix_key, prefix_value, key_padding_mask)
-    if backend == "triton":
-        out, lse = triton.forward(*inputs, is_causal=is_causal, scale=scale)
-    else:
-        out, lse = composed.forward(*inputs, attn_mask, is_causal=is_causal, scale=scale)
+    """Output and log-sum-exp by the named backend, differentiable; arguments are checked.
+
+    The registered op is for the compiler and for autograd; where neither looks on, its cost, many
+    times that of the checks, is saved.
+    """
+    if backend == "reference":
+        return reference.forward(query, key, value, prefix_key, prefix_value, options)
+    tensors = (query, key, value, prefix_key, prefix_value)
+    if _observed(tensors, options):
+        return prefix_attention_op(*tensors, *options, backend)
+    return _run_forward(tensors, options, backend)
+
+
+def _observed(tensors: tuple[Tensor, ...], options: Options) -> bool:
+    """Whether a compiler, a transform, a mode or autograd must see the call as one op."""
+    query, key, value, prefix_key, prefix_value = tensors
+    if torch.compiler.is_compiling() or type(query) is not Tensor:
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return True
+    return torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or prefix_key.requires_grad
+        or prefix_value.requires_grad
+        or (options.sinks is not None and options.sinks.requires_grad)
+        or (options.prefix_bias is not None and options.prefix_bias.requires_grad)
+    )
+
+
+def _run_forward(
+    tensors: tuple[Tensor, ...], options: Options, backend: str
+) -> tuple[Tensor, Tensor]:
+    module = triton if backend == "triton" else composed
+    out, lse = module.forward(*tensors, options)
     return _as_blhd(out), lse.contiguous()
 
 
+@torch.library.custom_op(
+    "fastprefix::prefix_attention",
+    mutates_args=(),
+    schema=f"({_TENSORS}, {SCHEMA}, str backend) -> (Tensor, Tensor)",
+)
+def prefix_attention_op(*args: Any) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp by the named fused backend; arguments are already checked."""
+    return _run_forward(args[:5], Options(*args[5:-1]), args[-1])
+
+
 @prefix_attention_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    query, value = args[0], args[2]
     B, Hq, Lq, _ = query.shape
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     out = _new_blhd(query, (B, Hq, Lq, value.shape[-1]))
     return out, query.new_empty(B, Hq, Lq, dtype=lse_dtype)
 
 
-@torch.library.custom_op("fastprefix::prefix_attention_backward", mutates_args=())
-def prefix_attention_backward_op(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    is_causal: bool,
-    scale: float,
-    backend: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five gradients; an empty tensor for each that ``needs`` leaves out."""
-    inputs = (grad_out, query, key, value, prefix_key, prefix_value, key_padding_mask)
-    wanted = (needs[0], needs[1], needs[2], needs[3], needs[4])
-    if backend == "triton":
-        grads = triton.backward(*inputs, out, lse, is_causal=is_causal, scale=scale, needs=wanted)
-    else:
-        grads = composed.backward(
-            *inputs, attn_mask, out, lse, is_causal=is_causal, scale=scale, needs=wanted
-        )
-    dq, dk, dv, dpk, dpv = (query.new_empty(0) if grad is None else grad for grad in grads)
+@torch.library.custom_op(
+    "fastprefix::prefix_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, {_TENSORS}, Tensor out, Tensor lse, {SCHEMA}, str backend, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def prefix_attention_backward_op(*args: Any) -> tuple[Tensor, ...]:
+    """The gradients of :data:`DIFFERENTIABLE`; an empty tensor for each that needs leaves out."""
+    options, (backend, needs) = Options(*args[8:-2]), args[-2:]
+    module = triton if backend == "triton" else composed
+    grads = module.backward(*args[:8], options, tuple(needs))
+    dq, dk, dv, *others = (args[0].new_empty(0) if grad is None else grad for grad in grads)
     return (
         _as_blhd(dq) if needs[0] else dq,
         _as_blhd(dk) if needs[1] else dk,
         _as_blhd(dv) if needs[2] else dv,
-        dpk.contiguous(),
-        dpv.contiguous(),
+        *(grad.contiguous() for grad in others),
     )
 
 
 @prefix_attention_backward_op.register_fake
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    is_causal: bool,
-    scale: float,
-    backend: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        _new_blhd(query, query.shape) if needs[0] else query.new_empty(0),
-        _new_blhd(key, key.shape) if needs[1] else query.new_empty(0),
-        _new_blhd(value, value.shape) if needs[2] else query.new_empty(0),
-        prefix_key.new_empty(prefix_key.shape) if needs[3] else query.new_empty(0),
-        prefix_value.new_empty(prefix_value.shape) if needs[4] else query.new_empty(0),
-    )
+def _(*args: Any) -> tuple[Tensor, ...]:
+    options, needs = Options(*args[8:-2]), args[-1]
+    inputs = (*args[1:6], options.sinks, options.prefix_bias)
+    grads = []
+    for x, need in zip(inputs, needs, strict=True):
+        if not need or x is None:
+            grads.append(args[0].new_empty(0))
+        elif x.dim() == 4:
+            grads.append(_new_blhd(x, x.shape))
+        else:
+            grads.append(x.new_empty(x.shape))
+    return tuple(grads)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, is_causal, scale, backend = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.is_causal, ctx.scale, ctx.backend = is_causal, scale, backend
+    fields = inputs[5:-1]
+    ctx.places = [place for place, field in enumerate(fields) if isinstance(field, Tensor)]
+    ctx.fields = [None if isinstance(field, Tensor) else field for field in fields]
+    ctx.backend = inputs[-1]
+    ctx.save_for_backward(*inputs[:5], *output, *(fields[place] for place in ctx.places))
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     # grad_lse is zeros: `prefix_attention` hands out a detached lse
-    *inputs, out, lse = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:5])
-    grads = prefix_attention_backward_op(
-        grad_out, *inputs, out, lse, ctx.is_causal, ctx.scale, ctx.backend, needs
-    )
-    kept = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (*kept, None, None, None, None, None)
+    saved, fields = ctx.saved_tensors, list(ctx.fields)
+    for place, tensor in zip(ctx.places, saved[7:], strict=True):
+        fields[place] = tensor
+    wanted = (*range(5), _SINKS, _BIAS)
+    needs = [ctx.needs_input_grad[place] for place in wanted]
+    grads = prefix_attention_backward_op(grad_out, *saved[:7], *fields, ctx.backend, needs)
+    result: list[Tensor | None] = [None] * (5 + len(fields) + 1)
+    for place, grad, need in zip(wanted, grads, needs, strict=True):
+        result[place] = grad if need else None
+    return tuple(result)
 
 
 prefix_attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,10 +1,26 @@
 """Which backend runs: the one table of what each can do, and the choice that ``auto`` makes.
 
-| backend   | devices                            | dtypes              | attn_mask | D != Dv |
-|-----------|------------------------------------|---------------------|-----------|---------|
-| reference | any                                | fp64 fp32 bf16 fp16 | yes       | yes     |
-| composed  | CPU                                | fp64 fp32 bf16 fp16 | yes       | yes     |
-| triton    | CUDA, ROCm; CPU in the interpreter | fp32 bf16 fp16      | no        | no      |
+|                         | reference           | composed            | triton                  |
+|-------------------------|---------------------|---------------------|-------------------------|
+| devices                 | any                 | CPU                 | CUDA, ROCm; interpreter |
+| dtypes                  | fp64 fp32 bf16 fp16 | fp64 fp32 bf16 fp16 | fp32 bf16 fp16          |
+| largest head size       | any                 | any                 | 256                     |
+| attn_mask               | yes                 | yes                 | yes                     |
+| D != Dv                 | yes                 | yes                 | yes                     |
+| packed prefixes         | yes                 | yes                 | yes                     |
+| cu_seqlens              | yes                 | yes                 | yes                     |
+| sliding_window          | yes                 | yes                 | yes                     |
+| prefix_in_window        | yes                 | yes                 | yes                     |
+| sinks                   | yes                 | yes                 | yes                     |
+| prefix_bias [Hq]        | yes                 | yes                 | yes                     |
+| prefix_bias [Hq, Lq, P] | yes                 | yes                 | yes                     |
+| softcap                 | yes                 | no                  | yes                     |
+| dropout_p               | yes                 | no                  | yes                     |
+
+Every backend takes key_padding_mask, is_causal, scale, GQA and MQA. ``auto`` runs the first backend
+of its device's list in :data:`AUTO` that can do all that the call needs: on CUDA and ROCm triton;
+on the CPU composed, and reference for what composed cannot (softcap, dropout_p), whose memory grows
+with Lq x (P + Lk). A backend asked for by name never falls back.
 """
 
 from __future__ import annotations
@@ -15,7 +31,24 @@ from dataclasses import dataclass
 
 import torch
 
+from fastprefix.attention.call import Options
+
 _ALL = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+# What a call may need beyond the plain arguments, by the names that messages use.
+FEATURES: tuple[str, ...] = (
+    "attn_mask",
+    "D != Dv",
+    "packed prefixes",
+    "cu_seqlens",
+    "sliding_window",
+    "prefix_in_window",
+    "sinks",
+    "prefix_bias [Hq]",
+    "prefix_bias [Hq, Lq, P]",
+    "softcap",
+    "dropout_p",
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +58,7 @@ class Backend:
     Attributes:
         devices: device types it runs on, or None for any.
         dtypes: of query, key, value and prefix.
-        features: arguments beyond the plain ones, by name.
+        features: those of :data:`FEATURES` that it can do, in any combination.
         max_head_size: largest D and Dv, or None for any.
     """
 
@@ -36,14 +69,34 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend(None, _ALL, frozenset({"attn_mask", "D != Dv"})),
-    "composed": Backend(frozenset({"cpu"}), _ALL, frozenset({"attn_mask", "D != Dv"})),
-    "triton": Backend(frozenset({"cuda"}), _ALL - {torch.float64}, frozenset(), max_head_size=256),
+    "reference": Backend(None, _ALL, frozenset(FEATURES)),
+    "composed": Backend(frozenset({"cpu"}), _ALL, frozenset(FEATURES) - {"softcap", "dropout_p"}),
+    "triton": Backend(
+        frozenset({"cuda"}), _ALL - {torch.float64}, frozenset(FEATURES), max_head_size=256
+    ),
 }
 
-# What `auto` runs, by device. `reference` is never chosen: it is a yardstick, and its memory
-# grows with Lq x (P + Lk).
-AUTO: dict[str, str] = {"cpu": "composed", "cuda": "triton"}
+# What `auto` tries, by device. `reference` comes last where it comes at all: it is a yardstick.
+AUTO: dict[str, tuple[str, ...]] = {"cpu": ("composed", "reference"), "cuda": ("triton",)}
+
+
+def features_of(options: Options, head_size: int, value_head_size: int) -> frozenset[str]:
+    """The features that a call needs."""
+    bias = options.prefix_bias
+    needed = {
+        "attn_mask": options.attn_mask is not None,
+        "D != Dv": head_size != value_head_size,
+        "packed prefixes": options.prefix_lengths is not None,
+        "cu_seqlens": options.cu_seqlens is not None,
+        "sliding_window": options.sliding_window is not None,
+        "prefix_in_window": options.prefix_in_window,
+        "sinks": options.sinks is not None,
+        "prefix_bias [Hq]": bias is not None and bias.dim() == 1,
+        "prefix_bias [Hq, Lq, P]": bias is not None and bias.dim() == 3,
+        "softcap": options.softcap is not None,
+        "dropout_p": options.dropout_p > 0.0,
+    }
+    return frozenset(name for name, need in needed.items() if need)
 
 
 def triton_installed() -> bool:
@@ -96,31 +149,35 @@ def choose(
 
     Raises:
         ValueError: unknown backend.
-        RuntimeError: the requested backend, or the one that ``auto`` stands for on this device,
-            cannot do what the call needs. The message names the backends that can.
+        RuntimeError: the requested backend, or all that ``auto`` tries on this device, cannot do
+            what the call needs. The message names the backends that can.
     """
     if requested != "auto" and requested not in BACKENDS:
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend: got {requested!r}, takes one of {names}")
-    if requested == "auto":
-        if device not in AUTO:
-            raise RuntimeError(
-                f"backend='auto': no fused backend for device {device!r}; "
-                "pass backend='reference' to run plain PyTorch maths there"
-            )
-        name, reason = AUTO[device], f"the default on {device}"
-    else:
-        name, reason = requested, "asked for by name"
-    why_not = refusal(name, device, dtype, features, head_size)
-    if why_not is None:
-        return name, reason
+    if requested == "auto" and device not in AUTO:
+        raise RuntimeError(
+            f"backend='auto': no fused backend for device {device!r}; "
+            "pass backend='reference' to run plain PyTorch maths there"
+        )
+    tried = AUTO[device] if requested == "auto" else (requested,)
+    refusals: list[str] = []
+    for name in tried:
+        why_not = refusal(name, device, dtype, features, head_size)
+        if why_not is None:
+            if requested != "auto":
+                return name, "asked for by name"
+            if not refusals:
+                return name, f"the default on {device}"
+            return name, f"in place of the default on {device}: {'; '.join(refusals)}"
+        refusals.append(f"{name} cannot run this call: {why_not}")
     able = [
         repr(other)
         for other in BACKENDS
         if refusal(other, device, dtype, features, head_size) is None
     ]
     raise RuntimeError(
-        f"backend={requested!r}: {name} cannot run this call: {why_not}. "
+        f"backend={requested!r}: {'; '.join(refusals)}. "
         f"Backends that can: {', '.join(able) or 'none'}"
     )
 

@@ -37,11 +37,15 @@ SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
 @app.command()
-def info() -> None:
+def info(
+    backends: Annotated[
+        bool, typer.Option("--backends", help="Show what each attention backend can do.")
+    ] = False,
+) -> None:
     """Show versions, the device, and which attention backend would run on it and why."""
     from fastprefix.cli.info import show_info
 
-    show_info()
+    show_info(backends)
 
 
 @app.command()

@@ -9,15 +9,22 @@ import torch
 from rich.table import Table
 
 from fastprefix import __version__
-from fastprefix.attention.selection import AUTO, BACKENDS, choose, refusal
+from fastprefix.attention.selection import AUTO, BACKENDS, FEATURES, choose, refusal
 from fastprefix.cli.console import console
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def show_info() -> None:
-    """Prints versions, the device, and what each backend can do on it."""
+def show_info(backends: bool = False) -> None:
+    """Prints versions, the device and the backend that runs; or the table of all backends.
+
+    Args:
+        backends: print what each backend can do, feature by feature, and nothing else.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if backends:
+        console.print(_features())
+        return
     table = Table(title=f"fastprefix {__version__}", show_header=False)
     table.add_row("python", platform.python_version())
     for package in ("torch", "triton", "transformers", "peft", "safetensors"):
@@ -31,23 +38,55 @@ def show_info() -> None:
         table.add_row("backend", f"[red]none[/]: {error}")
     console.print(table)
 
-    backends = Table(title=f"Backends on {device}")
-    for column in ("backend", "runs here", "dtypes", "features", "head sizes"):
-        backends.add_column(column)
-    for name, backend in BACKENDS.items():
+    runs = Table(title=f"Backends on {device}", caption="features: fastprefix info --backends")
+    for column in ("backend", "runs here", "dtypes", "head sizes"):
+        runs.add_column(column)
+    for name in BACKENDS:
         why_not = refusal(name, device, torch.float32, frozenset(), 64)
-        dtypes = ", ".join(
-            str(d).removeprefix("torch.") for d in (torch.float64, *_DTYPES) if d in backend.dtypes
-        )
-        limit = backend.max_head_size
-        backends.add_row(
-            name + (" (auto)" if AUTO.get(device) == name else ""),
+        order = AUTO.get(device, ()).index(name) + 1 if name in AUTO.get(device, ()) else None
+        runs.add_row(
+            name + (f" (auto {order})" if order else ""),
             "yes" if why_not is None else f"no: {why_not}",
-            dtypes,
-            ", ".join(sorted(backend.features)) or "-",
-            "any" if limit is None else f"up to {limit}",
+            _dtypes(name),
+            _head_sizes(name),
         )
-    console.print(backends)
+    console.print(runs)
+
+
+def _features() -> Table:
+    """The table of :mod:`fastprefix.attention.selection`, from its data."""
+    table = Table(title="Backends", caption=_auto())
+    table.add_column("")
+    for name in BACKENDS:
+        table.add_column(name)
+    table.add_row("devices", *(_devices(name) for name in BACKENDS))
+    table.add_row("dtypes", *map(_dtypes, BACKENDS))
+    table.add_row("head sizes", *map(_head_sizes, BACKENDS), end_section=True)
+    for feature in FEATURES:
+        cells = ("yes" if feature in backend.features else "-" for backend in BACKENDS.values())
+        table.add_row(feature.replace("[", r"\["), *cells)
+    return table
+
+
+def _auto() -> str:
+    tried = (f"{device}: {', then '.join(names)}" for device, names in AUTO.items())
+    return "auto takes the first that can do all that a call needs: " + "; ".join(tried)
+
+
+def _devices(name: str) -> str:
+    devices = BACKENDS[name].devices
+    return "any" if devices is None else ", ".join(sorted(devices))
+
+
+def _dtypes(name: str) -> str:
+    dtypes = BACKENDS[name].dtypes
+    known = (torch.float64, *_DTYPES)
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in known if dtype in dtypes)
+
+
+def _head_sizes(name: str) -> str:
+    limit = BACKENDS[name].max_head_size
+    return "any" if limit is None else f"up to {limit}"
 
 
 def _version(package: str) -> str:

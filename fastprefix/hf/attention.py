@@ -25,11 +25,17 @@ class ActivePrefix:
         kv: the prefix, or None for plain attention.
         backend: of :func:`fastprefix.prefix_attention`.
         positioned: whether the call's position_ids are already moved behind the prefix.
+        text_mask: the call's attention mask [B, L], 1 = real token, up to the newest token; None
+            for no padding. A prompt that slides out of a window depends on it where a layer's own
+            mask no longer says what is padding.
+        unplaced: what keeps this call from saying so, or None.
     """
 
     kv: PrefixKV | None
     backend: str = "auto"
     positioned: bool = False
+    text_mask: Tensor | None = None
+    unplaced: str | None = None
 
 
 @dataclass(eq=False)
@@ -75,13 +81,14 @@ def prefix_attention_forward(
         key: [B, Hkv, Lk, D], from the cache where there is one: the text alone.
         value: [B, Hkv, Lk, Dv].
         attention_mask: as :mod:`fastprefix.hf.masks` makes it, or a custom mask of 4 dimensions.
-        dropout: attention dropout.
+        dropout: share of the attention weights that is dropped; models give 0 in evaluation.
         scaling: factor on the scores.
         is_causal: overrides the module's own.
-        sliding_window: how many keys a query sees, itself included.
+        sliding_window: how many keys a query sees, itself included. An explicit mask has it
+            inside already, and is not cut again.
         softcap: of the scores.
         fastprefix: what the hook of a patched model injected.
-        kwargs: the rest of what models hand down.
+        kwargs: the rest of what models hand down; s_aux are the sinks [Hq].
 
     Returns:
         [B, Lq, Hq, Dv], and None for the weights, which are never formed.
@@ -94,13 +101,7 @@ def prefix_attention_forward(
         raise NotImplementedError(
             f"{type(module).__name__} adds a position bias, which is not supported yet"
         )
-    if dropout:
-        raise NotImplementedError(
-            f"{type(module).__name__} applies attention dropout ({dropout}) in training, which is "
-            "not supported yet: load the model with that probability at 0 (attention_dropout=0.0 "
-            "or attn_pdrop=0.0, as its config calls it)"
-        )
-    backend, prefix_key, prefix_value = "auto", None, None
+    backend, prefix_key, prefix_value, in_window = "auto", None, None, False
     if isinstance(fastprefix, Recorder):
         fastprefix.record(module, key, value)
     elif fastprefix is not None:
@@ -113,13 +114,7 @@ def prefix_attention_forward(
                     "so it has no share in the prefix; patch the model as you run it"
                 )
             prefix_key, prefix_value = fastprefix.kv.layer(slot)
-            whole = prefix_key.shape[1] + key.shape[2]
-            if fastprefix.kv.in_window and sliding_window is not None and whole > sliding_window:
-                raise NotImplementedError(
-                    f"{type(module).__name__} has a sliding_window of {sliding_window}, and a "
-                    f"prompt of {prefix_key.shape[1]} tokens with {key.shape[2]} tokens of text "
-                    "does not fit: prompts that slide out of it are not supported yet"
-                )
+            in_window = fastprefix.kv.in_window
 
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -129,19 +124,33 @@ def prefix_attention_forward(
         prefix_value = prefix_value.to(query.device, query.dtype)
 
     key_padding_mask = attn_mask = None
+    B, Lk, window = key.shape[0], key.shape[2], sliding_window
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    P = prefix_key.shape[1] if prefix_key is not None and in_window else 0
+    if window is not None and P + Lk <= window:
+        window = None  # everything lies within it
+    in_window = P > 0 and window is not None
+    if in_window and not causal:
+        raise NotImplementedError(
+            f"{type(module).__name__} has a sliding_window of {window} on both sides, which a "
+            "prompt does not slide out of yet"
+        )
     if attention_mask is not None and attention_mask.dim() == 2:
         key_padding_mask = attention_mask
     elif attention_mask is not None:
         causal = False
-        B, Lk = key.shape[0], key.shape[2]
         if attention_mask.dtype is torch.bool and attention_mask.shape[1:] == (1, 1, Lk):
             key_padding_mask = attention_mask[:, 0, 0].expand(B, Lk)
         else:
             attn_mask = attention_mask
-    window = sliding_window
-    if window is not None and (attn_mask is not None or key.shape[2] <= window):
-        window = None  # the mask has it, or every key lies within it
+        if not in_window:
+            window = None  # the mask has it
+        elif isinstance(fastprefix, ActivePrefix):
+            # The window of the operator hides no more of the text than the mask does already.
+            key_padding_mask = _real_tokens(module, fastprefix, key, window, key_padding_mask)
+    sinks = kwargs.get("s_aux")
+    if sinks is not None and sinks.dtype is not torch.float32:
+        sinks = sinks.to(query.dtype)
 
     out = prefix_attention(
         query,
@@ -152,13 +161,37 @@ def prefix_attention_forward(
         attn_mask=attn_mask,
         key_padding_mask=key_padding_mask,
         is_causal=causal,
+        dropout_p=dropout,
         scale=scaling,
         sliding_window=window,
         softcap=softcap,
-        sinks=kwargs.get("s_aux"),
+        sinks=sinks,
+        prefix_in_window=in_window,
         backend=backend,
     )
     return out.transpose(1, 2), None
+
+
+def _real_tokens(
+    module: nn.Module,
+    active: ActivePrefix,
+    key: Tensor,
+    window: int | None,
+    key_padding_mask: Tensor | None,
+) -> Tensor | None:
+    """Which of a windowed layer's keys are real, [B, Lk], where its mask is explicit."""
+    Lk = key.shape[2]
+    unplaced = active.unplaced
+    if unplaced is None and active.text_mask is not None and active.text_mask.shape[1] < Lk:
+        unplaced = f"an attention mask of {active.text_mask.shape[1]} tokens for {Lk}"
+    if unplaced is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} has a sliding_window of {window}, out of which the prompt "
+            f"has to slide as the text grows; not supported yet with {unplaced}"
+        )
+    if active.text_mask is None or key_padding_mask is not None:
+        return key_padding_mask
+    return active.text_mask[:, active.text_mask.shape[1] - Lk :].bool()
 
 
 def register() -> None:

@@ -163,33 +163,137 @@ class TestNumbers:
         refuses(TypeError, scale="0.5")
 
 
-UNBUILT = {
-    "prefix_index": [torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([0])],
-    "prefix_lengths": [torch.tensor([4, 2]), torch.tensor([6])],
-    "cu_seqlens": [torch.tensor([0, 2, 5])],
-    "dropout_p": [0.1, 1.0],
-    "sliding_window": [4, 0],
-    "softcap": [50.0],
-    "sinks": [torch.randn(4), torch.zeros(4)],
-    "prefix_bias": [torch.randn(6), torch.zeros(1)],
-    "prefix_in_window": [True],
-}
+LENGTHS, INDEX = torch.tensor([4, 2]), torch.tensor([0, -1])
 
 
-class TestArgumentsToCome:
+class TestPackedPrefixes:
+    def test_the_call_that_the_others_change_is_valid(self):
+        for dtype in (torch.int32, torch.int64):
+            packed = {"prefix_lengths": LENGTHS.to(dtype), "prefix_index": INDEX.to(dtype)}
+            assert prefix_attention(**arguments(**packed)).shape == (2, 4, 3, 8)
+
     @pytest.mark.parametrize(
-        ("name", "value"),
+        ("error", "words", "changes"),
         [
-            pytest.param(name, value, id=f"{name}-{i}")
-            for name, values in UNBUILT.items()
-            for i, value in enumerate(values)
+            (ValueError, ["prefix_lengths", "prefix_index"], {"prefix_index": None}),
+            (ValueError, ["prefix_lengths", "prefix_index"], {"prefix_lengths": None}),
+            (ValueError, ["prefix_lengths"], {"prefix_key": None, "prefix_value": None}),
+            (ValueError, ["prefix_lengths", "[N]"], {"prefix_lengths": LENGTHS[None]}),
+            (ValueError, ["prefix_lengths", "6"], {"prefix_lengths": torch.tensor([4, 3])}),
+            (ValueError, ["prefix_lengths", "6"], {"prefix_lengths": torch.tensor([7, -1])}),
+            (TypeError, ["prefix_lengths", "float32"], {"prefix_lengths": LENGTHS.float()}),
+            (TypeError, ["prefix_lengths", "list"], {"prefix_lengths": [4, 2]}),
+            (ValueError, ["prefix_lengths", "meta"], {"prefix_lengths": LENGTHS.to("meta")}),
+            (ValueError, ["prefix_index", "[2]"], {"prefix_index": torch.tensor([0])}),
+            (ValueError, ["prefix_index", "1"], {"prefix_index": torch.tensor([0, 2])}),
+            (ValueError, ["prefix_index", "-1"], {"prefix_index": torch.tensor([0, -2])}),
+            (TypeError, ["prefix_index", "int16"], {"prefix_index": INDEX.short()}),
+            (TypeError, ["prefix_index", "bool"], {"prefix_index": INDEX.bool()}),
         ],
     )
-    @pytest.mark.parametrize("backend", ["auto", "reference", "composed"])
-    def test_are_refused_and_never_ignored(self, name, value, backend):
-        refuses(NotImplementedError, name, **{name: value}, backend=backend)
+    def test_what_does_not_fit(self, error, words, changes):
+        packed = {"prefix_lengths": LENGTHS, "prefix_index": INDEX}
+        refuses(error, *words, **{**packed, **changes})
 
-    def test_are_accepted_at_their_defaults(self):
-        defaults = dict.fromkeys(UNBUILT) | {"dropout_p": 0.0, "prefix_in_window": False}
-        got = prefix_attention(**arguments(), **defaults)
-        assert got.shape == (2, 4, 3, 8)
+
+class TestPackedSequences:
+    @pytest.mark.parametrize(
+        ("error", "words", "changes"),
+        [
+            (ValueError, ["cu_seqlens", "5"], {"cu_seqlens": torch.tensor([0, 2, 4])}),
+            (ValueError, ["cu_seqlens", "5"], {"cu_seqlens": torch.tensor([1, 2, 5])}),
+            (ValueError, ["cu_seqlens", "5"], {"cu_seqlens": torch.tensor([0, 6, 5])}),
+            (ValueError, ["cu_seqlens"], {"cu_seqlens": torch.tensor([0])}),
+            (ValueError, ["cu_seqlens"], {"cu_seqlens": torch.tensor([[0, 5]])}),
+            (TypeError, ["cu_seqlens", "float32"], {"cu_seqlens": torch.tensor([0.0, 5.0])}),
+            (TypeError, ["cu_seqlens", "list"], {"cu_seqlens": [0, 5]}),
+            (ValueError, ["cu_seqlens", "meta"], {"cu_seqlens": torch.tensor([0, 5]).to("meta")}),
+            (ValueError, ["cu_seqlens", "Lq", "Lk"], {"query": torch.randn(1, 4, 4, 8)}),
+            (
+                ValueError,
+                ["cu_seqlens", "key_padding_mask"],
+                {"key_padding_mask": torch.ones(1, 5, dtype=torch.bool)},
+            ),
+            (
+                ValueError,
+                ["cu_seqlens", "attn_mask"],
+                {"attn_mask": torch.ones(5, 5, dtype=torch.bool)},
+            ),
+            (
+                ValueError,
+                ["prefix_index", "cu_seqlens"],
+                {"prefix_lengths": LENGTHS, "prefix_index": torch.tensor([0])},
+            ),
+        ],
+    )
+    def test_what_does_not_fit(self, error, words, changes):
+        x = torch.randn(1, 2, 5, 8)
+        packed = {"query": torch.randn(1, 4, 5, 8), "key": x, "value": x}
+        refuses(error, *words, **{**packed, "cu_seqlens": torch.tensor([0, 2, 5]), **changes})
+
+    def test_more_than_one_row(self):
+        x = torch.randn(2, 2, 3, 8)
+        refuses(ValueError, "cu_seqlens", "2", key=x, value=x, cu_seqlens=torch.tensor([0, 3]))
+
+
+class TestAdded:
+    @pytest.mark.parametrize("name", ["sinks", "prefix_bias"])
+    def test_shape(self, name):
+        refuses(ValueError, name, "[4]", **{name: torch.randn(2)})
+        refuses(ValueError, name, "[4]", **{name: torch.randn(1, 4)})
+        refuses(ValueError, name, "[4]", **{name: torch.tensor(1.0)})
+
+    @pytest.mark.parametrize("name", ["sinks", "prefix_bias"])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64, torch.bool])
+    def test_dtype(self, name, dtype):
+        refuses(TypeError, name, **{name: torch.ones(4, dtype=dtype)})
+
+    @pytest.mark.parametrize("name", ["sinks", "prefix_bias"])
+    def test_device_and_kind(self, name):
+        refuses(ValueError, name, "meta", **{name: torch.ones(4, device="meta")})
+        refuses(TypeError, name, "list", **{name: [1.0] * 4})
+
+    def test_prefix_bias_of_other_columns(self):
+        refuses(ValueError, "prefix_bias", "[4, 3, 6]", prefix_bias=torch.randn(4, 3, 11))
+
+    def test_prefix_bias_by_column_with_gradient(self):
+        bias = torch.randn(4, 3, 6, requires_grad=True)
+        refuses(ValueError, "prefix_bias", "gradient", prefix_bias=bias)
+
+
+class TestMoreNumbers:
+    @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan")])
+    def test_dropout_p(self, p):
+        refuses(ValueError, "dropout_p", dropout_p=p)
+
+    @pytest.mark.parametrize("window", [0, -1])
+    def test_sliding_window(self, window):
+        refuses(ValueError, "sliding_window", f"{window}", sliding_window=window)
+
+    @pytest.mark.parametrize("window", [4.0, "4", True])
+    def test_sliding_window_that_is_no_number_of_keys(self, window):
+        refuses(TypeError, "sliding_window", sliding_window=window)
+
+    @pytest.mark.parametrize("softcap", [-1.0, float("inf"), float("nan")])
+    def test_softcap(self, softcap):
+        refuses(ValueError, "softcap", softcap=softcap)
+
+    def test_prefix_in_window_without_a_window(self):
+        refuses(ValueError, "prefix_in_window", "sliding_window", prefix_in_window=True)
+
+    def test_prefix_in_window_with_fewer_keys_than_queries(self):
+        x = torch.randn(2, 2, 2, 8)
+        refuses(
+            ValueError, "prefix_in_window", "Lk", key=x, value=x, sliding_window=4,
+            prefix_in_window=True,
+        )  # fmt: skip
+
+    def test_all_are_accepted_at_their_defaults(self):
+        defaults = dict.fromkeys(
+            ["prefix_index", "prefix_lengths", "cu_seqlens", "sliding_window", "softcap", "sinks"]
+        )
+        defaults |= {"prefix_bias": None, "dropout_p": 0.0, "prefix_in_window": False}
+        inputs = arguments()
+        expected = prefix_attention(**inputs)
+        assert torch.equal(prefix_attention(**inputs, **defaults), expected)
+        assert torch.equal(prefix_attention(**inputs, softcap=0.0), expected)

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastprefix.attention.backends import composed
+from fastprefix.attention.call import Options
 
 B, Hq, Hkv, P, D = 8, 4, 2, 256, 32
 EXPANDED = B * Hkv * P * D  # elements of a prefix copied once per row
@@ -34,8 +35,8 @@ def problem(request, make_problem):
     return make_problem(B=B, Hq=Hq, Hkv=Hkv, Lq=1, Lk=3, P=P, D=D, dtype=request.param)
 
 
-def composed_arguments(problem):
-    return (*problem.tensors.values(), None, None)
+CAUSAL = Options(is_causal=True, scale=0.2)
+ALL_FIVE = (True,) * 5 + (False,) * 2
 
 
 def test_the_concatenation_shows_in_the_count(problem, plain_attention):
@@ -47,35 +48,29 @@ def test_the_concatenation_shows_in_the_count(problem, plain_attention):
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_forward_allocates_no_copies_of_the_prefix(problem, pad):
-    arguments = list(composed_arguments(problem))
-    if pad:
-        arguments[5] = torch.ones(B, 3, dtype=torch.bool)
+    mask = torch.ones(B, 3, dtype=torch.bool) if pad else None
     with LargestBuffer() as largest:
-        composed.forward(*arguments, is_causal=True, scale=0.2)
+        composed.forward(*problem.tensors.values(), CAUSAL._replace(key_padding_mask=mask))
     # One copy of the prefix's size at most, where a row of every sequence would be eight.
     assert largest.elements <= Hkv * P * D
 
 
 def test_backward_allocates_no_gradient_per_row(problem):
-    arguments = composed_arguments(problem)
-    out, lse = composed.forward(*arguments, is_causal=True, scale=0.2)
+    inputs = problem.tensors.values()
+    out, lse = composed.forward(*inputs, CAUSAL)
     with LargestBuffer() as largest:
-        composed.backward(
-            problem.grad_out, *arguments, out, lse, is_causal=True, scale=0.2, needs=(True,) * 5
-        )
+        composed.backward(problem.grad_out, *inputs, out, lse, CAUSAL, ALL_FIVE)
     assert largest.elements <= Hkv * P * D
 
 
 def test_keys_are_not_repeated_for_the_query_heads(make_problem):
     """Hq / Hkv = 4 over a long cache: nothing as large as two copies of the keys."""
     problem = make_problem(B=2, Hq=8, Hkv=2, Lq=1, Lk=512, P=4, D=D, pad="left", is_causal=True)
-    arguments = (*problem.tensors.values(), problem.options["key_padding_mask"], None)
-    keys = problem.tensors["key"].numel()
+    options = CAUSAL._replace(key_padding_mask=problem.options["key_padding_mask"])
+    inputs, keys = problem.tensors.values(), problem.tensors["key"].numel()
     with LargestBuffer() as largest:
-        out, lse = composed.forward(*arguments, is_causal=True, scale=0.2)
-        composed.backward(
-            problem.grad_out, *arguments, out, lse, is_causal=True, scale=0.2, needs=(True,) * 5
-        )
+        out, lse = composed.forward(*inputs, options)
+        composed.backward(problem.grad_out, *inputs, out, lse, options, ALL_FIVE)
     assert largest.elements < 2 * keys
 
 

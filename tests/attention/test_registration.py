@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastprefix import prefix_attention
+from fastprefix.attention.call import Options
 
 # opcheck runs an op dozens of times, and the interpreter is slow: small problems.
 SMALL = {"Hq": 2, "Hkv": 1, "Lq": 3, "P": 4}
@@ -22,10 +23,8 @@ CALLS = {
 
 def op_arguments(problem, backend):
     """Positional arguments of the registered op."""
-    options = problem.options
-    tensors = problem.tensors.values()
-    masks = (options["key_padding_mask"], options["attn_mask"])
-    return (*tensors, *masks, options["is_causal"], 0.25, backend)
+    options = {"scale": 0.25, **{k: v for k, v in problem.options.items() if v is not None}}
+    return (*problem.tensors.values(), *Options(**options), backend)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -74,18 +73,18 @@ def check_backward(problem, backend, needs):
     out, lse = torch.ops.fastprefix.prefix_attention(*inputs)
     torch.library.opcheck(
         torch.ops.fastprefix.prefix_attention_backward.default,
-        (problem.grad_out, *inputs[:7], out, lse, *inputs[7:], needs),
+        (problem.grad_out, *inputs[:5], out, lse, *inputs[5:], needs),
     )
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_opcheck_of_the_backward(fused_backend, call, make_problem):
-    check_backward(make_problem(**call), fused_backend, [True] * 5)
+    check_backward(make_problem(**call), fused_backend, [True] * 5 + [False] * 2)
 
 
 @pytest.mark.parametrize("wanted", range(5))
 def test_opcheck_of_a_single_gradient(wanted, make_problem):
-    needs = [i == wanted for i in range(5)]
+    needs = [i == wanted for i in range(7)]
     check_backward(make_problem(**SMALL, pad="left", is_causal=True), "composed", needs)
 
 

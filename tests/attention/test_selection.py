@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
@@ -29,20 +27,12 @@ def test_unknown_backend_lists_the_known_ones():
         prefix_attention(*tensors(), backend="flash")
 
 
-@pytest.mark.parametrize(
-    ("feature", "call", "options"),
-    [
-        ("float64", {"dtype": torch.float64}, {}),
-        ("attn_mask", {}, {"attn_mask": torch.ones(3, 3, dtype=torch.bool)}),
-        ("D != Dv", {"Dv": 4}, {}),
-    ],
-)
-def test_triton_names_the_feature_and_those_that_can(feature, call, options):
+def test_triton_names_a_dtype_and_those_that_can():
     with pytest.raises(RuntimeError) as caught:
-        prefix_attention(*tensors(**call), **options, backend="triton")
+        prefix_attention(*tensors(torch.float64), backend="triton")
     message = str(caught.value)
     assert "triton" in message
-    assert feature in message.split("Backends that can")[0]
+    assert "float64" in message.split("Backends that can")[0]
     able = message.split("Backends that can")[1]
     assert "'reference'" in able
     assert "'composed'" in able
@@ -81,23 +71,73 @@ def test_auto_on_the_cpu_is_composed():
     assert torch.equal(prefix_attention(*inputs), prefix_attention(*inputs, backend="composed"))
 
 
-def test_reference_is_never_the_default():
-    assert "reference" not in selection.AUTO.values()
+def test_reference_is_the_first_choice_nowhere():
+    assert all(names[0] != "reference" for names in selection.AUTO.values())
+
+
+def test_auto_on_the_cpu_is_reference_where_composed_cannot():
+    for features in (["softcap"], ["dropout_p", "sinks"]):
+        name, reason = selection.choose("auto", "cpu", torch.float32, frozenset(features), 8)
+        assert name == "reference"
+        assert features[0] in reason
+    inputs = tensors()
+    capped = prefix_attention(*inputs, softcap=1.0)
+    assert torch.equal(capped, prefix_attention(*inputs, softcap=1.0, backend="reference"))
+
+
+@pytest.mark.parametrize("options", [{"softcap": 1.0}, {"dropout_p": 0.5}])
+def test_composed_asked_for_by_name_never_falls_back(options):
+    with pytest.raises(RuntimeError, match=rf"composed.*{next(iter(options))}.*'reference'"):
+        prefix_attention(*tensors(), **options, backend="composed")
+
+
+OPTIONS = {
+    "attn_mask": {"attn_mask": torch.ones(3, 3, dtype=torch.bool)},
+    "packed prefixes": {
+        "prefix_lengths": torch.tensor([3]),
+        "prefix_index": torch.tensor([0]),
+    },
+    "cu_seqlens": {"cu_seqlens": torch.tensor([0, 3])},
+    "sliding_window": {"sliding_window": 2},
+    "prefix_in_window": {"sliding_window": 2, "prefix_in_window": True},
+    "sinks": {"sinks": torch.zeros(2)},
+    "prefix_bias [Hq]": {"prefix_bias": torch.zeros(2)},
+    "prefix_bias [Hq, Lq, P]": {"prefix_bias": torch.zeros(2, 3, 3)},
+    "softcap": {"softcap": 1.0},
+    "dropout_p": {"dropout_p": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", selection.BACKENDS)
+@pytest.mark.parametrize("feature", selection.FEATURES)
+def test_a_backend_runs_what_the_table_says_and_refuses_the_rest(name, feature):
+    inputs = tensors(Dv=4) if feature == "D != Dv" else tensors()
+    options = OPTIONS.get(feature, {})
+    if feature in selection.BACKENDS[name].features:
+        assert prefix_attention(*inputs, **options, backend=name).shape == inputs[2].shape
+    else:
+        with pytest.raises(RuntimeError) as caught:
+            prefix_attention(*inputs, **options, backend=name)
+        refused, able = str(caught.value).split("Backends that can")
+        assert feature in refused
+        assert "'reference'" in able
 
 
 def test_the_documented_table_is_the_table():
     """The docstring of the module is what users read."""
-    rows = re.findall(r"^\| (\w+) +\|(.*)\|$", selection.__doc__, re.M)
-    documented = {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
-    documented.pop("backend")
-    assert documented.keys() == selection.BACKENDS.keys()
+    lines = [line for line in selection.__doc__.splitlines() if line.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    documented = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+    assert set(head[1:]) == set(selection.BACKENDS)
+    assert set(documented) == {"devices", "dtypes", "largest head size", *selection.FEATURES}
     short = {"fp64": torch.float64, "fp32": torch.float32}
     short |= {"bf16": torch.bfloat16, "fp16": torch.float16}
     for name, backend in selection.BACKENDS.items():
-        devices, dtypes, attn_mask, own_head_size = documented[name]
-        assert {short[word] for word in dtypes.split()} == backend.dtypes
-        assert (attn_mask == "yes") == ("attn_mask" in backend.features)
-        assert (own_head_size == "yes") == ("D != Dv" in backend.features)
+        devices = documented["devices"][name]
         assert (devices == "any") == (backend.devices is None)
-        for device in backend.devices or ():
-            assert device in devices.lower()
+        assert all(device in devices.lower() for device in backend.devices or ())
+        assert {short[word] for word in documented["dtypes"][name].split()} == backend.dtypes
+        limit = documented["largest head size"][name]
+        assert limit == ("any" if backend.max_head_size is None else str(backend.max_head_size))
+        for feature in selection.FEATURES:
+            assert documented[feature][name] == ("yes" if feature in backend.features else "no")

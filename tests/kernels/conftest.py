@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.attention.backends import reference
+from fastprefix.attention.call import Options
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from fastprefix.kernels import prefix_attention_backward, prefix_attention_forward
@@ -99,7 +100,8 @@ def exact(
 ) -> list[Tensor]:
     """out, lse and the five gradients of the reference in a dtype."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-    out, lse = reference.forward(*leaves, mask, is_causal=problem.is_causal, scale=problem.scale)
+    options = Options(problem.is_causal, problem.scale, key_padding_mask=mask)
+    out, lse = reference.forward(*leaves, options)
     grads = torch.autograd.grad(out, leaves, grad_out.to(dtype))
     return [out.detach(), lse.detach(), *grads]
 

@@ -7,6 +7,9 @@ part's gradient the exact share of the whole (FlashAttention-2, section 3.1: dS 
 where P and delta depend on the other part only through lse and out).
 
 Runs on the CPU, whose flash kernel returns the log-sum-exp and takes a broadcast mask.
+
+This file has the two calls and what surrounds them; what only some calls use (several prefixes,
+packed sequences, windows, sinks, a bias) is in :mod:`.composed_features`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastprefix.attention.call import Options
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -30,13 +35,94 @@ def forward(
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
+    inputs = (query, key, value, prefix_key, prefix_value)
+    if _plain(options):
+        return _plain_forward(
+            *inputs,
+            options.key_padding_mask,
+            options.attn_mask,
+            is_causal=options.is_causal,
+            scale=options.scale,
+        )
+    from fastprefix.attention.backends import composed_features  # which builds on this file
+
+    return composed_features.forward(*inputs, options)
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, prefix_key, prefix_value, sinks and prefix_bias.
+
+    Args:
+        grad_out: gradient of out, [B, Hq, Lq, Dv].
+        query: as in the forward, like key, value, the prefix and the options.
+        key: see query.
+        value: see query.
+        prefix_key: see query.
+        prefix_value: see query.
+        out: the forward's output.
+        lse: the forward's log-sum-exp.
+        options: see query.
+        needs: which of the seven gradients to compute.
+
+    Returns:
+        The gradients, None where not needed; that of prefix_bias only where it is [Hq].
+    """
+    inputs = (grad_out, query, key, value, prefix_key, prefix_value)
+    if _plain(options):
+        grads = _plain_backward(
+            *inputs,
+            options.key_padding_mask,
+            options.attn_mask,
+            out,
+            lse,
+            is_causal=options.is_causal,
+            scale=options.scale,
+            needs=(needs[0], needs[1], needs[2], needs[3], needs[4]),
+        )
+        return (*grads, None, None)
+    from fastprefix.attention.backends import composed_features  # which builds on this file
+
+    return composed_features.backward(*inputs, out, lse, options, needs)
+
+
+def _plain(options: Options) -> bool:
+    """Whether one prefix, one sequence a row and the masks are all there is."""
+    return (
+        options.prefix_lengths is None
+        and options.cu_seqlens is None
+        and options.sliding_window is None
+        and options.sinks is None
+        and options.prefix_bias is None
+    )
+
+
+def _plain_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     *,
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
+    """The forward of :func:`_plain` calls."""
     Dv = value.shape[-1]
     query, key, value, prefix_key, prefix_value = _equal_head_sizes(
         query, key, value, prefix_key, prefix_value
@@ -108,7 +194,7 @@ def _decode(
     return merged.to(query.dtype).reshape(query.shape), lse.reshape(B, Hq, 1)
 
 
-def backward(
+def _plain_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -124,23 +210,7 @@ def backward(
     scale: float,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, prefix_key and prefix_value; None where not needed.
-
-    Args:
-        grad_out: gradient of out, [B, Hq, Lq, Dv].
-        query: as in the forward, like key, value, the prefix, the masks, is_causal and scale.
-        key: see query.
-        value: see query.
-        prefix_key: see query.
-        prefix_value: see query.
-        key_padding_mask: see query.
-        attn_mask: see query.
-        out: the forward's output.
-        lse: the forward's log-sum-exp.
-        is_causal: see query.
-        scale: see query.
-        needs: which of the five gradients to compute.
-    """
+    """The backward of :func:`_plain` calls: five gradients."""
     D, Dv = query.shape[-1], value.shape[-1]
     query, key, value, prefix_key, prefix_value, out, grad_out = _equal_head_sizes(
         query, key, value, prefix_key, prefix_value, out, grad_out
@@ -202,6 +272,7 @@ class _SequencePart:
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
+        sliding_window: int | None = None,
     ) -> None:
         self.B, self.Hq, self.Lq, _ = query.shape
         self.Hkv, self.Lk = key.shape[1], key.shape[2]
@@ -216,14 +287,18 @@ class _SequencePart:
         if attn_mask is not None:
             added = _additive(attn_mask, query.dtype)
             bias = added if bias is None else torch.clamp(bias + added, min=_FLOOR)
-        if is_causal and self.Lk > self.Lq:
-            # the kernel aligns its own causal mask to the start
-            hidden = torch.ones(self.Lq, self.Lk, dtype=torch.bool, device=query.device)
-            hidden = hidden.triu_(self.Lk - self.Lq + 1)
+        # the kernel knows no window, and aligns its own causal mask to the start
+        if sliding_window is not None or (is_causal and self.Lk > self.Lq):
+            offset, reach = (
+                self.Lk - self.Lq,
+                self.Lk if sliding_window is None else sliding_window - 1,
+            )
+            seen = torch.ones(self.Lq, self.Lk, dtype=torch.bool, device=query.device)
+            seen = seen.tril_(offset + (0 if is_causal else reach)).triu_(offset - reach)
             if bias is None:
                 wide = torch.promote_types(query.dtype, torch.float32)
                 bias = torch.zeros(1, 1, 1, 1, dtype=wide, device=query.device)
-            bias = bias.masked_fill(hidden, _FLOOR)
+            bias = bias.masked_fill(~seen, _FLOOR)
             is_causal = False
         self.is_causal = is_causal
         self.as_rows = not is_causal and (bias is None or bias.shape[1] == bias.shape[2] == 1)

@@ -1,29 +1,21 @@
-"""The yardstick: prefix attention in plain PyTorch, scores materialised, any floating dtype."""
+"""The yardstick: prefix attention in plain PyTorch, scores materialised, any floating dtype.
+
+Every feature, every gradient by autograd. Packed prefixes and packed sequences are masks over all
+columns here: each query is scored against everything, and what is not its own is hidden.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastprefix.attention import philox
+from fastprefix.attention.call import Options
+
 # Additive masks say "do not attend" with -inf or with the most negative number of their dtype.
 MASKED = -1e30
-
-
-def visible(
-    query_length: int,
-    key_length: int,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
-    device: torch.device,
-) -> Tensor:
-    """Which sequence keys a query sees: bool, broadcastable to [B, Hkv, g, Lq, Lk]."""
-    seen = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
-    if is_causal:
-        seen = seen.tril(key_length - query_length)
-    seen = seen[None, None, None]
-    if key_padding_mask is not None:
-        seen = seen & key_padding_mask[:, None, None, None, :]
-    return seen
 
 
 def forward(
@@ -32,11 +24,7 @@ def forward(
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None = None,
-    *,
-    is_causal: bool,
-    scale: float,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over [prefix ; sequence], in the query's dtype throughout.
 
@@ -46,39 +34,146 @@ def forward(
         value: [B, Hkv, Lk, Dv].
         prefix_key: [Hkv, P, D]; P may be 0.
         prefix_value: [Hkv, P, Dv].
-        key_padding_mask: [B, Lk] bool, True = real token, or None.
-        attn_mask: bool (True = attend) or additive, broadcastable to [B, Hq, Lq, Lk], or None;
-            additive values of -1e30 or less hide the key.
-        is_causal: query i sees sequence keys 0 .. i + Lk - Lq.
-        scale: factor on the scores.
+        options: the rest of the call.
 
     Returns:
         out [B, Hq, Lq, Dv] and its log-sum-exp (natural log) [B, Hq, Lq] in float32 (float64 for
-        float64 inputs). Rows that see nothing: zeros and -inf.
+        float64 inputs), with the sinks. Rows that see nothing: zeros and -inf.
     """
     B, Hq, Lq, D = query.shape
     Hkv, Lk = key.shape[1], key.shape[2]
     P = prefix_key.shape[1]
     grouped = query.reshape(B, Hkv, Hq // Hkv, Lq, D)
     prefix_scores = torch.einsum("bhgqd,hpd->bhgqp", grouped, prefix_key)
-    scores = torch.einsum("bhgqd,bhkd->bhgqk", grouped, key)
-    seen = visible(Lq, Lk, key_padding_mask, is_causal, query.device)
-    scores = (scores * scale).masked_fill(~seen, float("-inf"))
-    if attn_mask is not None:
-        mask = attn_mask.expand(B, Hq, Lq, Lk).reshape(B, Hkv, Hq // Hkv, Lq, Lk)
-        if mask.dtype is torch.bool:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        else:
-            scores = scores + mask.to(scores.dtype).masked_fill(mask <= MASKED, float("-inf"))
-    scores = torch.cat([prefix_scores * scale, scores], dim=-1)
+    sequence_scores = torch.einsum("bhgqd,bhkd->bhgqk", grouped, key)
+    scores = torch.cat([prefix_scores, sequence_scores], dim=-1) * options.scale
+    scores = scores.reshape(B, Hq, Lq, P + Lk)
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+
+    places = _places(query, Lk, P, options)
+    prefix_seen = places.own[:, None]  # [B, 1, Lq, P]
+    sequence_seen = places.together[:, None]  # [B, 1, Lq, Lk]
+    if options.is_causal:
+        sequence_seen = sequence_seen & (places.key <= places.position[..., None])
+    if options.sliding_window is not None:
+        distance = (places.position[..., None] - places.key).abs()
+        sequence_seen = sequence_seen & (distance < options.sliding_window)
+        if options.prefix_in_window:
+            before = _real_before(places.position, options.key_padding_mask)  # [B, Lq]
+            gap = (places.prefix_length + before)[..., None] - places.column
+            prefix_seen = prefix_seen & (gap < options.sliding_window)[:, None]
+    if options.key_padding_mask is not None:
+        sequence_seen = sequence_seen & options.key_padding_mask[:, None, None, :]
+    if options.attn_mask is not None and options.attn_mask.dtype is torch.bool:
+        sequence_seen = sequence_seen & options.attn_mask
+    prefix_added = sequence_added = scores.new_zeros(())
+    if options.attn_mask is not None and options.attn_mask.dtype is not torch.bool:
+        sequence_seen = sequence_seen & (options.attn_mask > MASKED)
+        sequence_added = options.attn_mask.to(scores.dtype)
+    if options.prefix_bias is not None:
+        bias = options.prefix_bias
+        bias = bias[:, None, None] if bias.dim() == 1 else bias
+        prefix_seen = prefix_seen & (bias > MASKED)
+        prefix_added = bias.to(scores.dtype)
+    seen = torch.cat(
+        [prefix_seen.expand(B, Hq, Lq, P), sequence_seen.expand(B, Hq, Lq, Lk)], dim=-1
+    )
+    added = torch.cat(
+        [prefix_added.expand(B, Hq, Lq, P), sequence_added.expand(B, Hq, Lq, Lk)], dim=-1
+    )
+    # hidden before the sum: an infinite bias would send NaN into the gradients
+    scores = (scores + added.masked_fill(~seen, 0.0)).masked_fill(~seen, float("-inf"))
+
+    sinks = None if options.sinks is None else options.sinks.to(scores.dtype)[:, None, None]
     # Rows that see nothing: a finite stand-in for their maximum of -inf, and 1 for their sum of 0.
-    top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(1)
+    top = scores.detach().amax(-1, keepdim=True) if P + Lk else scores.new_zeros(B, Hq, Lq, 1)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.detach()) if P + Lk else sinks.detach() + top
     top = top.masked_fill(top == float("-inf"), 0.0)
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
     lse = (top + total.detach().log()).squeeze(-1)
     weights = weights / total.masked_fill(total == 0, 1.0)
+    if options.dropout_seed is not None:
+        kept = _kept(places, Hq, options.dropout_p, options.dropout_seed)
+        weights = weights * kept.to(weights.dtype) / (1.0 - options.dropout_p)
+    weights = weights.reshape(B, Hkv, Hq // Hkv, Lq, P + Lk)
     out = torch.einsum("bhgqp,hpd->bhgqd", weights[..., :P], prefix_value)
     out = out + torch.einsum("bhgqk,bhkd->bhgqd", weights[..., P:], value)
     lse_dtype = torch.promote_types(lse.dtype, torch.float32)
-    return out.reshape(B, Hq, Lq, value.shape[-1]), lse.reshape(B, Hq, Lq).to(lse_dtype)
+    return out.reshape(B, Hq, Lq, value.shape[-1]), lse.to(lse_dtype)
+
+
+class _Places(NamedTuple):
+    """Where queries, keys and prefix columns stand, each in its own sequence or prefix.
+
+    Attributes:
+        sequence: [B, Lq], the query's sequence: its batch row, or m with cu_seqlens.
+        query: [Lq], i.
+        position: [1, Lq], p_i.
+        key: [Lk], j.
+        together: [1, Lq, Lk] bool, query and key belong to one sequence.
+        column: [P], the token's index in its own prefix.
+        own: [B, Lq, P] bool, the column belongs to the query's prefix.
+        prefix_length: [B, Lq], of the query's prefix.
+    """
+
+    sequence: Tensor
+    query: Tensor
+    position: Tensor
+    key: Tensor
+    together: Tensor
+    column: Tensor
+    own: Tensor
+    prefix_length: Tensor
+
+
+def _places(query: Tensor, Lk: int, P: int, options: Options) -> _Places:
+    B, _, Lq, _ = query.shape
+    device = query.device
+    index, key = torch.arange(Lq, device=device), torch.arange(Lk, device=device)
+    if options.cu_seqlens is None:
+        sequence = torch.arange(B, device=device)[:, None].expand(B, Lq)
+        position = index + (Lk - Lq)
+        together = torch.ones(1, Lq, Lk, dtype=torch.bool, device=device)
+    else:
+        cu_seqlens = options.cu_seqlens.long()
+        of_token = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
+        sequence = of_token[None]
+        index = position = key = index - cu_seqlens[of_token]
+        together = (of_token[:, None] == of_token[None, :])[None]
+    column = torch.arange(P, device=device)
+    if options.prefix_lengths is None or options.prefix_index is None:
+        own = torch.ones(B, Lq, P, dtype=torch.bool, device=device)
+        prefix_length = torch.full((B, Lq), P, device=device)
+    else:
+        lengths = options.prefix_lengths.long()
+        number = torch.arange(lengths.shape[0], device=device)
+        number = torch.repeat_interleave(number, lengths, output_size=P)
+        column = column - (lengths.cumsum(0) - lengths)[number]
+        mine = options.prefix_index.long()[sequence]  # [B, Lq]
+        own = number == mine[..., None]
+        prefix_length = torch.cat([lengths, lengths.new_zeros(1)])[mine]  # -1 takes the zero
+    return _Places(sequence, index, position[None], key, together, column, own, prefix_length)
+
+
+def _real_before(position: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """How many real tokens of its row stand before each query, [B or 1, Lq]."""
+    if key_padding_mask is None:
+        return position
+    real = key_padding_mask.long()
+    return (real.cumsum(1) - real)[:, position[0]]
+
+
+def _kept(places: _Places, Hq: int, dropout_p: float, seed: Tensor) -> Tensor:
+    """Which weights dropout keeps, [B, Hq, Lq, P + Lk] bool."""
+    B, Lq = places.sequence.shape
+    columns = torch.cat(
+        [places.column.expand(B, Lq, -1), places.prefix_length[..., None] + places.key], dim=-1
+    )
+    heads = places.sequence[:, None, :, None] * Hq
+    heads = heads + torch.arange(Hq, device=seed.device)[:, None, None]
+    return philox.keep(seed, dropout_p, columns[:, None], places.query[:, None], heads)

@@ -1,0 +1,48 @@
+"""Philox 4x32-10 (Salmon et al., SC 2011) in PyTorch: which attention weights dropout keeps.
+
+A weight's fate is a pure function of the seed and of its coordinates, so that every backend, and
+the backward as the forward, drops the same ones. Words of 32 bits are kept in int64 tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_ROUND = (0xD2511F53, 0xCD9E8D57)
+_KEY = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(
+    key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor], rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four output words for a key and a counter; int64 tensors of words, broadcast together."""
+    k0, k1 = (word & _MASK for word in key)
+    c0, c1, c2, c3 = (word & _MASK for word in counter)
+    for _ in range(rounds):
+        high0, low0 = _multiply(_ROUND[0], c0)
+        high1, low1 = _multiply(_ROUND[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY[0]) & _MASK, (k1 + _KEY[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def keep(seed: Tensor, dropout_p: float, column: Tensor, row: Tensor, head: Tensor) -> Tensor:
+    """Whether dropout keeps a weight, broadcast over its coordinates.
+
+    Args:
+        seed: [1] int64; its low and high half are the key.
+        dropout_p: share to drop, 0 <= dropout_p < 1.
+        column: n in [prefix ; sequence], counted from the start of the row's own prefix.
+        row: i, the query's index inside its sequence.
+        head: b * Hq + h.
+    """
+    words = philox((seed, seed >> 32), (column, row, head, torch.zeros_like(seed)))
+    return words[0] >= int(dropout_p * 2**32)
+
+
+def _multiply(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of the product, in halves of 16 bits: no sum exceeds 63 bits."""
+    high, low = factor * (word >> 16), factor * (word & 0xFFFF)
+    return (high + (low >> 16)) >> 16, ((high << 16) + low) & _MASK
