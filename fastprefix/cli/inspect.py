@@ -58,9 +58,11 @@ def run_inspection(
         return
     if not found and not complaints:
         raise ValueError(f"kernel: no kernel's name contains {kernel!r}")
-    console.print(_kernels(found, arch, head_dim, dtype))
-    console.print(_loops(found))
-    console.print(_bytes(found))
+    if found:
+        console.print(_kernels(found, arch, head_dim, dtype))
+        console.print(_occupancy(found))
+        console.print(_loops(found))
+        console.print(_bytes(found))
     for complaint in complaints:
         console.print(Text(complaint, style="bold red"))
     console.print(Text(STATIC, style="bold"))
@@ -71,19 +73,17 @@ def _short(kernel: str) -> str:
 
 
 def _columns(table: Table, *names: str) -> Table:
-    for i, name in enumerate(names):
-        table.add_column(name, justify="right" if i else "left")
+    for name in names:
+        words = name in ("kernel", "loop")
+        table.add_column(name, justify="left" if words else "right", no_wrap=words)
     return table
 
 
 def _kernels(found: list[dict[str, Any]], arch: str, head_dim: int, dtype: str) -> Table:
-    table = Table(title=f"{arch}, head size {head_dim}, {dtype}: per kernel")
-    _columns(table, "kernel", "tile", "warps", "stages", "registers", "spilled", "shared", "matrix")
-    table.add_column("resident programs, and what each resource allows")
+    table = Table(title=f"{arch}, head size {head_dim}, {dtype}: machine code per kernel")
+    _columns(table, "kernel", "tile", "warps", "stages", "regs", "spilled", "shared", "matrix")
     for r in found:
         rows, keys, warps, stages = r["tile"]
-        occupancy = r["occupancy"]
-        limits = ", ".join(f"{name} {most}" for name, most in occupancy["by_limit"].items())
         table.add_row(
             _short(r["kernel"]),
             f"{rows}x{keys}",
@@ -93,47 +93,64 @@ def _kernels(found: list[dict[str, Any]], arch: str, head_dim: int, dtype: str) 
             f"{r['spill_bytes']} B, {r['spill_instructions']}" if r["spill_bytes"] else "-",
             f"{r['shared_bytes'] / 1024:.1f} KiB",
             f"{r['tensor_core_instructions']} of {r['instructions']}",
-            Text.assemble(
-                (f"{occupancy['blocks']}", "bold"),
-                f" a {occupancy['unit']} by {occupancy['bound_by']} ({limits})",
-            ),
         )
-    table.caption = "spilled: bytes of stack a thread, instructions; matrix: instructions in all"
+    table.caption = (
+        "spilled: bytes of stack a thread and instructions that touch it; "
+        "matrix: tensor-core instructions of all"
+    )
+    return table
+
+
+def _occupancy(found: list[dict[str, Any]]) -> Table:
+    unit = found[0]["occupancy"]["unit"]
+    table = Table(title=f"Occupancy: programs resident on a {unit}")
+    names = list(dict.fromkeys(name for r in found for name in r["occupancy"]["by_limit"]))
+    _columns(table, "kernel", "resident", "of its warps", *(f"by {name}" for name in names))
+    for r in found:
+        occupancy = r["occupancy"]
+        limits = occupancy["by_limit"]
+        cells = [
+            Text(str(limits.get(name, "-")), "bold" * (limits.get(name) == occupancy["blocks"]))
+            for name in names
+        ]
+        table.add_row(
+            _short(r["kernel"]), str(occupancy["blocks"]), f"{occupancy['warps']:.0%}", *cells
+        )
+    table.caption = "bold: the resource that allows no more"
     return table
 
 
 def _loops(found: list[dict[str, Any]]) -> Table:
     table = Table(title="Hot loops: per iteration of the machine code")
-    _columns(
-        table, "kernel", "loop", "instructions", "conditional", "matrix", "tiles", "spills", "i/kF"
-    )
+    spilling = any(loop["spill_instructions"] for r in found for loop in r["loops"])
+    _columns(table, "kernel", "loop", "instr", "cond", *["spills"] * spilling)
+    table.add_column("matrix", no_wrap=True)
+    _columns(table, "tiles", "i/kF")
     for r in found:
         for loop in r["loops"]:
-            shapes = ", ".join(f"{count} {name}" for name, count in loop["shapes"].items())
             tiles = loop["iterations"]
             table.add_row(
                 _short(r["kernel"]),
                 loop["name"],
                 str(loop["instructions"]),
                 str(loop["conditional"]),
-                shapes,
+                *[str(loop["spill_instructions"])] * spilling,
+                "\n".join(f"{count} {name}" for name, count in loop["shapes"].items()),
                 "?" if tiles is None else f"{tiles:g}",
-                str(loop["spill_instructions"]),
                 f"{loop['per_kiloflop']:.2f}",
             )
     table.caption = (
-        "tiles: matrix FLOP over those of one tile in the source (1: one iteration is one tile); "
-        "i/kF: instructions issued per 1000 matrix FLOP, lower is better"
+        "instr: that every iteration issues; cond: further ones; tiles: matrix FLOP over those "
+        "of a tile in the source; i/kF: warp-instructions per 1000 matrix FLOP, lower is better"
     )
     return table
 
 
 def _bytes(found: list[dict[str, Any]]) -> Table:
-    case = found[0]["case"] if found else {}
+    case = found[0]["case"]
     sizes = ", ".join(
         f"{name.replace('_', ' ')} {case[name]}"
         for name in ("batch", "kv_heads", "group", "query_length", "length", "prefix")
-        if name in case
     )
     table = Table(title=f"Bytes asked of the memory system (a model; {sizes})")
     _columns(table, "kernel", "programs", "requested", "least", "ratio")
