@@ -6,12 +6,19 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c co
 # one thread a worker: two workers with two threads each would wait for one another
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
 
-.PHONY: help demo test lint bench clean
+# The Triton that `make kernels-triton` tries; its folder goes before the environment's own.
+VERSION ?= 3.6.0
+OTHER_TRITON := .cache/triton-$(VERSION)
+
+.PHONY: help demo test lint bench kernels kernels-triton gpu clean
 
 help:
 	@echo "make demo   set up and run the demonstration, figures in demo.json (5 to 8 minutes)"
 	@echo "make test   set up, lint, type-check and run all tests"
 	@echo "make bench  set up and run the benchmarks behind the README's figures"
+	@echo "make kernels  compile every kernel for every GPU, head size and dtype (half an hour)"
+	@echo "make kernels-triton VERSION=3.6.0  the same and the kernels' tests with another Triton"
+	@echo "make gpu    tests and timings on this machine's GPU"
 	@echo "make clean  remove what the targets above made"
 
 demo: $(VENV)/.demo
@@ -27,6 +34,23 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/operator.py --output benchmarks/results
+	$(BIN)/python benchmarks/roofline.py --output benchmarks/results
+
+kernels: $(VENV)/.demo
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m fastprefix.kernels.offline --full --jobs 2
+
+kernels-triton: export PYTHONPATH = $(CURDIR)/$(OTHER_TRITON)
+kernels-triton: $(VENV)/.test $(OTHER_TRITON)
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m fastprefix.kernels.offline --full --jobs 2
+	$(PYTEST) tests/kernels
+
+# Triton alone: everything else is the environment's. --target needs no second copy of PyTorch.
+$(OTHER_TRITON): | $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $@ triton==$(VERSION)
+
+gpu: $(VENV)/.bench $(VENV)/.test
+	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/gpu
+	TRITON_INTERPRET=0 $(BIN)/python benchmarks/gpu.py --output benchmarks/results
 
 # The model that the demo and some tests use; its own dependencies are not needed.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)
@@ -46,4 +70,4 @@ $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info demo.json demo-adapter
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info demo.json demo-adapter

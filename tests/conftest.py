@@ -3,7 +3,8 @@
 import os
 
 # Triton reads this when a kernel is defined, so it must be set before anything imports Triton.
-# `TRITON_INTERPRET=0 pytest` runs without the interpreter (and so without Triton on the CPU).
+# `TRITON_INTERPRET=0 pytest` runs without the interpreter (and so without Triton on the CPU), and
+# so does `pytest -m gpu`: those tests need compiled kernels.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
@@ -24,6 +25,12 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
 )
 settings.load_profile("fastprefix")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing has imported Triton yet; workers of xdist inherit the environment."""
+    if config.option.markexpr == "gpu" and "FASTPREFIX_GPU_SUITE_ON" not in os.environ:
+        os.environ["TRITON_INTERPRET"] = "0"
 
 
 @pytest.fixture(autouse=True)

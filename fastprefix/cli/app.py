@@ -141,6 +141,45 @@ def generate(
         )
 
 
+@app.command()
+def inspect(
+    arch: Annotated[
+        str, typer.Option(help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942 or gfx1100.")
+    ],
+    head_dim: Annotated[int, typer.Option(help="Head size, 1 to 256.")] = 64,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    kernel: Annotated[str, typer.Option(help="Only kernels whose name contains this.")] = "",
+    feature: Annotated[
+        list[str] | None, typer.Option(help="padding, softcap, sliding_window, ...; repeatable.")
+    ] = None,
+    value_head_dim: Annotated[int | None, typer.Option(help="If unlike --head-dim.")] = None,
+    bidirectional: Annotated[bool, typer.Option(help="Not causal.")] = False,
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 8,
+    group: Annotated[int, typer.Option(min=1, help="Query heads per KV head.")] = 4,
+    query_length: Annotated[int | None, typer.Option(min=1, help="--length if left out.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Keys per sequence.")] = 2048,
+    prefix: Annotated[int, typer.Option(min=0, help="Prefix length.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compile the kernels for a GPU, here or not, and show what their machine code costs."""
+    from fastprefix.cli.inspect import run_inspection
+
+    problem = {
+        "value_head_size": value_head_dim,
+        "batch": batch,
+        "kv_heads": kv_heads,
+        "group": group,
+        "query_length": length if query_length is None else query_length,
+        "length": length,
+        "prefix": prefix,
+    }
+    with _clear_errors():
+        run_inspection(
+            arch, head_dim, dtype, kernel, feature or [], bidirectional, problem, as_json
+        )
+
+
 class _clear_errors:  # noqa: N801  # reads as a statement
     """Turns the library's own errors into one line and exit code 1."""
 

@@ -1,0 +1,107 @@
+"""Bytes that a launch asks the memory system for, against the least possible. A model.
+
+Every operand tile that a program loads or stores is counted, program by program, from the grid;
+the least is each operand once. What caches catch in between is not modelled, nor what a sliding
+window or a mask lets a program skip.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from . import launch
+
+ROWS = ("q", "out", "do", "lse", "delta", "dq")  # tensors of query rows
+KEYS = ("k", "v")
+PREFIX = ("pk", "pv")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one launch, and of each operand: (requested, least)."""
+
+    requested: int
+    least: int
+    operands: dict[str, tuple[int, int]]
+
+
+def traffic(step: launch.Launch) -> Traffic | None:
+    """The model of a launch, or None for a kernel that has none."""
+    name = step.kernel.__name__
+    if name not in REREADS:
+        return None
+    tensors = {n: x for n, x in step.arguments.items() if isinstance(x, Tensor)}
+    times = REREADS[name](step, tensors)
+    operands = {}
+    for n, x in tensors.items():
+        size = x.numel() * x.element_size()
+        # Partial sums between two launches are no operand of the problem.
+        partial = n.startswith("partial") or (n in ("dpk", "dpv") and x.dim() == 4)
+        operands[n] = (round(size * times.get(n, 1.0)), 0 if partial else size)
+    requested, least = (sum(pair[i] for pair in operands.values()) for i in (0, 1))
+    return Traffic(requested, least, operands)
+
+
+def _row_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]:
+    """Forward and dQ: a program owns packed rows and reads the prefix and the keys they see."""
+    B, Hkv, Lk, _ = tensors["k"].shape
+    Lq = tensors["q"].shape[2]
+    programs = math.prod(step.grid)
+    visible = 1.0
+    if step.constants.get("CAUSAL") and Lk:
+        group = tensors["q"].shape[1] // Hkv
+        visible = _mean_visible(Lq, Lk, group, step.tile.rows) / Lk
+    return dict.fromkeys(PREFIX, programs / Hkv) | dict.fromkeys(
+        KEYS, programs / (B * Hkv) * visible
+    )
+
+
+def _key_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]:
+    """dK/dV: a program owns keys and reads the rows that see them."""
+    B, Hkv, Lk, _ = tensors["k"].shape
+    Lq = tensors["q"].shape[2]
+    programs = math.prod(step.grid)
+    visible = 1.0
+    if step.constants.get("CAUSAL") and Lq:
+        starts = range(0, Lk, step.tile.keys)
+        first = [min(max(n - (Lk - Lq), 0), Lq) for n in starts]
+        visible = sum(Lq - i for i in first) / (len(first) * Lq)
+    return dict.fromkeys(ROWS, programs / (B * Hkv) * visible)
+
+
+def _prefix_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]:
+    """dPrefix: a program owns prefix positions and reads its part of all rows."""
+    Hkv, P, _ = tensors["pk"].shape
+    tiles = -(-P // step.tile.keys)
+    splits = math.prod(step.grid) / (Hkv * tiles)
+    return dict.fromkeys(ROWS, float(tiles)) | dict.fromkeys(PREFIX, splits)
+
+
+def _once(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]:
+    """Every operand once."""
+    return {}
+
+
+# How often each operand is read, by kernel; once if not said.
+REREADS: dict[str, Any] = {
+    "prefix_attn_fwd_kernel": _row_sweep,
+    "prefix_attn_bwd_delta_kernel": _once,
+    "prefix_attn_bwd_dq_kernel": _row_sweep,
+    "prefix_attn_bwd_dkv_kernel": _key_sweep,
+    "prefix_attn_bwd_dprefix_kernel": _prefix_sweep,
+    "prefix_attn_bwd_dprefix_reduce_kernel": _once,
+}
+
+
+def _mean_visible(Lq: int, Lk: int, group: int, rows: int) -> float:
+    """Keys that a tile of packed rows reads if it is causal, on average over the tiles."""
+    total, starts = 0, range(0, group * Lq, rows)
+    for first in starts:
+        last = min(first + rows, group * Lq) - 1
+        newest = last % Lq if first // Lq == last // Lq else Lq - 1
+        total += min(max(newest + 1 + Lk - Lq, 0), Lk)
+    return total / len(starts)
