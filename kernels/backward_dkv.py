@@ -14,7 +14,7 @@ from .problem import Problem
 @triton.jit
 def key_gradients(
     b_dk, b_dv, b_k, b_v,
-    p_q, p_do, p_lse, p_delta, p_mask, s_mn, b_shift, m_m, m_n, o_d, o_dv, o_n, o_low, o_high,
+    p_q, p_do, p_lse2, p_delta, p_mask, s_mn, b_shift, m_m, m_n, o_d, o_dv, o_n, o_low, o_high,
     scale, softcap, seed, dropped, keep, o_key, o_query, o_head,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BOUND: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRECISION: tl.constexpr,
@@ -22,18 +22,16 @@ def key_gradients(
     """Add the gradients that one tile of query rows sends to one tile of keys and values.
 
     Everything is transposed, keys down and queries across: P^T and dS^T then feed the products
-    with dO and Q as they are. Rows outside m_m (tested if BOUND) get an lse of infinity, hence
+    with dO and Q as they are. Rows outside m_m (tested if BOUND) get an lse2 of infinity, hence
     P = 0. Row i sees the keys o_low[i] <= o_n < o_high[i]; None: no such limit. p_mask [1, BM] are
     the rows' first columns of an additive mask; b_shift is added to all the scores.
     """
     b_q = load_tile(p_q, m_m, o_d, HEAD, BLOCK_D, BOUND)  # [BM, BD]
     b_do = load_tile(p_do, m_m, o_dv, HEAD_V, BLOCK_DV, BOUND)  # [BM, BDV]
     if BOUND:
-        b_lse2 = tl.load(p_lse, mask=m_m, other=float("inf")) * LOG2E
+        b_lse2 = tl.load(p_lse2, mask=m_m, other=float("inf"))
     else:
-        b_lse2 = tl.load(p_lse) * LOG2E
-    # Rows that see nothing (lse = -inf) must not turn into P = exp2(inf).
-    b_lse2 = tl.where(b_lse2 == float("-inf"), float("inf"), b_lse2)
+        b_lse2 = tl.load(p_lse2)
     b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
     if softcap is not None:
         b_t = cap(b_st, scale, softcap)
@@ -77,7 +75,7 @@ def key_gradients(
 @triton.jit
 def dkv_sweep(
     b_dk, b_dv, b_k, b_v,
-    p_q, p_do, p_lse, p_delta, p_mask, s_qh, s_qm, s_doh, s_dom, s_mh, s_mm, s_mn, s_row,
+    p_q, p_do, p_lse2, p_delta, p_mask, s_qh, s_qm, s_doh, s_dom, s_mh, s_mm, s_mn, s_row,
     first, turn, gap, end, Lq, past, window, m_n, o_d, o_dv, o_n,
     scale, softcap, seed, dropped, keep, o_key, i_head,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
@@ -119,7 +117,7 @@ def dkv_sweep(
             b_dk, b_dv, b_k, b_v,
             p_q + (o_head * s_qh + o_start * s_qm) + o_q,
             p_do + (o_head * s_doh + o_start * s_dom) + o_do,
-            p_lse + o_row + o_m, p_delta + o_row + o_m, p_rows, s_mn, None,
+            p_lse2 + o_row + o_m, p_delta + o_row + o_m, p_rows, s_mn, None,
             i_m + o_m < Lq, m_n, o_d, o_dv, o_n, o_low, o_high,
             scale, softcap, seed, dropped, keep, o_key, i_m + o_m, i_head + i_g,
             HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BOUND, NEED_DK, NEED_DV, PRECISION,
@@ -133,7 +131,7 @@ def dkv_sweep(
 
 @triton.jit
 def prefix_attn_bwd_dkv_kernel(
-    q, k, v, pad, mask, index, starts, cu, tiles, seed, do, lse, delta, dk, dv,
+    q, k, v, pad, mask, index, starts, cu, tiles, seed, do, lse2, delta, dk, dv,
     s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_pb, s_pn, s_mb, s_mh, s_mm, s_mn,
     s_dob, s_doh, s_dom,
     Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
@@ -198,7 +196,7 @@ def prefix_attn_bwd_dkv_kernel(
 
     p_q = q + i_b * s_qb + i_h * GROUP * s_qh + tl.cast(i_start, tl.int64) * s_qm
     p_do = do + i_b * s_dob + i_h * GROUP * s_doh + tl.cast(i_start, tl.int64) * s_dom
-    p_lse = lse + (i_b * Hkv + i_h) * GROUP * s_row + i_start
+    p_lse2 = lse2 + (i_b * Hkv + i_h) * GROUP * s_row + i_start
     p_delta = delta + (i_b * Hkv + i_h) * GROUP * s_row + i_start
     p_mask = None
     if mask is not None:
@@ -212,7 +210,7 @@ def prefix_attn_bwd_dkv_kernel(
     # The diagonal, the window's edge and the tail share one loop: two ranges with the whole tiles
     # left out.
     b_dk, b_dv = dkv_sweep(
-        b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_mask,
+        b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_mask,
         s_qh, s_qm, s_doh, s_dom, s_mh, s_mm, s_mn, s_row,
         t_first, t_all, t_tail - t_all, t_all + t_end - t_tail, Lq, past, window,
         m_n, o_d, o_dv, o_n, scale, softcap, seed, dropped, keep, o_key, i_head,
@@ -220,7 +218,7 @@ def prefix_attn_bwd_dkv_kernel(
         dk is not None, dv is not None, PRECISION,
     )  # fmt: skip
     b_dk, b_dv = dkv_sweep(
-        b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_mask,
+        b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_mask,
         s_qh, s_qm, s_doh, s_dom, s_mh, s_mm, s_mn, s_row,
         t_all, 0, 0, t_tail, Lq, past, window,
         m_n, o_d, o_dv, o_n, scale, softcap, seed, dropped, keep, o_key, i_head,
@@ -249,7 +247,7 @@ def prefix_attn_bwd_dkv_kernel(
 def dkv_launch(
     problem: Problem,
     grad_out: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     delta: Tensor,
     grad_key: Tensor | None,
     grad_value: Tensor | None,
@@ -262,7 +260,7 @@ def dkv_launch(
         table = tables.ragged_tiles(problem.cu_seqlens, Lk, tile.keys)
         tiles = table.shape[0]
     own = {
-        "do": grad_out, "lse": lse, "delta": delta, "dk": grad_key, "dv": grad_value,
+        "do": grad_out, "lse2": lse2, "delta": delta, "dk": grad_key, "dv": grad_value,
         "tiles": table, "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
     }  # fmt: skip
     return problem.launch(prefix_attn_bwd_dkv_kernel, tiles * Hkv, tile, own)

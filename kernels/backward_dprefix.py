@@ -26,7 +26,7 @@ REDUCE_BLOCK = 1024
 @triton.jit
 def prefix_attn_bwd_dprefix_kernel(
     q, pk, pv, bias, starts, rank, cu, key_tiles, query_tiles, bounds, seed,
-    do, lse, delta, dpk, dpv,
+    do, lse2, delta, dpk, dpv,
     s_qb, s_qh, s_qm, s_pkh, s_pkn, s_pvh, s_pvn, s_bh, s_bm, s_bn, s_dob, s_doh, s_dom,
     Hkv, Lq, Lk, P, n_tiles, row_tiles, split_tiles, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, EVEN: tl.constexpr,
@@ -122,7 +122,7 @@ def prefix_attn_bwd_dprefix_kernel(
             b_dk, b_dv, b_k, b_v,
             q + (i_b * s_qb + i_head * s_qh + i_token * s_qm) + o_q,
             do + (i_b * s_dob + i_head * s_doh + i_token * s_dom) + o_do,
-            lse + o_row + o_m, delta + o_row + o_m, p_rows, s_bn, b_shift,
+            lse2 + o_row + o_m, delta + o_row + o_m, p_rows, s_bn, b_shift,
             i_m + o_m < Lq, m_n, o_d, o_dv, o_n, o_low, None,
             scale, softcap, seed, dropped, keep, i_n + o_n, i_m + o_m,
             (i_seq * Hkv * GROUP + i_head).to(tl.int32),
@@ -182,7 +182,7 @@ def query_tile_table(problem: Problem, rows: int) -> tuple[Tensor, Tensor]:
 def dprefix_launches(
     problem: Problem,
     grad_out: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     delta: Tensor,
     grad_prefix_key: Tensor | None,
     grad_prefix_value: Tensor | None,
@@ -218,7 +218,7 @@ def dprefix_launches(
             for grad in results
         ]  # fmt: skip
     own |= {
-        "do": grad_out, "lse": lse, "delta": delta, "dpk": sums[0], "dpv": sums[1],
+        "do": grad_out, "lse2": lse2, "delta": delta, "dpk": sums[0], "dpv": sums[1],
         "n_tiles": key_tiles, "row_tiles": row_tiles, "split_tiles": split_tiles,
         "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
     }  # fmt: skip

@@ -86,7 +86,7 @@ def dq_sweep(
 @triton.jit
 def prefix_attn_bwd_dq_kernel(
     q, k, v, pk, pv, pad, mask, bias, index, starts, rank, cu, tiles, seed,
-    do, lse, delta, dq, dbias,
+    do, lse2, delta, dq, dbias,
     s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,
     s_pkh, s_pkn, s_pvh, s_pvn, s_pb, s_pn, s_mb, s_mh, s_mm, s_mn, s_bh, s_bm, s_bn,
     s_dob, s_doh, s_dom,
@@ -113,7 +113,7 @@ def prefix_attn_bwd_dq_kernel(
     o_g, o_q, m_r = packed_rows(i_tile, Lq, GROUP, BLOCK_M)
     o_head = i_h * GROUP + o_g
     o_token = (i_start + o_q).to(tl.int64)
-    # lse, delta and dq are contiguous: the packed rows of a KV head lie end to end.
+    # lse2, delta and dq are contiguous: the packed rows of a KV head lie end to end.
     o_r = tl.arange(0, BLOCK_M)
     if cu is not None:
         row = o_head * total + o_token
@@ -124,9 +124,7 @@ def prefix_attn_bwd_dq_kernel(
     b_q = load_tile(p_q[:, None] + o_d[None, :], m_r, o_d, HEAD, BLOCK_D, True)  # [BM, BD]
     b_do = load_tile(p_do[:, None] + o_dv[None, :], m_r, o_dv, HEAD_V, BLOCK_DV, True)
     b_delta = tl.load(delta + row, mask=m_r, other=0.0)
-    b_lse2 = tl.load(lse + row, mask=m_r, other=float("inf")) * LOG2E
-    # P = exp2(S - lse) must be 0, not infinite, in rows that see nothing.
-    b_lse2 = tl.where(b_lse2 == float("-inf"), float("inf"), b_lse2)
+    b_lse2 = tl.load(lse2 + row, mask=m_r, other=float("inf"))
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_dbias = tl.zeros([BLOCK_M], dtype=tl.float32)
     q_first, q_last = packed_span(i_tile, Lq, GROUP, BLOCK_M)
@@ -229,7 +227,7 @@ def prefix_attn_bwd_dq_kernel(
 def dq_launch(
     problem: Problem,
     grad_out: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     delta: Tensor,
     grad_query: Tensor | None,
     grad_bias_rows: Tensor | None = None,
@@ -242,7 +240,7 @@ def dq_launch(
     tile = launch.choose("dq", problem, rows=problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
     own = {
-        "do": grad_out, "lse": lse, "delta": delta, "dq": grad_query, "dbias": grad_bias_rows,
+        "do": grad_out, "lse2": lse2, "delta": delta, "dq": grad_query, "dbias": grad_bias_rows,
         "tiles": table, "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
     }  # fmt: skip
     return problem.launch(prefix_attn_bwd_dq_kernel, tiles * Hkv, tile, own)

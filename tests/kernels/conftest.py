@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +20,21 @@ from fastprefix.attention.call import Options
 if os.environ.get("TRITON_INTERPRET") == "1":
     from fastprefix.kernels import prefix_attention_backward, prefix_attention_forward
 
-NAMES = ("out", "lse", "dquery", "dkey", "dvalue", "dprefix_key", "dprefix_value")
-EVERYTHING = (True, True, True, True, True, False, False)
+NAMES = (
+    "out", "lse", "dquery", "dkey", "dvalue", "dprefix_key", "dprefix_value", "dsinks",
+    "dprefix_bias",
+)  # fmt: skip
 GUARD = 12345.0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Shapes and options of one call. padding: none, left, right, holes or row (one all-masked)."""
+    """Shapes and options of one call.
+
+    padding: none, left, right, holes or row (one all-masked). lengths, index: several prefixes, P
+    is then the sum of their lengths. boundaries: of packed sequences, B is then 1. mask: the kind,
+    and which of its four dimensions are broadcast. bias: none, heads or columns.
+    """
 
     B: int = 2
     Hq: int = 4
@@ -40,9 +48,59 @@ class Problem:
     padding: str = "none"
     scale: float = 0.3
     layout: str = "dense"
+    Dv: int | None = None
+    lengths: tuple[int, ...] | None = None
+    index: tuple[int, ...] | None = None
+    boundaries: tuple[int, ...] | None = None
+    mask: tuple[str, tuple[bool, bool, bool, bool]] | None = None
+    sinks: bool = False
+    bias: str = "none"
+    sliding_window: int | None = None
+    prefix_in_window: bool = False
+    softcap: float | None = None
+    dropout_p: float = 0.0
 
-    def mask(self) -> Tensor | None:
-        """The key padding mask [B, Lk], True = real."""
+    def options(self) -> dict[str, Any]:
+        """The launchers' keywords, those left out that the problem does not use."""
+
+        def integers(values: tuple[int, ...] | None) -> Tensor | None:
+            return None if values is None else torch.tensor(values, dtype=torch.int32)
+
+        shapes = {"heads": (self.Hq,), "columns": (self.Hq, self.Lq, self.P)}
+        bias = shapes.get(self.bias)
+        found = {
+            "key_padding_mask": self.key_padding_mask(),
+            "attn_mask": self.attn_mask(),
+            "prefix_lengths": integers(self.lengths),
+            "prefix_index": integers(self.index),
+            "cu_seqlens": integers(self.boundaries),
+            "sinks": arrange((self.Hq,), self.dtype, "dense") if self.sinks else None,
+            "prefix_bias": None if bias is None else arrange(bias, self.dtype, "dense"),
+            "sliding_window": self.sliding_window,
+            "prefix_in_window": self.prefix_in_window or None,
+            "softcap": self.softcap,
+            "dropout_p": self.dropout_p or None,
+            "dropout_seed": torch.randint(2**63 - 1, (1,)) if self.dropout_p else None,
+        }
+        found = {name: value for name, value in found.items() if value is not None}
+        return {"is_causal": self.is_causal, "scale": self.scale, **found}
+
+    def attn_mask(self) -> Tensor | None:
+        """A bool or additive mask, some of whose entries hide their key."""
+        if self.mask is None:
+            return None
+        kind, broadcast = self.mask
+        sizes = zip((self.B, self.Hq, self.Lq, self.Lk), broadcast, strict=True)
+        shape = tuple(1 if once else size for size, once in sizes)
+        hidden = torch.rand(shape) < 0.2
+        if kind == "bool":
+            return ~hidden
+        # both ways to say "do not attend", as models do
+        lowest = float("-inf") if torch.rand(()) < 0.5 else torch.finfo(self.dtype).min
+        return arrange(shape, self.dtype, "dense").masked_fill(hidden, lowest)
+
+    def key_padding_mask(self) -> Tensor | None:
+        """[B, Lk], True = real."""
         if self.padding == "none":
             return None
         position = torch.arange(self.Lk)[None, :]
@@ -56,18 +114,19 @@ class Problem:
             mask[0] = False
         return mask
 
-    def operands(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
-        """The five inputs, the gradient of the output, and the mask."""
+    def operands(self) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
+        """The five inputs, the gradient of the output, and the options."""
+        Dv = self.Dv or self.D
         shapes = [
             (self.B, self.Hq, self.Lq, self.D),
             (self.B, self.Hkv, self.Lk, self.D),
-            (self.B, self.Hkv, self.Lk, self.D),
+            (self.B, self.Hkv, self.Lk, Dv),
             (self.Hkv, self.P, self.D),
-            (self.Hkv, self.P, self.D),
-            (self.B, self.Hq, self.Lq, self.D),
+            (self.Hkv, self.P, Dv),
+            (self.B, self.Hq, self.Lq, Dv),
         ]
         *inputs, grad_out = (arrange(shape, self.dtype, self.layout) for shape in shapes)
-        return inputs, grad_out, self.mask()
+        return inputs, grad_out, self.options()
 
 
 def arrange(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
@@ -92,28 +151,42 @@ def island(values: Tensor, sea: float | bool) -> Tensor:
 
 
 def exact(
-    problem: Problem,
-    inputs: list[Tensor],
-    grad_out: Tensor,
-    mask: Tensor | None,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """out, lse and the five gradients of the reference in a dtype."""
+    inputs: list[Tensor], grad_out: Tensor, options: dict[str, Any], dtype: torch.dtype
+) -> list[Tensor | None]:
+    """out, lse and the seven gradients of the reference in a dtype."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-    options = Options(problem.is_causal, problem.scale, key_padding_mask=mask)
-    out, lse = reference.forward(*leaves, options)
-    grads = torch.autograd.grad(out, leaves, grad_out.to(dtype))
-    return [out.detach(), lse.detach(), *grads]
+    chosen = dict(options)
+    learned = learnable(options)
+    for name in ("sinks", "prefix_bias", "attn_mask"):
+        if name in options and options[name].is_floating_point():
+            chosen[name] = options[name].to(dtype)
+    for name in learned:
+        leaves.append(chosen[name].requires_grad_())
+    out, lse = reference.forward(*leaves[:5], Options(**chosen))
+    grads: list[Tensor | None] = [torch.zeros_like(x) for x in leaves]
+    if out.requires_grad:
+        grads = list(torch.autograd.grad(out, leaves, grad_out.to(dtype), materialize_grads=True))
+    found = dict(zip(learned, grads[5:], strict=True))
+    return [
+        out.detach(), lse.detach(), *grads[:5], found.get("sinks"), found.get("prefix_bias")
+    ]  # fmt: skip
+
+
+def learnable(options: dict[str, Any]) -> list[str]:
+    """The options that get a gradient."""
+    names = ("sinks", "prefix_bias")
+    return [name for name in names if name in options and options[name].dim() == 1]
 
 
 def ours(
-    problem: Problem, inputs: list[Tensor], grad_out: Tensor, mask: Tensor | None
-) -> list[Tensor]:
-    """out, lse and the five gradients of the kernels."""
-    rule = {"is_causal": problem.is_causal, "scale": problem.scale, "key_padding_mask": mask}
-    out, lse = prefix_attention_forward(*inputs, **rule)
-    grads = prefix_attention_backward(grad_out, *inputs, out, lse, **rule, needs=EVERYTHING)
-    return [out, lse, *grads[:5]]
+    problem: Problem, inputs: list[Tensor], grad_out: Tensor, options: dict[str, Any]
+) -> list[Tensor | None]:
+    """out, lse and the seven gradients of the kernels."""
+    learned = learnable(options)
+    needs = (*[True] * 5, "sinks" in learned, "prefix_bias" in learned)
+    out, lse = prefix_attention_forward(*inputs, **options)
+    grads = prefix_attention_backward(grad_out, *inputs, out, lse, **options, needs=needs)
+    return [out, lse, *grads]
 
 
 @pytest.fixture
@@ -138,11 +211,14 @@ def agree() -> Callable[[Problem], None]:
     """
 
     def check(problem: Problem) -> None:
-        inputs, grad_out, mask = problem.operands()
-        found = ours(problem, inputs, grad_out, mask)
-        truth = exact(problem, inputs, grad_out, mask, torch.float64)
-        plain = exact(problem, inputs, grad_out, mask, problem.dtype)
+        inputs, grad_out, options = problem.operands()
+        found = ours(problem, inputs, grad_out, options)
+        truth = exact(inputs, grad_out, options, torch.float64)
+        plain = exact(inputs, grad_out, options, problem.dtype)
         for name, x, t, p in zip(NAMES, found, truth, plain, strict=True):
+            if x is None or t is None or p is None:
+                assert x is t is p is None, name
+                continue
             assert x.shape == t.shape, name
             assert x.dtype == (torch.float32 if name == "lse" else problem.dtype), name
             nothing = t.isinf()
@@ -152,7 +228,8 @@ def agree() -> Callable[[Problem], None]:
             x, t, p = (y.double().masked_fill(nothing, 0.0) for y in (x, t, p))
             half = name != "lse" and problem.dtype != torch.float32
             unit = 2 * torch.finfo(problem.dtype).eps if half else 8 * torch.finfo(torch.float).eps
-            allowed = 2 * (p - t).abs().max() + unit * t.abs().max().clamp(min=1.0)
+            # what cancels in dS, where little is left of it, was a few units large
+            allowed = 2 * (p - t).abs().max() + unit * t.abs().max().clamp(min=4.0)
             error = (x - t).abs().max()
             assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 

@@ -37,10 +37,10 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("padding", ["none", "holes"])
 def test_every_output_element_is_written_and_nothing_else(problem, run, poisoned, shape, padding):
     case = problem(**shape, padding=padding, layout="islands")
-    inputs, grad_out, mask = case.operands()
+    inputs, grad_out, options = case.operands()
     buffers = [x._base for x in (*inputs, grad_out)]
     before = [x.clone() for x in buffers]
-    results = run(case, inputs, grad_out, mask)
+    results = [x for x in run(case, inputs, grad_out, options) if x is not None]
     for result in results:
         assert not result.isnan().any()
     assert len(poisoned()) >= len(results)
@@ -50,14 +50,16 @@ def test_every_output_element_is_written_and_nothing_else(problem, run, poisoned
 
 def test_mask_neighbours_are_not_read(problem, run):
     case = problem(Lq=20, Lk=45, P=3, D=16, padding="holes")
-    inputs, grad_out, mask = case.operands()
+    inputs, grad_out, options = case.operands()
+    mask = options.pop("key_padding_mask")
     results = []
     for sea in (False, True):
         around = torch.full((case.B + 2, case.Lk + 70), sea)
         view = around[1:-1, 3 : 3 + case.Lk]
-        results.append(run(case, inputs, grad_out, view.copy_(mask)))
+        masked = options | {"key_padding_mask": view.copy_(mask)}
+        results.append(run(case, inputs, grad_out, masked))
     for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("wanted", range(5))
@@ -65,13 +67,12 @@ def test_gradients_that_are_not_needed_are_not_computed(problem, run, wanted):
     from fastprefix.kernels import prefix_attention_backward
 
     case = problem(Lq=20, Lk=33, P=33, D=16)
-    inputs, grad_out, mask = case.operands()
-    out, lse, *grads = run(case, inputs, grad_out, mask)
+    inputs, grad_out, options = case.operands()
+    out, lse, *grads = run(case, inputs, grad_out, options)
     some = prefix_attention_backward(
-        grad_out, *inputs, out, lse, key_padding_mask=mask,
-        is_causal=case.is_causal, scale=case.scale, needs=tuple(i == wanted for i in range(7)),
+        grad_out, *inputs, out, lse, **options, needs=tuple(i == wanted for i in range(7))
     )  # fmt: skip
-    for i, (x, y) in enumerate(zip(some, [*grads, None, None], strict=True)):
+    for i, (x, y) in enumerate(zip(some, grads, strict=True)):
         assert torch.equal(x, y) if i == wanted else x is None
 
 
@@ -79,7 +80,7 @@ def test_prefix_gradient_is_deterministic(problem, run):
     case = problem(B=3, Lq=40, Lk=40, P=33, D=16)
     operands = case.operands()
     first, second = (run(case, *operands) for _ in range(2))
-    for x, y in zip(first, second, strict=True):
+    for x, y in zip(first[:7], second[:7], strict=True):
         assert torch.equal(x, y)
 
 
