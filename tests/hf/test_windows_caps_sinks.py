@@ -183,3 +183,18 @@ def test_attention_dropout_in_training(tiny, architecture, option):
     assert not torch.allclose(first, plain)
     first.sum().backward()
     assert all(grad.isfinite().all() for grad in tiny.gradients(kv))
+
+
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
+def test_compiled_whole(tiny, name):
+    """No graph break, and the window's arithmetic is the same."""
+    model, _ = pair(tiny, name)
+    ids, mask = tiny.batch((12, 7))
+    options = {"attention_mask": mask, "use_cache": False}
+    kv = PrefixKV.prefill(model, tiny.prompt(5))
+    torch._dynamo.reset()
+    with use_prefix(patch_model(model), kv), torch.no_grad():
+        expected = model(ids, **options).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        got = compiled(ids, **options).logits
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-3, atol=1e-3)
