@@ -128,21 +128,37 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    fields = inputs[5:-1]
-    ctx.places = [place for place, field in enumerate(fields) if isinstance(field, Tensor)]
+    tensors, fields, ctx.backend = inputs[:5], inputs[5:-1], inputs[-1]
+    needed = ctx.needs_input_grad
+    sequence = needed[0] or needed[1] or needed[2]
+    prefix = needed[0] or needed[3] or needed[4] or needed[_BIAS]
+    # a frozen model's first layer needs no gradient of its keys and values, and so neither of them
+    read = (sequence or prefix, sequence, sequence, prefix, prefix)
+    kept = [x if reads else None for x, reads in zip(tensors, read, strict=True)]
+    ctx.shapes = [x.shape for x in tensors]
     ctx.fields = [None if isinstance(field, Tensor) else field for field in fields]
-    ctx.backend = inputs[-1]
-    ctx.save_for_backward(*inputs[:5], *output, *(fields[place] for place in ctx.places))
+    ctx.save_for_backward(
+        *kept, *output, *(field if isinstance(field, Tensor) else None for field in fields)
+    )
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     # grad_lse is zeros: `prefix_attention` hands out a detached lse
-    saved, fields = ctx.saved_tensors, list(ctx.fields)
-    for place, tensor in zip(ctx.places, saved[7:], strict=True):
-        fields[place] = tensor
+    saved = ctx.saved_tensors
+    # of what was not kept only the shape matters; one row stands for all, so nobody copies it
+    tensors = [
+        grad_out.new_zeros(shape[-1]).expand(shape) if x is None else x
+        for x, shape in zip(saved[:5], ctx.shapes, strict=True)
+    ]
+    fields = [
+        field if tensor is None else tensor
+        for field, tensor in zip(ctx.fields, saved[7:], strict=True)
+    ]
     wanted = (*range(5), _SINKS, _BIAS)
     needs = [ctx.needs_input_grad[place] for place in wanted]
-    grads = prefix_attention_backward_op(grad_out, *saved[:7], *fields, ctx.backend, needs)
+    grads = prefix_attention_backward_op(
+        grad_out, *tensors, *saved[5:7], *fields, ctx.backend, needs
+    )
     result: list[Tensor | None] = [None] * (5 + len(fields) + 1)
     for place, grad, need in zip(wanted, grads, needs, strict=True):
         result[place] = grad if need else None

@@ -56,7 +56,7 @@ def show_info(backends: bool = False) -> None:
 def _features() -> Table:
     """The table of :mod:`fastprefix.attention.selection`, from its data."""
     table = Table(title="Backends", caption=_auto())
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in BACKENDS:
         table.add_column(name)
     table.add_row("devices", *(_devices(name) for name in BACKENDS))

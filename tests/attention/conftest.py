@@ -10,8 +10,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +22,13 @@ import torch
 from torch import Tensor
 
 from fastprefix import prefix_attention
+
+_spec = importlib.util.spec_from_file_location("calls", Path(__file__).with_name("calls.py"))
+assert _spec is not None
+assert _spec.loader is not None
+_calls = importlib.util.module_from_spec(_spec)
+sys.modules["calls"] = _calls  # where dataclasses look their annotations up
+_spec.loader.exec_module(_calls)
 
 NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
 
@@ -182,17 +192,39 @@ def assert_accurate(problem: Problem, got: dict[str, Tensor], *, fused: bool = T
             assert_within(name, result, exact[name], plain[name])
 
 
-def assert_within(name: str, result: Tensor, exact: Tensor, plain: Tensor) -> None:
-    """The rule of :func:`assert_accurate` for one tensor; `plain` says in which dtype."""
+def assert_within(
+    name: str, result: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """The rule of :func:`assert_accurate` for one tensor, in `plain`'s dtype if none is given."""
+    dtype = plain.dtype if dtype is None else dtype
     nothing = exact == float("-inf")  # only in the lse, where a row sees nothing
     assert torch.equal(result == float("-inf"), nothing), f"{name}: -inf in other places"
     if not exact.numel():
         return
-    floor = FLOOR[plain.dtype] * torch.finfo(plain.dtype).eps
+    floor = FLOOR[dtype] * torch.finfo(dtype).eps
     result, exact, plain = (t.double().masked_fill(nothing, 0.0) for t in (result, exact, plain))
     error = (result - exact).abs().max().item()
     limit = 2 * (plain - exact).abs().max().item() + floor * max(1.0, exact.abs().max().item())
     assert error <= limit, f"{name}: error {error:.3g} exceeds {limit:.3g}"  # NaN fails too
+
+
+def assert_as_reference(call: Any, backend: str) -> None:
+    """A backend's results of a call of ``calls.py`` under the rule of :func:`assert_accurate`.
+
+    The exact ones are those of reference in float64, and plain PyTorch is reference in the same
+    dtype.
+    """
+    dtype = call.grad_out.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    exact, plain = call.to(torch.float64).by("reference"), call.by("reference")
+    for name, result in call.by(backend).items():
+        assert result.shape == exact[name].shape, name
+        assert result.dtype == plain[name].dtype, name
+        assert torch.isfinite(result).all() or name == "lse", name
+        if name == "lse" and dtype != wide:
+            torch.testing.assert_close(result.double(), exact[name], rtol=0, atol=LSE_OF_HALF)
+        else:
+            assert_within(name, result, exact[name], plain[name], wide if name == "lse" else dtype)
 
 
 @pytest.fixture(params=["reference", "composed", "triton"])
@@ -238,6 +270,17 @@ def _make_problem() -> Callable[..., Problem]:
 @pytest.fixture(scope="session", name="plain_attention")
 def _plain_attention() -> Callable[..., tuple[Tensor, Tensor]]:
     return plain_attention
+
+
+@pytest.fixture(scope="session")
+def feature_calls() -> ModuleType:
+    """The calls that combine features, and their oracle."""
+    return _calls
+
+
+@pytest.fixture(scope="session", name="assert_as_reference")
+def _assert_as_reference() -> Callable[..., None]:
+    return assert_as_reference
 
 
 @pytest.fixture(scope="session", name="assert_accurate")

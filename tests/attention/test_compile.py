@@ -7,6 +7,7 @@ import torch
 import torch._inductor.config
 
 from fastprefix import prefix_attention
+from fastprefix.attention.selection import BACKENDS
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +73,40 @@ def test_masks_and_value_head_sizes(masking_backend, make_problem):
     function = block(masking_backend)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(solve(problem, compiled), solve(problem, function))
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_feature_in_one_graph(backend, packed, feature_calls):
+    features = set(BACKENDS[backend].features) - {"prefix_bias [Hq, Lq, P]", "dropout_p"}
+    features.discard("attn_mask" if packed else "cu_seqlens")
+    call = feature_calls.build(
+        features=features, dtype=torch.float32, pad="left", past=2, lengths=(3, 0, 5)
+    )
+
+    def run(**arguments):
+        return prefix_attention(**arguments, return_lse=True, backend=backend)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(call.solve(compiled), call.by(backend))
+
+
+def test_dropout_under_the_compiler(make_problem):
+    """Drawn in the graph: the same from the same seed, another one in the next call."""
+    tensors = [x.requires_grad_() for x in make_problem().tensors.values()]
+
+    def run(*tensors):
+        return prefix_attention(*tensors, dropout_p=0.5)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (run, compiled, compiled):
+        torch.manual_seed(3)
+        out = function(*tensors)
+        found.append([out, *torch.autograd.grad(out.sum(), tensors)])
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+    assert not torch.allclose(compiled(*tensors), found[0][0])
 
 
 @pytest.mark.parametrize("Lq", [1, 7])

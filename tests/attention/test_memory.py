@@ -89,3 +89,26 @@ def test_what_is_kept_for_the_backward_has_one_prefix(problem):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = prefix_attention(*leaves, is_causal=True, backend="composed")
     assert sum(saved.values()) <= inputs + out.numel() + B * Hq
+
+
+def test_a_frozen_first_layer_keeps_no_keys_and_values(problem):
+    """Where only the prefix learns, the sequence's keys and values are of no use afterwards."""
+    from fastprefix import prefix_attention
+
+    saved = set()
+
+    def pack(x):
+        saved.add(x.untyped_storage().data_ptr())
+        return x
+
+    tensors = problem.tensors
+    for name in ("prefix_key", "prefix_value"):
+        tensors[name].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = prefix_attention(*tensors.values(), backend="composed")
+    kept = {name for name, x in tensors.items() if x.untyped_storage().data_ptr() in saved}
+    assert kept == {"query", "prefix_key", "prefix_value"}
+    out.backward(problem.grad_out)
+    alone = problem.by("composed", ("prefix_key", "prefix_value"))
+    for name in ("prefix_key", "prefix_value"):
+        torch.testing.assert_close(tensors[name].grad, alone[name])

@@ -7,10 +7,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastprefix import prefix_attention
-from fastprefix.attention.call import Options
+from fastprefix.attention.call import SCHEMA, Options
 
 # opcheck runs an op dozens of times, and the interpreter is slow: small problems.
 SMALL = {"Hq": 2, "Hkv": 1, "Lq": 3, "P": 4}
+FIVE = ("query", "key", "value", "prefix_key", "prefix_value")
 CALLS = {
     "plain": SMALL,
     "causal": {**SMALL, "is_causal": True, "Lk": 5, "B": 1},
@@ -80,6 +81,81 @@ def check_backward(problem, backend, needs):
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_opcheck_of_the_backward(fused_backend, call, make_problem):
     check_backward(make_problem(**call), fused_backend, [True] * 5 + [False] * 2)
+
+
+FEATURES = {
+    "prefixes, window, sinks, bias": {
+        "features": {"packed prefixes", "prefix_in_window", "sinks", "prefix_bias [Hq]"},
+        "lengths": (3, 4),
+        "pad": "left",
+    },
+    "sequences, bias by column": {
+        "features": {"cu_seqlens", "sliding_window", "prefix_bias [Hq, Lq, P]", "D != Dv"},
+        "dtype": torch.bfloat16,
+        "wide_parameters": True,
+    },
+}
+
+
+@pytest.mark.parametrize("call", FEATURES.values(), ids=FEATURES)
+def test_opcheck_with_features(call, feature_calls):
+    call = feature_calls.build(**{"dtype": torch.float32, **call}, D=8)
+    tensors, options = dict(call.tensors), dict(call.options)
+    five = [tensors.pop(name).requires_grad_() for name in FIVE]
+    added = {name: x.requires_grad_() for name, x in tensors.items()}
+    inputs = (*five, *Options(scale=0.25, **options, **added), "composed")
+    torch.library.opcheck(torch.ops.fastprefix.prefix_attention.default, inputs)
+    out, lse = torch.ops.fastprefix.prefix_attention(*inputs)
+    needs = [True] * 5 + ["sinks" in added, "prefix_bias" in added]
+    torch.library.opcheck(
+        torch.ops.fastprefix.prefix_attention_backward.default,
+        (call.grad_out, *(x.detach() if isinstance(x, torch.Tensor) else x for x in
+         (*inputs[:5], out, lse, *inputs[5:])), needs),
+    )  # fmt: skip
+
+
+def test_the_schema_has_the_fields_of_the_options():
+    names = [argument.split()[-1] for argument in SCHEMA.split(", ")]
+    assert names == list(Options._fields)
+
+
+def test_the_op_is_left_out_where_nobody_looks_on(make_problem, monkeypatch):
+    """Its dispatch costs more than a small call; what it returns is the same."""
+    from fastprefix.attention import op
+
+    calls, real = [], op.prefix_attention_op
+    monkeypatch.setattr(op, "prefix_attention_op", lambda *a: calls.append(1) or real(*a))
+    problem = make_problem(**SMALL, is_causal=True)
+    tensors = list(problem.tensors.values())
+    plain = prefix_attention(*tensors)
+    assert not calls
+    tensors[3].requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(prefix_attention(*tensors), plain)
+    assert not calls
+    assert torch.equal(prefix_attention(*tensors), plain)
+    assert len(calls) == 1
+    sinks = torch.full((2,), -float("inf"), requires_grad=True)
+    tensors[3] = tensors[3].detach()
+    torch.testing.assert_close(prefix_attention(*tensors, sinks=sinks), plain)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_dropout_is_drawn_again_by_checkpointing(use_reentrant, make_problem):
+    problem = make_problem(**SMALL)
+
+    def run(*tensors):
+        return prefix_attention(*tensors, dropout_p=0.5)
+
+    found = []
+    for function in (run, lambda *t: checkpoint(run, *t, use_reentrant=use_reentrant)):
+        leaves = [x.detach().requires_grad_() for x in problem.tensors.values()]
+        torch.manual_seed(5)
+        out = function(*leaves)
+        out.backward(problem.grad_out)
+        found.append([out.detach(), *(x.grad for x in leaves)])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("wanted", range(5))

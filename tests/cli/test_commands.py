@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from fastprefix.attention.selection import BACKENDS, FEATURES
 from fastprefix.cli.app import app
 
 
@@ -19,6 +20,17 @@ def test_info_names_versions_the_device_and_the_chosen_backend() -> None:
     assert result.exit_code == 0
     for word in ("torch", "triton", "transformers", "composed: the default on cpu", "reference"):
         assert word in result.output
+
+
+def test_info_prints_the_table_of_backends() -> None:
+    result = run("info", "--backends")
+    assert result.exit_code == 0
+    rows = [line.split("│")[1:-1] for line in result.output.splitlines() if "│" in line]
+    cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    for place, backend in enumerate(BACKENDS.values()):
+        for feature in FEATURES:
+            assert cells[feature][place] == ("yes" if feature in backend.features else "-"), feature
+    assert "composed, then reference" in " ".join(result.output.split())
 
 
 @pytest.fixture

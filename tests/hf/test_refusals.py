@@ -6,7 +6,6 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BloomConfig,
-    Gemma2Config,
     MistralConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -99,19 +98,6 @@ def test_attention_weights_asked_for_in_the_config_are_refused(tiny, architectur
         patch_model(model)(ids, attention_mask=mask)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "option"), [("gpt2", "attn_pdrop"), ("llama", "attention_dropout")]
-)
-def test_attention_dropout_in_training_is_refused_by_name(tiny, architecture, option):
-    model = patch_model(tiny.build(architecture, **{option: 0.1}))
-    ids, mask = tiny.batch()
-    with use_prefix(model, tiny.random_kv(model)):
-        model(ids, attention_mask=mask)
-        model.train()
-        with pytest.raises(NotImplementedError, match=option):
-            model(ids, attention_mask=mask)
-
-
 def test_a_prefix_for_another_model_is_refused(tiny, model):
     kv = tiny.random_kv(model)
     key, value = kv.keys[0], kv.values[0]
@@ -134,99 +120,34 @@ def test_what_is_no_prefix_is_refused(tiny, model, thing):
         pass
 
 
-def attempt(run):
-    """A result, or None and what the refusal says."""
-    try:
-        return run(), ""
-    except (NotImplementedError, UnsupportedModelError) as error:
-        return None, str(error)
+def test_a_prompt_in_a_window_with_a_static_cache_is_refused(tiny):
+    """Its layers' keys do not end at the newest token, so nothing says how far the prompt slid."""
+    model = patch_model(tiny.from_config(MistralConfig(**{**tiny.GROUPED, "sliding_window": 8})))
+    ids, mask = tiny.batch((4, 2))
+    kv = PrefixKV.prefill(model, tiny.prompt(3))
+    with (
+        use_prefix(model, kv),
+        pytest.raises(NotImplementedError, match=r"sliding_window of 8.*static cache"),
+    ):
+        tiny.generate(model, ids, mask, cache_implementation="static")
 
 
-def with_prompt(model, front, run):
-    """What a model says behind a prompt."""
-    with use_prefix(model, PrefixKV.prefill(model, front)):
-        return run(model)
+def test_a_prompt_in_a_window_with_a_custom_mask_is_refused(tiny):
+    model = patch_model(tiny.from_config(MistralConfig(**{**tiny.GROUPED, "sliding_window": 8})))
+    ids, _ = tiny.batch((6, 6))
+    sees = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    with (
+        use_prefix(model, PrefixKV.prefill(model, tiny.prompt(5))),
+        pytest.raises(NotImplementedError, match=r"sliding_window of 8.*mask of its own"),
+    ):
+        model(ids, attention_mask=sees)
 
 
-def exact_or_refused(tiny, config, message):
-    """A model with a feature that is not there yet: equal to the concatenation, or an error."""
-    model, bare = tiny.from_config(config), tiny.from_config(config)
-    front, (ids, mask) = tiny.prompt(5), tiny.batch((20, 14))
-    expected = tiny.concatenated_logits(bare, front, ids, mask)[:, -20:]
-    got, refusal = attempt(
-        lambda: with_prompt(model, front, lambda m: m(ids, attention_mask=mask).logits)
-    )
-    if got is None:
-        assert message in refusal
-        plain = bare(ids, attention_mask=mask).logits
-        assert torch.equal(model(ids, attention_mask=mask).logits, plain), "usable as before"
-    else:
-        real = mask.bool()
-        torch.testing.assert_close(got[real], expected[real], rtol=1e-3, atol=1e-3)
-
-
-def windowed(tiny, window=8):
-    return MistralConfig(**{**tiny.GROUPED, "sliding_window": window})
-
-
-def test_a_prompt_in_a_sliding_window_is_exact_or_refused(tiny):
-    exact_or_refused(tiny, windowed(tiny), "sliding_window")
-
-
-def test_a_window_wider_than_prompt_and_text_is_none(tiny):
-    model, bare = (tiny.from_config(windowed(tiny, 64)) for _ in range(2))
-    front, (ids, mask) = tiny.prompt(5), tiny.batch((20, 14))
-    with use_prefix(model, PrefixKV.prefill(model, front)):
-        got = tiny.generate(model, ids, mask)
-    assert torch.equal(got, tiny.generate(bare, *tiny.concatenate(front, ids, mask)))
-
-
-@pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
-def test_generation_past_a_sliding_window_is_exact_or_refused(tiny, cache):
-    """Text shorter than the window that grows out of it."""
-    model, bare = (tiny.from_config(windowed(tiny)) for _ in range(2))
-    front, (ids, mask) = tiny.prompt(3), tiny.batch((4, 2))
-    options = {"max_new_tokens": 12, **cache}
-    expected = tiny.generate(bare, *tiny.concatenate(front, ids, mask), **options)
-    got, refusal = attempt(
-        lambda: with_prompt(model, front, lambda m: tiny.generate(m, ids, mask, **options))
-    )
-    if got is None:
-        assert "sliding_window" in refusal
-    else:
-        assert torch.equal(got, expected)
-
-
-def test_a_learned_prefix_stays_in_sight_of_a_sliding_window_or_is_refused(tiny):
-    """No text, so it does not slide out: the window concerns the sequence alone."""
-    model, bare = (tiny.from_config(windowed(tiny)) for _ in range(2))
-    kv, (ids, mask) = tiny.random_kv(model, 4), tiny.batch((20, 20))
-    near = torch.ones(20, 20, dtype=torch.bool).tril().triu(-7)
-    sees = torch.cat([torch.ones(20, 4, dtype=torch.bool), near], 1).expand(2, 1, -1, -1)
-    options = {"position_ids": tiny.positions(mask) + 4, "past_key_values": tiny.expanded(kv, 2)}
-    expected = bare(ids, attention_mask=sees, **options).logits
-
-    def run():
-        with use_prefix(model, kv):
-            return model(ids, attention_mask=mask).logits
-
-    got, refusal = attempt(run)
-    if got is None:
-        assert "sliding_window" in refusal
-    else:
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_softcap_is_exact_or_refused(tiny):
-    fields = {**tiny.GROUPED, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}
-    exact_or_refused(tiny, Gemma2Config(**{**fields, "sliding_window": 512}), "softcap")
-
-
-def test_a_windowed_model_without_a_prefix_computes_what_it_did(tiny):
-    model, bare = (tiny.from_config(windowed(tiny)) for _ in range(2))
-    ids, mask = tiny.batch((20, 14))
-    options = {"attention_mask": mask, "position_ids": tiny.positions(mask)}
-    got, _ = attempt(lambda: patch_model(model)(**options, input_ids=ids).logits)
-    if got is not None:
-        expected = bare(ids, **options).logits
-        torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-3, atol=1e-3)
+def test_packed_sequences_behind_a_prompt_in_a_window_are_refused(tiny):
+    model = patch_model(tiny.from_config(MistralConfig(**{**tiny.GROUPED, "sliding_window": 8})))
+    ids, positions = tiny.prompt(9), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with (
+        use_prefix(model, PrefixKV.prefill(model, tiny.prompt(5))),
+        pytest.raises(NotImplementedError, match=r"sliding_window of 8.*packed"),
+    ):
+        model(ids, position_ids=positions, use_cache=False)

@@ -1,0 +1,62 @@
+"""Every feature alone and in any combination, forward and all gradients.
+
+Reference is held to the contract row by row, and the other backends to reference.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastprefix.attention.selection import BACKENDS, FEATURES
+
+# Held to reference in every feature that the table says they have.
+HELD = ["composed"]
+
+SIZES = {
+    "prefill": {"Lq": 7, "past": 0, "pad": "left", "lengths": (5, 0, 3)},
+    "cache": {"Lq": 5, "past": 9, "pad": "none", "lengths": (17,)},
+    "decode": {"Lq": 1, "past": 11, "pad": "none", "lengths": (1, 63)},
+    "padded decode": {"Lq": 1, "past": 11, "pad": "holes", "lengths": (9,), "is_causal": False},
+    "bidirectional": {"Lq": 6, "past": 0, "pad": "row", "lengths": (0,), "is_causal": False},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_reference_is_the_contract(feature, sizes, feature_calls):
+    call = feature_calls.build(features={feature}, D=8, **sizes)
+    torch.testing.assert_close(call.by("reference"), call.by_rows(), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=50, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_reference_is_the_contract_in_any_combination(data, feature_calls):
+    drawn = data.draw(feature_calls.drawn("reference", longest=7))
+    call = feature_calls.build(**drawn)
+    torch.testing.assert_close(call.by("reference"), call.by_rows(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", HELD)
+def test_backends_are_reference(backend, dtype, sizes, feature, feature_calls, assert_as_reference):
+    if feature not in BACKENDS[backend].features:
+        pytest.skip(f"{backend} cannot")
+    call = feature_calls.build(features={feature}, dtype=dtype, **sizes)
+    assert_as_reference(call, backend)
+
+
+@pytest.mark.parametrize("backend", HELD)
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_backends_are_reference_in_any_combination(
+    backend, data, feature_calls, assert_as_reference
+):
+    drawn = data.draw(feature_calls.drawn(backend))
+    kinds = [dtype for dtype in (torch.float64, torch.float32) if dtype in BACKENDS[backend].dtypes]
+    dtype = data.draw(st.sampled_from([*kinds, torch.float32, torch.bfloat16, torch.float16]))
+    assert_as_reference(feature_calls.build(**drawn, dtype=dtype), backend)

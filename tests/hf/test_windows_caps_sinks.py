@@ -1,0 +1,200 @@
+"""Models with sliding windows, capped scores, sinks and dropout: a prompt equals its text in front.
+
+The window is smaller than prompt and text, so that the prompt slides out of it as the text grows;
+layers without a window keep it whole.
+"""
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma3TextConfig, GptOssConfig, MistralConfig, Qwen2Config
+
+from fastprefix import PrefixKV, patch_model, use_prefix
+
+WINDOW = 8
+
+
+def mistral(tiny, window=WINDOW, **changes):
+    return MistralConfig(**{**tiny.GROUPED, "sliding_window": window, **changes})
+
+
+def gemma2(tiny, window=WINDOW, **changes):
+    """Capped scores in every layer, a window in every other."""
+    fields = {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16, "sliding_window": window}
+    return Gemma2Config(**{**tiny.GROUPED, **fields, **changes})
+
+
+def gemma3(tiny, window=WINDOW, **changes):
+    """A window in all layers but the second."""
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    fields = {"layer_types": types, "query_pre_attn_scalar": 16, "sliding_window": window}
+    return Gemma3TextConfig(**{**tiny.GROUPED, **fields, **changes})
+
+
+def gpt_oss(tiny, window=WINDOW, **changes):
+    """A sink in every head, a window in every other layer."""
+    fields = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": window}
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    return GptOssConfig(**{**tiny.GROUPED, **fields, "rope_parameters": plain, **changes})
+
+
+def qwen2(tiny, window=WINDOW, **changes):
+    """The first layer sees everything, the others have a window."""
+    fields = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": window}
+    return Qwen2Config(**{**tiny.GROUPED, **fields, **changes})
+
+
+CONFIGS = {f.__name__: f for f in (mistral, gemma2, gemma3, gpt_oss, qwen2)}
+
+
+def build(tiny, config, **options):
+    """A model whose sinks matter, in eager attention: sdpa has no cap and no sinks."""
+    config._attn_implementation = "eager"
+    model = tiny.from_config(config, **options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.uniform_(-1.0, 2.0)
+    return model
+
+
+def pair(tiny, name, **changes):
+    """A model to patch, and the same weights untouched."""
+    torch.manual_seed(3)
+    one = build(tiny, CONFIGS[name](tiny, **changes))
+    torch.manual_seed(3)
+    return one, build(tiny, CONFIGS[name](tiny, **changes))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("P", [3, 12])
+def test_generated_tokens_are_those_of_the_concatenation(tiny, name, P):
+    """Left-padded rows of different lengths, until the prompt is out of every window."""
+    model, bare = pair(tiny, name)
+    front, (ids, mask) = tiny.prompt(P), tiny.batch((6, 3, 1))
+    expected = tiny.generate(bare, *tiny.concatenate(front, ids, mask), max_new_tokens=14)
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        got = tiny.generate(model, ids, mask, max_new_tokens=14)
+        again = tiny.generate(model, ids, mask, max_new_tokens=14, use_cache=False)
+    assert torch.equal(got, expected)
+    assert torch.equal(again, expected)
+    assert not torch.equal(tiny.generate(bare, ids, mask, max_new_tokens=14), expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_are_those_of_the_concatenation(tiny, name, side):
+    model, bare = pair(tiny, name)
+    front, (ids, mask) = tiny.prompt(5), tiny.batch((20, 14), side=side)
+    expected = tiny.concatenated_logits(bare, front, ids, mask, side)
+    if side == "left":
+        expected = expected[:, -20:]
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        got = model(ids, attention_mask=mask).logits
+    real = mask.bool()
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_text_that_arrives_in_pieces(tiny, name):
+    """A second turn on the cache of the first, whose windows have forgotten its beginning."""
+    model, bare = pair(tiny, name)
+    front, text = tiny.prompt(5), tiny.prompt(23, seed=7)
+    expected = bare(torch.cat([front, text], 1)).logits[:, 5:]
+    found, cache = [], None
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        for piece in text.split([6, 10, 1, 6], dim=1):
+            out = model(piece, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_without_a_prefix_the_model_computes_what_it_did(tiny, name):
+    model, bare = pair(tiny, name)
+    ids, mask = tiny.batch((20, 14))
+    options = {"attention_mask": mask, "position_ids": tiny.positions(mask)}
+    got, expected = patch_model(model)(ids, **options).logits, bare(ids, **options).logits
+    real = mask.bool()
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-3, atol=1e-3)
+
+
+def test_a_window_wider_than_prompt_and_text_is_none(tiny):
+    model, bare = pair(tiny, "mistral", window=64)
+    front, (ids, mask) = tiny.prompt(5), tiny.batch((20, 14))
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        got = tiny.generate(model, ids, mask)
+    assert torch.equal(got, tiny.generate(bare, *tiny.concatenate(front, ids, mask)))
+
+
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
+def test_a_learned_prefix_stays_in_sight_of_a_window(tiny, name):
+    """No text, so it does not slide out: the window concerns the sequence alone."""
+    changes = {"layer_types": ["sliding_attention"] * 3} if name == "gpt_oss" else {}
+    model, bare = pair(tiny, name, **changes)
+    kv, (ids, mask) = tiny.random_kv(model, 4), tiny.batch((20, 20))
+    near = torch.ones(20, 20, dtype=torch.bool).tril().triu(1 - WINDOW)
+    sees = torch.cat([torch.ones(20, 4, dtype=torch.bool), near], 1).expand(2, 1, -1, -1)
+    sees = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    options = {"position_ids": tiny.positions(mask) + 4, "past_key_values": tiny.expanded(kv, 2)}
+    expected = bare(ids, attention_mask=sees, **options).logits
+    with use_prefix(model, kv):
+        got = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_of_sinks_and_prefix_are_those_of_the_copied_prefix(tiny):
+    model, bare = pair(tiny, "gpt_oss", window=256)
+    ids, mask = tiny.batch((12, 7))
+    found = []
+    for side in (model, bare):
+        kv = tiny.random_kv(model, 5, requires_grad=True)
+        if side is model:
+            with use_prefix(model, kv):
+                logits = model(ids, attention_mask=mask).logits
+        else:
+            logits = tiny.expanded_forward(bare, kv, ids, mask).logits
+        (logits.softmax(-1)[mask.bool()] ** 2).sum().backward()
+        sinks = [p.grad for name, p in side.named_parameters() if name.endswith("sinks")]
+        assert len(sinks) == 3
+        assert all(grad.abs().sum() > 0 for grad in sinks)
+        found.append([*sinks, *tiny.gradients(kv)])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "option"), [("gpt2", "attn_pdrop"), ("llama", "attention_dropout")]
+)
+def test_attention_dropout_in_training(tiny, architecture, option):
+    """Drawn anew in each step, the same from the same seed, and none in evaluation."""
+    model = patch_model(tiny.build(architecture, **{option: 0.3}))
+    ids, mask = tiny.batch()
+    kv = tiny.random_kv(model, requires_grad=True)
+    with use_prefix(model, kv):
+        plain = model(ids, attention_mask=mask).logits
+        assert torch.equal(plain, model(ids, attention_mask=mask).logits)
+        model.train()
+        torch.manual_seed(1)
+        first, second = (model(ids, attention_mask=mask).logits for _ in range(2))
+        torch.manual_seed(1)
+        again = model(ids, attention_mask=mask).logits
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, second)
+    assert not torch.allclose(first, plain)
+    first.sum().backward()
+    assert all(grad.isfinite().all() for grad in tiny.gradients(kv))
+
+
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
+def test_compiled_whole(tiny, name):
+    """No graph break, and the window's arithmetic is the same."""
+    model, _ = pair(tiny, name)
+    ids, mask = tiny.batch((12, 7))
+    options = {"attention_mask": mask, "use_cache": False}
+    kv = PrefixKV.prefill(model, tiny.prompt(5))
+    torch._dynamo.reset()
+    with use_prefix(patch_model(model), kv), torch.no_grad():
+        expected = model(ids, **options).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        got = compiled(ids, **options).logits
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-3, atol=1e-3)
