@@ -26,6 +26,8 @@ from .decode_plan import (
 HIDDEN = tl.constexpr(-1.0e30)
 # Entries of a padding mask that one step of a scan reads.
 SCAN = tl.constexpr(512)
+# Partial results of a row that the merge unrolls, so that their loads are under way together.
+UNROLL = tl.constexpr(4)
 
 
 @triton.jit
@@ -334,13 +336,13 @@ def prefix_attn_decode_merge_kernel(
     b_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
     o_u = i_u + (row + o_r) // BLOCK_M * n_prefix  # the first unit of a row's tile
     o_row = (i_h.to(tl.int64) * n_units + o_u) * BLOCK_M + (row + o_r) % BLOCK_M
-    for i_split in tl.range(0, n_prefix):
+    for i_split in tl.range(0, n_prefix, loop_unroll_factor=UNROLL):
         b_acc, b_max, b_sum = merge_step(
             b_acc, b_max, b_sum, part_out, part_lse, o_row + i_split * BLOCK_M, m_r, b_bias,
             o_dv, HEAD_V, BLOCK_DV,
         )  # fmt: skip
     o_row = first_row + i_bh.to(tl.int64) * n_sequence_splits * (GROUP * Lq) + o_r
-    for i_split in tl.range(0, n_sequence_splits):
+    for i_split in tl.range(0, n_sequence_splits, loop_unroll_factor=UNROLL):
         b_acc, b_max, b_sum = merge_step(
             b_acc, b_max, b_sum, part_out, part_lse, o_row + i_split * (GROUP * Lq), m_r, None,
             o_dv, HEAD_V, BLOCK_DV,

