@@ -85,6 +85,10 @@ def prefix_attn_bwd_dprefix_kernel(
     m_tiles = tl.cdiv(Lq, BLOCK_M)
     i_bg = t_first // m_tiles
     i_m = t_first % m_tiles * BLOCK_M
+    p_q = q + i_h * GROUP * s_qh
+    p_do = do + i_h * GROUP * s_doh
+    p_lse2 = lse2 + i_h * GROUP * total
+    p_delta = delta + i_h * GROUP * total
     o_q = o_m[:, None] * s_qm + o_d[None, :]  # [BM, BD]
     o_do = o_m[:, None] * s_dom + o_dv[None, :]  # [BM, BDV]
     for i_x in tl.range(0, steps, 1):
@@ -93,7 +97,7 @@ def prefix_attn_bwd_dprefix_kernel(
             i_seq = tl.load(p_entry)
             i_m = tl.load(p_entry + 1) * BLOCK_M
             i_b = i_seq.to(tl.int64)
-            i_head = i_h * GROUP + i_x % GROUP
+            i_g = i_x % GROUP
             i_start = 0
             if cu is not None:
                 i_b = i_b * 0
@@ -103,10 +107,11 @@ def prefix_attn_bwd_dprefix_kernel(
         else:
             i_seq = i_bg // GROUP
             i_b = i_seq.to(tl.int64)
-            i_head = i_h * GROUP + i_bg % GROUP
+            i_g = i_bg % GROUP
             i_start = 0
         i_token = (i_start + i_m).to(tl.int64)
-        o_row = (i_b * Hkv * GROUP + i_head) * total + i_token
+        o_row = (i_b * Hkv * GROUP + i_g) * total + i_token
+        i_head = i_h * GROUP + i_g
         o_low = None
         if IN_WINDOW:
             m_m = i_m + o_m < Lq
@@ -120,9 +125,9 @@ def prefix_attn_bwd_dprefix_kernel(
             p_rows = bias + i_head * s_bh + o_start * s_bn + ((i_token + o_m) * s_bm)[None, :]
         b_dk, b_dv = key_gradients(
             b_dk, b_dv, b_k, b_v,
-            q + (i_b * s_qb + i_head * s_qh + i_token * s_qm) + o_q,
-            do + (i_b * s_dob + i_head * s_doh + i_token * s_dom) + o_do,
-            lse2 + o_row + o_m, delta + o_row + o_m, p_rows, s_bn, b_shift,
+            p_q + (i_b * s_qb + i_g * s_qh + i_token * s_qm) + o_q,
+            p_do + (i_b * s_dob + i_g * s_doh + i_token * s_dom) + o_do,
+            p_lse2 + o_row + o_m, p_delta + o_row + o_m, p_rows, s_bn, b_shift,
             i_m + o_m < Lq, m_n, o_d, o_dv, o_n, o_low, None,
             scale, softcap, seed, dropped, keep, i_n + o_n, i_m + o_m,
             (i_seq * Hkv * GROUP + i_head).to(tl.int32),

@@ -104,8 +104,9 @@ HOPPER: Passes = {
         (256, Tile(32, 64, 8, 1), AMPERE["dkv"][2][2]),
     ],
     "dprefix": [
-        (64, Tile(64, 128, 8, 2), AMPERE["dprefix"][0][2]),
-        (128, Tile(32, 128, 8, 2), AMPERE["dprefix"][1][2]),
+        # 128 rows: one iteration pays once for the arithmetic that finds its sequence and head
+        (64, Tile(128, 64, 4, 2), AMPERE["dprefix"][0][2]),
+        (128, Tile(64, 128, 8, 2), AMPERE["dprefix"][1][2]),
         (256, Tile(32, 64, 8, 1), AMPERE["dprefix"][2][2]),
     ],
 }
