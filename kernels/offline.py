@@ -265,7 +265,7 @@ def launches(case: Case) -> list[launch.Launch]:
     for name in c.features:
         options |= FEATURES[name](c)
     extra = [n for n in ("sinks", "prefix_bias") if n in _parameters(prefix_attention_backward)]
-    needs: Any = (True,) * len(inputs) + tuple(options.get(n) is not None for n in extra)
+    needs = (True,) * len(inputs) + tuple(options.get(n) is not None for n in extra)
     with collected(launch_target(c.target)) as steps:
         out, lse = prefix_attention_forward(*inputs, **options)
         grad_out = _empty(B, Hq, Lq, Dv, dtype=dtype)
