@@ -2,7 +2,8 @@
 
 Every operand tile that a program loads or stores is counted, program by program, from the grid;
 the least is each operand once. What caches catch in between is not modelled, nor what a sliding
-window or a mask lets a program skip.
+window or a mask lets a program skip. Packed prefixes and packed sequences count as equally long,
+and packed sequences as if they were not causal.
 """
 
 from __future__ import annotations
@@ -52,12 +53,13 @@ def _row_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, flo
     Lq = tensors["q"].shape[2]
     programs = math.prod(step.grid)
     visible = 1.0
-    if step.constants.get("CAUSAL") and Lk:
+    if "cu" in tensors:
+        visible = 1 / _parts(tensors["cu"])
+    elif step.constants.get("CAUSAL") and Lk:
         group = tensors["q"].shape[1] // Hkv
         visible = _mean_visible(Lq, Lk, group, step.tile.rows) / Lk
-    return dict.fromkeys(PREFIX, programs / Hkv) | dict.fromkeys(
-        KEYS, programs / (B * Hkv) * visible
-    )
+    prefix = programs / Hkv / (_parts(tensors["starts"]) if "starts" in tensors else 1)
+    return dict.fromkeys(PREFIX, prefix) | dict.fromkeys(KEYS, programs / (B * Hkv) * visible)
 
 
 def _key_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]:
@@ -66,7 +68,9 @@ def _key_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, flo
     Lq = tensors["q"].shape[2]
     programs = math.prod(step.grid)
     visible = 1.0
-    if step.constants.get("CAUSAL") and Lq:
+    if "cu" in tensors:
+        visible = 1 / _parts(tensors["cu"])
+    elif step.constants.get("CAUSAL") and Lq:
         starts = range(0, Lk, step.tile.keys)
         first = [min(max(n - (Lk - Lq), 0), Lq) for n in starts]
         visible = sum(Lq - i for i in first) / (len(first) * Lq)
@@ -78,7 +82,13 @@ def _prefix_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, 
     Hkv, P, _ = tensors["pk"].shape
     tiles = -(-P // step.tile.keys)
     splits = math.prod(step.grid) / (Hkv * tiles)
-    return dict.fromkeys(ROWS, float(tiles)) | dict.fromkeys(PREFIX, splits)
+    prefixes = _parts(tensors["starts"]) if "starts" in tensors else 1
+    return dict.fromkeys(ROWS, tiles / prefixes) | dict.fromkeys(PREFIX, splits)
+
+
+def _parts(boundaries: Tensor) -> int:
+    """How many prefixes or sequences lie between the boundaries; they count as equally long."""
+    return boundaries.shape[0] - 1
 
 
 def _once(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]:

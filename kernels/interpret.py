@@ -1,8 +1,9 @@
-"""bfloat16 in Triton's interpreter, made to behave as it does on a GPU.
+"""Triton's interpreter, made to behave as a GPU does.
 
-The interpreter keeps bfloat16 as raw 16-bit integers. Up to Triton 3.9 it multiplies those
-integers in `tl.dot` and truncates instead of rounding when it casts from float32. `repair` replaces
-the two operations; it touches nothing outside the interpreter, so compiled kernels are unaffected.
+It keeps bfloat16 as raw 16-bit integers. Up to Triton 3.9 it multiplies those integers in `tl.dot`
+and truncates instead of rounding when it casts from float32. Up to 3.6 it bounds loops with
+int(array of one element), which NumPy 2.4 refuses. `repair` replaces these operations; it touches
+nothing outside the interpreter, so compiled kernels are unaffected.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import triton
 import triton.language as tl
 
 
@@ -26,13 +28,16 @@ def to_bits(values: np.ndarray) -> np.ndarray:
 
 
 def repair() -> None:
-    """Replace the interpreter's bfloat16 casts and dots. Calling it twice does no harm."""
+    """Replace the operations that go wrong. Calling it twice does no harm."""
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     builder: Any = InterpreterBuilder
-    if getattr(builder, "_fastprefix_bfloat16", False):
+    if getattr(builder, "_fastprefix_repaired", False):
         return
-    builder._fastprefix_bfloat16 = True
+    builder._fastprefix_repaired = True
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        _repair_loop_bounds(interpreter)
     cast, dot = builder.cast_impl, builder.create_dot
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
@@ -49,3 +54,14 @@ def repair() -> None:
         return dot(self, a, b, *rest)
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+
+
+def _repair_loop_bounds(interpreter: Any) -> None:
+    """Let a scalar, which the interpreter holds as an array [1], count as an integer."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched

@@ -60,13 +60,21 @@ POINTERS = {
 # Multiprocessors assumed for every target; they decide into how many parts reductions are cut.
 MULTIPROCESSORS = 108
 
-# Loops of a kernel in the order of its source. Where the compiler leaves another number of loops
-# they are numbered.
-LOOPS = {
-    "prefix_attn_fwd_kernel": ("prefix", "prefix tail", "sequence", "sequence, masked"),
-    "prefix_attn_bwd_dq_kernel": ("prefix", "prefix tail", "sequence", "sequence, masked"),
-    "prefix_attn_bwd_dkv_kernel": ("rows, masked", "rows"),
-    "prefix_attn_bwd_dprefix_kernel": ("rows",),
+# Loops of a kernel in the order of its source, each with the features that bring it (none: it is
+# always there). Where the compiler leaves another number of loops they are numbered.
+SWEEPS = (
+    ("prefix, window's edge", ("prefix_in_window",)),
+    ("prefix", ()),
+    ("prefix tail", ()),
+    ("sequence, window's edge", ("sliding_window", "prefix_in_window")),
+    ("sequence", ()),
+    ("sequence, masked", ()),
+)
+LOOPS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "prefix_attn_fwd_kernel": SWEEPS,
+    "prefix_attn_bwd_dq_kernel": SWEEPS,
+    "prefix_attn_bwd_dkv_kernel": (("rows, masked", ()), ("rows", ())),
+    "prefix_attn_bwd_dprefix_kernel": (("rows", ()),),
 }
 # Products per tile of scores, as (over the key's head size, over the value's).
 PRODUCTS = {
@@ -368,12 +376,22 @@ def costs(compiled: Any, warps: int) -> dict[str, Any]:
     return found
 
 
-def named_loops(step: launch.Launch, loops: list[dict[str, Any]]) -> tuple[NamedLoop, ...]:
+def loop_names(kernel: str, features: tuple[str, ...], count: int) -> list[str]:
+    """What the `count` loops of a kernel sweep."""
+    names = [
+        name
+        for name, brought_by in LOOPS.get(kernel, ())
+        if not brought_by or set(brought_by) & set(features)
+    ]
+    return names if len(names) == count else [f"{i} of {count}" for i in range(1, count + 1)]
+
+
+def named_loops(
+    case: Case, step: launch.Launch, loops: list[dict[str, Any]]
+) -> tuple[NamedLoop, ...]:
     """The loops of a kernel with what they sweep and their share of the source's work."""
     kernel, constants = step.kernel.__name__, step.constants
-    names = LOOPS.get(kernel, ())
-    if len(names) != len(loops):
-        names = tuple(f"{i} of {len(loops)}" for i in range(1, len(loops) + 1))
+    names = loop_names(kernel, case.features, len(loops))
     work = None
     if kernel in PRODUCTS:
         over_key, over_value = PRODUCTS[kernel]
@@ -390,7 +408,7 @@ def report(case: Case, step: launch.Launch, save: Path | None = None) -> Report:
     """Compile one launch and measure its code; `save` keeps the binary and its metadata."""
     compiled = compile_launch(step, case.target)
     found = costs(compiled, step.tile.warps)
-    loops = named_loops(step, found.pop("loops"))
+    loops = named_loops(case, step, found.pop("loops"))
     metadata, kernel = compiled.metadata, step.kernel.__name__
     if save is not None:
         stem = f"{case.target.replace(':', '')}-{case.dtype}-{case.head_size}-{kernel}"

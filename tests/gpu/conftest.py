@@ -90,10 +90,11 @@ def solve(
 
 @pytest.fixture
 def problem(device: torch.device) -> Callable[..., Problem]:
-    """Makes problems on the device."""
+    """Makes problems on the device; in the interpreter small ones."""
+    small = {"Hq": 4, "Lq": 40, "Lk": 40, "P": 35, "D": 16, "Dv": 16}
 
     def make(**changes: Any) -> Problem:
-        return Problem(device=device, **changes)
+        return Problem(device=device, **((small if device.type == "cpu" else {}) | changes))
 
     return make
 

@@ -189,5 +189,19 @@ def test_partial_sums_are_no_operand():
     assert found.operands["pk"] == (3 * 1024, 1024)
 
 
+def test_packed_prefixes_and_sequences_are_read_in_part():
+    shapes = {
+        "q": (1, 1, 64, 16),
+        "k": (1, 1, 64, 16),
+        "pk": (1, 32, 16),
+        "cu": (5,),
+        "starts": (3,),
+    }
+    forward = step("prefix_attn_fwd_kernel", (8,), launch.Tile(8, 16, 4, 1), True, **shapes)
+    found = inspect_traffic.traffic(forward)
+    assert found.operands["pk"] == (8 // 2 * 1024, 1024)
+    assert found.operands["k"] == (8 // 4 * 2048, 2048)
+
+
 def test_a_kernel_without_a_model_has_no_bytes():
     assert inspect_traffic.traffic(step("other", (1,), launch.Tile(1, 1, 1, 1), False)) is None

@@ -19,6 +19,7 @@ from fastprefix.kernels.offline import (
     Failure,
     Report,
     launches,
+    loop_names,
     main,
     parse_target,
     violations,
@@ -197,6 +198,21 @@ def test_collecting_launches_leaves_the_launchers_as_they_were():
     steps = launches(Case("hip:gfx942", features=("padding",)))
     assert {step.kernel.__name__ for step in steps} == KERNELS
     assert (launch.Launch.run, launch.target_of) == (run, target_of)
+
+
+@pytest.mark.parametrize(
+    ("features", "count", "first"),
+    [
+        ((), 4, "prefix"),
+        (("softcap",), 4, "prefix"),
+        (("sliding_window",), 5, "prefix"),
+        (("prefix_in_window",), 6, "prefix, window's edge"),
+        (("sliding_window",), 3, "1 of 3"),
+    ],
+)
+def test_names_of_loops_follow_the_features(features, count, first):
+    names = loop_names("prefix_attn_fwd_kernel", features, count)
+    assert (len(names), names[0]) == (count, first)
 
 
 def test_every_feature_of_the_launchers_can_be_compiled():
