@@ -149,10 +149,12 @@ def prefix_attention_backward(
         if rows is not None and dbias is not None:
             dbias.copy_(rows.sum((0, 2)))
     if key.numel() and (dk is not None or dv is not None):
-        dkv_launch(problem, grad_out, lse2, delta, dk, dv).run()
+        for grads in launch.together(problem, dk, dv):
+            dkv_launch(problem, grad_out, lse2, delta, *grads).run()
     if prefix_key.numel() and (dpk is not None or dpv is not None):
-        for step in dprefix_launches(problem, grad_out, lse2, delta, dpk, dpv):
-            step.run()
+        for grads in launch.together(problem, dpk, dpv):
+            for step in dprefix_launches(problem, grad_out, lse2, delta, *grads):
+                step.run()
     if dsinks is not None and sinks is not None:
         # The sink's weight is exp(sink - lse) and its value is nothing: dS = P * (0 - delta).
         weight = torch.exp(sinks.float()[None, :, None] - lse)

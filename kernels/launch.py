@@ -149,7 +149,7 @@ CDNA: Passes = {
     ],
 }
 # gfx10 to gfx12: waves of 32, and WMMA keeps each operand twice per wave, hence the shortest tiles
-# of all. The backward passes still spill a little at D 128.
+# of all, and `together`.
 RDNA: Passes = {
     "forward": [
         (64, Tile(64, 64, 8, 1), Tile(32, 32, 4, 1)),
@@ -158,7 +158,7 @@ RDNA: Passes = {
     ],
     "dq": [
         (64, Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
-        (128, Tile(64, 16, 8, 1), Tile(32, 16, 4, 1)),
+        (128, Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
         (256, Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
     ],
     "dkv": [
@@ -250,6 +250,21 @@ def choose(step: str, problem: Problem, rows: int) -> Tile:
                 tile = tile._replace(rows=max(16, tile.rows // 2))
             return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
     raise ValueError(f"head size {head_size} exceeds {MAX_HEAD_SIZE}")
+
+
+def together(
+    problem: Problem, first: Tensor | None, second: Tensor | None
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Gradients of keys and of values, in one pass or in two.
+
+    RDNA's 256 registers hold one accumulator [keys, D] from D 128 on, not two. A second pass costs
+    the scores again, spilling costs more.
+    """
+    block = block_size(max(problem.query.shape[-1], problem.value.shape[-1]))
+    apart = problem.target.family == "rdna" and block >= 128
+    if apart and first is not None and second is not None:
+        return [(first, None), (None, second)]
+    return [(first, second)]
 
 
 def splits(step_tiles: int, row_tiles: int, target: Target) -> int:
