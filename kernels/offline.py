@@ -339,11 +339,14 @@ def amd_costs(text: str, warps: int) -> dict[str, Any]:
     def field(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
 
+    # Not the metadata's spill counts: scalar registers kept in lanes of vector registers, which
+    # never see memory, are among them.
+    code = inspect_code.parse_amdgcn(text)
     return {
         "registers": field("vgpr_count"),
         "spill_bytes": field("private_segment_fixed_size"),
-        "spill_instructions": field("vgpr_spill_count") + field("sgpr_spill_count"),
-        **_code_costs(inspect_code.parse_amdgcn(text), warps),
+        "spill_instructions": sum(map(inspect_code.is_spill, code)),
+        **_code_costs(code, warps),
     }
 
 
