@@ -42,16 +42,16 @@ AMPERE: list[Row] = [
     (256, Tile(32, 32, 4, 2), Tile(16, 16, 4, 2)),
 ]
 # sm_86, sm_89, sm_12x, 99 KiB: 32 keys from D 128 on keep two programs on a multiprocessor (37 KiB
-# and 167 registers). Ptxas for sm_12x spills at Ampere's fp32 tile for D 128.
+# and 167 registers). From sm_90 on, ptxas spills at Ampere's fp32 tile for D 128.
 AMPERE_SMALL: list[Row] = [
     (64, Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)),
     (128, Tile(64, 32, 4, 2), Tile(16, 16, 4, 2)),
     (256, Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
 ]
-# sm_90, 227 KiB: room for a third stage at D 128.
+# sm_90 and sm_100, 227 KiB: room for a third stage at D 128.
 HOPPER: list[Row] = [
     (64, Tile(64, 64, 4, 3), AMPERE[0][2]),
-    (128, Tile(64, 64, 4, 3), AMPERE[1][2]),
+    (128, Tile(64, 64, 4, 3), AMPERE_SMALL[1][2]),
     (256, Tile(64, 32, 4, 2), AMPERE[2][2]),
 ]
 BLACKWELL: list[Row] = HOPPER
