@@ -24,8 +24,8 @@ from .decode_plan import (
 
 # Values in an additive bias from here down hide the key, as in masks.
 HIDDEN = tl.constexpr(-1.0e30)
-# Entries of a padding mask that one step of a scan reads.
-SCAN = tl.constexpr(512)
+# Entries of a padding mask that one step of a scan reads: 16 bytes a thread.
+SCAN = tl.constexpr(2048)
 # Partial results of a row that the merge unrolls, so that their loads are under way together.
 UNROLL = tl.constexpr(4)
 
@@ -467,8 +467,6 @@ def decode_launches(
     """
     shape, layout, cut = plan.shape, plan.layout, plan.layout.prefix
     tables, tile = plan.tables, layout.tile
-    row_tiles = triton.cdiv(cut.packed, layout.sequence_rows)
-    programs = shape.Hkv * (cut.units + shape.B * row_tiles * layout.sequence_splits)
     common = {
         "part_out": part_out, "part_lse": part_lse, "Hkv": shape.Hkv, "Lq": shape.Lq,
         "n_units": cut.units, "n_splits": cut.splits,
@@ -477,11 +475,11 @@ def decode_launches(
     }  # fmt: skip
     constants = {
         "GROUP": shape.Hq // shape.Hkv, "HEAD_V": shape.Dv,
-        "BLOCK_M": tile.rows, "BLOCK_DV": launch.block_size(shape.Dv),
+        "BLOCK_M": tile.rows, "BLOCK_DV": layout.value_block,
     }  # fmt: skip
     attend = launch.Launch(
         prefix_attn_decode_kernel,
-        (programs,),
+        (layout.programs,),
         dict(
             q=query, k=key, v=value, pk=prefix_key, pv=prefix_value, pad=key_padding_mask,
             order=tables and tables.order, units=tables and tables.units,
@@ -498,23 +496,20 @@ def decode_launches(
             "FIXED": shape.batch_invariant,
             "PRECISION": launch.dot_precision(query.dtype),
             "BLOCK_R": layout.sequence_rows, "BLOCK_N": tile.keys,
-            "BLOCK_D": launch.block_size(shape.D), **constants,
+            "BLOCK_D": layout.block, **constants,
         },
         tile,
     )  # fmt: skip
-    # One warp for every four rows of 128: enough threads for 16-byte loads, enough programs.
-    merged = min(16, triton.next_power_of_2(cut.packed))
-    warps = max(1, min(4, merged * constants["BLOCK_DV"] // 512))
     merge = launch.Launch(
         prefix_attn_decode_merge_kernel,
-        (triton.cdiv(cut.packed, merged) * shape.B * shape.Hkv,),
+        (layout.merge_programs,),
         dict(
             rows=tables and tables.rows, sinks=sinks, bias=prefix_bias, out=out, lse=lse, **common
         ),
-        {"BLOCK_R": merged, **constants},
-        launch.Tile(merged, 1, warps, 1),
-    )
-    return [attend, merge] if programs else [merge]
+        {"BLOCK_R": layout.merge_tile.rows, **constants},
+        layout.merge_tile,
+    )  # fmt: skip
+    return [attend, merge] if layout.programs else [merge]
 
 
 def decode_forward(

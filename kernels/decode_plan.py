@@ -42,16 +42,16 @@ AMPERE: list[Row] = [
     (256, Tile(32, 32, 4, 2), Tile(16, 16, 4, 2)),
 ]
 # sm_86, sm_89, sm_12x, 99 KiB: 32 keys from D 128 on keep two programs on a multiprocessor (37 KiB
-# and 167 registers). Ptxas for sm_12x spills at Ampere's fp32 tile for D 128.
+# and 167 registers). From sm_90 on, ptxas spills at Ampere's fp32 tile for D 128.
 AMPERE_SMALL: list[Row] = [
     (64, Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)),
     (128, Tile(64, 32, 4, 2), Tile(16, 16, 4, 2)),
     (256, Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
 ]
-# sm_90, 227 KiB: room for a third stage at D 128.
+# sm_90 and sm_100, 227 KiB: room for a third stage at D 128.
 HOPPER: list[Row] = [
     (64, Tile(64, 64, 4, 3), AMPERE[0][2]),
-    (128, Tile(64, 64, 4, 3), AMPERE[1][2]),
+    (128, Tile(64, 64, 4, 3), AMPERE_SMALL[1][2]),
     (256, Tile(64, 32, 4, 2), AMPERE[2][2]),
 ]
 BLACKWELL: list[Row] = HOPPER
@@ -138,25 +138,35 @@ class PrefixCut(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The grid of the decode kernel, in host integers.
+    """Grids and tiles of both launches, in host integers.
 
     Attributes:
         tile: keys, warps and stages of both phases; rows of a prefix tile.
+        block: the power of two that holds a head of queries and keys.
+        value_block: the same for values.
         prefix: how prefixes are cut; `units` is 0 if there are none.
         sequence_rows: rows of a sequence tile.
         first_key: no row's window reaches below this sequence key.
         sequence_splits: splits of a sequence.
         sequence_split: keys per split of a sequence.
+        programs: of the first launch, both phases together.
         partial_rows: rows of the partial results of both phases together.
+        merge_tile: rows and warps of the second launch.
+        merge_programs: of the second launch.
     """
 
     tile: Tile
+    block: int
+    value_block: int
     prefix: PrefixCut
     sequence_rows: int
     first_key: int
     sequence_splits: int
     sequence_split: int
+    programs: int
     partial_rows: int
+    merge_tile: Tile
+    merge_programs: int
 
 
 @dataclass(frozen=True)
@@ -271,14 +281,24 @@ def layout_of(shape: Shape, target: launch.Target) -> Layout:
         splits = max(1, min(wanted // max(1, programs), triton.cdiv(seen, shortest)))
         length = max(shortest, round_up(triton.cdiv(seen, splits), tile.keys))
         splits = triton.cdiv(seen, length)
+    value_block = launch.block_size(shape.Dv)
+    merged = min(16, max(1, triton.next_power_of_2(cut.packed)))
+    # A warp for every four rows of 128: enough threads for 16-byte loads, enough programs.
+    merge_tile = Tile(merged, 1, max(1, min(4, merged * value_block // 512)), 1)
+    sequences = shape.B * shape.Hkv
     return Layout(
         tile=tile,
+        block=launch.block_size(shape.D),
+        value_block=value_block,
         prefix=cut,
         sequence_rows=rows,
         first_key=first_key,
         sequence_splits=splits,
         sequence_split=length,
-        partial_rows=shape.Hkv * (cut.units * cut.rows + shape.B * splits * cut.packed),
+        programs=shape.Hkv * cut.units + sequences * triton.cdiv(cut.packed, rows) * splits,
+        partial_rows=shape.Hkv * cut.units * cut.rows + sequences * splits * cut.packed,
+        merge_tile=merge_tile,
+        merge_programs=sequences * triton.cdiv(cut.packed, merged),
     )
 
 
