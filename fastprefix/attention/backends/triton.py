@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.attention.call import Options
-
-# The launchers at hand return the gradients of query, key, value and the prefix alone, and
-# `selection.BACKENDS` lets no other feature through to them. False when they return all seven.
-FIVE_GRADIENTS = True
+from fastprefix.attention.selection import BACKENDS
 
 
 def forward(
@@ -45,10 +42,9 @@ def backward(
 
     keywords = {"key_padding_mask": None, **options.keywords()}
     inputs = (grad_out, query, key, value, prefix_key, prefix_value)
+    # launchers that have none of the table's features return no gradients for them either
+    plain = not BACKENDS["triton"].features
+    needs = needs[:5] if plain else needs
     with torch.cuda.device_of(query):
-        if FIVE_GRADIENTS:
-            grads = prefix_attention_backward(
-                *inputs, out=out, lse=lse, **keywords, needs=needs[:5]
-            )
-            return (*grads, None, None)
-        return prefix_attention_backward(*inputs, out=out, lse=lse, **keywords, needs=needs)
+        grads = prefix_attention_backward(*inputs, out=out, lse=lse, **keywords, needs=needs)
+    return (*grads, None, None) if plain else grads
