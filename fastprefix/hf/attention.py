@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +25,18 @@ class ActivePrefix:
         kv: the prefix, or None for plain attention.
         backend: of :func:`fastprefix.prefix_attention`.
         positioned: whether the call's position_ids are already moved behind the prefix.
+        placement: how a windowed layer with an explicit mask learns how far a prompt slid: "end",
+            its keys end at the newest token and text_mask says which are real; "mask", its mask
+            says both (a static cache, packed sequences); "unknown", the mask is the user's own.
         text_mask: the call's attention mask [B, L], 1 = real token, up to the newest token; None
-            for no padding. A prompt that slides out of a window depends on it where a layer's own
-            mask no longer says what is padding.
-        unplaced: what keeps this call from saying so, or None.
+            for no padding.
     """
 
     kv: PrefixKV | None
     backend: str = "auto"
     positioned: bool = False
+    placement: Literal["end", "mask", "unknown"] = "end"
     text_mask: Tensor | None = None
-    unplaced: str | None = None
 
 
 @dataclass(eq=False)
@@ -143,11 +144,20 @@ def prefix_attention_forward(
             key_padding_mask = attention_mask[:, 0, 0].expand(B, Lk)
         else:
             attn_mask = attention_mask
-        if not in_window:
+        active = fastprefix if in_window and isinstance(fastprefix, ActivePrefix) else None
+        if active is None or window is None or prefix_key is None or prefix_value is None:
             window = None  # the mask has it
-        elif isinstance(fastprefix, ActivePrefix):
-            # The window of the operator hides no more of the text than the mask does already.
-            key_padding_mask = _real_tokens(module, fastprefix, key, window, key_padding_mask)
+        elif active.placement == "mask" and attention_mask.dtype is torch.bool:
+            key, value, attn_mask = _in_front(
+                prefix_key, prefix_value, key, value, attention_mask, window
+            )
+            prefix_key = prefix_value = key_padding_mask = window = None
+            in_window = False
+        else:
+            real = _real_tokens(module, active, Lk, window)
+            # The window of the operator hides no more of the text than the mask does already; that
+            # of a single query says what is real as far as the window reaches.
+            key_padding_mask = real if attn_mask is not None else key_padding_mask
     sinks = kwargs.get("s_aux")
     if sinks is not None and sinks.dtype is not torch.float32:
         sinks = sinks.to(query.dtype)
@@ -172,26 +182,44 @@ def prefix_attention_forward(
     return out.transpose(1, 2), None
 
 
-def _real_tokens(
-    module: nn.Module,
-    active: ActivePrefix,
-    key: Tensor,
-    window: int | None,
-    key_padding_mask: Tensor | None,
-) -> Tensor | None:
+def _real_tokens(module: nn.Module, active: ActivePrefix, Lk: int, window: int) -> Tensor | None:
     """Which of a windowed layer's keys are real, [B, Lk], where its mask is explicit."""
-    Lk = key.shape[2]
-    unplaced = active.unplaced
-    if unplaced is None and active.text_mask is not None and active.text_mask.shape[1] < Lk:
-        unplaced = f"an attention mask of {active.text_mask.shape[1]} tokens for {Lk}"
-    if unplaced is not None:
+    problem = None
+    if active.placement != "end":
+        problem = "an attention mask of the user's own, which does not say what is padding"
+    elif active.text_mask is not None and active.text_mask.shape[1] < Lk:
+        problem = f"an attention mask of {active.text_mask.shape[1]} tokens for {Lk}"
+    if problem is not None:
         raise NotImplementedError(
             f"{type(module).__name__} has a sliding_window of {window}, out of which the prompt "
-            f"has to slide as the text grows; not supported yet with {unplaced}"
+            f"slides as the text grows; not supported with {problem}"
         )
-    if active.text_mask is None or key_padding_mask is not None:
-        return key_padding_mask
+    if active.text_mask is None:
+        return None
     return active.text_mask[:, active.text_mask.shape[1] - Lk :].bool()
+
+
+def _in_front(
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What of a prompt a window can hold, copied in front of every row's keys; and their mask.
+
+    For layers whose keys do not end at the newest token: a window's worth of copies, where the
+    operator would need none. The mask counts the real tokens before a query as far as the window
+    reaches, and beyond it no token of the prompt is seen.
+    """
+    B, P = key.shape[0], prefix_key.shape[1]
+    tail = min(P, window - 1)
+    before = mask.sum(-1, keepdim=True) - 1  # [B, 1, Lq, 1]
+    gap = torch.arange(tail, 0, -1, device=key.device) + before
+    copies = (x[:, P - tail :].expand(B, -1, -1, -1) for x in (prefix_key, prefix_value))
+    key, value = (torch.cat(pair, 2) for pair in zip(copies, (key, value), strict=True))
+    return key, value, torch.cat([gap < window, mask], -1)
 
 
 def register() -> None:

@@ -332,8 +332,8 @@ def _inject(
         return None
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
-    text_mask, unplaced = _text(kwargs) if active.kv.in_window else (None, None)
-    kwargs[NAME] = replace(active, positioned=True, text_mask=text_mask, unplaced=unplaced)
+    placed_text = _text(kwargs) if active.kv.in_window else {}
+    kwargs[NAME] = replace(active, positioned=True, **placed_text)
     kwargs["position_ids"] = _positions(kwargs, active.kv.position_offset)
     return (), kwargs
 
@@ -370,27 +370,24 @@ def _positions(kwargs: dict[str, Any], offset: int) -> Tensor:
     return positions + offset
 
 
-def _text(kwargs: dict[str, Any]) -> tuple[Tensor | None, str | None]:
-    """The mask of the call's text up to its newest token, or what keeps us from knowing it.
-
-    A layer's keys end at the newest token, and begin where its cache does.
-    """
+def _text(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Where the call's text lies in the layers' keys: `placement` and `text_mask`."""
     attention_mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
     if any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ())):
-        return None, "a static cache"
+        return {"placement": "mask"}
     if attention_mask is None:
         position_ids = kwargs.get("position_ids")
         if position_ids is None or cache is not None or torch.compiler.is_compiling():
-            return None, None
+            return {}
         # transformers takes positions that start anew for packed sequences, as we do here
         packed = position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) != 1).any())
-        return None, "packed sequences" if packed else None
+        return {"placement": "mask"} if packed else {}
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return None, "an attention mask of its own"
+        return {"placement": "unknown"}
     inputs = kwargs.get("input_ids")
     length = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[1]
     seen = cache.get_seq_length() if cache is not None else 0
-    return attention_mask[:, : seen + length], None
+    return {"text_mask": attention_mask[:, : seen + length]}
 
 
 def _check_checkpointing(module: nn.Module, state: _State) -> None:

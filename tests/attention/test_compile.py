@@ -48,6 +48,8 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_one_graph_with_equal_results(backend, call, make_problem):
+    if backend == "reference" and call != CALLS["causal, padded"]:
+        pytest.skip("plain PyTorch throughout: once is enough")
     problem = make_problem(**call, Hq=2, Hkv=1)
     function = block(backend)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

@@ -43,6 +43,8 @@ OPTIONS = {"Lq": 5, "Lk": 9, "P": 6, "pad": "left", "is_causal": True}
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_inputs_and_gradient(backend, layout, dtype, make_problem, assert_accurate):
+    if backend == "triton" and dtype != torch.float32:
+        pytest.skip("the interpreter is slow, and other cases of it remain")
     plain = make_problem(**OPTIONS, dtype=dtype)
     tensors = {name: layout(x) for name, x in plain.tensors.items()}
     strided = replace(plain, tensors=tensors, grad_out=layout(plain.grad_out))
@@ -54,6 +56,8 @@ def test_strided_inputs_and_gradient(backend, layout, dtype, make_problem, asser
 def test_one_strided_input_among_contiguous_ones(
     backend, name, is_causal, make_problem, assert_accurate
 ):
+    if backend == "triton" and not is_causal:
+        pytest.skip("the interpreter is slow, and other cases of it remain")
     plain = make_problem(Lq=5, P=6, is_causal=is_causal)
     tensors = {**plain.tensors, name: last_strided(plain.tensors[name])}
     strided = replace(plain, tensors=tensors)

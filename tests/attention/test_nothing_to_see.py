@@ -13,6 +13,8 @@ NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("P", [None, 0])
 def test_rows_that_see_nothing(backend, dtype, is_causal, P, make_problem):
+    if backend == "triton" and dtype != torch.float32:
+        pytest.skip("the interpreter is slow, and other cases of it remain")
     problem = make_problem(B=3, P=P, is_causal=is_causal, dtype=dtype)
     mask = torch.ones(3, 7, dtype=torch.bool)
     mask[1] = False

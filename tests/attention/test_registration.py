@@ -54,9 +54,7 @@ def test_opcheck_of_the_forward_with_strides(memory, make_problem):
     )
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("Dv", [16, 24])
-@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize(("is_causal", "Dv", "kind"), [(False, 24, "bool"), (True, 16, "additive")])
 def test_opcheck_with_attn_mask(is_causal, Dv, kind, make_problem):
     mask = torch.randn(2, 1, 7, 7)
     problem = make_problem(attn_mask=mask > 0 if kind == "bool" else mask, Dv=Dv)

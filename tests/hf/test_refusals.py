@@ -120,34 +120,12 @@ def test_what_is_no_prefix_is_refused(tiny, model, thing):
         pass
 
 
-def test_a_prompt_in_a_window_with_a_static_cache_is_refused(tiny):
-    """Its layers' keys do not end at the newest token, so nothing says how far the prompt slid."""
-    model = patch_model(tiny.from_config(MistralConfig(**{**tiny.GROUPED, "sliding_window": 8})))
-    ids, mask = tiny.batch((4, 2))
-    kv = PrefixKV.prefill(model, tiny.prompt(3))
-    with (
-        use_prefix(model, kv),
-        pytest.raises(NotImplementedError, match=r"sliding_window of 8.*static cache"),
-    ):
-        tiny.generate(model, ids, mask, cache_implementation="static")
-
-
 def test_a_prompt_in_a_window_with_a_custom_mask_is_refused(tiny):
     model = patch_model(tiny.from_config(MistralConfig(**{**tiny.GROUPED, "sliding_window": 8})))
     ids, _ = tiny.batch((6, 6))
     sees = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
     with (
         use_prefix(model, PrefixKV.prefill(model, tiny.prompt(5))),
-        pytest.raises(NotImplementedError, match=r"sliding_window of 8.*mask of its own"),
+        pytest.raises(NotImplementedError, match=r"sliding_window of 8.*user's own"),
     ):
         model(ids, attention_mask=sees)
-
-
-def test_packed_sequences_behind_a_prompt_in_a_window_are_refused(tiny):
-    model = patch_model(tiny.from_config(MistralConfig(**{**tiny.GROUPED, "sliding_window": 8})))
-    ids, positions = tiny.prompt(9), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    with (
-        use_prefix(model, PrefixKV.prefill(model, tiny.prompt(5))),
-        pytest.raises(NotImplementedError, match=r"sliding_window of 8.*packed"),
-    ):
-        model(ids, position_ids=positions, use_cache=False)

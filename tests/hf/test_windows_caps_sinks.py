@@ -110,6 +110,28 @@ def test_text_that_arrives_in_pieces(tiny, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_a_static_cache_generates_what_the_concatenation_does(tiny, name):
+    """Its layers' keys do not end at the newest token: their masks say how far the prompt slid."""
+    model, bare = pair(tiny, name)
+    front, (ids, mask) = tiny.prompt(12), tiny.batch((6, 3, 1))
+    expected = tiny.generate(bare, *tiny.concatenate(front, ids, mask), max_new_tokens=14)
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        got = tiny.generate(model, ids, mask, max_new_tokens=14, cache_implementation="static")
+    assert torch.equal(got, expected)
+
+
+def test_packed_sequences_behind_a_prompt(tiny):
+    """Positions that start anew: transformers keeps the sequences apart, each behind the prompt."""
+    model, bare = pair(tiny, "mistral")
+    front, texts = tiny.prompt(5), [tiny.prompt(4, seed=11), tiny.prompt(9, seed=12)]
+    expected = [bare(torch.cat([front, text], 1)).logits[:, 5:] for text in texts]
+    positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        got = model(torch.cat(texts, 1), position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(got, torch.cat(expected, 1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_without_a_prefix_the_model_computes_what_it_did(tiny, name):
     model, bare = pair(tiny, name)
     ids, mask = tiny.batch((20, 14))
