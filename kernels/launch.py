@@ -115,7 +115,7 @@ HOPPER: Passes = {
 BLACKWELL: Passes = {
     **HOPPER,
     "forward": [
-        (64, Tile(128, 64, 4, 2), AMPERE["forward"][0][2]),
+        (64, Tile(128, 128, 8, 2), AMPERE["forward"][0][2]),
         (128, Tile(128, 64, 8, 2), AMPERE["forward"][1][2]),
         (256, Tile(64, 32, 8, 2), AMPERE["forward"][2][2]),
     ],
@@ -162,7 +162,7 @@ RDNA: Passes = {
         (256, Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
     ],
     "dkv": [
-        (64, Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
+        (64, Tile(16, 32, 8, 1), Tile(16, 32, 4, 1)),
         (128, Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
         (256, Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     ],

@@ -83,8 +83,6 @@ PRODUCTS = {
     "prefix_attn_bwd_dkv_kernel": (2, 2),
     "prefix_attn_bwd_dprefix_kernel": (2, 2),
 }
-# RDNA3 has 256 registers and keeps WMMA operands twice: at D 128 no tile of the backward fits.
-MAY_SPILL = {("hip:gfx1100", 128)}
 
 
 @dataclass(frozen=True)
@@ -466,8 +464,7 @@ def violations(r: Report | Failure) -> list[str]:
     if r.shared_bytes > r.shared_limit:
         found.append(f"{r.shared_bytes} bytes of shared memory, {r.shared_limit} exist")
     main = case.dtype == "bf16" and case.head_size in (64, 128)
-    may_spill = "bwd" in r.kernel and (case.target, case.head_size) in MAY_SPILL
-    if main and not may_spill and r.spill_bytes + r.spill_instructions:
+    if main and r.spill_bytes + r.spill_instructions:
         found.append(f"spills {r.spill_bytes} bytes, {r.spill_instructions} instructions")
     if main and r.kernel in PRODUCTS and not r.tensor_core_instructions:
         found.append("does not use the matrix units")

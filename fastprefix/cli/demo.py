@@ -152,5 +152,8 @@ def _comparison(measured: dict[str, Any], w: Workload) -> Table:
             f"({values['peft']:{form}} without)" if checkpointed else f"{values['peft']:{form}}"
         )
         table.add_row(label, f"{values[key]:{form}}", theirs, f"{ratio:.2f}x")
-    table.caption = f"PEFT with gradient checkpointing: {step['peft_checkpointing']}"
+    table.caption = (
+        f"decoding without any prefix: {speed['no_prefix']:.0f} tokens/s\n"
+        f"PEFT with gradient checkpointing: {step['peft_checkpointing']}"
+    )
     return table

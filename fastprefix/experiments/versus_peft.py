@@ -195,11 +195,22 @@ def _checkpointed(side: _Side) -> Callable[[], float]:
 
 
 def measure_time(folder: str, w: Workload) -> dict[str, Any]:
-    """Tokens per second of decoding and seconds of a training step, medians."""
+    """Tokens per second of decoding and seconds of a training step, medians.
+
+    Decoding is also timed on the model without a prefix, ``no_prefix``.
+    """
     flat = _flat(folder, w)
     ours, theirs = _fastprefix_side(folder, flat, w), _peft_side(folder, flat, w)
     _check_agreement(ours, theirs)
-    decode = _alternate({"fastprefix": ours.decode, "peft": theirs.decode}, w.repeats)
+    # No attention can be faster than none: the model without any prefix bounds the ratio.
+    decode = _alternate(
+        {
+            "fastprefix": ours.decode,
+            "peft": theirs.decode,
+            "no_prefix": partial(_decode, _load(folder), w),
+        },
+        w.repeats,
+    )
     train = _alternate(
         {
             "fastprefix": ours.train_step,
