@@ -708,6 +708,7 @@ for target, D, name, Lq, *options in json.loads(sys.argv[1]):
         found.append(dataclasses.asdict(offline.report(case, step)) | {"options": options})
 print(json.dumps(found))
 """
+SLOW = pytest.mark.slow
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100")
 KERNELS = ["prefix_attn_decode_kernel", "prefix_attn_decode_merge_kernel"]
 
@@ -750,7 +751,13 @@ def test_offline_main_path(main_path, target, head_size):
         fits(r)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target",
+    [
+        target if target in ("cuda:90", "hip:gfx942") else pytest.param(target, marks=SLOW)
+        for target in TARGETS
+    ],
+)
 def test_offline_variants(target):
     """The slow matrix: every feature, packed prefixes, 16 queries, fp32, the largest head."""
     problems = [

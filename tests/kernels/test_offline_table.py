@@ -1,6 +1,7 @@
-"""Every row of the launch table and every feature, compiled for all six targets; lean loops.
+"""Every row of the launch table and every feature, compiled for GPUs that are not here; lean loops.
 
-`make kernels` compiles the whole product of targets, head sizes and dtypes.
+`make test` compiles them for one target of each vendor, `pytest -m slow` for the other four, and
+`make kernels` the whole product of targets, head sizes and dtypes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from typing import Any
 
 import pytest
 
-TARGETS = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100")
+TARGETS = [
+    "cuda:90",
+    "hip:gfx942",
+    *(
+        pytest.param(target, marks=pytest.mark.slow)
+        for target in ("cuda:80", "cuda:100", "cuda:120", "hip:gfx1100")
+    ),
+]
 # The rows that test_offline.py does not have: the largest heads, and fp32. A call picks a row by
 # its head block (64, 128, 256) and by whether it is fp32. Of fp32, minutes of ptxas, the forward.
 ROWS = {
