@@ -38,9 +38,10 @@ bench: $(VENV)/.bench
 
 COMPILE := TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m fastprefix.kernels.offline --full --jobs 2
 
-kernels: $(VENV)/.demo
+kernels: $(VENV)/.test
 	$(COMPILE)
 	$(COMPILE) --query-length 1 --kernel decode
+	$(PYTEST) -m slow tests/kernels
 
 kernels-triton: export PYTHONPATH = $(CURDIR)/$(OTHER_TRITON)
 kernels-triton: $(VENV)/.test $(OTHER_TRITON)
