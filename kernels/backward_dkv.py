@@ -34,7 +34,7 @@ def key_gradients(
         b_lse2 = tl.load(p_lse2)
     b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
     if softcap is not None:
-        b_t = cap(b_st, scale, softcap)
+        b_t = cap(b_st, scale * LOG2E, softcap)
         b_st = b_t * (softcap * LOG2E)
     else:
         b_st = b_st * (scale * LOG2E)

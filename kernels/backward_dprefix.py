@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import launch, tables
 from .backward_dkv import key_gradients
-from .blocks import LOG2E, load_tile, ranks, store_tile
+from .blocks import additive, load_tile, ranks, store_tile
 from .problem import Problem
 
 REDUCE_BLOCK = 1024
@@ -119,8 +119,7 @@ def prefix_attn_bwd_dprefix_kernel(
         b_shift = None
         p_rows = None
         if BIAS_DIM == 1:
-            b_shift = tl.load(bias + i_head * s_bh).to(tl.float32) * LOG2E
-            b_shift = tl.where(b_shift > -1.0e30, b_shift, float("-inf"))
+            b_shift = additive(tl.load(bias + i_head * s_bh))
         if BIAS_DIM == 3:
             p_rows = bias + i_head * s_bh + o_start * s_bn + ((i_token + o_m) * s_bm)[None, :]
         b_dk, b_dv = key_gradients(

@@ -10,6 +10,7 @@ from . import launch
 from .blocks import (
     LOG2E,
     add_mask,
+    additive,
     cap,
     clamp,
     kept,
@@ -50,7 +51,7 @@ def dq_sweep(
         b_v = load_tile(p_v + o_start * s_vn + o_v, m_n, o_dv, HEAD_V, BLOCK_DV, BOUND)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         if softcap is not None:
-            b_t = cap(b_s, scale, softcap)
+            b_t = cap(b_s, scale_log2, softcap)
             b_s = b_t * (softcap * LOG2E)
         else:
             b_s = b_s * scale_log2
@@ -137,8 +138,7 @@ def prefix_attn_bwd_dq_kernel(
     b_row = None
     p_bias = None
     if BIAS_DIM == 1:
-        b_row = tl.load(bias + o_head * s_bh, mask=m_r, other=0.0).to(tl.float32) * LOG2E
-        b_row = tl.where(b_row > -1.0e30, b_row, float("-inf"))
+        b_row = additive(tl.load(bias + o_head * s_bh, mask=m_r, other=0.0))
     if BIAS_DIM == 3:
         p_bias = bias + (o_head * s_bh + o_token * s_bm)[:, None] + i_first * s_bn
     n_lo = 0

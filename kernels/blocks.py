@@ -161,9 +161,17 @@ def ranks(rank, i_b, o_q, m_q, Lq, Lk):
 
 
 @triton.jit
-def cap(b_s, scale, softcap):
+def cap(b_s, scale_log2, softcap):
     """Capped scores over the cap, tanh(scale * s / softcap), with an absolute error of 1e-7."""
-    return 1.0 - 2.0 / (1.0 + tl.math.exp2(b_s * (2.0 * scale / softcap * LOG2E)))
+    b_e = tl.math.exp2(b_s * (2.0 * scale_log2 / softcap))  # inf is fine: 1 - 2 / inf = 1
+    return 1.0 - 2.0 / (1.0 + b_e)
+
+
+@triton.jit
+def additive(b_bias):
+    """An additive mask or bias in fp32 and base 2; low values hide."""
+    b_bias = b_bias.to(tl.float32)
+    return tl.where(b_bias > HIDDEN, b_bias * LOG2E, float("-inf"))
 
 
 @triton.jit
@@ -172,8 +180,7 @@ def add_mask(b_s, p_mask, m_tile):
     if p_mask.dtype.element_ty == tl.int1:
         return tl.where(tl.load(p_mask, mask=m_tile, other=0) != 0, b_s, float("-inf"))
     else:
-        b_m = tl.load(p_mask, mask=m_tile, other=0.0).to(tl.float32)
-        return tl.where(b_m > HIDDEN, b_s + b_m * LOG2E, float("-inf"))
+        return b_s + additive(tl.load(p_mask, mask=m_tile, other=0.0))
 
 
 @triton.jit

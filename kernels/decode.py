@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .blocks import LN2, LOG2E, LOWEST, load_tile, packed_rows, store_tile
+from .blocks import LN2, LOG2E, LOWEST, additive, cap, load_tile, packed_rows, store_tile
 from .decode_plan import (
     MAX_QUERY_LENGTH,
     DecodePlan,
@@ -22,19 +22,10 @@ from .decode_plan import (
     shape_of,
 )
 
-# Values in an additive bias from here down hide the key, as in masks.
-HIDDEN = tl.constexpr(-1.0e30)
 # Entries of a padding mask that one step of a scan reads: 16 bytes a thread.
 SCAN = tl.constexpr(2048)
 # Partial results of a row that the merge unrolls, so that their loads are under way together.
 UNROLL = tl.constexpr(4)
-
-
-@triton.jit
-def softcapped(b_s, scale_log2, softcap):
-    """Scores capped, softcap * tanh(scale * s / softcap), in base 2."""
-    b_e = tl.math.exp2(b_s * (2.0 * scale_log2 / softcap))  # inf is fine: 1 - 2 / inf = 1
-    return (1.0 - 2.0 / (b_e + 1.0)) * (softcap * LOG2E)
 
 
 @triton.jit
@@ -96,7 +87,7 @@ def decode_sweep(
         if softcap is None:
             b_s *= scale_log2
         else:
-            b_s = softcapped(b_s, scale_log2, softcap)
+            b_s = cap(b_s, scale_log2, softcap) * (softcap * LOG2E)
         b_s = tl.where(m_seen[None, :], b_s, float("-inf"))
         if o_end is not None:
             b_s = tl.where((i_n + o_n)[None, :] < o_end, b_s, float("-inf"))
@@ -328,8 +319,7 @@ def prefix_attn_decode_merge_kernel(
     b_bias = None
     if bias is not None:
         # One number per head is added to all scores of the prefix alike, hence to their lse.
-        b_bias = tl.load(bias + o_head, mask=m_r, other=0.0).to(tl.float32)
-        b_bias = tl.where(b_bias <= HIDDEN, float("-inf"), b_bias * LOG2E)
+        b_bias = additive(tl.load(bias + o_head, mask=m_r, other=0.0))
 
     b_acc = tl.zeros([BLOCK_R, BLOCK_DV], dtype=tl.float32)
     b_max = tl.full([BLOCK_R], LOWEST, dtype=tl.float32)

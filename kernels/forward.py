@@ -15,6 +15,7 @@ from .blocks import (
     LOG2E,
     LOWEST,
     add_mask,
+    additive,
     cap,
     clamp,
     kept,
@@ -56,7 +57,7 @@ def fwd_sweep(
         b_k = load_tile(p_k + o_start * s_kn + o_k, m_n, o_d, HEAD, BLOCK_D, BOUND)  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         if softcap is not None:
-            b_s = cap(b_s, scale, softcap) * (softcap * LOG2E)
+            b_s = cap(b_s, scale_log2, softcap) * (softcap * LOG2E)
         elif PRESCALE:
             b_s *= scale_log2
         if b_row is not None:
@@ -135,8 +136,7 @@ def prefix_attn_fwd_kernel(
     b_row = None
     p_bias = None
     if BIAS_DIM == 1:
-        b_row = tl.load(bias + o_head * s_bh, mask=m_r, other=0.0).to(tl.float32) * LOG2E
-        b_row = tl.where(b_row > -1.0e30, b_row, float("-inf"))
+        b_row = additive(tl.load(bias + o_head * s_bh, mask=m_r, other=0.0))
     if BIAS_DIM == 3:
         p_bias = bias + (o_head * s_bh + o_token * s_bm)[:, None] + i_first * s_bn
     n_lo = 0

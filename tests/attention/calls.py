@@ -56,7 +56,11 @@ class Call:
         torch.manual_seed(self.seed)
         out, lse = function(**leaves, **self.options)
         found = {"out": out.detach(), "lse": lse.detach()}
-        grads = torch.autograd.grad(out, list(leaves.values()), self.grad_out, allow_unused=True)
+        grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if out.requires_grad:  # where nothing is seen it is a constant
+            grads = torch.autograd.grad(
+                out, list(leaves.values()), self.grad_out, allow_unused=True
+            )
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
             found[name] = torch.zeros_like(leaf) if grad is None else grad
         return found
