@@ -101,14 +101,14 @@ def combinations(draw: st.DrawFn) -> dict[str, Any]:
     return call
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=combinations(), seed=st.integers(0, 1000))
 def test_combinations(problem, agree, call, seed):
     torch.manual_seed(seed)
     agree(problem(**call))
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=combinations(), seed=st.integers(0, 1000))
 def test_outputs_are_written_whole_and_nothing_else_is(problem, run, poisoned, call, seed):
     torch.manual_seed(seed)
