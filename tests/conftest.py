@@ -1,6 +1,10 @@
 """Settings that every test needs before torch or Triton do any work."""
 
+import importlib.util
 import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 # Triton reads this when a kernel is defined, so it must be set before anything imports Triton.
 # `TRITON_INTERPRET=0 pytest` runs without the interpreter (and so without Triton on the CPU), and
@@ -36,3 +40,37 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """``models.py`` beside this file: tiny models, padded batches, oracles.
+
+    Test files cannot import each other in importlib mode.
+    """
+    spec = importlib.util.spec_from_file_location(
+        "tiny_models", Path(__file__).with_name("models.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["llama", "qwen2", "gpt2"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Each of three architectures by name."""
+    return request.param
+
+
+@pytest.fixture
+def model(tiny: ModuleType, architecture: str) -> Any:
+    """A model that the test may patch."""
+    return tiny.build(architecture)
+
+
+@pytest.fixture
+def bare(tiny: ModuleType, architecture: str) -> Any:
+    """The same weights, which nothing of fastprefix ever touches."""
+    return tiny.build(architecture)

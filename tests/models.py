@@ -1,7 +1,6 @@
 """Tiny models with loud weights, padded batches, and the two ways to do without fastprefix.
 
-Tests cannot import each other in pytest's importlib mode: the conftests of the folders that need
-models load this file and hand it out as the fixture ``tiny``.
+Tests get this file as the fixture ``tiny``.
 
 A freshly made transformers model has weights so small that every prompt gets nearly the same
 logits, and no test on it could fail. These have an initializer_range at which dropping one token

@@ -9,64 +9,28 @@ so that gradient checkpointing replays it and several forwards before a backward
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import threading
-import uuid
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.attention import NAME, SLOT, ActivePrefix, Recorder
+from fastprefix.hf.hook import contiguous_input, inject
+from fastprefix.hf.state import ACTIVE, HOOKED, STATE, State
 from fastprefix.kv import LayerShape, PrefixKV
 
-_STATE = "_fastprefix_state"  # on the patched model
-_HOOKED = "_fastprefix_hooked"  # on it and on its decoder: the same state, for the hook
-# The prefix of each `use_prefix` block, by the state's key. Thread-local, so that two threads may
-# run one model with different prefixes; not a ContextVar, which torch.compile cannot trace.
-_ACTIVE = threading.local()
 _LOCK = threading.RLock()
 _PATCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 class UnsupportedModelError(ValueError):
     """The model cannot take a prefix; the message says why."""
-
-
-@dataclass
-class _State:
-    """What patching did to a model, so that it can be undone.
-
-    Attributes:
-        previous: the attention implementation to restore.
-        backend: of the operator.
-        lasting: patched by `patch_model`, not just for the blocks that need it.
-        blocks: how many blocks rely on the patch at the moment, in all threads.
-        shapes: of the attention layers' keys and values.
-        handles: of the hooks.
-        key: names the model in `_ACTIVE`.
-    """
-
-    previous: str | None
-    backend: str
-    lasting: bool = False
-    blocks: int = 0
-    shapes: tuple[LayerShape, ...] = ()
-    handles: list[RemovableHandle] = field(default_factory=list)
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
-        """A copied model is patched for good, and sees none of the original's prefixes."""
-        handles = copy.deepcopy(self.handles, memo)
-        return _State(self.previous, self.backend, True, 0, self.shapes, handles)
 
 
 def patch_model(model: PreTrainedModel, backend: str = "auto") -> PreTrainedModel:
@@ -110,18 +74,18 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
         for handle in state.handles:
             handle.remove()
         for module in model.modules():
-            for name in (SLOT, _HOOKED):
+            for name in (SLOT, HOOKED):
                 if hasattr(module, name):
                     delattr(module, name)
         if not _sharing_config(model):
             _set_implementation(model, state.previous)
-        delattr(model, _STATE)
+        delattr(model, STATE)
     return model
 
 
 def is_patched(model: PreTrainedModel) -> bool:
     """Whether :func:`patch_model` holds for a model."""
-    return getattr(model, _STATE, None) is not None
+    return getattr(model, STATE, None) is not None
 
 
 def layer_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
@@ -149,14 +113,14 @@ def use_prefix(model: PreTrainedModel, kv: PrefixKV) -> Iterator[PreTrainedModel
     with patched(model):
         active = activate(model, kv)
         key = _state(model).key
-        outer = getattr(_ACTIVE, key, None)
-        setattr(_ACTIVE, key, active)
+        outer = getattr(ACTIVE, key, None)
+        setattr(ACTIVE, key, active)
         try:
             yield model
         finally:
-            setattr(_ACTIVE, key, outer)
+            setattr(ACTIVE, key, outer)
             if outer is None:
-                delattr(_ACTIVE, key)
+                delattr(ACTIVE, key)
 
 
 @contextlib.contextmanager
@@ -203,8 +167,8 @@ def activate(model: PreTrainedModel, kv: PrefixKV) -> ActivePrefix:
     return ActivePrefix(kv.to(model.device, model.dtype), state.backend)
 
 
-def _state(model: PreTrainedModel) -> _State:
-    state = getattr(model, _STATE, None)
+def _state(model: PreTrainedModel) -> State:
+    state = getattr(model, STATE, None)
     if state is None:
         raise ValueError(f"model: this {type(model).__name__} is not patched; call patch_model")
     return state
@@ -219,7 +183,7 @@ def _patch(model: PreTrainedModel) -> None:
     previous = model.config._attn_implementation
     for other in _sharing_config(model):
         previous = _state(other).previous
-    state = _State(previous, "auto")
+    state = State(previous, "auto")
     _set_implementation(model, NAME)
     try:
         modules, state.shapes = _probe(model)
@@ -231,13 +195,13 @@ def _patch(model: PreTrainedModel) -> None:
     # The decoder gets the hook too: calling it alone must not silently run without the prefix.
     for hooked in {id(m): m for m in (model, model.base_model)}.values():
         parameters = tuple(inspect.signature(hooked.forward).parameters)
-        hook = partial(_inject, names=parameters)
+        hook = partial(inject, names=parameters)
         state.handles.append(hooked.register_forward_pre_hook(hook, with_kwargs=True))
-        setattr(hooked, _HOOKED, state)
+        setattr(hooked, HOOKED, state)
     head = model.get_output_embeddings()
     if isinstance(head, nn.Module):
-        state.handles.append(head.register_forward_pre_hook(_contiguous_input))
-    setattr(model, _STATE, state)
+        state.handles.append(head.register_forward_pre_hook(contiguous_input))
+    setattr(model, STATE, state)
     _PATCHED.add(model)
 
 
@@ -302,116 +266,6 @@ def _probe(model: PreTrainedModel) -> tuple[list[nn.Module], tuple[LayerShape, .
         for key, value in zip(recorder.keys, recorder.values, strict=True)
     )
     return recorder.modules, shapes
-
-
-def _inject(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: adds the active prefix and moves positions behind it."""
-    state: _State = getattr(module, _HOOKED)
-    config: Any = module.config
-    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-        raise ValueError(
-            "output_attentions: fastprefix never forms attention weights; unpatch the model and "
-            "run it with attn_implementation='eager' to see them"
-        )
-    if config._attn_implementation != NAME:
-        raise RuntimeError(
-            f"{type(module).__name__}: its attention implementation was set to "
-            f"{config._attn_implementation!r} after it was patched, so that no prefix would be "
-            "seen; call unpatch_model and patch_model"
-        )
-    placed = kwargs.get(NAME)
-    if placed is None:
-        active = getattr(_ACTIVE, state.key, None)
-    elif isinstance(placed, ActivePrefix) and not placed.positioned:
-        active = placed
-    else:
-        return None  # a recorder, or the outer model's hook was here
-    if active is None or active.kv is None:
-        return None
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    _check_checkpointing(module, state)
-    placed_text = _text(kwargs) if active.kv.in_window else {}
-    kwargs[NAME] = replace(active, positioned=True, **placed_text)
-    kwargs["position_ids"] = _positions(kwargs, active.kv.position_offset)
-    return (), kwargs
-
-
-def _contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pre-hook of the head: generate() hands it the last token of each row, a strided view.
-
-    torch.matmul multiplies that by a frozen weight as a batch of products, each with its own copy
-    of the whole vocabulary's weights: most of the memory that a prompt's forward takes.
-    """
-    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
-
-
-def _positions(kwargs: dict[str, Any], offset: int) -> Tensor:
-    """Positions of the text behind the prefix; padding takes none.
-
-    Explicit position_ids count the text from 0. Without them positions follow the attention mask,
-    as generate() does: pads between prefix and text must not push the text away.
-    """
-    position_ids = kwargs.get("position_ids")
-    if position_ids is not None:
-        return position_ids + offset
-    inputs = kwargs.get("input_ids")
-    if inputs is None:
-        inputs = kwargs["inputs_embeds"]
-    length = inputs.shape[1]
-    attention_mask = kwargs.get("attention_mask")
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        positions = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -length:]
-    else:
-        cache = kwargs.get("past_key_values")
-        seen = cache.get_seq_length() if cache is not None else 0
-        positions = (torch.arange(length, device=inputs.device) + seen)[None]
-    return positions + offset
-
-
-def _text(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Where the call's text lies in the layers' keys: `placement` and `text_mask`."""
-    attention_mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    if any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ())):
-        return {"placement": "mask"}
-    if attention_mask is None:
-        position_ids = kwargs.get("position_ids")
-        if position_ids is None or cache is not None or torch.compiler.is_compiling():
-            return {}
-        # transformers takes positions that start anew for packed sequences, as we do here
-        packed = position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) != 1).any())
-        return {"placement": "mask"} if packed else {}
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return {"placement": "unknown"}
-    inputs = kwargs.get("input_ids")
-    length = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[1]
-    seen = cache.get_seq_length() if cache is not None else 0
-    return {"text_mask": attention_mask[:, : seen + length]}
-
-
-def _check_checkpointing(module: nn.Module, state: _State) -> None:
-    """Gradient checkpointing runs layers again in the backward: they must find the prefix there."""
-    if not (module.training and torch.is_grad_enabled()):
-        return
-    functions = [
-        getattr(layer, "_gradient_checkpointing_func", None)
-        for layer in module.modules()
-        if getattr(layer, "gradient_checkpointing", False)
-    ]
-    if not functions:
-        return
-    if not state.lasting:
-        raise ValueError(
-            "gradient checkpointing: the backward runs layers again, possibly after use_prefix has "
-            "restored the model; call patch_model(model) before the block"
-        )
-    # the reentrant variant finds gradients for positional inputs only, and the prefix is none
-    if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions):
-        raise ValueError(
-            "gradient checkpointing: the reentrant variant would lose the prefix's gradient; "
-            "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
-        )
 
 
 __all__ = [
