@@ -1,5 +1,20 @@
-"""Prefixes as keys and values: one for every layer of a model."""
+"""Prefixes as keys and values: one for every layer of a model, and several by name."""
 
+from fastprefix.kv.arithmetic import concatenate, interpolate, orthogonality_penalty
+from fastprefix.kv.bank import PrefixBank
+from fastprefix.kv.budget import Eviction, KVBudget, KVBudgetError, KVPlan, plan_kv_bytes
 from fastprefix.kv.prefix import LayerShape, PrefixKV
 
-__all__ = ["LayerShape", "PrefixKV"]
+__all__ = [
+    "Eviction",
+    "KVBudget",
+    "KVBudgetError",
+    "KVPlan",
+    "LayerShape",
+    "PrefixBank",
+    "PrefixKV",
+    "concatenate",
+    "interpolate",
+    "orthogonality_penalty",
+    "plan_kv_bytes",
+]

@@ -1,0 +1,171 @@
+"""Prefixes made of prefixes: interpolated, joined, and how far they are from orthogonal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastprefix.kv.prefix import PrefixKV
+
+Method = Literal["linear", "spherical"]
+
+# Newton-like steps of the spherical mean; each squares the error, so that few are needed.
+_STEPS = 32
+
+
+def interpolate(
+    kvs: Sequence[PrefixKV], weights: Sequence[float], method: Method = "linear"
+) -> PrefixKV:
+    """A weighted mean of prefixes of one shape; a weight of 1 gives that prefix bit for bit.
+
+    "linear" averages the numbers. "spherical" averages every key and value vector [D] on the
+    sphere: the length linearly, the direction by the weighted spherical mean (Buss and Fillmore
+    2001, "Spherical averages and applications", algorithm A1), which for two prefixes is slerp
+    (Shoemake 1985).
+
+    Args:
+        kvs: at least one prefix, all with the same shapes, lengths, position_offset and in_window.
+        weights: one for each, finite, 0 or more, summing to 1 (within 1e-6).
+        method: "linear" or "spherical".
+
+    Raises:
+        ValueError: the prefixes differ in shape or meaning, the weights are not as above, or the
+            spherical mean is not unique (opposite vectors).
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method: got {method!r}, takes one of {get_args(Method)}")
+    if len(kvs) != len(weights) or not kvs:
+        raise ValueError(f"weights: got {len(weights)} for {len(kvs)} prefixes, takes one for each")
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(f"weights: got {list(weights)}, takes numbers from 0 that sum to 1")
+    _check_alike(kvs)
+    used = [(kv, float(w)) for kv, w in zip(kvs, weights, strict=True) if w > 0]
+    if len(used) == 1:
+        return used[0][0]
+    parts, shares = [kv for kv, _ in used], [w for _, w in used]
+    mean = _linear if method == "linear" else _spherical
+    return _map_layers(parts, lambda tensors: mean(tensors, shares))
+
+
+def concatenate(kvs: Sequence[PrefixKV]) -> PrefixKV:
+    """Prefixes end to end as one, e.g. a shared one and a task's own; gradients reach each.
+
+    The text starts behind all of them: position offsets add up. Meant for learned prefixes, whose
+    keys are not tied to a place. Prompts that were prefilled apart did not see each other, and
+    each begins at position 0; prefill the joined text instead.
+
+    Raises:
+        ValueError: no prefix, layers of different shapes, or a prompt (in_window) among them.
+    """
+    if not kvs:
+        raise ValueError("kvs: got none, takes at least one prefix")
+    if len(kvs) > 1 and any(kv.in_window for kv in kvs):
+        raise ValueError(
+            "kvs: got a prefilled prompt among several prefixes, which would all start at "
+            "position 0; prefill the joined text instead"
+        )
+    for i, kv in enumerate(kvs):
+        if kv.shapes != kvs[0].shapes:
+            raise ValueError(f"kvs[{i}]: got other layer shapes than kvs[0], takes the same")
+    joined = _map_layers(kvs, lambda tensors: torch.cat(tensors, dim=1))
+    offset = sum(kv.position_offset for kv in kvs)
+    return PrefixKV(joined.keys, joined.values, offset, kvs[0].in_window)
+
+
+def orthogonality_penalty(kvs: Sequence[PrefixKV]) -> Tensor:
+    """Mean squared cosine between the virtual tokens of different prefixes; a loss term.
+
+    A token is the vector of all its keys and values. 0 when every token of one prefix is
+    orthogonal to every token of the others; differentiable; 0 for a single prefix.
+
+    Raises:
+        ValueError: layers of different shapes, or layers of one prefix differ in length.
+    """
+    if not kvs:
+        raise ValueError("kvs: got none, takes at least one prefix")
+    rows = []
+    for i, kv in enumerate(kvs):
+        if kv.shapes != kvs[0].shapes:
+            raise ValueError(f"kvs[{i}]: got other layer shapes than kvs[0], takes the same")
+        if any(key.shape[1] != kv.num_virtual_tokens for key in kv.keys):
+            raise ValueError(f"kvs[{i}]: got layers of different lengths, takes one length")
+        tokens = [x.transpose(0, 1).flatten(1) for x in (*kv.keys, *kv.values)]
+        rows.append(torch.nn.functional.normalize(torch.cat(tokens, dim=1), dim=1))
+    total = rows[0].new_zeros(())
+    pairs = 0
+    for i, one in enumerate(rows):
+        for other in rows[i + 1 :]:
+            total = total + (one @ other.T).square().sum()
+            pairs += one.shape[0] * other.shape[0]
+    return total / max(pairs, 1)
+
+
+def _check_alike(kvs: Sequence[PrefixKV]) -> None:
+    first = kvs[0]
+    lengths = [key.shape[1] for key in first.keys]
+    for i, kv in enumerate(kvs):
+        for name, got, want in (
+            ("layer shapes", kv.shapes, first.shapes),
+            ("lengths", [key.shape[1] for key in kv.keys], lengths),
+            ("position_offset", kv.position_offset, first.position_offset),
+            ("in_window", kv.in_window, first.in_window),
+            ("dtype", kv.dtype, first.dtype),
+            ("device", kv.device, first.device),
+        ):
+            if got != want:
+                raise ValueError(f"kvs[{i}]: got {name} {got}, takes {want} as kvs[0]")
+
+
+def _map_layers(kvs: Sequence[PrefixKV], join: Callable[[list[Tensor]], Tensor]) -> PrefixKV:
+    """The layers of several prefixes joined one by one."""
+    layers = range(kvs[0].num_layers)
+    return PrefixKV(
+        tuple(join([kv.keys[layer] for kv in kvs]) for layer in layers),
+        tuple(join([kv.values[layer] for kv in kvs]) for layer in layers),
+        kvs[0].position_offset,
+        kvs[0].in_window,
+    )
+
+
+def _linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    mean = sum(w * x.to(wide) for x, w in zip(tensors, weights, strict=True))
+    assert isinstance(mean, Tensor)
+    return mean.to(tensors[0].dtype)
+
+
+def _spherical(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """[Hkv, P, D] of each; the mean direction of every vector times its mean length."""
+    x = torch.stack([tensor.double() for tensor in tensors])  # [N, Hkv, P, D]
+    w = x.new_tensor(weights).view(-1, 1, 1, 1)
+    length = x.norm(dim=-1, keepdim=True)
+    # a vector of no length has no direction, and so no say in it
+    voice = w * (length > 0)
+    voice = voice / voice.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+    unit = x / length.clamp(min=torch.finfo(torch.float64).tiny)
+    mean = (voice * unit).sum(0)
+    norm = mean.norm(dim=-1, keepdim=True)
+    if bool(((norm < 1e-9) & (voice.sum(0) > 0)).any()):
+        raise ValueError(
+            "kvs: two vectors point in opposite directions, between which no mean direction is "
+            "nearest; use method='linear'"
+        )
+    mean = mean / norm.clamp(min=torch.finfo(torch.float64).tiny)
+    for _ in range(_STEPS):
+        cosine = (unit * mean).sum(-1, keepdim=True).clamp(-1, 1)
+        across = unit - cosine * mean
+        sine = across.norm(dim=-1, keepdim=True)
+        angle = torch.atan2(sine, cosine)
+        towards = torch.where(sine > 0, across * (angle / sine.clamp(min=1e-300)), 0.0)
+        step = (voice * towards).sum(0)
+        far = step.norm(dim=-1, keepdim=True)
+        turn = torch.where(far > 0, step * (torch.sin(far) / far.clamp(min=1e-300)), 0.0)
+        mean = torch.cos(far) * mean + turn
+        mean = mean / mean.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        if not bool((far > 1e-12).any()):
+            break
+    return (mean * (w * length).sum(0)).to(tensors[0].dtype)

@@ -1,0 +1,153 @@
+"""Named prefixes for one model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+
+from fastprefix.kv.arithmetic import Method, concatenate, interpolate
+from fastprefix.kv.budget import KVBudget, file_name, names_in
+from fastprefix.kv.prefix import LayerShape, PrefixKV
+
+
+class PrefixBank(MutableMapping[str, PrefixKV]):
+    """Prefixes by name, all for one model: a dict that checks, combines and saves them.
+
+    Safe to share between threads. Switching tasks is ``use_prefix(model, bank["name"])``.
+
+    Args:
+        budget: keeps the prefixes within its limit; without one all stay where they are.
+
+    Example:
+        >>> bank = PrefixBank(KVBudget(2**30, folder="prefixes"))
+        >>> bank.add("formal", kv, priority=1)
+        >>> with use_prefix(model, bank.interpolate({"formal": 0.3, "casual": 0.7})):
+        ...     model.generate(**batch)
+    """
+
+    def __init__(self, budget: KVBudget | None = None) -> None:
+        self.budget = budget
+        self._held: dict[str, PrefixKV] = {}
+        self._shapes: tuple[LayerShape, ...] | None = None
+        self._lock = threading.RLock()
+
+    def add(self, name: str, kv: PrefixKV, *, priority: int = 0, pinned: bool = False) -> None:
+        """Adds a prefix, or replaces the one of this name.
+
+        Args:
+            name: any text but the empty one.
+            kv: for the same layers as the others; finished where the bank has a budget.
+            priority: see :meth:`KVBudget.put`.
+            pinned: see :meth:`KVBudget.put`.
+
+        Raises:
+            TypeError: kv is not a PrefixKV.
+            ValueError: no name, other layer shapes than the bank's, or priority or pinned without
+                a budget that heeds them.
+            KVBudgetError: see :meth:`KVBudget.put`.
+        """
+        if not isinstance(kv, PrefixKV):
+            raise TypeError(f"kv: got {type(kv).__name__}, takes a PrefixKV")
+        if not name:
+            raise ValueError("name: got an empty one")
+        with self._lock:
+            self._check(name, kv)
+            if self.budget is not None:
+                self.budget.put(name, kv, priority=priority, pinned=pinned)
+            elif priority or pinned:
+                raise ValueError("priority, pinned: this bank has no budget that would heed them")
+            else:
+                self._held[name] = kv
+            self._shapes = kv.shapes
+
+    def interpolate(self, weights: Mapping[str, float], method: Method = "linear") -> PrefixKV:
+        """A weighted mean of prefixes; see :func:`fastprefix.kv.interpolate`.
+
+        Raises:
+            KeyError: a name that is not here.
+            ValueError: see :func:`fastprefix.kv.interpolate`.
+        """
+        return interpolate([self[name] for name in weights], list(weights.values()), method)
+
+    def concatenate(self, names: Sequence[str]) -> PrefixKV:
+        """Prefixes end to end, e.g. what tasks share and what is one's own.
+
+        Raises:
+            KeyError: a name that is not here.
+            ValueError: see :func:`fastprefix.kv.concatenate`.
+        """
+        return concatenate([self[name] for name in names])
+
+    def save(self, folder: str | Path) -> None:
+        """Writes each prefix as a file of its own, which :meth:`load` and a KVBudget read."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in self:
+            self[name].save(folder / file_name(name))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PrefixBank:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: no such folder, or nothing in it.
+            ValueError: a file is not whole, or made for other layers than the others.
+        """
+        files = names_in(Path(folder))
+        if not files:
+            raise FileNotFoundError(f"folder: {folder} holds no prefixes")
+        bank = cls()
+        for name, file in files.items():
+            bank.add(name, PrefixKV.load(file))
+        return bank
+
+    def __getitem__(self, name: str) -> PrefixKV:
+        """The prefix of this name; KeyError lists the names there are."""
+        with self._lock:
+            if self.budget is not None:
+                kv = self.budget.get(name)
+                self._check(name, kv)
+                return kv
+            if name not in self._held:
+                raise KeyError(f"no prefix {name!r}; there are {sorted(self._held)}")
+            return self._held[name]
+
+    def __setitem__(self, name: str, kv: PrefixKV) -> None:
+        """:meth:`add` with the defaults."""
+        self.add(name, kv)
+
+    def __delitem__(self, name: str) -> None:
+        """Forgets a prefix."""
+        with self._lock:
+            if self.budget is not None:
+                self.budget.remove(name)
+            elif name not in self._held:
+                raise KeyError(f"no prefix {name!r}; there are {sorted(self._held)}")
+            else:
+                del self._held[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a prefix of this name; loads nothing."""
+        with self._lock:
+            return name in (self._held if self.budget is None else self.budget)
+
+    def __iter__(self) -> Iterator[str]:
+        """All names as they are now."""
+        with self._lock:
+            return iter(tuple(self._held if self.budget is None else self.budget))
+
+    def __len__(self) -> int:
+        """Number of prefixes."""
+        with self._lock:
+            return len(self._held if self.budget is None else self.budget)
+
+    def _check(self, name: str, kv: PrefixKV) -> None:
+        others = len(self) - (name in self)
+        if self._shapes is None or not others:
+            self._shapes = kv.shapes
+        elif kv.shapes != self._shapes:
+            raise ValueError(
+                f"kv: {name!r} has layers {list(kv.shapes)}, takes {list(self._shapes)} as the "
+                "bank's others"
+            )
