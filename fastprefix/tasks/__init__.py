@@ -1,14 +1,24 @@
-"""A small data-to-text task: attributes to one sentence, from the package or from a file."""
+"""Data for experiments: attributes to one sentence, and texts with a class each."""
 
+from fastprefix.tasks.classification import (
+    ClassificationDataset,
+    Example,
+    load_folders,
+    split_examples,
+)
 from fastprefix.tasks.descriptions import Record, load_descriptions, load_records
 from fastprefix.tasks.encode import Collator, DescriptionDataset, encode_prompt, encode_record
 
 __all__ = [
+    "ClassificationDataset",
     "Collator",
     "DescriptionDataset",
+    "Example",
     "Record",
     "encode_prompt",
     "encode_record",
     "load_descriptions",
+    "load_folders",
     "load_records",
+    "split_examples",
 ]
