@@ -6,6 +6,16 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Init = Literal["random", "text", "vocab"]
+# PEFT's; None leaves it open, as PEFT does
+TASK_TYPES = (
+    "CAUSAL_LM",
+    "SEQ_2_SEQ_LM",
+    "SEQ_CLS",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+    None,
+)
 
 
 @dataclass
@@ -14,7 +24,9 @@ class PrefixConfig:
 
     Attributes:
         num_virtual_tokens: prefix length P.
-        task_type: "CAUSAL_LM"; others are not supported yet.
+        task_type: PEFT's name of the task; None leaves it open.
+        modules_to_save: modules of the base that are trained and saved too, by the last part of
+            their names; those that PEFT takes for the task if None.
         prefix_projection: train an MLP that produces the prefix, not the prefix itself.
         encoder_hidden_size: the MLP's hidden size; the model's hidden size if None.
         position_offset: position of the text's first token; num_virtual_tokens if None, as in
@@ -24,13 +36,17 @@ class PrefixConfig:
             P tokens) or "vocab" (those for tokens drawn at random from the vocabulary).
         init_text: the text for init="text".
         init_std: standard deviation of the random start.
+        prefix_in_window: whether the prefix slides out of a model's sliding windows as a text
+            would, which PEFT's do, or is always seen.
+        peft_type: "PREFIX_TUNING" or "CARTRIDGE": as what PEFT loads the adapter.
 
     Raises:
         ValueError: a field has a value it does not take; the message names it.
     """
 
     num_virtual_tokens: int = 20
-    task_type: str = "CAUSAL_LM"
+    task_type: str | None = "CAUSAL_LM"
+    modules_to_save: list[str] | None = None
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
     position_offset: int | None = None
@@ -38,13 +54,17 @@ class PrefixConfig:
     init: Init = "random"
     init_text: str | None = None
     init_std: float = 0.02
+    prefix_in_window: bool = False
+    peft_type: Literal["PREFIX_TUNING", "CARTRIDGE"] = "PREFIX_TUNING"
 
     def __post_init__(self) -> None:
         if self.num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens: got {self.num_virtual_tokens}, takes 1 or more")
-        if self.task_type != "CAUSAL_LM":
+        if self.task_type not in TASK_TYPES:
+            raise ValueError(f"task_type: got {self.task_type!r}, takes one of {TASK_TYPES}")
+        if self.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
             raise ValueError(
-                f"task_type: got {self.task_type!r}, takes 'CAUSAL_LM'; others come later"
+                f"peft_type: got {self.peft_type!r}, takes 'PREFIX_TUNING' or 'CARTRIDGE'"
             )
         if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
             raise ValueError(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import DirectEncoder, MLPEncoder, to_flat
 from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
-from fastprefix.hf.peft_format import load_adapter, save_adapter
+from fastprefix.hf.peft_format import PREFIX_KINDS, load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
+from fastprefix.tuning.base import TunedModel, embedding_weight, load_heads
 from fastprefix.tuning.config import PrefixConfig
 
 
-class PrefixTuningModel(nn.Module):
+class PrefixTuningModel(TunedModel):
     """Prefix tuning: the base model is frozen, its attention sees a trained prefix.
 
     The base model is patched in place and stays so. ``state_dict()`` holds the encoder alone, so
@@ -43,16 +45,14 @@ class PrefixTuningModel(nn.Module):
         config: PrefixConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        super().__init__()
         start = _initial_ids(config, model, tokenizer)  # before anything is changed
         patch_model(model)
-        model.requires_grad_(False)
-        self.base_model = model
+        super().__init__(model)
         self.prefix_config = config
         shapes = layer_shapes(model)
         self.encoder: DirectEncoder | MLPEncoder
         if config.prefix_projection:
-            hidden = _embedding_weight(model).shape[1]
+            hidden = embedding_weight(model).shape[1]
             self.encoder = MLPEncoder(
                 shapes,
                 config.num_virtual_tokens,
@@ -73,8 +73,7 @@ class PrefixTuningModel(nn.Module):
         self.encoder.to(model.device)
         if start is not None:
             self.encoder.start_from(to_flat(PrefixKV.prefill(model, start)))
-        self.register_load_state_dict_post_hook(_allow_no_base)
-        self.register_state_dict_post_hook(_drop_base)
+        self.train_heads(config.modules_to_save, config.task_type)
 
     def forward(
         self,
@@ -103,7 +102,7 @@ class PrefixTuningModel(nn.Module):
             "labels": labels,
         }
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        return self.base_model(fastprefix=activate(self.base_model, self.encoder()), **kwargs)
+        return self.base_model(fastprefix=activate(self.base_model, self._prefix()), **kwargs)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,38 +121,30 @@ class PrefixTuningModel(nn.Module):
         training = self.encoder.training
         try:
             self.encoder.eval()
-            return self.encoder().detach()
+            return self._prefix().detach()
         finally:
             self.encoder.train(training)
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable parameters and all parameters, the base's included."""
-        parameters = list(self.parameters())
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        return trainable, sum(p.numel() for p in parameters)
-
-    def print_trainable_parameters(self) -> None:
-        """Prints both numbers and their ratio, as PEFT does."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || "
-            f"trainable%: {100 * trainable / total:.4f}"
-        )
+    def _prefix(self) -> PrefixKV:
+        kv: PrefixKV = self.encoder()
+        return replace(kv, in_window=True) if self.prefix_config.prefix_in_window else kv
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Writes the prefix in PEFT's format; an MLP is dropped, as PEFT does.
+        """Writes the prefix, and heads trained beside it, in PEFT's format.
 
-        Raises:
-            ValueError: see :func:`fastprefix.hf.peft_format.save_adapter`.
+        An MLP is dropped, as PEFT does. What PEFT's format cannot hold goes into a format that
+        only :meth:`from_pretrained` reads; see :mod:`fastprefix.hf.peft_format`.
         """
         config = self.prefix_config
         fields = {
             "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
-            "encoder_hidden_size": config.encoder_hidden_size,
-            "prefix_projection": config.prefix_projection,
+            "modules_to_save": self.head_names(),
             "task_type": config.task_type,
         }
-        save_adapter(folder, self.export(), fields)
+        if config.peft_type == "PREFIX_TUNING":
+            fields["encoder_hidden_size"] = config.encoder_hidden_size
+            fields["prefix_projection"] = config.prefix_projection
+        save_adapter(folder, self.export(), fields, kind=config.peft_type, heads=self.heads())
 
     @classmethod
     def from_pretrained(
@@ -173,75 +164,27 @@ class PrefixTuningModel(nn.Module):
         with patched(model):  # left as it was if the adapter is refused
             shapes = layer_shapes(model)
         adapter = load_adapter(name_or_folder, shapes)
+        frozen = adapter.config.get("num_frozen_tokens", 0)
+        if is_trainable and frozen:
+            raise NotImplementedError(
+                f"is_trainable: got True for an adapter whose first {frozen} tokens are frozen, "
+                "which is not supported yet"
+            )
+        kind = adapter.config["peft_type"]
         config = PrefixConfig(
             num_virtual_tokens=adapter.kv.num_virtual_tokens,
-            task_type=adapter.config.get("task_type") or "CAUSAL_LM",
+            task_type=adapter.config.get("task_type"),
+            modules_to_save=adapter.config.get("modules_to_save"),
             position_offset=adapter.kv.position_offset,
+            prefix_in_window=adapter.kv.in_window,
+            peft_type=kind if kind in PREFIX_KINDS else "PREFIX_TUNING",
         )
+        load_heads(model, adapter.heads)
         tuned = cls(model, config)
         tuned.encoder.start_from(to_flat(adapter.kv))
-        tuned.requires_grad_(False)
-        tuned.encoder.requires_grad_(is_trainable)
+        if not is_trainable:
+            tuned.requires_grad_(False)
         return tuned.train(is_trainable)
-
-    # What transformers.Trainer asks of a model.
-
-    @property
-    def config(self) -> Any:
-        """The base model's configuration."""
-        return self.base_model.config
-
-    @property
-    def generation_config(self) -> Any:
-        """The base model's generation configuration."""
-        return self.base_model.generation_config
-
-    @property
-    def device(self) -> torch.device:
-        """The base model's device."""
-        return self.base_model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The base model's dtype; the encoder keeps float32."""
-        return self.base_model.dtype
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the base's loss takes num_items_in_batch, for gradient accumulation."""
-        return getattr(self.base_model, "accepts_loss_kwargs", True)
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """Whether the backward recomputes activations."""
-        return self.base_model.is_activation_checkpointing
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Recomputes activations in the backward instead of keeping them.
-
-        Args:
-            activation_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``; the
-                reentrant variant is refused by the next forward.
-            kwargs: of the base model's method of this name.
-        """
-        chosen = activation_checkpointing_kwargs or {"use_reentrant": False}
-        self.base_model.activation_checkpointing_enable(chosen, **kwargs)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Keeps activations again."""
-        self.base_model.activation_checkpointing_disable()
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """The older name of :meth:`activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """The older name of :meth:`activation_checkpointing_disable`."""
-        self.activation_checkpointing_disable()
 
 
 def _initial_ids(
@@ -252,30 +195,10 @@ def _initial_ids(
     if config.init == "random":
         return None
     if config.init == "vocab":
-        return torch.randint(_embedding_weight(model).shape[0], (P,))
+        return torch.randint(embedding_weight(model).shape[0], (P,))
     if tokenizer is None:
         raise ValueError("tokenizer: got None, init='text' needs one")
     ids = torch.tensor(tokenizer(config.init_text)["input_ids"])
     if len(ids) == 0:
         raise ValueError(f"init_text: {config.init_text!r} has no tokens")
     return ids.repeat(-(-P // len(ids)))[:P]
-
-
-def _embedding_weight(model: PreTrainedModel) -> Tensor:
-    """[vocabulary, hidden]."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """The base is frozen and lives in its own files: a checkpoint holds the encoder alone."""
-    for name in [name for name in state if name.startswith(f"{prefix}base_model.")]:
-        del state[name]
-
-
-def _allow_no_base(module: nn.Module, incompatible: Any) -> None:
-    """Loading such a checkpoint misses nothing."""
-    base = {f"base_model.{name}" for name in module.base_model.state_dict()}  # type: ignore
-    missing = incompatible.missing_keys
-    missing[:] = [name for name in missing if name[name.find("base_model.") :] not in base]

@@ -44,10 +44,9 @@ def test_round_trip(tiny, architecture, tmp_path, projection, position_offset):
     ids, mask = tiny.batch()
     assert torch.equal(loaded(ids, mask).logits, tuned(ids, mask).logits)
     assert loaded.export().position_offset == (P if position_offset is None else position_offset)
-    assert sorted(file.name for file in (tmp_path / "new" / "adapter").iterdir()) == [
-        CONFIG,
-        WEIGHTS,
-    ]
+    files = sorted(file.name for file in (tmp_path / "new" / "adapter").iterdir())
+    own = ["prefix_kv.safetensors"] if position_offset is not None else []
+    assert files == [CONFIG, WEIGHTS, *own], "PEFT places the text right behind the prefix"
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
@@ -118,7 +117,7 @@ def test_numbers_that_are_none(tiny, folder, value):
 def test_a_lora_adapter(tiny, tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     peft.get_peft_model(tiny.build(), config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"{CONFIG}.*LORA.*PREFIX_TUNING"):
+    with pytest.raises(ValueError, match=rf"{CONFIG}.*LORA.*'PREFIX_TUNING'"):
         PrefixTuningModel.from_pretrained(tiny.build(), tmp_path)
 
 
@@ -177,21 +176,45 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(tiny, folder):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_prefixes_that_the_format_cannot_hold_are_refused(tmp_path):
-    key, wide = torch.zeros(2, P, 16), torch.zeros(2, P, 8)
-    for kv in (PrefixKV((key, wide), (key, wide), P), PrefixKV((key,), (wide,), P)):
-        with pytest.raises(ValueError, match=r"PrefixKV\.save"):
-            save_adapter(tmp_path / "adapter", kv, {})
-    ragged = PrefixKV((key, key[:, :2]), (key, key[:, :2]), P)
-    with pytest.raises(ValueError, match="lengths"):
-        save_adapter(tmp_path / "adapter", ragged, {})
+def awkward():
+    """Prefixes that PEFT's format cannot hold, and what of each it cannot."""
+
+    def layers(*sizes):
+        return [torch.randn(2, length, size) for length, size in sizes]
+
+    whole, wide, short = (P, 16), (P, 8), (2, 16)
+    return {
+        "heads": PrefixKV(layers(whole, wide), layers(whole, wide), P),
+        "16 wide and its values 8": PrefixKV(layers(whole), layers(wide), P),
+        "length": PrefixKV(layers(whole, short), layers(whole, short), P),
+        "position 0": PrefixKV(layers(whole), layers(whole), 0),
+    }
+
+
+@pytest.mark.parametrize("why", list(awkward()))
+def test_what_peft_cannot_hold_goes_into_a_format_that_it_refuses(tmp_path, why):
+    kv = awkward()[why]
+    head = {"score.weight": torch.randn(2, 3)}
+    save_adapter(tmp_path / "adapter", kv, {"task_type": "SEQ_CLS"}, heads=head)
+    adapter = load_adapter(tmp_path / "adapter", kv.shapes)
+    assert why in adapter.config["not_peft"]
+    assert adapter.config["task_type"] == "SEQ_CLS"
+    assert torch.equal(adapter.heads["score.weight"], head["score.weight"])
+    assert adapter.kv.position_offset == kv.position_offset
+    for got, expected in zip(
+        (*adapter.kv.keys, *adapter.kv.values), (*kv.keys, *kv.values), strict=True
+    ):
+        assert torch.equal(got, expected)
+    with pytest.raises(KeyError, match="FASTPREFIX_KV"):
+        peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"prefix_kv.*takes 5 layers"):
+        load_adapter(tmp_path / "adapter", kv.shapes[:1] * 5)
 
 
 def test_save_adapter_keeps_the_fields_given(tmp_path):
-    kv = PrefixKV([torch.randn(2, P, 16)], [torch.randn(2, P, 16)], 3)
+    kv = PrefixKV([torch.randn(2, P, 16)], [torch.randn(2, P, 16)], P)
     save_adapter(tmp_path, kv, {"base_model_name_or_path": "some/model"})
     adapter = load_adapter(tmp_path, kv.shapes)
     assert adapter.config["base_model_name_or_path"] == "some/model"
-    assert adapter.kv.position_offset == 3
     assert torch.equal(adapter.kv.keys[0], kv.keys[0])
     assert torch.equal(adapter.kv.values[0], kv.values[0])

@@ -98,7 +98,7 @@ def test_text_without_a_tokenizer_is_refused_before_anything_changes(model):
     [
         ("num_virtual_tokens", 0),
         ("num_virtual_tokens", -3),
-        ("task_type", "SEQ_CLS"),
+        ("task_type", "SEQ_CLASS"),
         ("encoder_hidden_size", 0),
         ("position_offset", -1),
         ("dropout", 1.0),

@@ -1,0 +1,199 @@
+"""What all models with a frozen base share: accounting, checkpoints, what a Trainer asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# PEFT's choice of what is trained beside a prompt: the layer on top, which is new with every task
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+class TunedModel(nn.Module):
+    """A frozen base and an encoder that is trained.
+
+    ``state_dict()`` holds the encoder and the heads that are trained beside it, so that a
+    trainer's checkpoints do not repeat the base.
+
+    Args:
+        model: the base; all its parameters are frozen.
+
+    Attributes:
+        base_model: the base.
+        encoder: what is trained; set by the subclass.
+    """
+
+    base_model: PreTrainedModel
+    encoder: nn.Module
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        model.requires_grad_(False)
+        self.base_model = model
+        self._heads: tuple[str, ...] = ()
+        self.register_load_state_dict_post_hook(_allow_no_base)
+        self.register_state_dict_post_hook(_drop_base)
+
+    def train_heads(self, names: Iterable[str] | None, task_type: str | None = None) -> None:
+        """Trains modules of the base too, and keeps them in checkpoints and adapters.
+
+        Args:
+            names: modules of the base by the last part of their names; if None, those that PEFT
+                trains for the task: "classifier" and "score", or "qa_outputs".
+            task_type: of the task, where names is None.
+
+        Raises:
+            ValueError: the base has no module of a given name.
+        """
+        wanted = _HEADS.get(task_type or "", ()) if names is None else tuple(names)
+        found = {
+            name: module
+            for name, module in self.base_model.named_modules()
+            if name.rpartition(".")[2] in wanted
+        }
+        for want in () if names is None else wanted:
+            if not any(name.rpartition(".")[2] == want for name in found):
+                raise ValueError(
+                    f"modules_to_save: got {want!r}, which {type(self.base_model).__name__} lacks"
+                )
+        for module in found.values():
+            module.requires_grad_(True)
+        self._heads = tuple(found)
+
+    def head_names(self) -> list[str] | None:
+        """The trained modules by the last part of their names; None if there are none."""
+        return sorted({name.rpartition(".")[2] for name in self._heads}) or None
+
+    def heads(self) -> dict[str, Tensor]:
+        """What is trained of the base, by the names of its ``state_dict``."""
+        state = self.base_model.state_dict()
+        return {name: tensor for name, tensor in state.items() if self._is_head(name)}
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable parameters and all parameters, the base's included."""
+        parameters = list(self.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        return trainable, sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints both numbers and their ratio, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def _is_head(self, name: str) -> bool:
+        return any(name.startswith(f"{head}.") for head in self._heads)
+
+    # What transformers.Trainer asks of a model.
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration."""
+        return self.base_model.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The base model's generation configuration."""
+        return self.base_model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """The base model's device."""
+        return self.base_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's dtype; the encoder keeps float32."""
+        return self.base_model.dtype
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base's loss takes num_items_in_batch, for gradient accumulation."""
+        return getattr(self.base_model, "accepts_loss_kwargs", True)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether the backward recomputes activations."""
+        return self.base_model.is_activation_checkpointing
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recomputes activations in the backward instead of keeping them.
+
+        Args:
+            activation_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``; a prefix
+                of keys and values refuses the reentrant variant in the next forward.
+            kwargs: of the base model's method of this name.
+        """
+        chosen = activation_checkpointing_kwargs or {"use_reentrant": False}
+        self.base_model.activation_checkpointing_enable(chosen, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keeps activations again."""
+        self.base_model.activation_checkpointing_disable()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of :meth:`activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of :meth:`activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
+
+
+def load_heads(model: PreTrainedModel, heads: Mapping[str, Tensor]) -> None:
+    """Puts an adapter's heads into the base.
+
+    Raises:
+        ValueError: the base has no such parameters, or of another shape. It is left as it was.
+    """
+    state = model.state_dict()
+    for name, tensor in heads.items():
+        if name not in state or state[name].shape != tensor.shape:
+            has = list(state[name].shape) if name in state else "no such parameter"
+            raise ValueError(
+                f"adapter: holds {name} {list(tensor.shape)}, which was trained beside it; this "
+                f"{type(model).__name__} has {has}"
+            )
+    with torch.no_grad():
+        for name, tensor in heads.items():
+            state[name].copy_(tensor)
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """[vocabulary, hidden]."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """The base is frozen and lives in its own files: a checkpoint holds what is trained alone."""
+    assert isinstance(module, TunedModel)
+    start = f"{prefix}base_model."
+    for name in [name for name in state if name.startswith(start)]:
+        if not module._is_head(name.removeprefix(start)):
+            del state[name]
+
+
+def _allow_no_base(module: nn.Module, incompatible: Any) -> None:
+    """Loading such a checkpoint misses nothing."""
+    assert isinstance(module, TunedModel)
+    base = {
+        f"base_model.{name}" for name in module.base_model.state_dict() if not module._is_head(name)
+    }
+    missing = incompatible.missing_keys
+    missing[:] = [name for name in missing if name[name.find("base_model.") :] not in base]
