@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastprefix.attention import prefix_attention
-from fastprefix.kv import PrefixKV
+from fastprefix.kv import PackedPrefixKV, PrefixKV
 
 if TYPE_CHECKING:
     from fastprefix.hf import UnsupportedModelError, patch_model, unpatch_model, use_prefix
@@ -27,6 +27,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "PackedPrefixKV",
     "PrefixConfig",
     "PrefixKV",
     "PrefixTuningModel",
