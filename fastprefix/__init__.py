@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastprefix.attention import prefix_attention
-from fastprefix.kv import KVBudget, PrefixBank, PrefixKV
+from fastprefix.kv import KVBudget, PackedPrefixKV, PrefixBank, PrefixKV
 
 if TYPE_CHECKING:
     from fastprefix.hf import UnsupportedModelError, patch_model, unpatch_model, use_prefix
@@ -28,6 +28,7 @@ _LAZY = {
 
 __all__ = [
     "KVBudget",
+    "PackedPrefixKV",
     "PrefixBank",
     "PrefixConfig",
     "PrefixKV",

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from fastprefix.attention import prefix_attention
 from fastprefix.hf.masks import prefix_attention_mask
-from fastprefix.kv import PrefixKV
+from fastprefix.kv import PackedPrefixKV, PrefixKV
 
 NAME = "fastprefix"
 SLOT = "_fastprefix_slot"
@@ -22,8 +22,10 @@ class ActivePrefix:
     """What travels with a forward call, as its keyword argument ``fastprefix``.
 
     Attributes:
-        kv: the prefix, or None for plain attention.
+        kv: the prefix, or several of which a row picks one, or None for plain attention.
         backend: of :func:`fastprefix.prefix_attention`.
+        prefix_index: with several prefixes int32 [R], which of them a row attends to, -1 for none;
+            the hook makes it [B].
         positioned: whether the call's position_ids are already moved behind the prefix.
         placement: how a windowed layer with an explicit mask learns how far a prompt slid: "end",
             its keys end at the newest token and text_mask says which are real; "mask", its mask
@@ -32,8 +34,9 @@ class ActivePrefix:
             for no padding.
     """
 
-    kv: PrefixKV | None
+    kv: PrefixKV | PackedPrefixKV | None
     backend: str = "auto"
+    prefix_index: Tensor | None = None
     positioned: bool = False
     placement: Literal["end", "mask", "unknown"] = "end"
     text_mask: Tensor | None = None
@@ -103,6 +106,8 @@ def prefix_attention_forward(
             f"{type(module).__name__} adds a position bias, which is not supported yet"
         )
     backend, prefix_key, prefix_value, in_window = "auto", None, None, False
+    prefix_index = prefix_lengths = None
+    longest = 0
     if isinstance(fastprefix, Recorder):
         fastprefix.record(module, key, value)
     elif fastprefix is not None:
@@ -115,7 +120,11 @@ def prefix_attention_forward(
                     "so it has no share in the prefix; patch the model as you run it"
                 )
             prefix_key, prefix_value = fastprefix.kv.layer(slot)
-            in_window = fastprefix.kv.in_window
+            in_window, longest = fastprefix.kv.in_window, prefix_key.shape[1]
+            if isinstance(fastprefix.kv, PackedPrefixKV):
+                prefix_index = fastprefix.prefix_index
+                prefix_lengths = fastprefix.kv.prefix_lengths[slot]
+                longest = fastprefix.kv.longest[slot]
 
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -123,11 +132,16 @@ def prefix_attention_forward(
     if prefix_key is not None and prefix_value is not None:
         prefix_key = prefix_key.to(query.device, query.dtype)
         prefix_value = prefix_value.to(query.device, query.dtype)
+    if prefix_index is not None and prefix_lengths is not None:
+        prefix_index, prefix_lengths = (
+            prefix_index.to(query.device),
+            prefix_lengths.to(query.device),
+        )
 
     key_padding_mask = attn_mask = None
     B, Lk, window = key.shape[0], key.shape[2], sliding_window
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    P = prefix_key.shape[1] if prefix_key is not None and in_window else 0
+    P = longest if in_window else 0
     if window is not None and P + Lk <= window:
         window = None  # everything lies within it
     in_window = P > 0 and window is not None
@@ -135,6 +149,11 @@ def prefix_attention_forward(
         raise NotImplementedError(
             f"{type(module).__name__} has a sliding_window of {window} on both sides, which a "
             "prompt does not slide out of yet"
+        )
+    if in_window and isinstance(fastprefix, ActivePrefix) and not _all_slide(fastprefix):
+        raise NotImplementedError(
+            f"{type(module).__name__} has a sliding_window of {window}, out of which prompts slide "
+            "and learned prefixes do not; not supported in one batch: run them apart"
         )
     if attention_mask is not None and attention_mask.dim() == 2:
         key_padding_mask = attention_mask
@@ -149,9 +168,21 @@ def prefix_attention_forward(
             window = None  # the mask has it
         elif active.placement == "mask" and attention_mask.dtype is torch.bool:
             key, value, attn_mask = _in_front(
-                prefix_key, prefix_value, key, value, attention_mask, window
+                _tail(
+                    prefix_key,
+                    prefix_value,
+                    B,
+                    min(longest, window - 1),
+                    prefix_index,
+                    prefix_lengths,
+                ),
+                key,
+                value,
+                attention_mask,
+                window,
             )
-            prefix_key = prefix_value = key_padding_mask = window = None
+            prefix_key = prefix_value = prefix_index = prefix_lengths = None
+            key_padding_mask = window = None
             in_window = False
         else:
             real = _real_tokens(module, active, Lk, window)
@@ -168,6 +199,8 @@ def prefix_attention_forward(
         value,
         prefix_key,
         prefix_value,
+        prefix_index=prefix_index,
+        prefix_lengths=prefix_lengths,
         attn_mask=attn_mask,
         key_padding_mask=key_padding_mask,
         is_causal=causal,
@@ -199,9 +232,41 @@ def _real_tokens(module: nn.Module, active: ActivePrefix, Lk: int, window: int) 
     return active.text_mask[:, active.text_mask.shape[1] - Lk :].bool()
 
 
-def _in_front(
+def _all_slide(active: ActivePrefix) -> bool:
+    """Whether all prefixes of a call slide out of windows, as prompts do."""
+    return not isinstance(active.kv, PackedPrefixKV) or all(active.kv.windowed)
+
+
+def _tail(
     prefix_key: Tensor,
     prefix_value: Tensor,
+    B: int,
+    length: int,
+    prefix_index: Tensor | None,
+    prefix_lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Copies of the last tokens of every row's prefix, aligned to the end; and which are its own.
+
+    Returns:
+        [B, Hkv, length, D], [B, Hkv, length, Dv], and bool [B, 1, 1, length], None for all.
+    """
+    if prefix_index is None or prefix_lengths is None:
+        start = prefix_key.shape[1] - length
+        key, value = (x[:, start:].expand(B, -1, -1, -1) for x in (prefix_key, prefix_value))
+        return key, value, None
+    # -1 takes the zero
+    ends, lengths = (
+        torch.cat([x, x.new_zeros(1)]) for x in (prefix_lengths.cumsum(0), prefix_lengths)
+    )
+    column = torch.arange(-length, 0, device=prefix_key.device)
+    own = column >= -lengths[prefix_index][:, None]  # [B, length]
+    place = (ends[prefix_index][:, None] + column).clamp(min=0)
+    key, value = (x[:, place].transpose(0, 1) for x in (prefix_key, prefix_value))
+    return key, value, own[:, None, None]
+
+
+def _in_front(
+    tail: tuple[Tensor, Tensor, Tensor | None],
     key: Tensor,
     value: Tensor,
     mask: Tensor,
@@ -213,13 +278,12 @@ def _in_front(
     operator would need none. The mask counts the real tokens before a query as far as the window
     reaches, and beyond it no token of the prompt is seen.
     """
-    B, P = key.shape[0], prefix_key.shape[1]
-    tail = min(P, window - 1)
+    tail_key, tail_value, own = tail
     before = mask.sum(-1, keepdim=True) - 1  # [B, 1, Lq, 1]
-    gap = torch.arange(tail, 0, -1, device=key.device) + before
-    copies = (x[:, P - tail :].expand(B, -1, -1, -1) for x in (prefix_key, prefix_value))
-    key, value = (torch.cat(pair, 2) for pair in zip(copies, (key, value), strict=True))
-    return key, value, torch.cat([gap < window, mask], -1)
+    gap = torch.arange(tail_key.shape[2], 0, -1, device=key.device) + before
+    seen = gap < window if own is None else (gap < window) & own
+    key, value = torch.cat([tail_key, key], 2), torch.cat([tail_value, value], 2)
+    return key, value, torch.cat([seen, mask], -1)
 
 
 def register() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastprefix.hf.attention import NAME, ActivePrefix
 from fastprefix.hf.state import ACTIVE, HOOKED, State
+from fastprefix.kv import PackedPrefixKV
 
 
 def inject(
@@ -41,8 +42,15 @@ def inject(
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
     placed_text = _text(kwargs) if active.kv.in_window else {}
-    kwargs[NAME] = replace(active, positioned=True, **placed_text)
-    kwargs["position_ids"] = _positions(kwargs, active.kv.position_offset)
+    offset: int | Tensor
+    index = active.prefix_index
+    if isinstance(active.kv, PackedPrefixKV):
+        index = _each_row(index, _inputs(kwargs).shape[0])
+        offset = active.kv.position_offsets[index][:, None]
+    else:
+        offset = active.kv.position_offset
+    kwargs[NAME] = replace(active, positioned=True, prefix_index=index, **placed_text)
+    kwargs["position_ids"] = _positions(kwargs, offset)
     return (), kwargs
 
 
@@ -55,8 +63,25 @@ def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
-def _positions(kwargs: dict[str, Any], offset: int) -> Tensor:
-    """Positions of the text behind the prefix; padding takes none.
+def _inputs(kwargs: dict[str, Any]) -> Tensor:
+    """Token ids [B, L], or embeddings [B, L, hidden]."""
+    inputs = kwargs.get("input_ids")
+    return kwargs["inputs_embeds"] if inputs is None else inputs
+
+
+def _each_row(index: Tensor | None, B: int) -> Tensor:
+    """Which prefix each row of a batch attends to, [B], where generate() repeats rows."""
+    R = 0 if index is None else index.shape[0]
+    if index is None or B % R != 0:
+        raise ValueError(
+            f"rows: got {R} names, takes one for each of the batch's {B} rows, or for "
+            "each group of them that generate() makes of a row"
+        )
+    return index if B == R else index.repeat_interleave(B // R, output_size=B)
+
+
+def _positions(kwargs: dict[str, Any], offset: int | Tensor) -> Tensor:
+    """Positions of the text behind the prefix, offset an int or [B, 1]; padding takes none.
 
     Explicit position_ids count the text from 0. Without them positions follow the attention mask,
     as generate() does: pads between prefix and text must not push the text away.
@@ -64,9 +89,7 @@ def _positions(kwargs: dict[str, Any], offset: int) -> Tensor:
     position_ids = kwargs.get("position_ids")
     if position_ids is not None:
         return position_ids + offset
-    inputs = kwargs.get("input_ids")
-    if inputs is None:
-        inputs = kwargs["inputs_embeds"]
+    inputs = _inputs(kwargs)
     length = inputs.shape[1]
     attention_mask = kwargs.get("attention_mask")
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
@@ -92,8 +115,7 @@ def _text(kwargs: dict[str, Any]) -> dict[str, Any]:
         return {"placement": "mask"} if packed else {}
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return {"placement": "unknown"}
-    inputs = kwargs.get("input_ids")
-    length = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[1]
+    length = _inputs(kwargs).shape[1]
     seen = cache.get_seq_length() if cache is not None else 0
     return {"text_mask": attention_mask[:, : seen + length]}
 

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -23,7 +23,10 @@ from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.attention import NAME, SLOT, ActivePrefix, Recorder
 from fastprefix.hf.hook import contiguous_input, inject
 from fastprefix.hf.state import ACTIVE, HOOKED, STATE, State
-from fastprefix.kv import LayerShape, PrefixKV
+from fastprefix.kv import LayerShape, PackedPrefixKV, PrefixBank, PrefixKV
+
+# One prefix for all rows, or several by name.
+Prefixes = PrefixKV | PackedPrefixKV | Mapping[str, PrefixKV]
 
 _LOCK = threading.RLock()
 _PATCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
@@ -94,7 +97,9 @@ def layer_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
 
 
 @contextlib.contextmanager
-def use_prefix(model: PreTrainedModel, kv: PrefixKV) -> Iterator[PreTrainedModel]:
+def use_prefix(
+    model: PreTrainedModel, kv: Prefixes, rows: Sequence[str | None] | None = None
+) -> Iterator[PreTrainedModel]:
     """Every forward of the model in this block, and in this thread, attends to the prefix.
 
     ``generate()``, padding on either side and caches work as without it: the cache and the
@@ -104,14 +109,26 @@ def use_prefix(model: PreTrainedModel, kv: PrefixKV) -> Iterator[PreTrainedModel
     Args:
         model: see :func:`patch_model`.
         kv: the prefix; moved to the model's device and dtype if need be. Gradients flow to it.
+            Or several by name, of which each row of a batch has its own: a dict, a
+            :class:`fastprefix.PrefixBank`, of which only what rows name is loaded, or the
+            :class:`fastprefix.PackedPrefixKV` of one, which spares packing it anew.
+        rows: with several prefixes, each row's name, or None for a row without a prefix. A batch
+            may have a multiple of as many rows, which then stand in groups, as ``generate()``
+            repeats rows for beams and num_return_sequences; anything else is an error.
 
     Raises:
-        TypeError: kv is not a PrefixKV.
-        ValueError: kv does not fit the model's layers.
+        TypeError: kv is not a PrefixKV, nor several by name.
+        ValueError: kv does not fit the model's layers, or rows does not fit kv; in the forward,
+            rows does not fit the batch.
         UnsupportedModelError: see :func:`patch_model`.
+
+    Example:
+        >>> kv = {name: PrefixKV.load(f"{name}.safetensors") for name in ("poet", "cook")}
+        >>> with use_prefix(model, kv, rows=["poet", "cook", None, "poet"]):
+        ...     ids = model.generate(**batch_of_four)
     """
     with patched(model):
-        active = activate(model, kv)
+        active = activate(model, kv, rows)
         key = _state(model).key
         outer = getattr(ACTIVE, key, None)
         setattr(ACTIVE, key, active)
@@ -145,15 +162,35 @@ def patched(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
                 unpatch_model(model)
 
 
-def activate(model: PreTrainedModel, kv: PrefixKV) -> ActivePrefix:
+def activate(
+    model: PreTrainedModel, kv: Prefixes, rows: Sequence[str | None] | None = None
+) -> ActivePrefix:
     """What to hand to a patched model's forward as ``fastprefix=`` for one call with this prefix.
 
     Raises:
-        TypeError: kv is not a PrefixKV.
-        ValueError: the model is not patched, or kv does not fit its layers.
+        TypeError: kv is not a PrefixKV, nor several by name.
+        ValueError: the model is not patched, kv does not fit its layers, or rows does not fit kv.
     """
-    if not isinstance(kv, PrefixKV):
-        raise TypeError(f"kv: got {type(kv).__name__}, takes a PrefixKV")
+    device, dtype = model.device, model.dtype  # converted once here, not in every layer
+    if isinstance(kv, Mapping):
+        # of a bank, those alone that a row asks for: the others may lie on a disk
+        named = kv.select(rows) if isinstance(kv, PrefixBank) and rows is not None else kv
+        fitting = {
+            n: x.to(device, dtype) if isinstance(x, PrefixKV) else x for n, x in named.items()
+        }
+        kv = PackedPrefixKV.pack(fitting)
+    if not isinstance(kv, (PrefixKV, PackedPrefixKV)):
+        raise TypeError(
+            f"kv: got {type(kv).__name__}, takes a PrefixKV, or several by name (a dict or a "
+            "PackedPrefixKV)"
+        )
+    index = None
+    if isinstance(kv, PackedPrefixKV):
+        if rows is None:
+            raise ValueError("rows: got None with several prefixes, takes a name for each row")
+        index = kv.index(rows).to(device)
+    elif rows is not None:
+        raise ValueError("rows: got names with one PrefixKV, takes several by name as kv")
     state = _state(model)
     if kv.num_layers != len(state.shapes):
         raise ValueError(
@@ -163,8 +200,7 @@ def activate(model: PreTrainedModel, kv: PrefixKV) -> ActivePrefix:
     for layer, (got, want) in enumerate(zip(kv.shapes, state.shapes, strict=True)):
         if got != want:
             raise ValueError(f"kv: got {got} in layer {layer}, takes {want}")
-    # converted once here, not in every layer of every step
-    return ActivePrefix(kv.to(model.device, model.dtype), state.backend)
+    return ActivePrefix(kv.to(device, dtype), state.backend, index)
 
 
 def _state(model: PreTrainedModel) -> State:

@@ -3,6 +3,7 @@
 from fastprefix.kv.arithmetic import concatenate, interpolate, orthogonality_penalty
 from fastprefix.kv.bank import PrefixBank
 from fastprefix.kv.budget import Eviction, KVBudget, KVBudgetError, KVPlan, plan_kv_bytes
+from fastprefix.kv.packed import PackedPrefixKV
 from fastprefix.kv.prefix import LayerShape, PrefixKV
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "KVBudgetError",
     "KVPlan",
     "LayerShape",
+    "PackedPrefixKV",
     "PrefixBank",
     "PrefixKV",
     "concatenate",

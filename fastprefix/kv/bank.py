@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from fastprefix.kv.arithmetic import Method, concatenate, interpolate
@@ -60,6 +60,18 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
             else:
                 self._held[name] = kv
             self._shapes = kv.shapes
+
+    def select(self, rows: Iterable[str | None]) -> Mapping[str, PrefixKV]:
+        """The prefixes that the rows of a batch name, each once; all if none of them names one.
+
+        Raises:
+            ValueError: a name that is not here.
+        """
+        names = [name for name in dict.fromkeys(rows) if name is not None]
+        for name in names:
+            if name not in self:
+                raise ValueError(f"rows: got {name!r}, takes one of {sorted(self)}, or None")
+        return {name: self[name] for name in names} or self
 
     def interpolate(self, weights: Mapping[str, float], method: Method = "linear") -> PrefixKV:
         """A weighted mean of prefixes; see :func:`fastprefix.kv.interpolate`.

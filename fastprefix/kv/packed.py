@@ -1,0 +1,130 @@
+"""Several prefixes in one copy each, end to end: what the rows of a mixed batch attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastprefix.kv.prefix import LayerShape, PrefixKV
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPrefixKV:
+    """N prefixes end to end along P, layer by layer; made by :meth:`pack`.
+
+    Attributes:
+        names: [N], of the prefixes, in their order along P.
+        keys: one [Hkv, P_1 + ... + P_N, D] tensor a layer.
+        values: one [Hkv, P_1 + ... + P_N, Dv] tensor a layer.
+        prefix_lengths: one int32 [N] tensor a layer, as
+            :func:`fastprefix.prefix_attention` takes them. Layers of the same lengths share it.
+        longest: length of the longest prefix, layer by layer.
+        position_offsets: int64 [N + 1]: position of the first token behind each prefix, and 0 for
+            rows without one, which -1 finds.
+        windowed: [N], see ``in_window`` of :class:`PrefixKV`.
+    """
+
+    names: tuple[str, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    prefix_lengths: tuple[Tensor, ...]
+    longest: tuple[int, ...]
+    position_offsets: Tensor
+    windowed: tuple[bool, ...]
+
+    @classmethod
+    def pack(cls, prefixes: Mapping[str, PrefixKV]) -> PackedPrefixKV:
+        """Puts prefixes end to end. Gradients flow to each; lengths may differ, also by layer.
+
+        Args:
+            prefixes: by name, at least one.
+
+        Raises:
+            TypeError: a value is not a PrefixKV.
+            ValueError: none are given, or their layers, dtypes or devices differ.
+        """
+        if not prefixes:
+            raise ValueError("kv: got no prefixes, takes at least one by name")
+        for name, kv in prefixes.items():
+            if not isinstance(kv, PrefixKV):
+                raise TypeError(f"kv: got {type(kv).__name__} for {name!r}, takes a PrefixKV")
+        (first_name, first), *others = prefixes.items()
+        for name, kv in others:
+            for what in ("shapes", "dtype", "device"):
+                got, want = getattr(kv, what), getattr(first, what)
+                if got != want:
+                    raise ValueError(
+                        f"kv: got {name!r} with {what} {got}, takes {want} as of {first_name!r}"
+                    )
+        members = list(prefixes.values())
+        layers = range(first.num_layers)
+        lengths = [tuple(kv.keys[layer].shape[1] for kv in members) for layer in layers]
+        tensors = {
+            one: torch.tensor(one, dtype=torch.int32, device=first.device) for one in lengths
+        }
+        offsets = [*(kv.position_offset for kv in members), 0]
+        return cls(
+            tuple(prefixes),
+            tuple(torch.cat([kv.keys[layer] for kv in members], 1) for layer in layers),
+            tuple(torch.cat([kv.values[layer] for kv in members], 1) for layer in layers),
+            tuple(tensors[one] for one in lengths),
+            tuple(max(one) for one in lengths),
+            torch.tensor(offsets, device=first.device),
+            tuple(kv.in_window for kv in members),
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.keys)
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """Head numbers and sizes, layer by layer."""
+        return tuple(
+            LayerShape(key.shape[0], key.shape[2], value.shape[2])
+            for key, value in zip(self.keys, self.values, strict=True)
+        )
+
+    @property
+    def in_window(self) -> bool:
+        """Whether any of the prefixes slides out of a sliding window."""
+        return any(self.windowed)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Key [Hkv, P_1 + ... + P_N, D] and value [Hkv, P_1 + ... + P_N, Dv] of a layer."""
+        return self.keys[index], self.values[index]
+
+    def index(self, rows: Sequence[str | None]) -> Tensor:
+        """[R] int32: which prefix each row attends to, -1 for None.
+
+        Raises:
+            ValueError: rows is empty, or has a name that is not among the prefixes.
+        """
+        if len(rows) == 0:
+            raise ValueError("rows: got no names, takes one for each row of the batch")
+        numbers: dict[str | None, int] = {name: i for i, name in enumerate(self.names)}
+        numbers[None] = -1
+        for name in rows:
+            if name not in numbers:
+                raise ValueError(
+                    f"rows: got {name!r}, takes one of {list(self.names)}, or None for no prefix"
+                )
+        device = self.position_offsets.device
+        return torch.tensor([numbers[name] for name in rows], dtype=torch.int32, device=device)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> PackedPrefixKV:
+        """A copy on another device or in another dtype; tensors that fit stay as they are."""
+        moved = {id(one): one.to(device) for one in self.prefix_lengths}
+        return replace(
+            self,
+            keys=tuple(tensor.to(device=device, dtype=dtype) for tensor in self.keys),
+            values=tuple(tensor.to(device=device, dtype=dtype) for tensor in self.values),
+            prefix_lengths=tuple(moved[id(one)] for one in self.prefix_lengths),
+            position_offsets=self.position_offsets.to(device),
+        )

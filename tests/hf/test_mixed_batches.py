@@ -1,0 +1,245 @@
+"""Rows of one batch with prefixes of their own: each row is what it is alone on a bare model."""
+
+import pytest
+import torch
+from transformers import MistralConfig, set_seed
+
+from fastprefix import PackedPrefixKV, PrefixKV, patch_model, use_prefix
+
+ROWS = ["a", None, "b", "a"]
+LENGTHS = (7, 4, 1, 5)
+LOGITS = {"rtol": 1e-3, "atol": 1e-4}
+
+
+def prefixes(tiny, model, **options):
+    """Two of different lengths; the text stands elsewhere behind each than their lengths say."""
+    return {
+        "a": tiny.random_kv(model, 3, seed=1, position_offset=8, **options),
+        "unused": tiny.random_kv(model, 2, seed=2, **options),
+        "b": tiny.random_kv(model, 6, seed=3, position_offset=1, **options),
+    }
+
+
+def alone(tiny, bare, kv, text, **kwargs):
+    """A text of one row on a bare model, its prefix in the cache."""
+    mask = torch.ones_like(text)
+    if kv is None:
+        return bare(text, attention_mask=mask, **kwargs)
+    return tiny.expanded_forward(bare, kv, text, mask, **kwargs)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_and_gradients_are_those_of_each_row_alone(tiny, architecture, side):
+    model, bare = (tiny.build(architecture, torch.float64) for _ in range(2))
+    ids, mask = tiny.batch(LENGTHS, side)
+    found = []
+    ours = prefixes(tiny, model, requires_grad=True)
+    with use_prefix(model, ours, ROWS):
+        logits = model(ids, attention_mask=mask).logits
+    logits[mask.bool()].softmax(-1).square().sum().backward()
+    theirs = prefixes(tiny, bare, requires_grad=True)
+    for row, name in enumerate(ROWS):
+        real = mask[row].bool()
+        kv = theirs[name] if name else None
+        expected = alone(tiny, bare, kv, ids[row][real][None]).logits[0]
+        torch.testing.assert_close(logits[row][real], expected, rtol=1e-5, atol=1e-5)
+        expected.softmax(-1).square().sum().backward()
+    for name in ("a", "b"):
+        found = tiny.gradients(ours[name])
+        assert all(gradient.abs().max() > 1e-6 for gradient in found)
+        torch.testing.assert_close(found, tiny.gradients(theirs[name]), rtol=1e-4, atol=1e-6)
+    assert all(tensor.grad.abs().max() == 0 for tensor in ours["unused"].keys)
+
+
+def test_rows_with_position_ids_or_embeddings(tiny, model):
+    ids, mask = tiny.batch(LENGTHS)
+    kv = PackedPrefixKV.pack(prefixes(tiny, model))
+    with use_prefix(model, kv, ROWS):
+        expected = model(ids, attention_mask=mask).logits
+        positions = tiny.positions(mask)
+        same = model(ids, attention_mask=mask, position_ids=positions).logits
+        embeds = model.get_input_embeddings()(ids)
+        embedded = model(inputs_embeds=embeds, attention_mask=mask).logits
+        whole = model(ids).logits
+        ones = model(ids, attention_mask=torch.ones_like(mask)).logits
+    assert torch.equal(same[mask.bool()], expected[mask.bool()])
+    assert torch.equal(embedded, expected)
+    assert torch.equal(whole, ones)
+
+
+def rows_alone(tiny, bare, fronts, ids, mask, **options):
+    """New ids of each row alone, its prompt in front of it as text."""
+    found = []
+    for row, name in enumerate(ROWS):
+        text = ids[row][mask[row].bool()][None]
+        if name is not None:
+            text = torch.cat([fronts[name], text], 1)
+        found.append(tiny.generate(bare, text, **options))
+    return torch.cat(found)
+
+
+GREEDY = {
+    "greedy": {},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "beams": {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.7},
+}
+
+
+@pytest.mark.parametrize("mode", GREEDY)
+def test_generated_ids_are_those_of_each_row_alone(tiny, model, bare, mode):
+    fronts = {"a": tiny.prompt(9, seed=1), "b": tiny.prompt(4, seed=2)}
+    ids, mask = tiny.batch(LENGTHS)
+    kv = {name: PrefixKV.prefill(model, front) for name, front in fronts.items()}
+    with use_prefix(model, kv, ROWS):
+        got = tiny.generate(model, ids, mask, **GREEDY[mode])
+    assert torch.equal(got, rows_alone(tiny, bare, fronts, ids, mask, **GREEDY[mode]))
+    for wrong in (["b", None, "a", "a"], ["a", "a", "b", "a"]):
+        with use_prefix(model, kv, wrong):
+            assert not torch.equal(tiny.generate(model, ids, mask, **GREEDY[mode]), got)
+
+
+def test_sampled_ids_are_those_of_the_concatenation(tiny, model, bare):
+    """num_return_sequences repeats each row; the same seed draws the same in both batches."""
+    fronts = {"a": tiny.prompt(9, seed=1), "b": tiny.prompt(4, seed=2)}
+    ids, mask = tiny.batch(LENGTHS)
+    rows = []
+    for row, name in enumerate(ROWS):
+        text = ids[row][mask[row].bool()]
+        rows.append(text if name is None else torch.cat([fronts[name][0], text]))
+    options = {"do_sample": True, "temperature": 1.3, "top_k": 20, "num_return_sequences": 3}
+    set_seed(3)
+    expected = tiny.generate(bare, *tiny.pad(rows, "left"), **options)
+    kv = {name: PrefixKV.prefill(model, front) for name, front in fronts.items()}
+    set_seed(3)
+    with use_prefix(model, kv, ROWS):
+        got = tiny.generate(model, ids, mask, **options)
+    assert torch.equal(got, expected)
+    assert len(set(map(tuple, got[:3].tolist()))) > 1
+
+
+def mistral(tiny, window, **changes):
+    fields = {**tiny.GROUPED, "sliding_window": window, **changes}
+    return tiny.from_config(MistralConfig(**fields))
+
+
+@pytest.mark.parametrize("mode", GREEDY)
+def test_prompts_slide_out_of_a_window_row_by_row(tiny, mode):
+    """Prompts shorter and longer than the window, until all are out of it."""
+    model, bare = mistral(tiny, 8), mistral(tiny, 8)
+    fronts = {"a": tiny.prompt(12, seed=1), "b": tiny.prompt(3, seed=2)}
+    ids, mask = tiny.batch(LENGTHS)
+    kv = {name: PrefixKV.prefill(model, front) for name, front in fronts.items()}
+    options = {**GREEDY[mode], "max_new_tokens": 12}
+    with use_prefix(model, kv, ROWS):
+        got = tiny.generate(model, ids, mask, **options)
+    assert torch.equal(got, rows_alone(tiny, bare, fronts, ids, mask, **options))
+
+
+def test_learned_prefixes_stay_in_sight_of_a_window(tiny):
+    model, bare = mistral(tiny, 4), mistral(tiny, 4)
+    ids, mask = tiny.batch((9, 9, 9, 9))
+    kv = prefixes(tiny, model)
+    with use_prefix(model, kv, ROWS):
+        got = model(ids, attention_mask=mask).logits
+    near = torch.ones(9, 9, dtype=torch.bool).tril().triu(-3)
+    for row, name in enumerate(ROWS):
+        P = kv[name].num_virtual_tokens if name else 0
+        sees = torch.cat([torch.ones(9, P, dtype=torch.bool), near], 1)[None, None]
+        sees = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+        offset = kv[name].position_offset if name else 0
+        expected = bare(
+            ids[row : row + 1],
+            attention_mask=sees,
+            position_ids=torch.arange(9)[None] + offset,
+            past_key_values=tiny.expanded(kv[name], 1) if name else None,
+        ).logits
+        torch.testing.assert_close(got[row : row + 1], expected, **LOGITS)
+
+
+def test_prompts_and_learned_prefixes_mix_but_in_a_window(tiny, model):
+    """A window treats them differently, and a call of the operator can not."""
+    ids, mask = tiny.batch((4, 2))
+    for one in (model, mistral(tiny, 64), mistral(tiny, 8)):
+        learned, prompt = tiny.random_kv(one, 5), PrefixKV.prefill(one, tiny.prompt(5))
+        texts = [ids[row][mask[row].bool()][None] for row in range(2)]
+        expected = []
+        for text, kv in zip(texts, (learned, prompt), strict=True):
+            with use_prefix(one, kv):
+                expected.append(one(text).logits[0, -1])
+        with use_prefix(one, {"learned": learned, "prompt": prompt}, ["learned", "prompt"]):
+            if getattr(one.config, "sliding_window", None) == 8:
+                with pytest.raises(NotImplementedError, match=r"sliding_window of 8.*one batch"):
+                    one(ids, attention_mask=mask)
+                continue
+            got = one(ids, attention_mask=mask).logits[:, -1]
+        torch.testing.assert_close(got, torch.stack(expected), **LOGITS)
+
+
+def test_prefixes_of_other_dtypes_are_converted_together(tiny, model):
+    ids, mask = tiny.batch((4, 4))
+    kv = {"a": tiny.random_kv(model, 3), "b": tiny.random_kv(model, 4).to(dtype=torch.float64)}
+    with use_prefix(model, kv, ["a", "b"]):
+        got = model(ids, attention_mask=mask).logits
+    kv["b"] = kv["b"].to(dtype=torch.float32)
+    with use_prefix(model, kv, ["a", "b"]):
+        assert torch.equal(model(ids, attention_mask=mask).logits, got)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(tiny, reentrant):
+    """Two forwards with other rows before one backward; the reentrant variant stays refused."""
+    model = patch_model(tiny.build("llama", torch.float64).train().requires_grad_(False))
+    ids, mask = tiny.batch(LENGTHS)
+    kv = prefixes(tiny, model, requires_grad=True)
+
+    def run():
+        total = 0
+        for rows in (ROWS, ["b", "b", "a", None]):
+            with use_prefix(model, kv, rows):
+                total = total + model(ids, attention_mask=mask).logits[mask.bool()].square().sum()
+        total.backward()
+        return [gradient for one in kv.values() for gradient in tiny.gradients(one)]
+
+    expected = run()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        with pytest.raises(ValueError, match="use_reentrant"):
+            run()
+    else:
+        torch.testing.assert_close(run(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_compiled_whole(tiny, window):
+    model = patch_model(mistral(tiny, window, num_hidden_layers=1))
+    ids, mask = tiny.batch(LENGTHS)
+    kv = {name: PrefixKV.prefill(model, tiny.prompt(P)) for name, P in (("a", 5), ("b", 3))}
+    options = {"attention_mask": mask, "use_cache": False}
+    torch._dynamo.reset()
+    with use_prefix(model, kv, ROWS), torch.no_grad():
+        expected = model(ids, **options).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        got = compiled(ids, **options).logits
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **LOGITS)
+
+
+def test_rows_that_do_not_fit(tiny, model):
+    ids, mask = tiny.batch((4, 3, 2))
+    kv = {"a": tiny.random_kv(model, 3), "b": tiny.random_kv(model, 4)}
+    for rows in (["a", "b"], ["a", "b", None, "a"], ["a"] * 6):
+        with (
+            use_prefix(model, kv, rows),
+            pytest.raises(ValueError, match=rf"rows: got {len(rows)} names.* 3 rows"),
+        ):
+            model(ids, attention_mask=mask)
+    refused = {
+        "rows: got None with several": (kv, None),
+        "rows: got names with one": (kv["a"], ["a", "a", "a"]),
+        "rows: got 'c', takes one of": (kv, ["a", "c", None]),
+        "kv: got no prefixes": ({}, [None]),
+    }
+    for message, arguments in refused.items():
+        with pytest.raises(ValueError, match=message), use_prefix(model, *arguments):
+            pass
+    assert model.config._attn_implementation == "sdpa"
