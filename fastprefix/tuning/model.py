@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.encoders import DirectEncoder, MLPEncoder, to_flat
+from fastprefix.encoders import Encoder, build_encoder, slot_lengths, to_flat
 from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
 from fastprefix.hf.peft_format import load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.config import PrefixConfig
+from fastprefix.tuning.init import embedding_weight, initial_prefix
 
 
 class PrefixTuningModel(nn.Module):
@@ -28,7 +29,8 @@ class PrefixTuningModel(nn.Module):
         tokenizer: the base's; needed for init="text".
 
     Raises:
-        ValueError: init="text" without a tokenizer.
+        ValueError: the config does not fit the model, or init="text" without a tokenizer.
+        FileNotFoundError: config.init_prefix does not exist.
         UnsupportedModelError: see :func:`fastprefix.patch_model`.
 
     Example:
@@ -44,35 +46,13 @@ class PrefixTuningModel(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
-        start = _initial_ids(config, model, tokenizer)  # before anything is changed
-        patch_model(model)
+        with patched(model):  # left as it was if something is refused
+            encoder = _new_encoder(model, config, tokenizer)
+            patch_model(model)
         model.requires_grad_(False)
         self.base_model = model
         self.prefix_config = config
-        shapes = layer_shapes(model)
-        self.encoder: DirectEncoder | MLPEncoder
-        if config.prefix_projection:
-            hidden = _embedding_weight(model).shape[1]
-            self.encoder = MLPEncoder(
-                shapes,
-                config.num_virtual_tokens,
-                embedding_size=hidden,
-                hidden_size=config.encoder_hidden_size or hidden,
-                position_offset=config.position_offset,
-                dropout=config.dropout,
-                init_std=config.init_std,
-            )
-        else:
-            self.encoder = DirectEncoder(
-                shapes,
-                config.num_virtual_tokens,
-                position_offset=config.position_offset,
-                dropout=config.dropout,
-                init_std=config.init_std,
-            )
-        self.encoder.to(model.device)
-        if start is not None:
-            self.encoder.start_from(to_flat(PrefixKV.prefill(model, start)))
+        self.encoder = encoder
         self.register_load_state_dict_post_hook(_allow_no_base)
         self.register_state_dict_post_hook(_drop_base)
 
@@ -244,28 +224,34 @@ class PrefixTuningModel(nn.Module):
         self.activation_checkpointing_disable()
 
 
-def _initial_ids(
-    config: PrefixConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> Tensor | None:
-    """[P] token ids whose keys and values the prefix starts from; None for a random start."""
-    P = config.num_virtual_tokens
-    if config.init == "random":
-        return None
-    if config.init == "vocab":
-        return torch.randint(_embedding_weight(model).shape[0], (P,))
-    if tokenizer is None:
-        raise ValueError("tokenizer: got None, init='text' needs one")
-    ids = torch.tensor(tokenizer(config.init_text)["input_ids"])
-    if len(ids) == 0:
-        raise ValueError(f"init_text: {config.init_text!r} has no tokens")
-    return ids.repeat(-(-P // len(ids)))[:P]
-
-
-def _embedding_weight(model: PreTrainedModel) -> Tensor:
-    """[vocabulary, hidden]."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
+def _new_encoder(
+    model: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> Encoder:
+    """What the configuration asks for, for a patched model, with its start."""
+    shapes = layer_shapes(model)
+    lengths = slot_lengths(
+        len(shapes), config.num_virtual_tokens, config.layers, config.layer_lengths
+    )
+    encoder = build_encoder(
+        shapes,
+        lengths,
+        embedding_size=embedding_weight(model).shape[1],
+        prefix_projection=config.prefix_projection,
+        encoder_reparameterization_type=config.encoder_reparameterization_type,
+        encoder_hidden_size=config.encoder_hidden_size,
+        encoder_num_layers=config.encoder_num_layers,
+        encoder_per_layer=config.encoder_per_layer,
+        encoder_orthogonal=config.encoder_orthogonal,
+        share_layers=config.share_layers,
+        position_offset=config.position_offset,
+        dropout=config.dropout,
+        num_frozen_tokens=config.num_frozen_tokens,
+        init_std=config.init_std,
+    ).to(model.device)
+    start = initial_prefix(config, model, tokenizer, encoder.layout)
+    if start is not None:
+        encoder.start_from(start)
+    return encoder
 
 
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
