@@ -1,7 +1,27 @@
 """Parameterisations of a prefix. Each is a module that, called, gives a :class:`PrefixKV`."""
 
-from fastprefix.encoders.direct import DirectEncoder
-from fastprefix.encoders.flat import flat_width, to_flat, to_prefix_kv
+from fastprefix.encoders.base import Encoder
+from fastprefix.encoders.build import build_encoder, slot_lengths
+from fastprefix.encoders.direct import DirectEncoder, SharedEncoder
+from fastprefix.encoders.flat import Layout, flat_width, to_flat, to_prefix_kv
+from fastprefix.encoders.init import orthogonal, resize
+from fastprefix.encoders.lstm import LSTMEncoder
 from fastprefix.encoders.mlp import MLPEncoder
+from fastprefix.encoders.network import NetworkEncoder
 
-__all__ = ["DirectEncoder", "MLPEncoder", "flat_width", "to_flat", "to_prefix_kv"]
+__all__ = [
+    "DirectEncoder",
+    "Encoder",
+    "LSTMEncoder",
+    "Layout",
+    "MLPEncoder",
+    "NetworkEncoder",
+    "SharedEncoder",
+    "build_encoder",
+    "flat_width",
+    "orthogonal",
+    "resize",
+    "slot_lengths",
+    "to_flat",
+    "to_prefix_kv",
+]

@@ -2,56 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastprefix.encoders.flat import check_start, flat_width, to_prefix_kv
-from fastprefix.kv import LayerShape, PrefixKV
+from fastprefix.encoders.base import Encoder
+from fastprefix.kv import LayerShape
 
 
-class DirectEncoder(nn.Module):
+class DirectEncoder(Encoder):
     """One trainable number for each number of the prefix (Li and Liang 2021, "no reparam").
 
     Args:
-        shapes: the layers' key and value shapes.
-        num_virtual_tokens: P.
-        position_offset: position of the first token behind the prefix; P if None.
-        dropout: probability of zeroing a number of the prefix in training.
+        shapes: see :class:`Encoder`.
+        lengths: see :class:`Encoder`.
         init_std: standard deviation of the random start.
+        options: the other arguments of :class:`Encoder`.
 
     Attributes:
-        embedding: [P, width], in the layout of :mod:`fastprefix.encoders.flat`.
+        embedding: the trained tokens: [P, width] in the layout of :mod:`fastprefix.encoders.flat`;
+            where layers have different lengths only what they use of it, row after row.
     """
 
     def __init__(
         self,
         shapes: Sequence[LayerShape],
-        num_virtual_tokens: int,
+        lengths: int | Sequence[int],
         *,
-        position_offset: int | None = None,
-        dropout: float = 0.0,
         init_std: float = 0.02,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.shapes = tuple(shapes)
-        self.position_offset = position_offset
-        self.embedding = nn.Parameter(
-            init_std * torch.randn(num_virtual_tokens, flat_width(self.shapes))
+        super().__init__(shapes, lengths, **options)
+        self.init_std = init_std
+        trained = self.trained
+        size = (
+            (trained.num_virtual_tokens, trained.width)
+            if trained.is_even
+            else (trained.num_numbers,)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.embedding = nn.Parameter(init_std * torch.randn(size))
+        if self.frozen is not None:
+            self.frozen.normal_(0.0, init_std)
 
-    def forward(self) -> PrefixKV:
-        """The prefix, with gradients; dropout applies in training."""
-        return to_prefix_kv(self.dropout(self.embedding), self.shapes, self.position_offset)
+    def compute(self) -> Tensor:
+        """See :meth:`Encoder.compute`."""
+        if self.trained.is_even:
+            return self.embedding
+        used = self.trained.used().to(self.embedding.device)
+        return self.embedding.new_zeros(used.shape).masked_scatter(used, self.embedding)
 
-    @torch.no_grad()
-    def start_from(self, flat: Tensor) -> None:
-        """Starts from given numbers [P, width].
-
-        Raises:
-            ValueError: flat has another shape.
-        """
-        check_start(flat, self.embedding.shape[0], self.shapes)
+    def _start_from(self, flat: Tensor) -> None:
+        if not self.trained.is_even:
+            flat = flat[self.trained.used().to(flat.device)]
         self.embedding.copy_(flat)
+
+    def _carry(self, num_tokens: int) -> Callable[[Tensor], Tensor]:
+        old = self.trained
+        if old.is_even:
+            return super()._carry(num_tokens)
+        new = old.longer(num_tokens).used()
+        kept = torch.zeros_like(new)
+        kept[: old.num_virtual_tokens] = old.used()
+        kept = kept[new]  # by number of the new embedding, whether it is one of the old
+
+        def carry(x: Tensor) -> Tensor:
+            return x.new_zeros(kept.shape).masked_scatter(kept.to(x.device), x)
+
+        return carry
+
+    def _new_numbers(self, count: int) -> Tensor:
+        return self.init_std * torch.randn(count)
+
+    def _missing_tokens(self, embedding: Tensor) -> int:
+        if self.trained.is_even:
+            return super()._missing_tokens(embedding)
+        return (embedding.numel() - self.trained.num_numbers) // self.trained.width
+
+
+class SharedEncoder(Encoder):
+    """One block of trainable keys and values that all layers use.
+
+    Args:
+        shapes: see :class:`Encoder`; layers with a prefix must have the same.
+        lengths: see :class:`Encoder`; a layer uses as many leading tokens of the block.
+        init_std: standard deviation of the random start.
+        options: the other arguments of :class:`Encoder`.
+
+    Attributes:
+        embedding: [P, width of one layer], the trained tokens.
+
+    Raises:
+        ValueError: layers with a prefix have different shapes.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        lengths: int | Sequence[int],
+        *,
+        init_std: float = 0.02,
+        **options: Any,
+    ) -> None:
+        super().__init__(shapes, lengths, **options)
+        self.init_std = init_std
+        if len({self.layout.shapes[slot] for slot in self.layout.slots}) > 1:
+            raise ValueError(
+                f"shapes: got {sorted(set(shapes), key=str)}; layers that share one block must "
+                "have one shape"
+            )
+        P, width = self.trained.num_virtual_tokens, self.layout.widths[0]
+        self.embedding = nn.Parameter(init_std * torch.randn(P, width))
+        if self.frozen is not None:
+            frozen = init_std * torch.randn(self.num_frozen_tokens, width)
+            self.frozen.copy_(self._repeat(frozen))
+
+    def compute(self) -> Tensor:
+        """See :meth:`Encoder.compute`."""
+        return self._repeat(self.embedding)
+
+    def _repeat(self, block: Tensor) -> Tensor:
+        return block.repeat(1, len(self.layout.slots))
+
+    def _start_from(self, flat: Tensor) -> None:
+        """One block cannot be different numbers in different layers: it starts from their mean.
+
+        Over the layers that use a token; this is the block nearest to all of them.
+        """
+        trained = self.trained
+        layers = flat.unflatten(1, (len(trained.slots), -1))
+        used = trained.used().to(flat.device).unflatten(1, layers.shape[1:])
+        longest = [trained.lengths[slot] for slot in trained.slots].index(flat.shape[0])
+        one = layers[:, longest]  # equal layers give their block to the bit
+        rest = (layers - one[:, None]).masked_fill(~used, 0.0)
+        self.embedding.copy_(one + rest.sum(1) / used.sum(1))
+
+    def _new_numbers(self, count: int) -> Tensor:
+        return self.init_std * torch.randn(count)

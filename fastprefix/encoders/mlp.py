@@ -1,74 +1,77 @@
-"""Keys and values as the output of a small network over an embedding."""
+"""Keys and values as the output of a perceptron over an embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastprefix.encoders.flat import check_start, flat_width, to_prefix_kv
-from fastprefix.kv import LayerShape, PrefixKV
+from fastprefix.encoders.network import NetworkEncoder, orthogonalize
+from fastprefix.kv import LayerShape
 
 
-class MLPEncoder(nn.Module):
-    """embedding -> linear -> tanh -> linear (Li and Liang 2021, section 4.3, equation 4).
-
-    The network is run once for a forward pass, not once for a row of the batch, and is dropped at
-    export: what ships is the prefix it ends up with.
+class MLPEncoder(NetworkEncoder):
+    """embedding -> linear (-> tanh -> linear) (Li and Liang 2021, section 4.3, equation 4).
 
     Args:
-        shapes: the layers' key and value shapes.
-        num_virtual_tokens: P.
+        shapes: see :class:`Encoder`.
+        lengths: see :class:`Encoder`.
         embedding_size: width of the embedding.
-        hidden_size: width of the hidden layer.
-        position_offset: position of the first token behind the prefix; P if None.
-        dropout: probability of zeroing a number of the prefix in training.
-        init_std: standard deviation of the embedding's random start.
-    """
+        hidden_size: width of the hidden layers.
+        num_layers: linear layers, 1, 2 (the paper's) or 3, with tanh between them.
+        per_layer: a perceptron of its own for every attention layer, over one embedding; else one
+            perceptron for all of them.
+        orthogonal: start from orthogonal weights.
+        init_std: standard deviation of the prefix at the random start.
+        options: the other arguments of :class:`Encoder`.
 
-    start: Tensor
+    Attributes:
+        transform: the perceptron, or with per_layer a list of them.
+    """
 
     def __init__(
         self,
         shapes: Sequence[LayerShape],
-        num_virtual_tokens: int,
+        lengths: int | Sequence[int],
         *,
         embedding_size: int,
         hidden_size: int,
-        position_offset: int | None = None,
-        dropout: float = 0.0,
+        num_layers: int = 2,
+        per_layer: bool = False,
+        orthogonal: bool = False,
         init_std: float = 0.02,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.shapes = tuple(shapes)
-        self.position_offset = position_offset
-        width = flat_width(self.shapes)
-        self.embedding = nn.Parameter(init_std * torch.randn(num_virtual_tokens, embedding_size))
-        self.transform = nn.Sequential(
-            nn.Linear(embedding_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, width)
-        )
-        self.dropout = nn.Dropout(dropout)
-        self.register_buffer("start", torch.zeros(num_virtual_tokens, width))
+        super().__init__(shapes, lengths, embedding_size=embedding_size, **options)
+        self.per_layer = per_layer
+        hidden = [embedding_size] + [hidden_size] * (num_layers - 1)
+        self.transform: nn.Sequential | nn.ModuleList
+        if per_layer:
+            self.transform = nn.ModuleList(perceptron([*hidden, w]) for w in self.layout.widths)
+        else:
+            self.transform = perceptron([*hidden, self.layout.width])
+        if orthogonal:
+            orthogonalize(self.transform)
+        self._scale(init_std)
 
-    def forward(self) -> PrefixKV:
-        """The prefix, with gradients; dropout applies in training."""
-        flat = self.start + self.transform(self.embedding)
-        return to_prefix_kv(self.dropout(flat), self.shapes, self.position_offset)
+    def run(self, embedding: Tensor) -> Tensor:
+        """See :meth:`NetworkEncoder.run`."""
+        if self.per_layer:
+            return torch.cat([transform(embedding) for transform in self.transform], dim=1)
+        return self.transform(embedding)
 
-    @torch.no_grad()
-    def start_from(self, flat: Tensor) -> None:
-        """Starts from given numbers [P, width]: the network learns the difference from them.
+    def outputs(self) -> Sequence[nn.Linear]:
+        """See :meth:`NetworkEncoder.outputs`."""
+        perceptrons = self.transform if self.per_layer else [self.transform]
+        return [transform[-1] for transform in perceptrons]  # type: ignore[index]
 
-        No embedding makes a random network give chosen outputs, so the numbers become a constant
-        to which the network, its last layer zeroed, at first adds nothing.
 
-        Raises:
-            ValueError: flat has another shape.
-        """
-        check_start(flat, self.embedding.shape[0], self.shapes)
-        last = self.transform[-1]
-        assert isinstance(last, nn.Linear)
-        last.weight.zero_()
-        last.bias.zero_()
-        self.start.copy_(flat)
+def perceptron(sizes: Sequence[int]) -> nn.Sequential:
+    """Linear layers from each size to the next, tanh between them."""
+    modules: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        modules += [nn.Linear(before, after), nn.Tanh()]
+    return nn.Sequential(*modules[:-1])

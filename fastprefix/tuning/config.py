@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-Init = Literal["random", "text", "vocab"]
+from fastprefix.encoders.build import Reparameterization
+from fastprefix.encoders.init import Resize
+
+Init = Literal["random", "orthogonal", "zero", "text", "vocab", "prefix"]
 # PEFT's; None leaves it open, as PEFT does
 TASK_TYPES = (
     "CAUSAL_LM",
@@ -22,25 +25,44 @@ TASK_TYPES = (
 class PrefixConfig:
     """Configuration of prefix tuning (Li and Liang 2021).
 
+    Layers are the model's attention layers, counted from 0 in the order in which they run.
+
     Attributes:
-        num_virtual_tokens: prefix length P.
+        num_virtual_tokens: prefix length P; with layer_lengths the longest of them.
         task_type: PEFT's name of the task; None leaves it open.
         modules_to_save: modules of the base that are trained and saved too, by the last part of
             their names; those that PEFT takes for the task if None.
-        prefix_projection: train an MLP that produces the prefix, not the prefix itself.
-        encoder_hidden_size: the MLP's hidden size; the model's hidden size if None.
+        prefix_projection: train a network that produces the prefix, not the prefix itself.
+        encoder_reparameterization_type: which, "MLP" or "LSTM" (P-tuning's; Liu et al. 2021).
+        encoder_hidden_size: the network's hidden size; the model's hidden size if None.
+        encoder_num_layers: linear layers of an MLP, 1 to 3, or layers of an LSTM.
+        encoder_per_layer: an MLP of its own for every attention layer.
+        encoder_orthogonal: start from orthogonal weights of the network.
+        share_layers: one block of keys and values for all layers; without prefix_projection.
+        layers: the layers that get a prefix; all if None.
+        layer_lengths: the prefix length of each layer, 0 for none; num_virtual_tokens everywhere
+            if None.
+        num_frozen_tokens: leading tokens that stay what they are at the start.
         position_offset: position of the text's first token; num_virtual_tokens if None, as in
             PEFT. 0 lets the text keep the positions that it has without a prefix.
         dropout: probability of zeroing a number of the prefix in training.
-        init: "random", "text" (the model's own keys and values for init_text, repeated or cut to
-            P tokens) or "vocab" (those for tokens drawn at random from the vocabulary).
+        init: what the prefix starts from, whatever produces it: "random" (normal, of standard
+            deviation init_std), "orthogonal" (tokens orthogonal in every layer, of that standard
+            deviation), "zero" (all tokens alike: without a network or dropout they stay so),
+            "text" (the model's own keys and values for init_text, repeated or cut to P tokens),
+            "vocab" (those for tokens drawn at random from the vocabulary), "prefix" (init_prefix).
         init_text: the text for init="text".
+        init_prefix: the prefix for init="prefix": a file of :meth:`fastprefix.PrefixKV.save`, or an
+            adapter's folder or name on the hub.
+        init_resize: how init_prefix becomes P tokens long: "pad" (random tokens behind it),
+            "repeat" or "resample" (linear interpolation); the former two cut at the end.
         init_std: standard deviation of the random start.
         prefix_in_window: whether the prefix slides out of a model's sliding windows as a text
             would, which PEFT's do, or is always seen.
         peft_type: "PREFIX_TUNING" or "CARTRIDGE": as what PEFT loads the adapter.
 
     Raises:
+        TypeError: layers or layer_lengths are not sequences of integers.
         ValueError: a field has a value it does not take; the message names it.
     """
 
@@ -48,11 +70,21 @@ class PrefixConfig:
     task_type: str | None = "CAUSAL_LM"
     modules_to_save: list[str] | None = None
     prefix_projection: bool = False
+    encoder_reparameterization_type: Reparameterization = "MLP"
     encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_per_layer: bool = False
+    encoder_orthogonal: bool = False
+    share_layers: bool = False
+    layers: list[int] | None = None
+    layer_lengths: list[int] | None = None
+    num_frozen_tokens: int = 0
     position_offset: int | None = None
     dropout: float = 0.0
     init: Init = "random"
     init_text: str | None = None
+    init_prefix: str | None = None
+    init_resize: Resize = "pad"
     init_std: float = 0.02
     prefix_in_window: bool = False
     peft_type: Literal["PREFIX_TUNING", "CARTRIDGE"] = "PREFIX_TUNING"
@@ -66,20 +98,87 @@ class PrefixConfig:
             raise ValueError(
                 f"peft_type: got {self.peft_type!r}, takes 'PREFIX_TUNING' or 'CARTRIDGE'"
             )
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            raise ValueError(
-                f"encoder_hidden_size: got {self.encoder_hidden_size}, takes 1 or more"
-            )
+        self._check_encoder()
+        self._check_layers()
         if self.position_offset is not None and self.position_offset < 0:
             raise ValueError(f"position_offset: got {self.position_offset}, takes 0 or more")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, takes 0 <= dropout < 1")
-        if self.init not in get_args(Init):
-            raise ValueError(f"init: got {self.init!r}, takes one of {get_args(Init)}")
+        self._check_choice("init", Init)
         if (self.init == "text") != bool(self.init_text):
             raise ValueError(
                 f"init_text: got {self.init_text!r} with init={self.init!r}; a text goes with "
                 "init='text' and only with it"
             )
-        if not self.init_std >= 0.0:
+        if (self.init == "prefix") != bool(self.init_prefix):
+            raise ValueError(
+                f"init_prefix: got {self.init_prefix!r} with init={self.init!r}; a prefix goes "
+                "with init='prefix' and only with it"
+            )
+        self._check_choice("init_resize", Resize)
+        if not 0.0 <= self.init_std < float("inf"):
             raise ValueError(f"init_std: got {self.init_std}, takes 0 or more")
+
+    def _check_choice(self, name: str, literal: Any) -> None:
+        if getattr(self, name) not in get_args(literal):
+            raise ValueError(
+                f"{name}: got {getattr(self, name)!r}, takes one of {get_args(literal)}"
+            )
+
+    def _check_encoder(self) -> None:
+        self._check_choice("encoder_reparameterization_type", Reparameterization)
+        kind = self.encoder_reparameterization_type
+        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
+            raise ValueError(
+                f"encoder_hidden_size: got {self.encoder_hidden_size}, takes 1 or more"
+            )
+        most = 3 if kind == "MLP" else None
+        if self.encoder_num_layers < 1 or (most and self.encoder_num_layers > most):
+            raise ValueError(
+                f"encoder_num_layers: got {self.encoder_num_layers}, takes "
+                f"{'1 to 3' if most else '1 or more'} for an {kind}"
+            )
+        if self.encoder_per_layer and kind != "MLP":
+            raise ValueError(f"encoder_per_layer: got True, takes False for an {kind}")
+        if not self.prefix_projection:
+            defaults = {"encoder_reparameterization_type": "MLP", "encoder_num_layers": 2}
+            defaults |= {"encoder_per_layer": False, "encoder_orthogonal": False}
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}: got {getattr(self, name)!r} without a network; set "
+                        "prefix_projection=True"
+                    )
+        elif self.share_layers:
+            raise ValueError("share_layers: got True, takes False with prefix_projection=True")
+
+    def _check_layers(self) -> None:
+        for name in ("layers", "layer_lengths"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if isinstance(given, str) or not all(type(number) is int for number in given):
+                raise TypeError(f"{name}: got {given!r}, takes a list of integers")
+            setattr(self, name, list(given))
+            if not given or min(given) < 0:
+                raise ValueError(f"{name}: got {list(given)}, takes numbers of 0 or more")
+        if self.layers is not None:
+            if self.layer_lengths is not None:
+                raise ValueError(
+                    "layers: got both layers and layer_lengths, takes one; a length of 0 leaves "
+                    "a layer out"
+                )
+            if len(set(self.layers)) != len(self.layers):
+                raise ValueError(f"layers: got {self.layers}, takes every layer once")
+        lengths = self.layer_lengths or [self.num_virtual_tokens]
+        if max(lengths) != self.num_virtual_tokens:
+            raise ValueError(
+                f"layer_lengths: got {lengths} with num_virtual_tokens={self.num_virtual_tokens}, "
+                "which must be the longest of them"
+            )
+        shortest = min(length for length in lengths if length)
+        if not 0 <= self.num_frozen_tokens < shortest:
+            raise ValueError(
+                f"num_frozen_tokens: got {self.num_frozen_tokens}, takes 0 or more, and fewer "
+                f"than the {shortest} tokens of the shortest prefix of a layer"
+            )

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.encoders import DirectEncoder, MLPEncoder, to_flat
+from fastprefix.encoders import Encoder, build_encoder, slot_lengths
 from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
 from fastprefix.hf.peft_format import PREFIX_KINDS, load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.base import TunedModel, embedding_weight, load_heads
 from fastprefix.tuning.config import PrefixConfig
+from fastprefix.tuning.init import initial_prefix
 
 
 class PrefixTuningModel(TunedModel):
@@ -30,7 +31,8 @@ class PrefixTuningModel(TunedModel):
         tokenizer: the base's; needed for init="text".
 
     Raises:
-        ValueError: init="text" without a tokenizer.
+        ValueError: the config does not fit the model, or init="text" without a tokenizer.
+        FileNotFoundError: config.init_prefix does not exist.
         UnsupportedModelError: see :func:`fastprefix.patch_model`.
 
     Example:
@@ -39,40 +41,20 @@ class PrefixTuningModel(TunedModel):
         >>> tuned.save_pretrained("adapter")
     """
 
+    encoder: Encoder
+
     def __init__(
         self,
         model: PreTrainedModel,
         config: PrefixConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        start = _initial_ids(config, model, tokenizer)  # before anything is changed
-        patch_model(model)
+        with patched(model):  # left as it was if something is refused
+            encoder = _new_encoder(model, config, tokenizer)
+            patch_model(model)
         super().__init__(model)
         self.prefix_config = config
-        shapes = layer_shapes(model)
-        self.encoder: DirectEncoder | MLPEncoder
-        if config.prefix_projection:
-            hidden = embedding_weight(model).shape[1]
-            self.encoder = MLPEncoder(
-                shapes,
-                config.num_virtual_tokens,
-                embedding_size=hidden,
-                hidden_size=config.encoder_hidden_size or hidden,
-                position_offset=config.position_offset,
-                dropout=config.dropout,
-                init_std=config.init_std,
-            )
-        else:
-            self.encoder = DirectEncoder(
-                shapes,
-                config.num_virtual_tokens,
-                position_offset=config.position_offset,
-                dropout=config.dropout,
-                init_std=config.init_std,
-            )
-        self.encoder.to(model.device)
-        if start is not None:
-            self.encoder.start_from(to_flat(PrefixKV.prefill(model, start)))
+        self.encoder = encoder
         self.train_heads(config.modules_to_save, config.task_type)
 
     def forward(
@@ -144,6 +126,8 @@ class PrefixTuningModel(TunedModel):
         if config.peft_type == "PREFIX_TUNING":
             fields["encoder_hidden_size"] = config.encoder_hidden_size
             fields["prefix_projection"] = config.prefix_projection
+        else:
+            fields["num_frozen_tokens"] = config.num_frozen_tokens
         save_adapter(folder, self.export(), fields, kind=config.peft_type, heads=self.heads())
 
     @classmethod
@@ -164,41 +148,51 @@ class PrefixTuningModel(TunedModel):
         with patched(model):  # left as it was if the adapter is refused
             shapes = layer_shapes(model)
         adapter = load_adapter(name_or_folder, shapes)
-        frozen = adapter.config.get("num_frozen_tokens", 0)
-        if is_trainable and frozen:
-            raise NotImplementedError(
-                f"is_trainable: got True for an adapter whose first {frozen} tokens are frozen, "
-                "which is not supported yet"
-            )
         kind = adapter.config["peft_type"]
+        lengths = [key.shape[1] for key in adapter.kv.keys]
         config = PrefixConfig(
             num_virtual_tokens=adapter.kv.num_virtual_tokens,
+            layer_lengths=None if len(set(lengths)) == 1 else lengths,
             task_type=adapter.config.get("task_type"),
             modules_to_save=adapter.config.get("modules_to_save"),
+            num_frozen_tokens=adapter.config.get("num_frozen_tokens", 0),
             position_offset=adapter.kv.position_offset,
             prefix_in_window=adapter.kv.in_window,
             peft_type=kind if kind in PREFIX_KINDS else "PREFIX_TUNING",
         )
         load_heads(model, adapter.heads)
         tuned = cls(model, config)
-        tuned.encoder.start_from(to_flat(adapter.kv))
+        tuned.encoder.start_from(tuned.encoder.layout.to_flat(adapter.kv))
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
 
 
-def _initial_ids(
-    config: PrefixConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> Tensor | None:
-    """[P] token ids whose keys and values the prefix starts from; None for a random start."""
-    P = config.num_virtual_tokens
-    if config.init == "random":
-        return None
-    if config.init == "vocab":
-        return torch.randint(embedding_weight(model).shape[0], (P,))
-    if tokenizer is None:
-        raise ValueError("tokenizer: got None, init='text' needs one")
-    ids = torch.tensor(tokenizer(config.init_text)["input_ids"])
-    if len(ids) == 0:
-        raise ValueError(f"init_text: {config.init_text!r} has no tokens")
-    return ids.repeat(-(-P // len(ids)))[:P]
+def _new_encoder(
+    model: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> Encoder:
+    """What the configuration asks for, for a patched model, with its start."""
+    shapes = layer_shapes(model)
+    lengths = slot_lengths(
+        len(shapes), config.num_virtual_tokens, config.layers, config.layer_lengths
+    )
+    encoder = build_encoder(
+        shapes,
+        lengths,
+        embedding_size=embedding_weight(model).shape[1],
+        prefix_projection=config.prefix_projection,
+        encoder_reparameterization_type=config.encoder_reparameterization_type,
+        encoder_hidden_size=config.encoder_hidden_size,
+        encoder_num_layers=config.encoder_num_layers,
+        encoder_per_layer=config.encoder_per_layer,
+        encoder_orthogonal=config.encoder_orthogonal,
+        share_layers=config.share_layers,
+        position_offset=config.position_offset,
+        dropout=config.dropout,
+        num_frozen_tokens=config.num_frozen_tokens,
+        init_std=config.init_std,
+    ).to(model.device)
+    start = initial_prefix(config, model, tokenizer, encoder.layout)
+    if start is not None:
+        encoder.start_from(start)
+    return encoder

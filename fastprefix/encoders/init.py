@@ -1,0 +1,90 @@
+"""Numbers that a prefix may start from, besides random ones: see :meth:`Encoder.start_from`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastprefix.encoders.flat import Layout
+from fastprefix.kv import PrefixKV
+
+Resize = Literal["pad", "repeat", "resample"]
+
+
+def orthogonal(layout: Layout, std: float) -> Tensor:
+    """Random prefix whose virtual tokens are orthogonal in every layer, keys and values apart.
+
+    By QR of a normal matrix [P, Hkv · D], whose rows are the tokens. Where there are more tokens
+    than numbers in one, orthogonal columns instead.
+
+    Args:
+        layout: of the prefix.
+        std: root mean square of its numbers.
+
+    Returns:
+        [P, width], in the layout's order.
+    """
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    for shape, length in zip(layout.shapes, layout.lengths, strict=True):
+        for size, tensors in ((shape.key_size, keys), (shape.value_size, values)):
+            tokens = torch.empty(length, shape.num_heads * size)
+            if length:
+                torch.nn.init.orthogonal_(tokens, std * max(tokens.shape) ** 0.5)
+            tensors.append(tokens.unflatten(1, (shape.num_heads, size)).transpose(0, 1))
+    return layout.to_flat(PrefixKV(tuple(keys), tuple(values), 0))
+
+
+def resize(
+    kv: PrefixKV, lengths: int | Sequence[int], method: Resize = "pad", *, pad_std: float = 0.02
+) -> PrefixKV:
+    """A prefix of another length, to start training from.
+
+    Args:
+        kv: the prefix.
+        lengths: virtual tokens of every layer, or of each; 0 for none.
+        method: "pad" and "repeat" keep the first tokens; where more are wanted, "pad" puts random
+            ones behind, "repeat" starts over with the first. "resample" interpolates linearly along
+            the tokens, the first and the last staying what they are; of keys with rotary positions
+            that is no more than a start.
+        pad_std: standard deviation of the random tokens.
+
+    Returns:
+        A learned prefix: it stays in view of sliding windows, and position_offset is its length.
+
+    Raises:
+        ValueError: unknown method, lengths do not fit, or a layer without a prefix should get one
+            by "repeat" or "resample".
+    """
+    if method not in get_args(Resize):
+        raise ValueError(f"method: got {method!r}, takes one of {get_args(Resize)}")
+    layout = Layout.make(kv.shapes, lengths)
+
+    def change(tensor: Tensor, length: int) -> Tensor:
+        P = tensor.shape[1]
+        if length == P:
+            return tensor
+        if length and not P and method != "pad":
+            raise ValueError(
+                f"kv: got a layer without a prefix, of which method={method!r} cannot make "
+                f"{length} tokens; method='pad' can"
+            )
+        if method == "resample" and length:
+            place = torch.linspace(0, P - 1, length, dtype=torch.float64, device=tensor.device)
+            low = place.floor().long().clamp(max=max(P - 2, 0))
+            weight = (place - low)[:, None].to(tensor.dtype)
+            return tensor[:, low].lerp(tensor[:, (low + 1).clamp(max=P - 1)], weight)
+        if method == "repeat" and length > P:
+            return tensor.repeat(1, -(-length // P), 1)[:, :length]
+        more = max(length - P, 0)
+        noise = pad_std * torch.randn(tensor.shape[0], more, tensor.shape[2])
+        return torch.cat([tensor[:, :length], noise.to(tensor)], dim=1)
+
+    keys, values = (
+        tuple(change(x, length) for x, length in zip(tensors, layout.lengths, strict=True))
+        for tensors in (kv.keys, kv.values)
+    )
+    return PrefixKV(keys, values, layout.num_virtual_tokens)

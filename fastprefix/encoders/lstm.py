@@ -1,0 +1,64 @@
+"""Keys and values as the output of an LSTM over an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastprefix.encoders.network import NetworkEncoder, orthogonalize
+from fastprefix.kv import LayerShape
+
+
+class LSTMEncoder(NetworkEncoder):
+    """embedding -> bidirectional LSTM -> linear -> ReLU -> linear (Liu et al. 2021, section 3.2).
+
+    P-tuning's encoder ("GPT Understands, Too"), for keys and values in place of input embeddings.
+    The virtual tokens see each other in it.
+
+    Args:
+        shapes: see :class:`Encoder`.
+        lengths: see :class:`Encoder`.
+        embedding_size: width of the embedding.
+        hidden_size: of the LSTM in each direction; the perceptron's is twice that.
+        num_layers: of the LSTM.
+        orthogonal: start from orthogonal weights.
+        init_std: standard deviation of the prefix at the random start.
+        options: the other arguments of :class:`Encoder`.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        lengths: int | Sequence[int],
+        *,
+        embedding_size: int,
+        hidden_size: int,
+        num_layers: int = 2,
+        orthogonal: bool = False,
+        init_std: float = 0.02,
+        **options: Any,
+    ) -> None:
+        super().__init__(shapes, lengths, embedding_size=embedding_size, **options)
+        self.lstm = nn.LSTM(embedding_size, hidden_size, num_layers, bidirectional=True)
+        self.transform = nn.Sequential(
+            nn.Linear(2 * hidden_size, 2 * hidden_size),
+            nn.ReLU(),
+            nn.Linear(2 * hidden_size, self.layout.width),
+        )
+        if orthogonal:
+            orthogonalize(self.lstm)
+            orthogonalize(self.transform)
+        self._scale(init_std)
+
+    def run(self, embedding: Tensor) -> Tensor:
+        """See :meth:`NetworkEncoder.run`."""
+        hidden, _ = self.lstm(embedding)  # [P, 2 * hidden_size], a sequence without a batch
+        return self.transform(hidden)
+
+    def outputs(self) -> Sequence[nn.Linear]:
+        """See :meth:`NetworkEncoder.outputs`."""
+        last = self.transform[-1]
+        assert isinstance(last, nn.Linear)
+        return [last]

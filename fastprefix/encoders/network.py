@@ -1,0 +1,111 @@
+"""What encoders share that compute a prefix with a network over an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.encoders.base import Encoder
+from fastprefix.encoders.flat import Layout
+from fastprefix.kv import LayerShape
+
+_SAMPLES = 256
+
+
+class NetworkEncoder(Encoder):
+    """A network over an embedding, run once for a forward pass, not once for a row of the batch.
+
+    It is dropped at export: what ships is the prefix it ends up with. A subclass makes its network,
+    then calls :meth:`_scale`, and implements :meth:`run` and :meth:`outputs`.
+
+    Args:
+        shapes: see :class:`Encoder`.
+        lengths: see :class:`Encoder`.
+        embedding_size: width of the embedding.
+        options: the other arguments of :class:`Encoder`.
+
+    Attributes:
+        embedding: [trained tokens, embedding_size], normally distributed at the start.
+        start: [trained tokens, width], what the network's output is added to.
+    """
+
+    start: Tensor
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        lengths: int | Sequence[int],
+        *,
+        embedding_size: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(shapes, lengths, **options)
+        P = self.trained.num_virtual_tokens
+        self.embedding = nn.Parameter(torch.randn(P, embedding_size))
+        self.register_buffer("start", torch.zeros(P, self.layout.width))
+
+    def run(self, embedding: Tensor) -> Tensor:
+        """The network's output [P, width] for an embedding [P, embedding_size]."""
+        raise NotImplementedError
+
+    def outputs(self) -> Sequence[nn.Linear]:
+        """The last layers of the network, in the order of their columns."""
+        raise NotImplementedError
+
+    def compute(self) -> Tensor:
+        """See :meth:`Encoder.compute`."""
+        return self.start + self.run(self.embedding)
+
+    @torch.no_grad()
+    def _scale(self, init_std: float) -> None:
+        """Gives the tokens of the new network a mean of 0 and the standard deviation init_std.
+
+        As it is, a network's biases make its tokens differ more from 0 than from each other. Mean
+        and deviation are those for many random embeddings, not for the few that are used.
+        """
+        outputs = self.run(torch.randn(_SAMPLES, self.embedding.shape[1]))
+        means = outputs.mean(0).split([layer.out_features for layer in self.outputs()])
+        factor = init_std / outputs.std(0).square().mean().sqrt()
+        for layer, mean in zip(self.outputs(), means, strict=True):
+            layer.bias.sub_(mean).mul_(factor)
+            layer.weight.mul_(factor)
+        if self.frozen is not None:
+            self.frozen.normal_(0.0, init_std)
+
+    def _start_from(self, flat: Tensor) -> None:
+        """The network learns the difference from given numbers.
+
+        No embedding makes a random network give chosen outputs, so the numbers become a constant
+        to which the network, its last layer zeroed, at first adds nothing.
+        """
+        for layer in self.outputs():
+            layer.weight.zero_()
+            layer.bias.zero_()
+        self.start.copy_(flat)
+
+    def _new_numbers(self, count: int) -> Tensor:
+        return torch.randn(count)
+
+    def _set_layout(self, layout: Layout) -> None:
+        more = layout.num_virtual_tokens - self.layout.num_virtual_tokens
+        self.start = nn.functional.pad(self.start, (0, 0, 0, more))
+        super()._set_layout(layout)
+
+
+def orthogonalize(network: nn.Module) -> None:
+    """Orthogonal weights (Saxe et al. 2014) with the gain of tanh, and no biases.
+
+    Of every matrix of linear layers and LSTMs, in the latter of every gate's own.
+    """
+    gain = nn.init.calculate_gain("tanh")
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() == 1:
+                nn.init.zeros_(parameter)
+                continue
+            gates = 4 if isinstance(module, nn.LSTM) else 1
+            for part in parameter.data.chunk(gates):
+                nn.init.orthogonal_(part, gain)

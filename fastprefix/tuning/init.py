@@ -1,0 +1,73 @@
+"""What a prefix starts from when it is trained: see ``PrefixConfig.init``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastprefix.encoders import Layout, orthogonal, resize
+from fastprefix.hf.peft_format import load_adapter
+from fastprefix.kv import PrefixKV
+from fastprefix.tuning.base import embedding_weight
+from fastprefix.tuning.config import PrefixConfig
+
+
+def initial_prefix(
+    config: PrefixConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    layout: Layout,
+) -> Tensor | None:
+    """The numbers that a prefix starts from, [P, width]; None for an encoder's own random start.
+
+    Raises:
+        ValueError: init="text" without a tokenizer or tokens, or init_prefix does not fit.
+        FileNotFoundError: init_prefix does not exist.
+    """
+    if config.init == "random":
+        return None
+    if config.init == "zero":
+        return torch.zeros(layout.num_virtual_tokens, layout.width)
+    if config.init == "orthogonal":
+        return orthogonal(layout, config.init_std)
+    if config.init == "prefix":
+        kv = _load(config, layout)
+        method = config.init_resize
+    else:
+        kv = PrefixKV.prefill(model, _initial_ids(config, model, tokenizer))
+        method = "pad"  # P tokens: a layer takes the first of them
+    return layout.to_flat(resize(kv, layout.lengths, method, pad_std=config.init_std))
+
+
+def _load(config: PrefixConfig, layout: Layout) -> PrefixKV:
+    """The prefix that init_prefix names."""
+    assert config.init_prefix is not None
+    if Path(config.init_prefix).suffix == ".safetensors":
+        kv = PrefixKV.load(config.init_prefix)
+    else:
+        kv = load_adapter(config.init_prefix, layout.shapes).kv
+    if kv.shapes != layout.shapes:
+        raise ValueError(
+            f"init_prefix: {config.init_prefix} is a prefix of {kv.num_layers} layers "
+            f"{sorted(set(kv.shapes), key=str)}, takes one of {len(layout.shapes)} layers "
+            f"{sorted(set(layout.shapes), key=str)} for this model"
+        )
+    return kv
+
+
+def _initial_ids(
+    config: PrefixConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Tensor:
+    """[P] token ids whose keys and values the prefix starts from."""
+    P = config.num_virtual_tokens
+    if config.init == "vocab":
+        return torch.randint(embedding_weight(model).shape[0], (P,))
+    if tokenizer is None:
+        raise ValueError("tokenizer: got None, init='text' needs one")
+    ids = torch.tensor(tokenizer(config.init_text)["input_ids"])
+    if len(ids) == 0:
+        raise ValueError(f"init_text: {config.init_text!r} has no tokens")
+    return ids.repeat(-(-P // len(ids)))[:P]
