@@ -25,6 +25,7 @@ class ActivePrefix:
         kv: the prefix, or None for plain attention.
         backend: of :func:`fastprefix.prefix_attention`.
         positioned: whether the call's position_ids are already moved behind the prefix.
+        cu_seqlens: offsets [M + 1] of sequences packed in one row, which stand for any mask.
         placement: how a windowed layer with an explicit mask learns how far a prompt slid: "end",
             its keys end at the newest token and text_mask says which are real; "mask", its mask
             says both (a static cache, packed sequences); "unknown", the mask is the user's own.
@@ -35,6 +36,7 @@ class ActivePrefix:
     kv: PrefixKV | None
     backend: str = "auto"
     positioned: bool = False
+    cu_seqlens: Tensor | None = None
     placement: Literal["end", "mask", "unknown"] = "end"
     text_mask: Tensor | None = None
 
@@ -124,7 +126,7 @@ def prefix_attention_forward(
         prefix_key = prefix_key.to(query.device, query.dtype)
         prefix_value = prefix_value.to(query.device, query.dtype)
 
-    key_padding_mask = attn_mask = None
+    key_padding_mask = attn_mask = cu_seqlens = None
     B, Lk, window = key.shape[0], key.shape[2], sliding_window
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     P = prefix_key.shape[1] if prefix_key is not None and in_window else 0
@@ -136,7 +138,9 @@ def prefix_attention_forward(
             f"{type(module).__name__} has a sliding_window of {window} on both sides, which a "
             "prompt does not slide out of yet"
         )
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if isinstance(fastprefix, ActivePrefix) and fastprefix.cu_seqlens is not None:
+        cu_seqlens = fastprefix.cu_seqlens
+    elif attention_mask is not None and attention_mask.dim() == 2:
         key_padding_mask = attention_mask
     elif attention_mask is not None:
         causal = False
@@ -170,6 +174,7 @@ def prefix_attention_forward(
         prefix_value,
         attn_mask=attn_mask,
         key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
         is_causal=causal,
         dropout_p=dropout,
         scale=scaling,

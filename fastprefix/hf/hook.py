@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from fastprefix.hf.attention import NAME, ActivePrefix
+from fastprefix.hf.packing import inputs_of, no_mask, unpack
 from fastprefix.hf.state import ACTIVE, HOOKED, State
 
 
@@ -18,6 +20,11 @@ def inject(
     """Forward pre-hook: adds the active prefix and moves positions behind it."""
     state: State = getattr(module, HOOKED)
     config: Any = module.config
+    if isinstance(kwargs.get("cache"), PagedAttentionCache):
+        raise NotImplementedError(
+            f"{type(module).__name__}: continuous batching keeps keys and values in a paged cache, "
+            "which fastprefix does not read; use generate(), or unpatch_model(model)"
+        )
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
         raise ValueError(
             "output_attentions: fastprefix never forms attention weights; unpatch the model and "
@@ -32,17 +39,29 @@ def inject(
     placed = kwargs.get(NAME)
     if placed is None:
         active = getattr(ACTIVE, state.key, None)
+        if active is None and state.prefixes:
+            raise RuntimeError(
+                f"{type(module).__name__}: a use_prefix block is open in another thread and none "
+                "in this one, which would run without its prefix; open one here as well: "
+                "use_prefix(model, kv), or use_prefix(model, None) for no prefix"
+            )
     elif isinstance(placed, ActivePrefix) and not placed.positioned:
         active = placed
+    elif isinstance(placed, ActivePrefix) and placed.cu_seqlens is not None:
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        return (), {**kwargs, "attention_mask": no_mask(kwargs)}  # the outer hook did the rest
     else:
         return None  # a recorder, or the outer model's hook was here
     if active is None or active.kv is None:
         return None
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
+    offsets = unpack(config, kwargs, names)
     placed_text = _text(kwargs) if active.kv.in_window else {}
-    kwargs[NAME] = replace(active, positioned=True, **placed_text)
-    kwargs["position_ids"] = _positions(kwargs, active.kv.position_offset)
+    kwargs[NAME] = replace(active, positioned=True, cu_seqlens=offsets, **placed_text)
+    kwargs["position_ids"] = _positions(kwargs, active.kv.position_offset, state.num_positions)
+    if offsets is not None and module.base_model is module:
+        kwargs["attention_mask"] = no_mask(kwargs)
     return (), kwargs
 
 
@@ -55,27 +74,46 @@ def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
-def _positions(kwargs: dict[str, Any], offset: int) -> Tensor:
+def _positions(kwargs: dict[str, Any], offset: int, most: int | None) -> Tensor:
     """Positions of the text behind the prefix; padding takes none.
 
     Explicit position_ids count the text from 0. Without them positions follow the attention mask,
     as generate() does: pads between prefix and text must not push the text away.
+
+    Args:
+        kwargs: of the call.
+        offset: position of the token behind the prefix.
+        most: positions that the model has learned, or None for no such number.
+
+    Raises:
+        ValueError: there are not enough of them.
     """
     position_ids = kwargs.get("position_ids")
-    if position_ids is not None:
-        return position_ids + offset
-    inputs = kwargs.get("input_ids")
-    if inputs is None:
-        inputs = kwargs["inputs_embeds"]
-    length = inputs.shape[1]
-    attention_mask = kwargs.get("attention_mask")
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        positions = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -length:]
-    else:
-        cache = kwargs.get("past_key_values")
-        seen = cache.get_seq_length() if cache is not None else 0
-        positions = (torch.arange(length, device=inputs.device) + seen)[None]
-    return positions + offset
+    if position_ids is None:
+        length = inputs_of(kwargs).shape[1]
+        attention_mask = kwargs.get("attention_mask")
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            position_ids = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -length:]
+        else:
+            cache = kwargs.get("past_key_values")
+            seen = cache.get_seq_length() if cache is not None else 0
+            position_ids = (torch.arange(length, device=inputs_of(kwargs).device) + seen)[None]
+    position_ids = position_ids + offset
+    if most is not None and not torch.compiler.is_compiling():
+        _check_learned(position_ids, kwargs.get("attention_mask"), offset, most)
+    return position_ids
+
+
+def _check_learned(position_ids: Tensor, mask: Any, offset: int, most: int) -> None:
+    """Positions behind the prefix, [B, L], against a table of ``most`` learned ones."""
+    if isinstance(mask, Tensor) and mask.dim() == 2 and offset + mask.shape[1] <= most:
+        return  # known without waiting for the device
+    last = int(position_ids.max())
+    if last >= most:
+        raise ValueError(
+            f"position_ids: the text reaches position {last} behind a prefix that takes {offset}, "
+            f"and the model has learned positions 0 to {most - 1}"
+        )
 
 
 def _text(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -85,17 +123,15 @@ def _text(kwargs: dict[str, Any]) -> dict[str, Any]:
         return {"placement": "mask"}
     if attention_mask is None:
         position_ids = kwargs.get("position_ids")
-        if position_ids is None or cache is not None or torch.compiler.is_compiling():
+        if position_ids is None or cache is not None or position_ids.shape[-1] < 2:
             return {}
-        # transformers takes positions that start anew for packed sequences, as we do here
-        packed = position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) != 1).any())
+        # where these leave out a step, transformers' masks may keep packed sequences apart
+        packed = torch.compiler.is_compiling() or bool((position_ids.diff(dim=-1) != 1).any())
         return {"placement": "mask"} if packed else {}
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return {"placement": "unknown"}
-    inputs = kwargs.get("input_ids")
-    length = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[1]
     seen = cache.get_seq_length() if cache is not None else 0
-    return {"text_mask": attention_mask[:, : seen + length]}
+    return {"text_mask": attention_mask[:, : seen + inputs_of(kwargs).shape[1]]}
 
 
 def _check_checkpointing(module: nn.Module, state: State) -> None:

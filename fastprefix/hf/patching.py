@@ -94,30 +94,39 @@ def layer_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
 
 
 @contextlib.contextmanager
-def use_prefix(model: PreTrainedModel, kv: PrefixKV) -> Iterator[PreTrainedModel]:
+def use_prefix(model: PreTrainedModel, kv: PrefixKV | None) -> Iterator[PreTrainedModel]:
     """Every forward of the model in this block, and in this thread, attends to the prefix.
 
     ``generate()``, padding on either side and caches work as without it: the cache and the
     attention mask hold the text alone, position_ids count it from 0. A block within a block
     replaces the prefix. A model that was not patched is patched for the block and restored.
 
+    Threads may run one model with different prefixes. A block belongs to its thread: a thread that
+    generates for a streamer opens its own. While any block with a prefix is open, threads in no
+    block are refused by the model, so that none loses a prefix unnoticed.
+
     Args:
         model: see :func:`patch_model`.
         kv: the prefix; moved to the model's device and dtype if need be. Gradients flow to it.
+            None for no prefix, within another block or beside other threads.
 
     Raises:
-        TypeError: kv is not a PrefixKV.
+        TypeError: kv is neither a PrefixKV nor None.
         ValueError: kv does not fit the model's layers.
         UnsupportedModelError: see :func:`patch_model`.
     """
     with patched(model):
-        active = activate(model, kv)
-        key = _state(model).key
+        active, state = activate(model, kv), _state(model)
+        key, counts = state.key, kv is not None
         outer = getattr(ACTIVE, key, None)
+        with _LOCK:
+            state.prefixes += counts
         setattr(ACTIVE, key, active)
         try:
             yield model
         finally:
+            with _LOCK:
+                state.prefixes -= counts
             setattr(ACTIVE, key, outer)
             if outer is None:
                 delattr(ACTIVE, key)
@@ -145,16 +154,18 @@ def patched(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
                 unpatch_model(model)
 
 
-def activate(model: PreTrainedModel, kv: PrefixKV) -> ActivePrefix:
+def activate(model: PreTrainedModel, kv: PrefixKV | None) -> ActivePrefix:
     """What to hand to a patched model's forward as ``fastprefix=`` for one call with this prefix.
 
     Raises:
-        TypeError: kv is not a PrefixKV.
+        TypeError: kv is neither a PrefixKV nor None.
         ValueError: the model is not patched, or kv does not fit its layers.
     """
-    if not isinstance(kv, PrefixKV):
-        raise TypeError(f"kv: got {type(kv).__name__}, takes a PrefixKV")
     state = _state(model)
+    if kv is None:
+        return ActivePrefix(None, state.backend)
+    if not isinstance(kv, PrefixKV):
+        raise TypeError(f"kv: got {type(kv).__name__}, takes a PrefixKV or None")
     if kv.num_layers != len(state.shapes):
         raise ValueError(
             f"kv: got a prefix of {kv.num_layers} layers, takes one of {len(state.shapes)} "
@@ -190,6 +201,7 @@ def _patch(model: PreTrainedModel) -> None:
     except Exception:
         _set_implementation(model, state.previous)
         raise
+    state.num_positions = _num_positions(model)
     for slot, module in enumerate(modules):
         setattr(module, SLOT, slot)
     # The decoder gets the hook too: calling it alone must not silently run without the prefix.
@@ -203,6 +215,20 @@ def _patch(model: PreTrainedModel) -> None:
         state.handles.append(head.register_forward_pre_hook(contiguous_input))
     setattr(model, STATE, state)
     _PATCHED.add(model)
+
+
+def _num_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a table of learned ones has: an embedding as long as the config says.
+
+    OPT's table and those made after it have two rows more, which no text reaches.
+    """
+    most = getattr(model.config, "max_position_embeddings", None)
+    tables = (
+        module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+    )
+    return most if any(rows in (most, most + 2) for rows in tables if most is not None) else None
 
 
 def _sharing_config(model: PreTrainedModel) -> list[PreTrainedModel]:
