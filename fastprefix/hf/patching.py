@@ -160,6 +160,8 @@ def activate(model: PreTrainedModel, kv: PrefixKV | None) -> ActivePrefix:
     Raises:
         TypeError: kv is neither a PrefixKV nor None.
         ValueError: the model is not patched, or kv does not fit its layers.
+        NotImplementedError: kv is a prompt, and the model keeps more of a text than keys and
+            values, or sees it in chunks.
     """
     state = _state(model)
     if kv is None:
@@ -174,8 +176,23 @@ def activate(model: PreTrainedModel, kv: PrefixKV | None) -> ActivePrefix:
     for layer, (got, want) in enumerate(zip(kv.shapes, state.shapes, strict=True)):
         if got != want:
             raise ValueError(f"kv: got {got} in layer {layer}, takes {want}")
+    if kv.in_window:
+        _check_prompt(model)
     # converted once here, not in every layer of every step
     return ActivePrefix(kv.to(model.device, model.dtype), state.backend)
+
+
+def _check_prompt(model: PreTrainedModel) -> None:
+    """A prompt's keys and values must be all that its text does to what follows."""
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    what = "its layers keep a state besides" if getattr(model, "_is_stateful", False) else None
+    if "chunked_attention" in layers:
+        what = "the text's place among its chunks matters as well"
+    if what is not None:
+        raise NotImplementedError(
+            f"kv: {type(model).__name__} does not take a prompt's keys and values for its text, "
+            f"{what}; put the prompt into input_ids (a learned prefix is no text, and works)"
+        )
 
 
 def _state(model: PreTrainedModel) -> State:
