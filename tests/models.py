@@ -20,8 +20,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -67,6 +71,29 @@ _CONFIGS = {
     "gpt2": (GPT2Config, _GPT2),
 }
 
+WINDOW = 8  # smaller than most texts
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_WINDOWED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mistral": (MistralConfig, {}),
+    # capped scores in every layer, a window in every other
+    "gemma2": (Gemma2Config, {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}),
+    # a window in all layers but the second
+    "gemma3": (
+        Gemma3TextConfig,
+        {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    # a sink in every head, a window in every other layer
+    "gpt_oss": (
+        GptOssConfig,
+        {"num_local_experts": 2, "num_experts_per_tok": 1, "rope_parameters": _PLAIN_ROPE},
+    ),
+    # the first layer sees everything, the others have a window
+    "qwen2": (Qwen2Config, {"use_sliding_window": True, "max_window_layers": 1}),
+}
+
 
 def build(
     architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
@@ -86,6 +113,29 @@ def from_config(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) 
             if parameter.dim() == 1:
                 nn.init.normal_(parameter, parameter.mean().item(), 0.1)
     return model.to(dtype).eval()
+
+
+def windowed(
+    architecture: str, window: int = WINDOW, dtype: torch.dtype = torch.float32, **changes: Any
+) -> PreTrainedModel:
+    """A model with sliding windows, caps or sinks, in eager attention: sdpa has no such things.
+
+    Args:
+        architecture: mistral, gemma2, gemma3, gpt_oss or qwen2.
+        window: how many tokens a query sees, itself included.
+        dtype: of the weights.
+        changes: fields of the configuration.
+    """
+    make_config, fields = _WINDOWED[architecture]
+    config = make_config(**{**GROUPED, **fields, "sliding_window": window, **changes})
+    config._attn_implementation = "eager"
+    model = from_config(config, dtype)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.uniform_(-1.0, 2.0, generator=generator)
+    return model
 
 
 def prompt(length: int = 9, seed: int = 1) -> Tensor:

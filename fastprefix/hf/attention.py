@@ -27,6 +27,7 @@ class ActivePrefix:
         prefix_index: with several prefixes int32 [R], which of them a row attends to, -1 for none;
             the hook makes it [B].
         positioned: whether the call's position_ids are already moved behind the prefix.
+        cu_seqlens: offsets [M + 1] of sequences packed in one row, which stand for any mask.
         placement: how a windowed layer with an explicit mask learns how far a prompt slid: "end",
             its keys end at the newest token and text_mask says which are real; "mask", its mask
             says both (a static cache, packed sequences); "unknown", the mask is the user's own.
@@ -38,6 +39,7 @@ class ActivePrefix:
     backend: str = "auto"
     prefix_index: Tensor | None = None
     positioned: bool = False
+    cu_seqlens: Tensor | None = None
     placement: Literal["end", "mask", "unknown"] = "end"
     text_mask: Tensor | None = None
 
@@ -138,7 +140,7 @@ def prefix_attention_forward(
             prefix_lengths.to(query.device),
         )
 
-    key_padding_mask = attn_mask = None
+    key_padding_mask = attn_mask = cu_seqlens = None
     B, Lk, window = key.shape[0], key.shape[2], sliding_window
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     P = longest if in_window else 0
@@ -155,7 +157,9 @@ def prefix_attention_forward(
             f"{type(module).__name__} has a sliding_window of {window}, out of which prompts slide "
             "and learned prefixes do not; not supported in one batch: run them apart"
         )
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if isinstance(fastprefix, ActivePrefix) and fastprefix.cu_seqlens is not None:
+        cu_seqlens = fastprefix.cu_seqlens
+    elif attention_mask is not None and attention_mask.dim() == 2:
         key_padding_mask = attention_mask
     elif attention_mask is not None:
         causal = False
@@ -203,6 +207,7 @@ def prefix_attention_forward(
         prefix_lengths=prefix_lengths,
         attn_mask=attn_mask,
         key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
         is_causal=causal,
         dropout_p=dropout,
         scale=scaling,

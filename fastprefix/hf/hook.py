@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from fastprefix.hf.attention import NAME, ActivePrefix
+from fastprefix.hf.packing import inputs_of, no_mask, unpack
 from fastprefix.hf.state import ACTIVE, HOOKED, State
 from fastprefix.kv import PackedPrefixKV
 
@@ -19,6 +21,11 @@ def inject(
     """Forward pre-hook: adds the active prefix and moves positions behind it."""
     state: State = getattr(module, HOOKED)
     config: Any = module.config
+    if isinstance(kwargs.get("cache"), PagedAttentionCache):
+        raise NotImplementedError(
+            f"{type(module).__name__}: continuous batching keeps keys and values in a paged cache, "
+            "which fastprefix does not read; use generate(), or unpatch_model(model)"
+        )
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
         raise ValueError(
             "output_attentions: fastprefix never forms attention weights; unpatch the model and "
@@ -33,24 +40,37 @@ def inject(
     placed = kwargs.get(NAME)
     if placed is None:
         active = getattr(ACTIVE, state.key, None)
+        if active is None and state.prefixes:
+            raise RuntimeError(
+                f"{type(module).__name__}: a use_prefix block is open in another thread and none "
+                "in this one, which would run without its prefix; open one here as well: "
+                "use_prefix(model, kv), or use_prefix(model, None) for no prefix"
+            )
     elif isinstance(placed, ActivePrefix) and not placed.positioned:
         active = placed
+    elif isinstance(placed, ActivePrefix) and placed.cu_seqlens is not None:
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        return (), {**kwargs, "attention_mask": no_mask(kwargs)}  # the outer hook did the rest
     else:
         return None  # a recorder, or the outer model's hook was here
     if active is None or active.kv is None:
         return None
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
+    offsets = unpack(config, kwargs, names)
     placed_text = _text(kwargs) if active.kv.in_window else {}
     offset: int | Tensor
     index = active.prefix_index
     if isinstance(active.kv, PackedPrefixKV):
-        index = _each_row(index, _inputs(kwargs).shape[0])
-        offset = active.kv.position_offsets[index][:, None]
+        index, offset = _each_row(active.kv, index, inputs_of(kwargs), offsets)
     else:
         offset = active.kv.position_offset
-    kwargs[NAME] = replace(active, positioned=True, prefix_index=index, **placed_text)
-    kwargs["position_ids"] = _positions(kwargs, offset)
+    kwargs[NAME] = replace(
+        active, positioned=True, prefix_index=index, cu_seqlens=offsets, **placed_text
+    )
+    kwargs["position_ids"] = _positions(kwargs, offset, state.num_positions)
+    if offsets is not None and module.base_model is module:
+        kwargs["attention_mask"] = no_mask(kwargs)
     return (), kwargs
 
 
@@ -63,42 +83,72 @@ def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
-def _inputs(kwargs: dict[str, Any]) -> Tensor:
-    """Token ids [B, L], or embeddings [B, L, hidden]."""
-    inputs = kwargs.get("input_ids")
-    return kwargs["inputs_embeds"] if inputs is None else inputs
+def _each_row(
+    kv: PackedPrefixKV, index: Tensor | None, inputs: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Which prefix each row or packed sequence attends to, where generate() repeats rows.
 
-
-def _each_row(index: Tensor | None, B: int) -> Tensor:
-    """Which prefix each row of a batch attends to, [B], where generate() repeats rows."""
+    Returns:
+        [B] or [M], and the position behind its prefix of each row [B, 1] or token [1, L].
+    """
+    B = inputs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     R = 0 if index is None else index.shape[0]
-    if index is None or B % R != 0:
+    if index is None or B % R != 0 or (cu_seqlens is not None and B != R):
+        what = "rows, or for each group of them that generate() makes of a row"
         raise ValueError(
-            f"rows: got {R} names, takes one for each of the batch's {B} rows, or for "
-            "each group of them that generate() makes of a row"
+            f"rows: got {R} names, takes one for each of the batch's {B} "
+            f"{what if cu_seqlens is None else 'packed sequences'}"
         )
-    return index if B == R else index.repeat_interleave(B // R, output_size=B)
+    if B != R:
+        index = index.repeat_interleave(B // R, output_size=B)
+    offsets = kv.position_offsets[index]
+    if cu_seqlens is None:
+        return index, offsets[:, None]
+    return index, offsets.repeat_interleave(cu_seqlens.diff(), output_size=inputs.shape[1])[None]
 
 
-def _positions(kwargs: dict[str, Any], offset: int | Tensor) -> Tensor:
-    """Positions of the text behind the prefix, offset an int or [B, 1]; padding takes none.
+def _positions(kwargs: dict[str, Any], offset: int | Tensor, most: int | None) -> Tensor:
+    """Positions of the text behind the prefix; padding takes none.
 
     Explicit position_ids count the text from 0. Without them positions follow the attention mask,
     as generate() does: pads between prefix and text must not push the text away.
+
+    Args:
+        kwargs: of the call.
+        offset: position of the token behind the prefix, of all rows, or as :func:`_each_row` says.
+        most: positions that the model has learned, or None for no such number.
+
+    Raises:
+        ValueError: there are not enough of them.
     """
     position_ids = kwargs.get("position_ids")
-    if position_ids is not None:
-        return position_ids + offset
-    inputs = _inputs(kwargs)
-    length = inputs.shape[1]
-    attention_mask = kwargs.get("attention_mask")
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        positions = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -length:]
-    else:
-        cache = kwargs.get("past_key_values")
-        seen = cache.get_seq_length() if cache is not None else 0
-        positions = (torch.arange(length, device=inputs.device) + seen)[None]
-    return positions + offset
+    if position_ids is None:
+        length = inputs_of(kwargs).shape[1]
+        attention_mask = kwargs.get("attention_mask")
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            position_ids = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -length:]
+        else:
+            cache = kwargs.get("past_key_values")
+            seen = cache.get_seq_length() if cache is not None else 0
+            position_ids = (torch.arange(length, device=inputs_of(kwargs).device) + seen)[None]
+    position_ids = position_ids + offset
+    if most is not None and not torch.compiler.is_compiling():
+        _check_learned(position_ids, kwargs.get("attention_mask"), offset, most)
+    return position_ids
+
+
+def _check_learned(position_ids: Tensor, mask: Any, offset: int | Tensor, most: int) -> None:
+    """Positions behind the prefix, [B, L], against a table of ``most`` learned ones."""
+    known = isinstance(offset, int) and isinstance(mask, Tensor) and mask.dim() == 2
+    if known and offset + mask.shape[1] <= most:
+        return  # without waiting for the device
+    last = int(position_ids.max())
+    if last >= most:
+        taken = offset if isinstance(offset, int) else int(offset.max())
+        raise ValueError(
+            f"position_ids: the text reaches position {last} behind a prefix that takes {taken}, "
+            f"and the model has learned positions 0 to {most - 1}"
+        )
 
 
 def _text(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -108,16 +158,15 @@ def _text(kwargs: dict[str, Any]) -> dict[str, Any]:
         return {"placement": "mask"}
     if attention_mask is None:
         position_ids = kwargs.get("position_ids")
-        if position_ids is None or cache is not None or torch.compiler.is_compiling():
+        if position_ids is None or cache is not None or position_ids.shape[-1] < 2:
             return {}
-        # transformers takes positions that start anew for packed sequences, as we do here
-        packed = position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) != 1).any())
+        # where these leave out a step, transformers' masks may keep packed sequences apart
+        packed = torch.compiler.is_compiling() or bool((position_ids.diff(dim=-1) != 1).any())
         return {"placement": "mask"} if packed else {}
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return {"placement": "unknown"}
-    length = _inputs(kwargs).shape[1]
     seen = cache.get_seq_length() if cache is not None else 0
-    return {"text_mask": attention_mask[:, : seen + length]}
+    return {"text_mask": attention_mask[:, : seen + inputs_of(kwargs).shape[1]]}
 
 
 def _check_checkpointing(module: nn.Module, state: State) -> None:

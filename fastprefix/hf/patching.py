@@ -98,7 +98,7 @@ def layer_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
 
 @contextlib.contextmanager
 def use_prefix(
-    model: PreTrainedModel, kv: Prefixes, rows: Sequence[str | None] | None = None
+    model: PreTrainedModel, kv: Prefixes | None, rows: Sequence[str | None] | None = None
 ) -> Iterator[PreTrainedModel]:
     """Every forward of the model in this block, and in this thread, attends to the prefix.
 
@@ -106,18 +106,23 @@ def use_prefix(
     attention mask hold the text alone, position_ids count it from 0. A block within a block
     replaces the prefix. A model that was not patched is patched for the block and restored.
 
+    Threads may run one model with different prefixes. A block belongs to its thread: a thread that
+    generates for a streamer opens its own. While any block with a prefix is open, threads in no
+    block are refused by the model, so that none loses a prefix unnoticed.
+
     Args:
         model: see :func:`patch_model`.
         kv: the prefix; moved to the model's device and dtype if need be. Gradients flow to it.
             Or several by name, of which each row of a batch has its own: a dict, a
             :class:`fastprefix.PrefixBank`, of which only what rows name is loaded, or the
             :class:`fastprefix.PackedPrefixKV` of one, which spares packing it anew.
+            None for no prefix, within another block or beside other threads.
         rows: with several prefixes, each row's name, or None for a row without a prefix. A batch
             may have a multiple of as many rows, which then stand in groups, as ``generate()``
             repeats rows for beams and num_return_sequences; anything else is an error.
 
     Raises:
-        TypeError: kv is not a PrefixKV, nor several by name.
+        TypeError: kv is not a PrefixKV, nor several by name, nor None.
         ValueError: kv does not fit the model's layers, or rows does not fit kv; in the forward,
             rows does not fit the batch.
         UnsupportedModelError: see :func:`patch_model`.
@@ -128,13 +133,17 @@ def use_prefix(
         ...     ids = model.generate(**batch_of_four)
     """
     with patched(model):
-        active = activate(model, kv, rows)
-        key = _state(model).key
+        active, state = activate(model, kv, rows), _state(model)
+        key, counts = state.key, kv is not None
         outer = getattr(ACTIVE, key, None)
+        with _LOCK:
+            state.prefixes += counts
         setattr(ACTIVE, key, active)
         try:
             yield model
         finally:
+            with _LOCK:
+                state.prefixes -= counts
             setattr(ACTIVE, key, outer)
             if outer is None:
                 delattr(ACTIVE, key)
@@ -163,14 +172,21 @@ def patched(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def activate(
-    model: PreTrainedModel, kv: Prefixes, rows: Sequence[str | None] | None = None
+    model: PreTrainedModel, kv: Prefixes | None, rows: Sequence[str | None] | None = None
 ) -> ActivePrefix:
     """What to hand to a patched model's forward as ``fastprefix=`` for one call with this prefix.
 
     Raises:
-        TypeError: kv is not a PrefixKV, nor several by name.
+        TypeError: kv is not a PrefixKV, nor several by name, nor None.
         ValueError: the model is not patched, kv does not fit its layers, or rows does not fit kv.
+        NotImplementedError: kv is a prompt, and the model keeps more of a text than keys and
+            values, or sees it in chunks.
     """
+    state = _state(model)
+    if kv is None:
+        if rows is not None:
+            raise ValueError("rows: got names with no prefix, takes several by name as kv")
+        return ActivePrefix(None, state.backend)
     device, dtype = model.device, model.dtype  # converted once here, not in every layer
     if isinstance(kv, Mapping):
         # of a bank, those alone that a row asks for: the others may lie on a disk
@@ -191,7 +207,6 @@ def activate(
         index = kv.index(rows).to(device)
     elif rows is not None:
         raise ValueError("rows: got names with one PrefixKV, takes several by name as kv")
-    state = _state(model)
     if kv.num_layers != len(state.shapes):
         raise ValueError(
             f"kv: got a prefix of {kv.num_layers} layers, takes one of {len(state.shapes)} "
@@ -200,7 +215,22 @@ def activate(
     for layer, (got, want) in enumerate(zip(kv.shapes, state.shapes, strict=True)):
         if got != want:
             raise ValueError(f"kv: got {got} in layer {layer}, takes {want}")
+    if kv.in_window:
+        _check_prompt(model)
     return ActivePrefix(kv.to(device, dtype), state.backend, index)
+
+
+def _check_prompt(model: PreTrainedModel) -> None:
+    """A prompt's keys and values must be all that its text does to what follows."""
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    what = "its layers keep a state besides" if getattr(model, "_is_stateful", False) else None
+    if "chunked_attention" in layers:
+        what = "the text's place among its chunks matters as well"
+    if what is not None:
+        raise NotImplementedError(
+            f"kv: {type(model).__name__} does not take a prompt's keys and values for its text, "
+            f"{what}; put the prompt into input_ids (a learned prefix is no text, and works)"
+        )
 
 
 def _state(model: PreTrainedModel) -> State:
@@ -226,6 +256,7 @@ def _patch(model: PreTrainedModel) -> None:
     except Exception:
         _set_implementation(model, state.previous)
         raise
+    state.num_positions = _num_positions(model)
     for slot, module in enumerate(modules):
         setattr(module, SLOT, slot)
     # The decoder gets the hook too: calling it alone must not silently run without the prefix.
@@ -239,6 +270,20 @@ def _patch(model: PreTrainedModel) -> None:
         state.handles.append(head.register_forward_pre_hook(contiguous_input))
     setattr(model, STATE, state)
     _PATCHED.add(model)
+
+
+def _num_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a table of learned ones has: an embedding as long as the config says.
+
+    OPT's table and those made after it have two rows more, which no text reaches.
+    """
+    most = getattr(model.config, "max_position_embeddings", None)
+    tables = (
+        module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+    )
+    return most if any(rows in (most, most + 2) for rows in tables if most is not None) else None
 
 
 def _sharing_config(model: PreTrainedModel) -> list[PreTrainedModel]:

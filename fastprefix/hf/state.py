@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
@@ -15,7 +15,8 @@ from fastprefix.kv import LayerShape
 STATE = "_fastprefix_state"  # on the patched model
 HOOKED = "_fastprefix_hooked"  # on it and on its decoder: the same state, for the hook
 # The prefix of each `use_prefix` block, by the state's key. Thread-local, so that two threads may
-# run one model with different prefixes; not a ContextVar, which torch.compile cannot trace.
+# run one model with different prefixes; not a ContextVar, which torch.compile cannot trace. A
+# thread in no block is refused while another's is open: it may have been started for that block.
 ACTIVE = threading.local()
 
 
@@ -28,7 +29,9 @@ class State:
         backend: of the operator.
         lasting: patched by `patch_model`, not just for the blocks that need it.
         blocks: how many blocks rely on the patch at the moment, in all threads.
+        prefixes: how many `use_prefix` blocks with a prefix are open, in all threads.
         shapes: of the attention layers' keys and values.
+        num_positions: rows of a table of learned absolute positions; None for other positions.
         handles: of the hooks.
         key: names the model in `ACTIVE`.
     """
@@ -37,11 +40,14 @@ class State:
     backend: str
     lasting: bool = False
     blocks: int = 0
+    prefixes: int = 0
     shapes: tuple[LayerShape, ...] = ()
+    num_positions: int | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """A copied model is patched for good, and sees none of the original's prefixes."""
         handles = copy.deepcopy(self.handles, memo)
-        return State(self.previous, self.backend, True, 0, self.shapes, handles)
+        fresh = State(self.previous, self.backend, True)
+        return replace(fresh, shapes=self.shapes, num_positions=self.num_positions, handles=handles)

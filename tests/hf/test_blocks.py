@@ -1,5 +1,6 @@
 """use_prefix blocks: nested, left by an exception, in threads, and on models that share things."""
 
+import contextlib
 import copy
 import threading
 
@@ -73,11 +74,11 @@ def test_a_refused_prefix_changes_nothing(tiny, maybe_patched, alone, logits):
     model, was = maybe_patched, is_patched(maybe_patched)
     kv = tiny.random_kv(model)
     expected = alone(model, kv)
-    with pytest.raises(TypeError), use_prefix(model, None):
+    with pytest.raises(TypeError), use_prefix(model, "a prefix"):
         pass
     assert is_patched(model) == was
     with use_prefix(model, kv):
-        with pytest.raises(TypeError), use_prefix(model, None):
+        with pytest.raises(TypeError), use_prefix(model, "a prefix"):
             pass
         assert torch.equal(logits(model), expected)
 
@@ -113,13 +114,52 @@ def test_two_threads_run_two_prefixes_on_one_model(tiny, model, alone, logits):
     plain = []
     for _ in range(5):
         turn.wait()
-        plain.append(logits(model))  # this thread opened no block
+        with use_prefix(model, None):  # this thread wants none
+            plain.append(logits(model))
         turn.wait()
     for thread in threads:
         thread.join(60)
     assert not wrong
     assert all(torch.equal(one, plain[0]) for one in plain)
     assert torch.equal(plain[0], logits(model))
+
+
+def test_a_thread_in_no_block_is_refused_while_another_has_a_prefix(tiny, model, alone, logits):
+    """It may have been started for that block, as streamers have it: it would lose the prefix."""
+    patch_model(model)
+    kv = tiny.random_kv(model)
+    expected, plain, found = alone(model, kv), logits(model), {}
+
+    def work(name, *block):
+        def run():
+            try:
+                with contextlib.ExitStack() as stack:
+                    for prefix in block:
+                        stack.enter_context(use_prefix(model, prefix))
+                    found[name] = logits(model)
+            except RuntimeError as error:
+                found[name] = str(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(60)
+
+    with use_prefix(model, kv):
+        work("no block")
+        work("the decoder's own thread", kv)
+        work("none wanted", None)
+        with use_prefix(model, None):
+            work("behind a block of none")
+            assert torch.equal(logits(model), plain)
+        assert torch.equal(logits(model), expected)
+    work("after the block")
+    with use_prefix(model, None):
+        work("beside a block of none")
+    assert "use_prefix(model, kv)" in found.pop("no block")
+    assert "use_prefix(model, kv)" in found.pop("behind a block of none")
+    assert torch.equal(found.pop("the decoder's own thread"), expected)
+    assert len(found) == 3
+    assert all(torch.equal(one, plain) for one in found.values())
 
 
 def test_a_thread_keeps_its_prefix_when_another_ends_the_block_that_patched(

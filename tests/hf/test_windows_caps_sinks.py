@@ -6,66 +6,18 @@ layers without a window keep it whole.
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma3TextConfig, GptOssConfig, MistralConfig, Qwen2Config
 
 from fastprefix import PrefixKV, patch_model, use_prefix
 
-WINDOW = 8
-
-
-def mistral(tiny, window=WINDOW, **changes):
-    return MistralConfig(**{**tiny.GROUPED, "sliding_window": window, **changes})
-
-
-def gemma2(tiny, window=WINDOW, **changes):
-    """Capped scores in every layer, a window in every other."""
-    fields = {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16, "sliding_window": window}
-    return Gemma2Config(**{**tiny.GROUPED, **fields, **changes})
-
-
-def gemma3(tiny, window=WINDOW, **changes):
-    """A window in all layers but the second."""
-    types = ["sliding_attention", "full_attention", "sliding_attention"]
-    fields = {"layer_types": types, "query_pre_attn_scalar": 16, "sliding_window": window}
-    return Gemma3TextConfig(**{**tiny.GROUPED, **fields, **changes})
-
-
-def gpt_oss(tiny, window=WINDOW, **changes):
-    """A sink in every head, a window in every other layer."""
-    fields = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": window}
-    plain = {"rope_type": "default", "rope_theta": 10000.0}
-    return GptOssConfig(**{**tiny.GROUPED, **fields, "rope_parameters": plain, **changes})
-
-
-def qwen2(tiny, window=WINDOW, **changes):
-    """The first layer sees everything, the others have a window."""
-    fields = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": window}
-    return Qwen2Config(**{**tiny.GROUPED, **fields, **changes})
-
-
-CONFIGS = {f.__name__: f for f in (mistral, gemma2, gemma3, gpt_oss, qwen2)}
-
-
-def build(tiny, config, **options):
-    """A model whose sinks matter, in eager attention: sdpa has no cap and no sinks."""
-    config._attn_implementation = "eager"
-    model = tiny.from_config(config, **options)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("sinks"):
-                parameter.uniform_(-1.0, 2.0)
-    return model
+NAMES = ["mistral", "gemma2", "gemma3", "gpt_oss", "qwen2"]
 
 
 def pair(tiny, name, **changes):
     """A model to patch, and the same weights untouched."""
-    torch.manual_seed(3)
-    one = build(tiny, CONFIGS[name](tiny, **changes))
-    torch.manual_seed(3)
-    return one, build(tiny, CONFIGS[name](tiny, **changes))
+    return tiny.windowed(name, **changes), tiny.windowed(name, **changes)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("P", [3, 12])
 def test_generated_tokens_are_those_of_the_concatenation(tiny, name, P):
     """Left-padded rows of different lengths, until the prompt is out of every window."""
@@ -80,7 +32,7 @@ def test_generated_tokens_are_those_of_the_concatenation(tiny, name, P):
     assert not torch.equal(tiny.generate(bare, ids, mask, max_new_tokens=14), expected)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_are_those_of_the_concatenation(tiny, name, side):
     model, bare = pair(tiny, name)
@@ -94,7 +46,7 @@ def test_logits_are_those_of_the_concatenation(tiny, name, side):
     torch.testing.assert_close(got[real], expected[real], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_text_that_arrives_in_pieces(tiny, name):
     """A second turn on the cache of the first, whose windows have forgotten its beginning."""
     model, bare = pair(tiny, name)
@@ -109,7 +61,7 @@ def test_text_that_arrives_in_pieces(tiny, name):
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_static_cache_generates_what_the_concatenation_does(tiny, name):
     """Its layers' keys do not end at the newest token: their masks say how far the prompt slid."""
     model, bare = pair(tiny, name)
@@ -131,7 +83,7 @@ def test_packed_sequences_behind_a_prompt(tiny):
     torch.testing.assert_close(got, torch.cat(expected, 1), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_without_a_prefix_the_model_computes_what_it_did(tiny, name):
     model, bare = pair(tiny, name)
     ids, mask = tiny.batch((20, 14))
@@ -155,7 +107,7 @@ def test_a_learned_prefix_stays_in_sight_of_a_window(tiny, name):
     changes = {"layer_types": ["sliding_attention"] * 3} if name == "gpt_oss" else {}
     model, bare = pair(tiny, name, **changes)
     kv, (ids, mask) = tiny.random_kv(model, 4), tiny.batch((20, 20))
-    near = torch.ones(20, 20, dtype=torch.bool).tril().triu(1 - WINDOW)
+    near = torch.ones(20, 20, dtype=torch.bool).tril().triu(1 - tiny.WINDOW)
     sees = torch.cat([torch.ones(20, 4, dtype=torch.bool), near], 1).expand(2, 1, -1, -1)
     sees = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
     options = {"position_ids": tiny.positions(mask) + 4, "past_key_values": tiny.expanded(kv, 2)}
