@@ -38,7 +38,6 @@ def flatten(texts):
 @pytest.fixture
 def no_mask_is_made(monkeypatch):
     """No mask of L x L: neither transformers' nor ours."""
-
     make = masks.sdpa_mask
 
     def refuse(*args, **kwargs):
