@@ -1,8 +1,19 @@
 """generate() with a prefix gives the ids of the prompt and the text in one sequence."""
 
+import contextlib
+import threading
+
 import pytest
 import torch
-from transformers import DynamicCache, set_seed
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    QuantizedCache,
+    TextStreamer,
+    set_seed,
+)
+from transformers.cache_utils import CacheLayerMixin
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from fastprefix import PrefixKV, patch_model, use_prefix
 
@@ -13,6 +24,9 @@ MODES = {
     "static cache": {"cache_implementation": "static"},
     "sampled beams": {"num_beams": 2, "do_sample": True},
     "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
+    "several of each": {"do_sample": True, "num_return_sequences": 2},
+    "prompt in chunks": {"prefill_chunk_size": 3},
+    "prompt in chunks, static cache": {"prefill_chunk_size": 3, "cache_implementation": "static"},
 }
 
 
@@ -65,12 +79,168 @@ def test_prompt_lookup_gives_greedy_ids(tiny, model, bare):
     assert torch.equal(got, tiny.generate(bare, full))
 
 
-def test_assisted_by_a_bare_model_gives_greedy_ids(tiny, model, bare):
-    text = tiny.prompt(6, seed=5)
-    with use_prefix(model, PrefixKV.prefill(model, tiny.prompt())):
-        assert torch.equal(
-            tiny.generate(model, text, assistant_model=bare), tiny.generate(model, text)
+@pytest.mark.parametrize("own", [True, False], ids=["its own prefix", "no prefix"])
+def test_assisted_gives_greedy_ids(tiny, model, bare, own):
+    """An assistant with the prompt as its prefix saves as many steps as one that reads it."""
+    assistant, reader = (tiny.build(model.config.model_type) for _ in range(2))
+    front, text = tiny.prompt(), tiny.prompt(6, seed=5)
+    full = torch.cat([front, text], 1)
+    expected = tiny.generate(bare, full)
+    kv, steps = PrefixKV.prefill(model, front), {}
+    for side in (model, bare):
+        side.register_forward_hook(lambda m, *_: steps.update({m: steps.get(m, 0) + 1}))
+    assert torch.equal(tiny.generate(bare, full, assistant_model=reader), expected)
+    with contextlib.ExitStack() as blocks:
+        blocks.enter_context(use_prefix(model, kv))
+        if own:
+            blocks.enter_context(use_prefix(assistant, kv))
+        steps[model] = 0  # patching runs the model
+        got = tiny.generate(model, text, assistant_model=assistant)
+    assert torch.equal(got, expected)
+    assert (steps[model] == steps[bare]) == own
+
+
+def test_an_early_exit_of_the_model_itself_assists(tiny):
+    """The first layers guess, on the prefix's first layers."""
+    model, bare = tiny.build(), tiny.build()
+    front, text = tiny.prompt(), tiny.prompt(6, seed=5)
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        got = tiny.generate(model, text, assistant_early_exit=2)
+    assert torch.equal(got, tiny.generate(bare, torch.cat([front, text], 1)))
+
+
+class Behind(CacheLayerMixin):
+    """A layer of a cache, and copies of a prefix in front of what it returns: the oracle."""
+
+    def __init__(self, layer, key, value):
+        super().__init__()
+        self.layer, self.front = layer, (key, value)
+
+    def update(self, key, value, *args, **kwargs):
+        held = self.layer.update(key, value, *args, **kwargs)
+        rows = len(key)
+        return tuple(
+            torch.cat([x.expand(rows, -1, -1, -1), y], 2)
+            for x, y in zip(self.front, held, strict=True)
         )
+
+    def get_mask_sizes(self, length):
+        return self.get_seq_length() + length, 0
+
+    def get_seq_length(self):
+        return self.layer.get_seq_length() + self.front[0].shape[1]
+
+    def get_max_length(self):
+        return -1
+
+    def lazy_initialization(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("backend", ["fp8", "quanto"])
+def test_a_quantized_cache_holds_the_text_alone(tiny, model, bare, backend):
+    """So that the prefix is not rounded; the oracle keeps it in front of such a cache."""
+    config = {"backend": backend}
+    if backend == "quanto":
+        pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+        config |= {"nbits": 4, "q_group_size": 16, "residual_length": 4}
+    (ids, mask), kv = tiny.batch(), PrefixKV.prefill(model, tiny.prompt())
+    with use_prefix(model, kv):
+        got = tiny.generate(model, ids, mask, cache_implementation="quantized", cache_config=config)
+        exact = tiny.generate(model, ids, mask)
+    cache = QuantizedCache(config=bare.config, **config)
+    pairs = zip(cache.layers, kv.keys, kv.values, strict=True)
+    cache.layers = [Behind(*pair) for pair in pairs]
+    front = mask.new_ones(len(mask), kv.num_virtual_tokens)
+    places, expected, step = tiny.positions(mask) + kv.position_offset, [], ids
+    for _ in range(got.shape[1]):
+        options = {"attention_mask": torch.cat([front, mask], 1), "past_key_values": cache}
+        with torch.no_grad():
+            step = bare(step, position_ids=places, **options).logits[:, -1:].argmax(-1)
+        expected.append(step)
+        mask, places = torch.cat([mask, torch.ones_like(step)], 1), places[:, -1:] + 1
+    assert torch.equal(got, torch.cat(expected, 1))
+    assert not torch.equal(got, exact), "nothing was quantized"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading a cache needs a CUDA device")
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_an_offloaded_cache(tiny, model, bare, implementation):
+    model, bare = model.cuda(), bare.cuda()
+    front, (ids, mask) = tiny.prompt(), tiny.batch()
+    expected = tiny.generate(bare, *(x.cuda() for x in tiny.concatenate(front, ids, mask)))
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        got = tiny.generate(model, ids.cuda(), mask.cuda(), cache_implementation=implementation)
+    assert torch.equal(got, expected)
+
+
+class Ids(TextStreamer):
+    """A streamer without a tokenizer."""
+
+    def __init__(self):
+        self.found = []
+
+    def put(self, value):
+        self.found.append(value.reshape(-1))
+
+    def end(self):
+        self.found = torch.cat(self.found)
+
+
+def test_streaming(tiny, model, bare):
+    """In this thread, in one of its own with its own block, and in one that forgot the block."""
+    front, text = tiny.prompt(), tiny.prompt(6, seed=5)
+    kv = PrefixKV.prefill(model, front)
+    expected = tiny.generate(bare, torch.cat([front, text], 1))[0]
+    streamer = Ids()
+    with use_prefix(model, kv):
+        tiny.generate(model, text, streamer=streamer)
+    assert torch.equal(streamer.found, torch.cat([text[0], expected]))
+
+    def work(streamer, errors, *prefix):
+        try:
+            with contextlib.ExitStack() as blocks:
+                for one in prefix:
+                    blocks.enter_context(use_prefix(model, one))
+                tiny.generate(model, text, streamer=streamer)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with use_prefix(model, kv):
+        for prefix in [(kv,), ()]:
+            streamer, errors = Ids(), []
+            thread = threading.Thread(target=work, args=(streamer, errors, *prefix), daemon=True)
+            thread.start()
+            thread.join(60)
+            if prefix:
+                assert not errors
+                assert torch.equal(streamer.found, torch.cat([text[0], expected]))
+            else:
+                assert "use_prefix" in errors[0]
+
+
+def test_continuous_batching_is_refused(tiny, model):
+    """Its cache is paged; never without the prefix, whenever it was started."""
+    patch_model(model)
+    with use_prefix(model, tiny.random_kv(model)):
+        with pytest.raises(ValueError, match="fastprefix is not supported for continuous"):
+            model.generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=2, eos_token_id=-1))
+        with pytest.raises(NotImplementedError, match="continuous batching"):
+            model(tiny.prompt(), cache=object.__new__(PagedAttentionCache))
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        model(tiny.prompt(), cache=object.__new__(PagedAttentionCache))
+
+
+def test_no_more_tokens_than_learned_positions(tiny):
+    """And as many as there are, behind the prefix."""
+    model, bare = (tiny.build("gpt2", n_positions=24) for _ in range(2))
+    front, (ids, mask) = tiny.prompt(9), tiny.batch((7, 4))
+    full = tiny.concatenate(front, ids, mask)
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        got = tiny.generate(model, ids, mask, max_new_tokens=9)
+        with pytest.raises(ValueError, match="position 24 behind a prefix that takes 9"):
+            tiny.generate(model, ids, mask, max_new_tokens=10)
+    assert torch.equal(got, tiny.generate(bare, *full, max_new_tokens=9))
 
 
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 2)], ids=["no padding", "left padded"])
