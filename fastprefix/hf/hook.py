@@ -10,15 +10,31 @@ from torch import Tensor, nn
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from fastprefix.hf.attention import NAME, ActivePrefix
-from fastprefix.hf.packing import inputs_of, no_mask, unpack
-from fastprefix.hf.state import ACTIVE, HOOKED, State
+from fastprefix.hf.packing import inputs_of, no_mask, refuse_packed, unpack
+from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
 from fastprefix.kv import PackedPrefixKV
+
+OFFSET = ".offset"  # behind a state's key: by how much the stack at hand moves its text
+CACHED = "past_key_values_length"  # what transformers calls it where embeddings place the text
 
 
 def inject(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    names: tuple[str, ...],
+    placing: Placing,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: adds the active prefix and moves positions behind it."""
+    """Forward pre-hook: adds the active prefix and moves positions behind it.
+
+    Args:
+        module: a patched model, or the part of it that the hook is on.
+        args: of its forward.
+        kwargs: of its forward.
+        names: of the forward's parameters.
+        placing: how this module learns where its text stands.
+    """
     state: State = getattr(module, HOOKED)
     config: Any = module.config
     if isinstance(kwargs.get("cache"), PagedAttentionCache):
@@ -46,32 +62,111 @@ def inject(
                 "in this one, which would run without its prefix; open one here as well: "
                 "use_prefix(model, kv), or use_prefix(model, None) for no prefix"
             )
-    elif isinstance(placed, ActivePrefix) and not placed.positioned:
+    elif isinstance(placed, ActivePrefix):
         active = placed
-    elif isinstance(placed, ActivePrefix) and placed.cu_seqlens is not None:
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        return (), {**kwargs, "attention_mask": no_mask(kwargs)}  # the outer hook did the rest
     else:
-        return None  # a recorder, or the outer model's hook was here
+        return None  # a recorder
+    if placing == "embedding" and (active is None or not active.positioned):
+        setattr(ACTIVE, state.key + OFFSET, 0)
     if active is None or active.kv is None:
         return None
+    if active.positioned:  # the outer model's hook was here
+        if active.cu_seqlens is None:
+            return None
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        return (), {**kwargs, "attention_mask": no_mask(kwargs)}
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
-    offsets = unpack(config, kwargs, names)
-    placed_text = _text(kwargs) if active.kv.in_window else {}
-    offset: int | Tensor
-    index = active.prefix_index
-    if isinstance(active.kv, PackedPrefixKV):
-        index, offset = _each_row(active.kv, index, inputs_of(kwargs), offsets)
-    else:
-        offset = active.kv.position_offset
-    kwargs[NAME] = replace(
-        active, positioned=True, prefix_index=index, cu_seqlens=offsets, **placed_text
-    )
-    kwargs["position_ids"] = _positions(kwargs, offset, state.num_positions)
-    if offsets is not None and module.base_model is module:
+    if placing == "inner":
+        kwargs[NAME] = active
+        return (), kwargs
+    kwargs[NAME] = active = _place(module, active, kwargs, state, names, placing)
+    if active.cu_seqlens is not None and module.base_model is module:
         kwargs["attention_mask"] = no_mask(kwargs)
     return (), kwargs
+
+
+def _place(
+    module: nn.Module,
+    active: ActivePrefix,
+    kwargs: dict[str, Any],
+    state: State,
+    names: tuple[str, ...],
+    placing: Placing,
+) -> ActivePrefix:
+    """Says where a call's text and rows are, and moves the text behind the prefix."""
+    kv, index, cu_seqlens = active.kv, active.prefix_index, None
+    assert kv is not None
+    if placing == "argument":
+        cu_seqlens = unpack(module.config, kwargs, names)
+    else:
+        refuse_packed(module, kwargs)
+    placed_text = _text(kwargs) if kv.in_window else {}
+    offset: int | Tensor
+    if isinstance(kv, PackedPrefixKV):
+        index, offset = _each_row(kv, index, inputs_of(kwargs), cu_seqlens)
+    else:
+        offset = kv.position_offset
+    if placing == "argument":
+        kwargs["position_ids"] = _positions(kwargs, offset, state.num_positions)
+    elif placing == "embedding":
+        setattr(ACTIVE, state.key + OFFSET, offset)
+    elif placing == "given" and (isinstance(offset, Tensor) or offset):
+        if kwargs.get("position_ids") is None:
+            raise ValueError(
+                f"position_offset: got {offset}, for which {type(module).__name__} takes "
+                "position_ids: it alone knows its default"
+            )
+        kwargs["position_ids"] = kwargs["position_ids"] + offset
+    # a new count of turns: the call may be one of several before a backward
+    return replace(
+        active,
+        positioned=True,
+        prefix_index=index,
+        cu_seqlens=cu_seqlens,
+        turns={},
+        **placed_text,
+    )
+
+
+def shift(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of a position embedding: the prefix counts as keys in the cache, as in PEFT."""
+    state: State = getattr(module, HOOKED)
+    offset: int | Tensor = getattr(ACTIVE, state.key + OFFSET, 0)
+    if isinstance(offset, int) and offset == 0:
+        return None
+    setattr(ACTIVE, state.key + OFFSET, 0)  # for the stack's own call alone
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    default: Any = getattr(module, "create_position_ids_from_inputs_embeds", None)
+    if kwargs.get("position_ids") is not None:
+        kwargs["position_ids"] = kwargs["position_ids"] + offset
+    elif default is not None and kwargs.get("input_ids") is None:
+        # which does not look at the cache's length (RoBERTa)
+        made = default(kwargs["inputs_embeds"], module.padding_idx)
+        kwargs["position_ids"] = made + offset
+    elif isinstance(offset, int):
+        kwargs[CACHED] = kwargs.get(CACHED, 0) + offset
+    else:
+        raise NotImplementedError(
+            f"{type(module).__name__}: places all rows of a batch alike, so that rows with "
+            "prefixes of different position offsets are not supported; give position_ids, or "
+            "train the prefixes with position_offset=0"
+        )
+    return (), kwargs
+
+
+def take_turn(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of a module that several layers share: tells these layers apart, by their order."""
+    active = kwargs.get(NAME)
+    if not isinstance(active, ActivePrefix):
+        return None
+    turn = active.turns.get(id(module), 0)
+    active.turns[id(module)] = turn + 1
+    return args, {**kwargs, NAME: replace(active, turn=turn)}
 
 
 def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

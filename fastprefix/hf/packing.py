@@ -59,6 +59,16 @@ def unpack(config: Any, kwargs: dict[str, Any], names: tuple[str, ...]) -> Tenso
     return _from_starts(positions.diff(dim=-1)[0] != 1)  # as in transformers' own masks
 
 
+def refuse_packed(module: Any, kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError for packed sequences in a model that is no plain decoder."""
+    for name in ("cu_seq_lens_q", "seq_idx"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"{name}: packed sequences are supported in decoder-only models alone, not in "
+                f"{type(module).__name__}"
+            )
+
+
 def no_mask(kwargs: dict[str, Any]) -> Tensor:
     """What a decoder takes for a mask that is made already, and does not make its own L x L."""
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs_of(kwargs).device)

@@ -4,10 +4,11 @@ from fastprefix.kv.arithmetic import concatenate, interpolate, orthogonality_pen
 from fastprefix.kv.bank import PrefixBank
 from fastprefix.kv.budget import Eviction, KVBudget, KVBudgetError, KVPlan, plan_kv_bytes
 from fastprefix.kv.packed import PackedPrefixKV
-from fastprefix.kv.prefix import LayerShape, PrefixKV
+from fastprefix.kv.prefix import Group, LayerShape, PrefixKV
 
 __all__ = [
     "Eviction",
+    "Group",
     "KVBudget",
     "KVBudgetError",
     "KVPlan",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -15,6 +15,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Which part of a model a layer's attention belongs to: an encoder's over its own text, a decoder's
+# over its own text (all there is in a decoder-only model), a decoder's over the encoder's.
+Group = Literal["encoder", "decoder", "cross"]
 
 _FORMAT = "fastprefix-kv"
 

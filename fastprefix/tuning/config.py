@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fastprefix.encoders.build import Reparameterization
 from fastprefix.encoders.init import Resize
+from fastprefix.kv import Group
 
 Init = Literal["random", "orthogonal", "zero", "text", "vocab", "prefix"]
 # PEFT's; None leaves it open, as PEFT does
@@ -43,8 +45,13 @@ class PrefixConfig:
         layer_lengths: the prefix length of each layer, 0 for none; num_virtual_tokens everywhere
             if None.
         num_frozen_tokens: leading tokens that stay what they are at the start.
-        position_offset: position of the text's first token; num_virtual_tokens if None, as in
-            PEFT. 0 lets the text keep the positions that it has without a prefix.
+        position_offset: by how much the prefix moves the positions of the text; of the decoder's
+            text in encoder-decoders. If None, num_virtual_tokens in decoder-only models, BERT,
+            RoBERTa and ELECTRA, as in PEFT, and 0 in other models: the text keeps the positions
+            that it has without a prefix.
+        groups: which layers get a prefix, "encoder" (an encoder's own attention), "decoder" (a
+            decoder's own) or "cross" (its attention to the encoder); all that the model has if
+            None, as Li and Liang do.
         dropout: probability of zeroing a number of the prefix in training.
         init: what the prefix starts from, whatever produces it: "random" (normal, of standard
             deviation init_std), "orthogonal" (tokens orthogonal in every layer, of that standard
@@ -80,6 +87,7 @@ class PrefixConfig:
     layer_lengths: list[int] | None = None
     num_frozen_tokens: int = 0
     position_offset: int | None = None
+    groups: Sequence[Group] | None = None
     dropout: float = 0.0
     init: Init = "random"
     init_text: str | None = None
@@ -153,6 +161,16 @@ class PrefixConfig:
             raise ValueError("share_layers: got True, takes False with prefix_projection=True")
 
     def _check_layers(self) -> None:
+        if self.groups is not None:
+            if not self.groups or not set(self.groups) <= set(get_args(Group)):
+                raise ValueError(
+                    f"groups: got {self.groups!r}, takes some of {get_args(Group)}, or None for all"
+                )
+            self.groups = tuple(self.groups)
+            if self.layers is not None or self.layer_lengths is not None:
+                raise ValueError(
+                    "groups: got them with layers or layer_lengths, which say it layer by layer"
+                )
         for name in ("layers", "layer_lengths"):
             given = getattr(self, name)
             if given is None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Layout, orthogonal, resize
 from fastprefix.hf.peft_format import load_adapter
+from fastprefix.hf.prefill import text_keys_values
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.base import embedding_weight
 from fastprefix.tuning.config import PrefixConfig
@@ -37,7 +38,7 @@ def initial_prefix(
         kv = _load(config, layout)
         method = config.init_resize
     else:
-        kv = PrefixKV.prefill(model, _initial_ids(config, model, tokenizer))
+        kv = text_keys_values(model, _initial_ids(config, model, tokenizer))
         method = "pad"  # P tokens: a layer takes the first of them
     return layout.to_flat(resize(kv, layout.lengths, method, pad_std=config.init_std))
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.encoders import Encoder, build_encoder, slot_lengths
+from fastprefix.encoders import Encoder
 from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
 from fastprefix.hf.peft_format import PREFIX_KINDS, load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
-from fastprefix.tuning.base import TunedModel, embedding_weight, load_heads
+from fastprefix.tuning.base import TunedModel, load_heads
+from fastprefix.tuning.build import new_encoder
 from fastprefix.tuning.config import PrefixConfig
-from fastprefix.tuning.init import initial_prefix
 
 
 class PrefixTuningModel(TunedModel):
@@ -50,7 +50,7 @@ class PrefixTuningModel(TunedModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         with patched(model):  # left as it was if something is refused
-            encoder = _new_encoder(model, config, tokenizer)
+            encoder = new_encoder(model, config, tokenizer)
             patch_model(model)
         super().__init__(model)
         self.prefix_config = config
@@ -166,33 +166,3 @@ class PrefixTuningModel(TunedModel):
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
-
-
-def _new_encoder(
-    model: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> Encoder:
-    """What the configuration asks for, for a patched model, with its start."""
-    shapes = layer_shapes(model)
-    lengths = slot_lengths(
-        len(shapes), config.num_virtual_tokens, config.layers, config.layer_lengths
-    )
-    encoder = build_encoder(
-        shapes,
-        lengths,
-        embedding_size=embedding_weight(model).shape[1],
-        prefix_projection=config.prefix_projection,
-        encoder_reparameterization_type=config.encoder_reparameterization_type,
-        encoder_hidden_size=config.encoder_hidden_size,
-        encoder_num_layers=config.encoder_num_layers,
-        encoder_per_layer=config.encoder_per_layer,
-        encoder_orthogonal=config.encoder_orthogonal,
-        share_layers=config.share_layers,
-        position_offset=config.position_offset,
-        dropout=config.dropout,
-        num_frozen_tokens=config.num_frozen_tokens,
-        init_std=config.init_std,
-    ).to(model.device)
-    start = initial_prefix(config, model, tokenizer, encoder.layout)
-    if start is not None:
-        encoder.start_from(start)
-    return encoder
