@@ -14,7 +14,6 @@ from fastprefix.hf.patching import patched
 from fastprefix.kv import PrefixKV
 
 
-@torch.no_grad()
 def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
     """Runs a prompt through the model once; see :meth:`fastprefix.PrefixKV.prefill`."""
     ids = torch.as_tensor(input_ids, device=model.device)
@@ -25,6 +24,23 @@ def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Prefix
             f"input_ids: got {ids.dtype} of shape {list(ids.shape)}, takes the token ids of one "
             "prompt, [P] or [1, P], P at least 1"
         )
+    return _recorded(model, input_ids=ids)
+
+
+def prefill_embeddings(model: PreTrainedModel, embeddings: Tensor) -> PrefixKV:
+    """Keys and values of a prompt of embeddings, as :func:`prefill` gives those of a text.
+
+    Args:
+        model: a causal model that :func:`fastprefix.patch_model` accepts; left as it was.
+        embeddings: [P, width].
+    """
+    return _recorded(model, inputs_embeds=embeddings[None].to(model.device, model.dtype))
+
+
+@torch.no_grad()
+def _recorded(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
+    """What the attention layers are handed for one sequence of input_ids or inputs_embeds."""
+    (length,) = (tensor.shape[1] for tensor in inputs.values())
     recorder = Recorder()
     training = [module for module in model.modules() if module.training]
     # the logits of all but one token would be thrown away
@@ -33,7 +49,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Prefix
         model.eval()
         try:
             model(
-                input_ids=ids,
+                **inputs,
                 use_cache=False,
                 fastprefix=recorder,
                 **({"logits_to_keep": 1} if short else {}),
@@ -44,6 +60,6 @@ def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Prefix
     return PrefixKV(
         tuple(key[0].contiguous() for key in recorder.keys),
         tuple(value[0].contiguous() for value in recorder.values),
-        position_offset=ids.shape[1],
+        position_offset=length,
         in_window=True,
     )

@@ -14,7 +14,7 @@ from fastprefix.encoders import DirectEncoder, MLPEncoder, to_flat
 from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
 from fastprefix.hf.peft_format import PREFIX_KINDS, load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
-from fastprefix.tuning.base import TunedModel, embedding_weight, load_heads
+from fastprefix.tuning.base import TunedModel, embedding_weight, initial_ids, load_heads
 from fastprefix.tuning.config import PrefixConfig
 
 
@@ -45,7 +45,7 @@ class PrefixTuningModel(TunedModel):
         config: PrefixConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        start = _initial_ids(config, model, tokenizer)  # before anything is changed
+        start = initial_ids(config, model, tokenizer)  # before anything is changed
         patch_model(model)
         super().__init__(model)
         self.prefix_config = config
@@ -185,20 +185,3 @@ class PrefixTuningModel(TunedModel):
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
-
-
-def _initial_ids(
-    config: PrefixConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> Tensor | None:
-    """[P] token ids whose keys and values the prefix starts from; None for a random start."""
-    P = config.num_virtual_tokens
-    if config.init == "random":
-        return None
-    if config.init == "vocab":
-        return torch.randint(embedding_weight(model).shape[0], (P,))
-    if tokenizer is None:
-        raise ValueError("tokenizer: got None, init='text' needs one")
-    ids = torch.tensor(tokenizer(config.init_text)["input_ids"])
-    if len(ids) == 0:
-        raise ValueError(f"init_text: {config.init_text!r} has no tokens")
-    return ids.repeat(-(-P // len(ids)))[:P]
