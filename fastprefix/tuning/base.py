@@ -176,6 +176,13 @@ def load_heads(model: PreTrainedModel, heads: Mapping[str, Tensor]) -> None:
             state[name].copy_(tensor)
 
 
+def saved_heads(config: Mapping[str, Any], heads: Mapping[str, Tensor]) -> list[str] | None:
+    """An adapter's modules_to_save; of PEFT's, which names what may be missing, those there are."""
+    named = config.get("modules_to_save")
+    parts = {part for name in heads for part in name.split(".")}
+    return None if named is None else [name for name in dict.fromkeys(named) if name in parts]
+
+
 def embedding_weight(model: PreTrainedModel) -> Tensor:
     """[vocabulary, hidden]."""
     weight = model.get_input_embeddings().weight

@@ -14,7 +14,13 @@ from fastprefix.encoders import DirectEncoder, MLPEncoder, to_flat
 from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
 from fastprefix.hf.peft_format import PREFIX_KINDS, load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
-from fastprefix.tuning.base import TunedModel, embedding_weight, initial_ids, load_heads
+from fastprefix.tuning.base import (
+    TunedModel,
+    embedding_weight,
+    initial_ids,
+    load_heads,
+    saved_heads,
+)
 from fastprefix.tuning.config import PrefixConfig
 
 
@@ -174,7 +180,7 @@ class PrefixTuningModel(TunedModel):
         config = PrefixConfig(
             num_virtual_tokens=adapter.kv.num_virtual_tokens,
             task_type=adapter.config.get("task_type"),
-            modules_to_save=adapter.config.get("modules_to_save"),
+            modules_to_save=saved_heads(adapter.config, adapter.heads),
             position_offset=adapter.kv.position_offset,
             prefix_in_window=adapter.kv.in_window,
             peft_type=kind if kind in PREFIX_KINDS else "PREFIX_TUNING",

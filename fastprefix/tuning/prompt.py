@@ -14,7 +14,13 @@ from fastprefix.hf.patching import UnsupportedModelError, use_prefix
 from fastprefix.hf.peft_prompts import INFIX_KIND, load_prompt, save_prompt
 from fastprefix.hf.prefill import prefill_embeddings
 from fastprefix.kv import PrefixKV
-from fastprefix.tuning.base import TunedModel, embedding_weight, initial_ids, load_heads
+from fastprefix.tuning.base import (
+    TunedModel,
+    embedding_weight,
+    initial_ids,
+    load_heads,
+    saved_heads,
+)
 from fastprefix.tuning.prompt_config import PromptConfig
 from fastprefix.tuning.prompt_encoder import PromptEncoder
 from fastprefix.tuning.prompt_layout import Layout, Padding, lay_out, positions
@@ -247,6 +253,7 @@ class PromptTuningModel(TunedModel):
         config = PromptConfig(
             num_virtual_tokens=prompt.embeddings.shape[0],
             task_type=prompt.config.get("task_type"),
+            modules_to_save=saved_heads(prompt.config, prompt.heads),
             placement="infix" if prompt.config["peft_type"] == INFIX_KIND else "prefix",
         )
         load_heads(model, prompt.heads)
