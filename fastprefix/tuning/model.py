@@ -11,12 +11,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import DirectEncoder, MLPEncoder, to_flat
-from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
+from fastprefix.hf.patching import (
+    activate,
+    default_offset,
+    layer_groups,
+    layer_shapes,
+    patch_model,
+    patched,
+    use_prefix,
+)
 from fastprefix.hf.peft_format import PREFIX_KINDS, load_adapter, save_adapter
+from fastprefix.hf.prefill import text_keys_values
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.base import (
     TunedModel,
-    embedding_weight,
     initial_ids,
     load_heads,
     saved_heads,
@@ -36,7 +44,7 @@ class PrefixTuningModel(TunedModel):
         tokenizer: the base's; needed for init="text".
 
     Raises:
-        ValueError: init="text" without a tokenizer.
+        ValueError: init="text" without a tokenizer, or groups that the model does not have.
         UnsupportedModelError: see :func:`fastprefix.patch_model`.
 
     Example:
@@ -51,34 +59,39 @@ class PrefixTuningModel(TunedModel):
         config: PrefixConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        start = initial_ids(config, model, tokenizer)  # before anything is changed
+        start = initial_ids(config, model, tokenizer)
+        with patched(model):  # left as it was if the configuration is refused
+            layers, shapes = _layers(config, model), layer_shapes(model)
+            P, offset = config.num_virtual_tokens, config.position_offset
+            offset = default_offset(model, P) if offset is None else offset
         patch_model(model)
         super().__init__(model)
         self.prefix_config = config
-        shapes = layer_shapes(model)
+        self.layers, self.shapes = layers, shapes
+        chosen = [self.shapes[layer] for layer in self.layers]
         self.encoder: DirectEncoder | MLPEncoder
         if config.prefix_projection:
-            hidden = embedding_weight(model).shape[1]
+            hidden = model.config.get_text_config().hidden_size
             self.encoder = MLPEncoder(
-                shapes,
-                config.num_virtual_tokens,
+                chosen,
+                P,
                 embedding_size=hidden,
                 hidden_size=config.encoder_hidden_size or hidden,
-                position_offset=config.position_offset,
+                position_offset=offset,
                 dropout=config.dropout,
                 init_std=config.init_std,
             )
         else:
             self.encoder = DirectEncoder(
-                shapes,
-                config.num_virtual_tokens,
-                position_offset=config.position_offset,
+                chosen,
+                P,
+                position_offset=offset,
                 dropout=config.dropout,
                 init_std=config.init_std,
             )
         self.encoder.to(model.device)
         if start is not None:
-            self.encoder.start_from(to_flat(PrefixKV.prefill(model, start)))
+            self.encoder.start_from(to_flat(text_keys_values(model, start).select(self.layers)))
         self.train_heads(config.modules_to_save, config.task_type)
 
     def forward(
@@ -108,7 +121,16 @@ class PrefixTuningModel(TunedModel):
             "labels": labels,
         }
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        return self.base_model(fastprefix=activate(self.base_model, self._prefix()), **kwargs)
+        return self.base_model(fastprefix=activate(self.base_model, self.prefix()), **kwargs)
+
+    def prefix(self) -> PrefixKV:
+        """The prefix, with gradients, for all layers: those that have none get length 0."""
+        kv: PrefixKV = self.encoder()
+        if self.prefix_config.prefix_in_window:
+            kv = replace(kv, in_window=True)
+        if len(self.layers) == len(self.shapes):
+            return kv
+        return kv.spread(self.layers, self.shapes)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,13 +149,9 @@ class PrefixTuningModel(TunedModel):
         training = self.encoder.training
         try:
             self.encoder.eval()
-            return self._prefix().detach()
+            return self.prefix().detach()
         finally:
             self.encoder.train(training)
-
-    def _prefix(self) -> PrefixKV:
-        kv: PrefixKV = self.encoder()
-        return replace(kv, in_window=True) if self.prefix_config.prefix_in_window else kv
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Writes the prefix, and heads trained beside it, in PEFT's format.
@@ -191,3 +209,19 @@ class PrefixTuningModel(TunedModel):
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
+
+
+def _layers(config: PrefixConfig, model: PreTrainedModel) -> tuple[int, ...]:
+    """Which attention layers of a patched model get a prefix."""
+    groups = layer_groups(model)
+    missing = set(config.groups or ()) - set(groups)
+    if missing:
+        raise ValueError(
+            f"groups: got {config.groups!r}, takes some of {tuple(dict.fromkeys(groups))}, which "
+            f"this {type(model).__name__} has"
+        )
+    return tuple(
+        layer
+        for layer, group in enumerate(groups)
+        if config.groups is None or group in config.groups
+    )
