@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastprefix.hf.attention import NAME, ActivePrefix
 from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
+from fastprefix.kv import PrefixKV
 
 OFFSET = ".offset"  # behind a state's key: by how much the stack at hand moves its text
 CACHED = "past_key_values_length"  # what transformers calls it where embeddings place the text
@@ -74,6 +75,8 @@ def inject(
                 f"{type(module).__name__} takes position_ids: it alone knows its default"
             )
         kwargs["position_ids"] = kwargs["position_ids"] + active.kv.position_offset
+    elif placing == "distance" and active.kv.position_offset:
+        kwargs[NAME] = replace(kwargs[NAME], prefix_bias=_distances(module, kwargs, active.kv))
     return (), kwargs
 
 
@@ -141,6 +144,35 @@ def _positions(kwargs: dict[str, Any], offset: int) -> Tensor:
         seen = cache.get_seq_length() if cache is not None else 0
         positions = (torch.arange(length, device=inputs.device) + seen)[None]
     return positions + offset
+
+
+def relative_biases(stack: nn.Module) -> list[nn.Module]:
+    """The attention modules that make a bias of the distance between tokens (T5)."""
+    return [
+        module
+        for module in stack.modules()
+        if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "compute_bias")
+    ]
+
+
+def _distances(stack: nn.Module, kwargs: dict[str, Any], kv: PrefixKV) -> Tensor:
+    """[Hq, Lq, P]: the bias that a decoder has for the prefix as the first tokens of its text."""
+    inputs, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+    tokens = kwargs["inputs_embeds"] if inputs is None else inputs
+    seen = cache.get_seq_length() if cache is not None else 0
+    (module,) = relative_biases(stack)
+    bias: Tensor = module.compute_bias(  # type: ignore[operator]
+        tokens.shape[1],
+        kv.num_virtual_tokens,
+        device=tokens.device,
+        past_seen_tokens=seen + kv.position_offset,
+    )
+    if bias.requires_grad:
+        raise NotImplementedError(
+            f"{type(stack).__name__}: a bias on the prefix's scores gets no gradient yet; freeze "
+            "what makes it (requires_grad_(False))"
+        )
+    return bias[0]
 
 
 def _text(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -168,7 +168,14 @@ class PrefixTuningModel(TunedModel):
         if config.peft_type == "PREFIX_TUNING":
             fields["encoder_hidden_size"] = config.encoder_hidden_size
             fields["prefix_projection"] = config.prefix_projection
-        save_adapter(folder, self.export(), fields, kind=config.peft_type, heads=self.heads())
+        save_adapter(
+            folder,
+            self.export(),
+            fields,
+            kind=config.peft_type,
+            heads=self.heads(),
+            groups=layer_groups(self.base_model),
+        )
 
     @classmethod
     def from_pretrained(
@@ -186,8 +193,9 @@ class PrefixTuningModel(TunedModel):
             ValueError: not a prefix-tuning adapter for this model.
         """
         with patched(model):  # left as it was if the adapter is refused
-            shapes = layer_shapes(model)
-        adapter = load_adapter(name_or_folder, shapes)
+            groups = layer_groups(model)
+            adapter = load_adapter(name_or_folder, layer_shapes(model), groups)
+            activate(model, adapter.kv)  # refuses what the model cannot run
         frozen = adapter.config.get("num_frozen_tokens", 0)
         if is_trainable and frozen:
             raise NotImplementedError(
@@ -200,12 +208,19 @@ class PrefixTuningModel(TunedModel):
             task_type=adapter.config.get("task_type"),
             modules_to_save=saved_heads(adapter.config, adapter.heads),
             position_offset=adapter.kv.position_offset,
+            groups=tuple(
+                dict.fromkeys(
+                    group
+                    for group, key in zip(groups, adapter.kv.keys, strict=True)
+                    if key.shape[1]
+                )
+            ),
             prefix_in_window=adapter.kv.in_window,
             peft_type=kind if kind in PREFIX_KINDS else "PREFIX_TUNING",
         )
         load_heads(model, adapter.heads)
         tuned = cls(model, config)
-        tuned.encoder.start_from(to_flat(adapter.kv))
+        tuned.encoder.start_from(to_flat(adapter.kv.select(tuned.layers)))
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
