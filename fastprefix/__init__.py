@@ -13,7 +13,12 @@ from fastprefix.kv import KVBudget, PackedPrefixKV, PrefixBank, PrefixKV
 
 if TYPE_CHECKING:
     from fastprefix.hf import UnsupportedModelError, patch_model, unpatch_model, use_prefix
-    from fastprefix.tuning import PrefixConfig, PrefixTuningModel
+    from fastprefix.tuning import (
+        PrefixConfig,
+        PrefixTuningModel,
+        PromptConfig,
+        PromptTuningModel,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,6 +29,8 @@ _LAZY = {
     "use_prefix": "fastprefix.hf",
     "PrefixConfig": "fastprefix.tuning",
     "PrefixTuningModel": "fastprefix.tuning",
+    "PromptConfig": "fastprefix.tuning",
+    "PromptTuningModel": "fastprefix.tuning",
 }
 
 __all__ = [
@@ -33,6 +40,8 @@ __all__ = [
     "PrefixConfig",
     "PrefixKV",
     "PrefixTuningModel",
+    "PromptConfig",
+    "PromptTuningModel",
     "UnsupportedModelError",
     "__version__",
     "patch_model",

@@ -35,6 +35,7 @@ class ActivePrefix:
             says both (a static cache, packed sequences); "unknown", the mask is the user's own.
         text_mask: the call's attention mask [B, L], 1 = real token, up to the newest token; None
             for no padding.
+        prefix_bias: [Hq, Lq, P], added to the prefix's scores in a decoder's own attention.
         turn: how often the layers at hand ran before in this call, where layers share modules.
         turns: the same, counted for each module that several layers share.
     """
@@ -46,6 +47,7 @@ class ActivePrefix:
     cu_seqlens: Tensor | None = None
     placement: Literal["end", "mask", "unknown"] = "end"
     text_mask: Tensor | None = None
+    prefix_bias: Tensor | None = None
     turn: int = 0
     turns: dict[int, int] = field(default_factory=dict)
 
@@ -105,7 +107,8 @@ def prefix_attention_forward(
         softcap: of the scores.
         fastprefix: what the hook of a patched model injected.
         position_bias: [1 or B, Hq, Lq, Lk], added to the text's scores (T5). The prefix stands at
-            no distance from any query: its bias is 0.
+            no distance from any query, its bias is 0, unless its position_offset places the text
+            behind it.
         kwargs: the rest of what models hand down; s_aux are the sinks [Hq].
 
     Returns:
@@ -120,6 +123,7 @@ def prefix_attention_forward(
     backend, prefix_key, prefix_value, in_window = "auto", None, None, False
     prefix_index = prefix_lengths = None
     longest = 0
+    prefix_bias = None
     if isinstance(fastprefix, Recorder):
         fastprefix.record(module, key, value, causal)
     elif fastprefix is not None:
@@ -132,6 +136,8 @@ def prefix_attention_forward(
                 prefix_index = fastprefix.prefix_index
                 prefix_lengths = fastprefix.kv.prefix_lengths[slot]
                 longest = fastprefix.kv.longest[slot]
+            if fastprefix.prefix_bias is not None and causal and prefix_key.shape[1]:
+                prefix_bias = fastprefix.prefix_bias[..., : prefix_key.shape[1]].to(query.dtype)
     elif MISSED:
         for missed in MISSED:
             missed.append(module)
@@ -228,6 +234,7 @@ def prefix_attention_forward(
         sliding_window=window,
         softcap=softcap,
         sinks=sinks,
+        prefix_bias=prefix_bias,
         prefix_in_window=in_window,
         backend=backend,
     )

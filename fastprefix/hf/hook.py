@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from fastprefix.hf.attention import NAME, ActivePrefix
 from fastprefix.hf.packing import inputs_of, no_mask, refuse_packed, unpack
 from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
-from fastprefix.kv import PackedPrefixKV
+from fastprefix.kv import PackedPrefixKV, PrefixKV
 
 OFFSET = ".offset"  # behind a state's key: by how much the stack at hand moves its text
 CACHED = "past_key_values_length"  # what transformers calls it where embeddings place the text
@@ -118,12 +118,21 @@ def _place(
                 "position_ids: it alone knows its default"
             )
         kwargs["position_ids"] = kwargs["position_ids"] + offset
+    prefix_bias = None
+    if placing == "distance" and isinstance(kv, PrefixKV):
+        prefix_bias = _distances(module, kwargs, kv) if kv.position_offset else None
+    elif placing == "distance" and isinstance(offset, Tensor) and int(offset.max()):
+        raise NotImplementedError(
+            f"{type(module).__name__}: makes a bias of distances, which rows with prefixes of "
+            "their own have none of yet; train the prefixes with position_offset=0"
+        )
     # a new count of turns: the call may be one of several before a backward
     return replace(
         active,
         positioned=True,
         prefix_index=index,
         cu_seqlens=cu_seqlens,
+        prefix_bias=prefix_bias,
         turns={},
         **placed_text,
     )
@@ -244,6 +253,35 @@ def _check_learned(position_ids: Tensor, mask: Any, offset: int | Tensor, most: 
             f"position_ids: the text reaches position {last} behind a prefix that takes {taken}, "
             f"and the model has learned positions 0 to {most - 1}"
         )
+
+
+def relative_biases(stack: nn.Module) -> list[nn.Module]:
+    """The attention modules that make a bias of the distance between tokens (T5)."""
+    return [
+        module
+        for module in stack.modules()
+        if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "compute_bias")
+    ]
+
+
+def _distances(stack: nn.Module, kwargs: dict[str, Any], kv: PrefixKV) -> Tensor:
+    """[Hq, Lq, P]: the bias that a decoder has for the prefix as the first tokens of its text."""
+    inputs, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+    tokens = kwargs["inputs_embeds"] if inputs is None else inputs
+    seen = cache.get_seq_length() if cache is not None else 0
+    (module,) = relative_biases(stack)
+    bias: Tensor = module.compute_bias(  # type: ignore[operator]
+        tokens.shape[1],
+        kv.num_virtual_tokens,
+        device=tokens.device,
+        past_seen_tokens=seen + kv.position_offset,
+    )
+    if bias.requires_grad:
+        raise NotImplementedError(
+            f"{type(stack).__name__}: a bias on the prefix's scores gets no gradient yet; freeze "
+            "what makes it (requires_grad_(False))"
+        )
+    return bias[0]
 
 
 def _text(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,14 @@ from transformers import PreTrainedModel
 
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.attention import NAME, SLOT, ActivePrefix
-from fastprefix.hf.hook import CACHED, contiguous_input, inject, shift, take_turn
+from fastprefix.hf.hook import (
+    CACHED,
+    contiguous_input,
+    inject,
+    relative_biases,
+    shift,
+    take_turn,
+)
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe, takes
 from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Placing, State
 from fastprefix.kv import Group, LayerShape, PackedPrefixKV, PrefixBank, PrefixKV
@@ -293,7 +300,8 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> 
     whole: dict[nn.Module, Placing] = {}
     if is_encoder_decoder(model):
         decoder = model.get_decoder()
-        state.placing = "embedding" if _position_embeddings(decoder) else "fixed"
+        told: Placing = "distance" if len(relative_biases(decoder)) == 1 else "fixed"
+        state.placing = "embedding" if _position_embeddings(decoder) else told
         whole = {model: "inner", model.base_model: "inner"}
         whole |= {model.get_encoder(): "fixed", decoder: state.placing}
         embeddings = _position_embeddings(decoder)

@@ -3,9 +3,9 @@
 PEFT stores the prefix as ``prompt_embeddings`` [P, layers · 2 · Hkv · D]; an MLP is dropped when
 the adapter is saved, and a cartridge differs by its configuration alone. One head number and size
 for all layers, keys and values, and one length is all that this can hold, and text at once behind
-the prefix. Any other prefix goes into a :class:`PrefixKV` file of its own beside an
-adapter_config.json with a peft_type that PEFT does not know, so that it refuses the folder rather
-than compute something else.
+the prefix; of an encoder-decoder, the decoder's own attention. Any other prefix goes into a
+:class:`PrefixKV` file beside an adapter_config.json with a peft_type that PEFT does not know, so
+that it refuses the folder rather than compute something else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastprefix.hf.peft_files import (
     read_heads,
     write_adapter,
 )
-from fastprefix.kv import LayerShape, PrefixKV
+from fastprefix.kv import Group, LayerShape, PrefixKV
 
 PREFIX_KINDS = ("PREFIX_TUNING", "CARTRIDGE")
 OWN_KIND = "FASTPREFIX_KV"
@@ -48,8 +48,19 @@ class Adapter:
     heads: dict[str, Tensor] = field(default_factory=dict)
 
 
-def refusal(kv: PrefixKV) -> str | None:
-    """Why PEFT's format cannot hold a prefix; None where it can."""
+def refusal(kv: PrefixKV, groups: Sequence[Group] | None = None) -> str | None:
+    """Why PEFT's format cannot hold a prefix; None where it can.
+
+    Args:
+        kv: the prefix.
+        groups: which part of the model each layer belongs to; one stack if None.
+    """
+    decoder = _decoder(groups)
+    if groups is not None and decoder is not None:
+        others = {g for g, key in zip(groups, kv.keys, strict=True) if key.shape[1]} - {"decoder"}
+        if others:
+            return f"it has a prefix in the {' and '.join(sorted(others))} layers"
+        kv = kv.select(decoder)
     shape, P = kv.shapes[0], kv.num_virtual_tokens
     if any(other != shape for other in kv.shapes):
         return "its layers differ in the number or size of their heads"
@@ -69,6 +80,7 @@ def save_adapter(
     *,
     kind: str = "PREFIX_TUNING",
     heads: dict[str, Tensor] | None = None,
+    groups: Sequence[Group] | None = None,
 ) -> None:
     """Writes a prefix so that PEFT's ``PeftModel.from_pretrained`` and ours can load it.
 
@@ -82,25 +94,29 @@ def save_adapter(
             prefix (task_type, prefix_projection, num_frozen_tokens, base_model_name_or_path).
         kind: "PREFIX_TUNING" or "CARTRIDGE".
         heads: see :class:`Adapter`.
+        groups: which part of the model each layer belongs to; one stack if None.
 
     Raises:
         ValueError: unknown kind.
     """
     if kind not in PREFIX_KINDS:
         raise ValueError(f"kind: got {kind!r}, takes one of {PREFIX_KINDS}")
-    why_not = refusal(kv)
+    why_not = refusal(kv, groups)
     if why_not is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         kv.save(Path(folder) / KV_FILE)
         fields = {**_common(kv), "peft_type": OWN_KIND, "not_peft": why_not, **config}
         write_adapter(folder, fields, None, heads)
         return
+    submodules, decoder = 1, _decoder(groups)
+    if decoder is not None:
+        kv, submodules = _folded(kv.select(decoder)), 2
     shape = kv.shapes[0]
     fields = {
         **_common(kv),
         "num_attention_heads": shape.num_heads,
         "num_layers": kv.num_layers,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": submodules,
         "peft_type": kind,
         "token_dim": shape.num_heads * shape.key_size,
     }
@@ -111,7 +127,11 @@ def save_adapter(
     write_adapter(folder, {**fields, **config}, to_flat(kv), heads, {"in_window": kv.in_window})
 
 
-def load_adapter(name_or_folder: str | Path, shapes: Sequence[LayerShape] | None = None) -> Adapter:
+def load_adapter(
+    name_or_folder: str | Path,
+    shapes: Sequence[LayerShape] | None = None,
+    groups: Sequence[Group] | None = None,
+) -> Adapter:
     """Reads a prefix that fastprefix or PEFT wrote.
 
     PEFT puts a prefix into the cache, so that it slides out of a model's sliding windows as a
@@ -120,6 +140,7 @@ def load_adapter(name_or_folder: str | Path, shapes: Sequence[LayerShape] | None
     Args:
         name_or_folder: a folder, or a repository name on the Hugging Face hub.
         shapes: what the model's layers take; as the configuration says if None.
+        groups: which part of the model each layer belongs to; one stack if None.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -135,23 +156,70 @@ def load_adapter(name_or_folder: str | Path, shapes: Sequence[LayerShape] | None
             )
         return Adapter(kv, config, read_heads(name_or_folder))
     files = read_adapter(name_or_folder, PREFIX_KINDS)
+    told = config.get("num_transformer_submodules") or 1
+    decoder = _decoder(groups)
+    if told != (1 if decoder is None else 2):
+        raise ValueError(
+            f"{config_file}: got num_transformer_submodules {told}, takes 1, or 2 for an "
+            "encoder-decoder model, whose layers must be known"
+        )
     if shapes is None:
         shapes = _shapes(files)
+    first = shapes[decoder[0] if decoder is not None else 0]
+    # of an encoder-decoder, as many as its encoder has: see _unfolded
+    layers = len(shapes) if decoder is None else files.embeddings.shape[1] // first.width
     for name, want in (
-        ("num_layers", len(shapes)),
-        ("num_attention_heads", shapes[0].num_heads),
-        ("token_dim", shapes[0].num_heads * shapes[0].key_size),
+        ("num_layers", layers),
+        ("num_attention_heads", first.num_heads),
+        ("token_dim", first.num_heads * first.key_size),
         ("num_virtual_tokens", files.embeddings.shape[0]),
     ):
         got = config.get(name)
         if got is not None and got != want:
             raise ValueError(f"{config_file}: got {name} {got}, takes {want} for this model")
+    if decoder is not None and layers < len(decoder):
+        raise ValueError(
+            f"{config_file}: got {layers} layers for a decoder of {len(decoder)}; PEFT, which "
+            "counts the encoder's, cannot run it either"
+        )
     try:
-        kv = to_prefix_kv(files.embeddings, shapes)
+        kv = to_prefix_kv(files.embeddings, shapes if decoder is None else (first,) * layers)
     except ValueError as error:
         raise ValueError(f"{files.weights_file}: {error}") from error
-    kv = replace(kv, in_window=bool(files.about.get("in_window", True)))
+    if decoder is not None:
+        kv = _unfolded(kv, len(decoder)).spread(decoder, shapes)
+    slides = groups is None or set(groups) == {"decoder"}
+    kv = replace(kv, in_window=bool(files.about.get("in_window", slides)))
     return Adapter(kv, config, files.heads)
+
+
+def _decoder(groups: Sequence[Group] | None) -> list[int] | None:
+    """The layers of a decoder's own attention; None where the model is a single stack."""
+    if groups is None or len(set(groups)) == 1:
+        return None
+    return [layer for layer, group in enumerate(groups) if group == "decoder"]
+
+
+def _unfolded(kv: PrefixKV, num_layers: int) -> PrefixKV:
+    """What PEFT feeds an encoder-decoder's decoder out of a prefix of the encoder's depth N.
+
+    ``PeftModel.get_prompt`` doubles the layers, cuts them in pairs of layers, and of each pair the
+    first is the decoder's own attention, the second that to the encoder, which it then throws away.
+    So layer i of the decoder gets layer 2 · i mod N: an even N leaves half of the prefix dead.
+    """
+    return kv.select([2 * layer % kv.num_layers for layer in range(num_layers)])
+
+
+def _folded(kv: PrefixKV) -> PrefixKV:
+    """The inverse of :func:`_unfolded`: an odd N, for which 2 · i mod N takes every value."""
+    N = kv.num_layers + (kv.num_layers + 1) % 2
+    P, places = kv.num_virtual_tokens, [2 * layer % N for layer in range(kv.num_layers)]
+    spread = kv.spread(places, kv.shapes[:1] * N)
+    keys, values = (
+        tuple(t if t.shape[1] else t.new_zeros(t.shape[0], P, t.shape[2]) for t in tensors)
+        for tensors in (spread.keys, spread.values)
+    )
+    return replace(kv, keys=keys, values=values)
 
 
 def _common(kv: PrefixKV) -> dict[str, Any]:

@@ -17,17 +17,22 @@ from fastprefix.kv import PrefixKV
 
 def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
     """Runs a prompt through the model once; see :meth:`fastprefix.PrefixKV.prefill`."""
-    with patched(model):
-        if set(layer_groups(model)) != {"decoder"}:
-            raise ValueError(
-                f"model: got {type(model).__name__}, takes a decoder-only model; an encoder's "
-                "prompt sees the text, so its keys are not the same for every text"
-            )
-        kv = text_keys_values(model, input_ids)
-    return PrefixKV(kv.keys, kv.values, position_offset=kv.num_virtual_tokens, in_window=True)
+    return _as_prompt(model, input_ids=_one_text(model, input_ids))
 
 
-@torch.no_grad()
+def prefill_embeddings(model: PreTrainedModel, embeddings: Tensor) -> PrefixKV:
+    """Keys and values of a prompt of embeddings, as :func:`prefill` gives those of a text.
+
+    Args:
+        model: a decoder-only model that :func:`fastprefix.patch_model` accepts; left as it was.
+        embeddings: [P, width].
+
+    Raises:
+        ValueError: not a decoder-only model.
+    """
+    return _as_prompt(model, inputs_embeds=embeddings[None].to(model.device, model.dtype))
+
+
 def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
     """What every attention layer makes of a text: where a learned prefix may start from.
 
@@ -40,6 +45,14 @@ def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) 
     Raises:
         ValueError: input_ids is empty or holds more than one sequence, or the model reads no text.
     """
+    ids = _one_text(model, input_ids)
+    if is_encoder_decoder(model):
+        return _recorded(model, input_ids=ids, decoder_input_ids=ids)
+    return _recorded(model, input_ids=ids)
+
+
+def _one_text(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Tensor:
+    """Token ids [1, P] of one text."""
     if model.main_input_name != "input_ids":
         raise ValueError(
             f"model: got {type(model).__name__}, which reads {model.main_input_name}, takes one "
@@ -53,17 +66,32 @@ def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) 
             f"input_ids: got {ids.dtype} of shape {list(ids.shape)}, takes the token ids of one "
             "prompt, [P] or [1, P], P at least 1"
         )
+    return ids
+
+
+def _as_prompt(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
+    with patched(model):
+        if set(layer_groups(model)) != {"decoder"}:
+            raise ValueError(
+                f"model: got {type(model).__name__}, takes a decoder-only model; an encoder's "
+                "prompt sees the text, so its keys are not the same for every text"
+            )
+        kv = _recorded(model, **inputs)
+    return PrefixKV(kv.keys, kv.values, position_offset=kv.num_virtual_tokens, in_window=True)
+
+
+@torch.no_grad()
+def _recorded(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
+    """What the attention layers are handed for one sequence of input_ids or inputs_embeds."""
     recorder = Recorder()
     training = [module for module in model.modules() if module.training]
     options: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
     if takes(model, "logits_to_keep"):
         options["logits_to_keep"] = 1  # those of all other tokens would be thrown away
-    if is_encoder_decoder(model):
-        options["decoder_input_ids"] = ids
     with patched(model):
         model.eval()
         try:
-            model(input_ids=ids, fastprefix=recorder, **options)
+            model(**inputs, fastprefix=recorder, **options)
         finally:
             for module in training:
                 module.training = True

@@ -23,8 +23,9 @@ ACTIVE = threading.local()
 # "argument": by position_ids, which follow the attention mask where they are not given;
 # "given": by position_ids, for which only the model itself knows a default;
 # "embedding": by what its position embedding is told of the keys that are in the cache;
+# "distance": by a bias for each distance, of which it is told that to the prefix (T5);
 # "fixed": not at all. "inner": its parts are told.
-Placing = Literal["argument", "given", "embedding", "fixed", "inner"]
+Placing = Literal["argument", "given", "embedding", "distance", "fixed", "inner"]
 
 
 @dataclass

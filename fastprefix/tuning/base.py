@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastprefix.tuning.config import PrefixConfig
+from fastprefix.tuning.prompt_config import PromptConfig
 
 # PEFT's choice of what is trained beside a prompt: the layer on top, which is new with every task
 _HEADS = {
@@ -173,11 +176,41 @@ def load_heads(model: PreTrainedModel, heads: Mapping[str, Tensor]) -> None:
             state[name].copy_(tensor)
 
 
+def saved_heads(config: Mapping[str, Any], heads: Mapping[str, Tensor]) -> list[str] | None:
+    """An adapter's modules_to_save; of PEFT's, which names what may be missing, those there are."""
+    named = config.get("modules_to_save")
+    parts = {part for name in heads for part in name.split(".")}
+    return None if named is None else [name for name in dict.fromkeys(named) if name in parts]
+
+
 def embedding_weight(model: PreTrainedModel) -> Tensor:
     """[vocabulary, hidden]."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def initial_ids(
+    config: PrefixConfig | PromptConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Tensor | None:
+    """[P] token ids that training starts from; None for a random start.
+
+    Raises:
+        ValueError: a text without a tokenizer, or without tokens.
+    """
+    P = config.num_virtual_tokens
+    if config.init == "random":
+        return None
+    if config.init == "vocab":
+        return torch.randint(embedding_weight(model).shape[0], (P,))
+    if tokenizer is None:
+        raise ValueError("tokenizer: got None, init='text' needs one")
+    ids = torch.tensor(tokenizer(config.init_text)["input_ids"])
+    if len(ids) == 0:
+        raise ValueError(f"init_text: {config.init_text!r} has no tokens")
+    return ids.repeat(-(-P // len(ids)))[:P]
 
 
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -12,7 +12,7 @@ from fastprefix.encoders import Layout, orthogonal, resize
 from fastprefix.hf.peft_format import load_adapter
 from fastprefix.hf.prefill import text_keys_values
 from fastprefix.kv import PrefixKV
-from fastprefix.tuning.base import embedding_weight
+from fastprefix.tuning.base import initial_ids
 from fastprefix.tuning.config import PrefixConfig
 
 
@@ -38,7 +38,9 @@ def initial_prefix(
         kv = _load(config, layout)
         method = config.init_resize
     else:
-        kv = text_keys_values(model, _initial_ids(config, model, tokenizer))
+        ids = initial_ids(config, model, tokenizer)
+        assert ids is not None
+        kv = text_keys_values(model, ids)
         method = "pad"  # P tokens: a layer takes the first of them
     return layout.to_flat(resize(kv, layout.lengths, method, pad_std=config.init_std))
 
@@ -57,18 +59,3 @@ def _load(config: PrefixConfig, layout: Layout) -> PrefixKV:
             f"{sorted(set(layout.shapes), key=str)} for this model"
         )
     return kv
-
-
-def _initial_ids(
-    config: PrefixConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> Tensor:
-    """[P] token ids whose keys and values the prefix starts from."""
-    P = config.num_virtual_tokens
-    if config.init == "vocab":
-        return torch.randint(embedding_weight(model).shape[0], (P,))
-    if tokenizer is None:
-        raise ValueError("tokenizer: got None, init='text' needs one")
-    ids = torch.tensor(tokenizer(config.init_text)["input_ids"])
-    if len(ids) == 0:
-        raise ValueError(f"init_text: {config.init_text!r} has no tokens")
-    return ids.repeat(-(-P // len(ids)))[:P]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Encoder
-from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
+from fastprefix.hf.patching import (
+    activate,
+    layer_groups,
+    layer_shapes,
+    patch_model,
+    patched,
+    use_prefix,
+)
 from fastprefix.hf.peft_format import PREFIX_KINDS, load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
-from fastprefix.tuning.base import TunedModel, load_heads
+from fastprefix.tuning.base import TunedModel, load_heads, saved_heads
 from fastprefix.tuning.build import new_encoder
 from fastprefix.tuning.config import PrefixConfig
 
@@ -108,7 +114,8 @@ class PrefixTuningModel(TunedModel):
             self.encoder.train(training)
 
     def _prefix(self) -> PrefixKV:
-        kv: PrefixKV = self.encoder()
+        """The prefix with gradients."""
+        kv = self.encoder()
         return replace(kv, in_window=True) if self.prefix_config.prefix_in_window else kv
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
@@ -128,7 +135,14 @@ class PrefixTuningModel(TunedModel):
             fields["prefix_projection"] = config.prefix_projection
         else:
             fields["num_frozen_tokens"] = config.num_frozen_tokens
-        save_adapter(folder, self.export(), fields, kind=config.peft_type, heads=self.heads())
+        save_adapter(
+            folder,
+            self.export(),
+            fields,
+            kind=config.peft_type,
+            heads=self.heads(),
+            groups=layer_groups(self.base_model),
+        )
 
     @classmethod
     def from_pretrained(
@@ -146,15 +160,15 @@ class PrefixTuningModel(TunedModel):
             ValueError: not a prefix-tuning adapter for this model.
         """
         with patched(model):  # left as it was if the adapter is refused
-            shapes = layer_shapes(model)
-        adapter = load_adapter(name_or_folder, shapes)
+            adapter = load_adapter(name_or_folder, layer_shapes(model), layer_groups(model))
+            activate(model, adapter.kv)  # refuses what the model cannot run
         kind = adapter.config["peft_type"]
         lengths = [key.shape[1] for key in adapter.kv.keys]
         config = PrefixConfig(
             num_virtual_tokens=adapter.kv.num_virtual_tokens,
             layer_lengths=None if len(set(lengths)) == 1 else lengths,
             task_type=adapter.config.get("task_type"),
-            modules_to_save=adapter.config.get("modules_to_save"),
+            modules_to_save=saved_heads(adapter.config, adapter.heads),
             num_frozen_tokens=adapter.config.get("num_frozen_tokens", 0),
             position_offset=adapter.kv.position_offset,
             prefix_in_window=adapter.kv.in_window,

@@ -1,0 +1,112 @@
+"""Input-level prompts in the format of PEFT's PROMPT_TUNING and P_TUNING adapters.
+
+PEFT stores the embeddings that the model is fed, ``prompt_embeddings`` [P, width of an embedding];
+P-tuning's network is dropped when the adapter is saved. For an encoder-decoder PEFT may hold
+[2 · P, width], of which it reads the first half alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastprefix.hf.peft_files import read_adapter, write_adapter
+
+PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING")
+# Put behind the text, a prompt is nothing that PEFT knows: it refuses the kind.
+INFIX_KIND = "FASTPREFIX_INFIX"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a folder holds.
+
+    Attributes:
+        embeddings: [P, width].
+        config: adapter_config.json.
+        heads: what was trained of the base beside it, by the names of the base's ``state_dict``.
+    """
+
+    embeddings: Tensor
+    config: dict[str, Any]
+    heads: dict[str, Tensor] = field(default_factory=dict)
+
+
+def save_prompt(
+    folder: str | Path,
+    embeddings: Tensor,
+    config: dict[str, Any],
+    *,
+    kind: str = "PROMPT_TUNING",
+    heads: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes a prompt so that PEFT's ``PeftModel.from_pretrained`` and ours can load it.
+
+    Args:
+        folder: made if need be; files of these names in it are replaced.
+        embeddings: [P, width].
+        config: further fields of PEFT's configuration (task_type, base_model_name_or_path).
+        kind: "PROMPT_TUNING", "P_TUNING", or "FASTPREFIX_INFIX", which ours alone can load.
+        heads: see :class:`Prompt`.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in (*PROMPT_KINDS, INFIX_KIND):
+        raise ValueError(f"kind: got {kind!r}, takes one of {(*PROMPT_KINDS, INFIX_KIND)}")
+    P, width = embeddings.shape
+    fields: dict[str, Any] = {
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "num_attention_heads": None,
+        "num_layers": None,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": P,
+        "peft_type": kind,
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+        "token_dim": width,
+    }
+    if kind == "P_TUNING":
+        fields.update(
+            encoder_dropout=0.0,
+            encoder_hidden_size=width,
+            encoder_num_layers=2,
+            encoder_reparameterization_type="MLP",
+        )
+    elif kind == "PROMPT_TUNING":
+        fields.update(prompt_tuning_init="RANDOM", prompt_tuning_init_text=None)
+    write_adapter(folder, {**fields, **config}, embeddings, heads)
+
+
+def load_prompt(name_or_folder: str | Path, width: int | None = None) -> Prompt:
+    """Reads a prompt that fastprefix or PEFT wrote.
+
+    Args:
+        name_or_folder: a folder, or a repository name on the Hugging Face hub.
+        width: of the model's embeddings; not checked if None.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: not an input-level prompt, not one for this model, or not all finite.
+    """
+    files = read_adapter(name_or_folder, (*PROMPT_KINDS, INFIX_KIND))
+    config, rows = files.config, files.embeddings.shape[0]
+    P = config.get("num_virtual_tokens", rows)
+    copies = config.get("num_transformer_submodules") or 1
+    if P * copies != rows:
+        raise ValueError(
+            f"{files.config_file}: got num_virtual_tokens {P} for {copies} of them, takes "
+            f"{rows // copies} as {files.weights_file.name} has {rows} rows"
+        )
+    if width is not None and files.embeddings.shape[1] != width:
+        raise ValueError(
+            f"{files.weights_file}: got embeddings {files.embeddings.shape[1]} wide, takes "
+            f"{width} for this model"
+        )
+    return Prompt(files.embeddings[:P], config, files.heads)

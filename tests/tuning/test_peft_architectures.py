@@ -1,0 +1,169 @@
+"""Prefixes go to PEFT and come from it with equal logits on every decoder that PEFT can tune."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    Qwen3Config,
+)
+
+from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel
+from fastprefix.encoders import to_flat
+from fastprefix.hf.peft_format import load_adapter, save_adapter
+
+P = 4
+CLOSE = {"rtol": 0, "atol": 2e-5}
+WINDOW = 6  # less than prefix and text together
+# head_dim is left to hidden_size / num_attention_heads, which PEFT relies on in some of these
+_GROUPED = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_PLAIN = {k: v for k, v in _GROUPED.items() if k not in ("num_key_value_heads",)}
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+ARCHITECTURES = {
+    "llama": (LlamaConfig, _GROUPED),
+    "mistral": (MistralConfig, {**_GROUPED, "sliding_window": WINDOW}),
+    "mixtral": (MixtralConfig, {**_GROUPED, **_EXPERTS}),
+    "qwen3": (Qwen3Config, {**_GROUPED, "head_dim": 16}),
+    "gemma2": (Gemma2Config, {**_GROUPED, "head_dim": 16, "sliding_window": WINDOW}),
+    "gemma3": (Gemma3TextConfig, {**_GROUPED, "head_dim": 16, "sliding_window": WINDOW}),
+    "phi3": (Phi3Config, _GROUPED),
+    "olmo2": (Olmo2Config, _GROUPED),
+    "gpt_oss": (
+        GptOssConfig,
+        {**_GROUPED, **_EXPERTS, "head_dim": 16, "sliding_window": WINDOW},
+    ),
+    "opt": (
+        OPTConfig,
+        {**_PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    ),
+    "gpt_neox": (GPTNeoXConfig, _PLAIN),
+}
+KINDS = {"PREFIX_TUNING": peft.PrefixTuningConfig, "CARTRIDGE": peft.CartridgeConfig}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def build(tiny, request):
+    make, fields = ARCHITECTURES[request.param]
+    common = {k: v for k, v in tiny.GROUPED.items() if k not in _GROUPED and k != "head_dim"}
+    config = make(**{**common, **fields, "use_cache": True})
+    return lambda: tiny.from_config(config)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def loud(theirs):
+    """The same PEFT model with a prefix large enough to matter."""
+    with torch.no_grad():
+        for parameter in theirs.prompt_encoder.parameters():
+            parameter.normal_(0, 0.7)
+    return theirs.eval()
+
+
+def logits(model, ids, mask):
+    return model(input_ids=ids, attention_mask=mask).logits
+
+
+def test_both_ways(tiny, build, kind, tmp_path):
+    theirs = peft.get_peft_model(build(), KINDS[kind](task_type="CAUSAL_LM", num_virtual_tokens=P))
+    loud(theirs).save_pretrained(tmp_path / "theirs")
+    ours = PrefixTuningModel.from_pretrained(build(), tmp_path / "theirs")
+    ids, mask = tiny.batch((11, 5, 1), side="right")
+    real = mask.bool()
+    expected = logits(theirs, ids, mask)[real]
+    torch.testing.assert_close(logits(ours, ids, mask)[real], expected, **CLOSE)
+    assert (logits(build(), ids, mask)[real] - expected).abs().max() > 1e-2
+
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(build(), tmp_path / "ours").eval()
+    assert again.active_peft_config.peft_type == kind
+    torch.testing.assert_close(logits(again, ids, mask)[real], expected, **CLOSE)
+    twice = PrefixTuningModel.from_pretrained(build(), tmp_path / "ours")
+    assert torch.equal(to_flat(twice.export()), to_flat(ours.export()))
+    assert twice.export().in_window is ours.export().in_window is True
+
+
+def test_a_classifier_comes_with_its_head(tiny, kind, tmp_path):
+    def build(seed=0):
+        torch.manual_seed(seed)
+        config = LlamaConfig(vocab_size=101, pad_token_id=0, num_labels=3, **_GROUPED)
+        return AutoModelForSequenceClassification.from_config(config).eval()
+
+    theirs = peft.get_peft_model(build(), KINDS[kind](task_type="SEQ_CLS", num_virtual_tokens=P))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.7)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    ours = PrefixTuningModel.from_pretrained(build(), tmp_path / "theirs")
+    ids, mask = tiny.batch((6, 6))
+    expected = logits(theirs, ids, mask)
+    torch.testing.assert_close(logits(ours, ids, mask), expected, **CLOSE)
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(build(), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again, ids, mask), expected, **CLOSE)
+    assert again.active_peft_config.task_type == "SEQ_CLS"
+
+
+@pytest.mark.parametrize(
+    "task_type",
+    ["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"],
+)
+def test_task_types_round_trip(tiny, kind, task_type, tmp_path):
+    kv = tiny.random_kv(tiny.build(), P)
+    save_adapter(tmp_path, kv, {"task_type": task_type}, kind=kind)
+    assert load_adapter(tmp_path).config["task_type"] == task_type
+    assert peft.PeftConfig.from_pretrained(tmp_path).task_type == task_type
+    tuned = PrefixTuningModel.from_pretrained(tiny.build(), tmp_path)
+    tuned.save_pretrained(tmp_path / "again")
+    assert peft.PeftConfig.from_pretrained(tmp_path / "again").task_type == task_type
+    assert peft.PeftConfig.from_pretrained(tmp_path / "again").peft_type == kind
+
+
+def test_a_cartridge_of_ours_is_one_of_theirs(tiny, tmp_path):
+    """A prompt's own keys and values, which PEFT takes a cartridge to start from."""
+    bare, model = tiny.build("gpt2"), tiny.build("gpt2")
+    front, (ids, mask) = tiny.prompt(P), tiny.batch((5, 5))
+    save_adapter(tmp_path, PrefixKV.prefill(model, front), {}, kind="CARTRIDGE")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path).eval()
+    expected = tiny.concatenated_logits(bare, front, ids, mask)
+    torch.testing.assert_close(logits(theirs, ids, mask), expected, **CLOSE)
+
+
+def test_frozen_tokens_are_not_trained_by_surprise(tiny, tmp_path):
+    kv = tiny.random_kv(tiny.build(), P)
+    save_adapter(tmp_path, kv, {"num_frozen_tokens": 1}, kind="CARTRIDGE")
+    PrefixTuningModel.from_pretrained(tiny.build(), tmp_path)
+    with pytest.raises(NotImplementedError, match="first 1 tokens are frozen"):
+        PrefixTuningModel.from_pretrained(tiny.build(), tmp_path, is_trainable=True)
+
+
+def test_learned_prefixes_stay_visible_in_windows_unless_told_otherwise(tiny):
+    config = MistralConfig(**{**tiny.GROUPED, "sliding_window": 3})
+    ids, mask = tiny.batch((9,))
+    got = []
+    for slides in (False, True):
+        torch.manual_seed(0)
+        prefix = PrefixConfig(num_virtual_tokens=P, init_std=1.0, prefix_in_window=slides)
+        got.append(logits(PrefixTuningModel(tiny.from_config(config), prefix).eval(), ids, mask))
+    assert not torch.allclose(got[0][:, -1], got[1][:, -1], atol=1e-3)
