@@ -210,9 +210,8 @@ def test_gradient_checkpointing(tiny, reentrant):
         torch.testing.assert_close(run(), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("window", [None, 8])
-def test_compiled_whole(tiny, window):
-    model = patch_model(mistral(tiny, window, num_hidden_layers=1))
+def test_compiled_whole(tiny):
+    model = patch_model(mistral(tiny, 8, num_hidden_layers=1))
     ids, mask = tiny.batch(LENGTHS)
     kv = {name: PrefixKV.prefill(model, tiny.prompt(P)) for name, P in (("a", 5), ("b", 3))}
     options = {"attention_mask": mask, "use_cache": False}
