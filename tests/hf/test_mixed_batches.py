@@ -94,9 +94,10 @@ def test_generated_ids_are_those_of_each_row_alone(tiny, model, bare, mode):
     with use_prefix(model, kv, ROWS):
         got = tiny.generate(model, ids, mask, **GREEDY[mode])
     assert torch.equal(got, rows_alone(tiny, bare, fronts, ids, mask, **GREEDY[mode]))
-    for wrong in (["b", None, "a", "a"], ["a", "a", "b", "a"]):
-        with use_prefix(model, kv, wrong):
-            assert not torch.equal(tiny.generate(model, ids, mask, **GREEDY[mode]), got)
+    if mode == "greedy":
+        for wrong in (["b", None, "a", "a"], ["a", "a", "b", "a"]):
+            with use_prefix(model, kv, wrong):
+                assert not torch.equal(tiny.generate(model, ids, mask), got)
 
 
 def test_sampled_ids_are_those_of_the_concatenation(tiny, model, bare):

@@ -5,9 +5,12 @@ import json
 import peft
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
 
 from fastprefix import PrefixConfig, PrefixTuningModel, unpatch_model
+from fastprefix.hf.peft_base import find_base_adapter
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 P = 5
@@ -185,6 +188,40 @@ def test_rows_with_prefixes_of_their_own(tiny, tuned, theirs, inputs):
         torch.testing.assert_close(got[row][real], expected[0], **CLOSE)
 
 
+class Items(torch.utils.data.Dataset):
+    """Texts that differ little."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, item):
+        ids = torch.arange(5) * 7 + item
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_a_trainer_resumes_both_and_checkpoints_activations(tiny, lora, theirs, tmp_path):
+    def make(**options):
+        torch.manual_seed(0)
+        arguments = TrainingArguments(
+            str(tmp_path), report_to=[], use_cpu=True, max_steps=4, learning_rate=1e-2,
+            per_device_train_batch_size=4, logging_steps=1, save_steps=2, disable_tqdm=True,
+            **options,
+        )  # fmt: skip
+        tuned = wrapped(tiny.build(), lora)
+        tuned.base_model.load_state_dict(theirs.get_base_model().state_dict())
+        return Trainer(tuned, arguments, train_dataset=Items())
+
+    whole, resumed = make(), make(gradient_checkpointing=True)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected, got = whole.model.state_dict(), resumed.model.state_dict()
+    assert expected.keys() == got.keys()
+    assert any("lora_A" in name for name in got)
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.fixture
 def folder(tiny, lora, tmp_path):
     wrapped(tiny.build("llama"), lora).save_pretrained(tmp_path)
@@ -270,3 +307,19 @@ def test_damaged_lora_files_are_named_and_the_model_left(tiny, folder, damage):
     assert torch.equal(model(ids, attention_mask=mask).logits, expected)
     assert dict(model.named_modules()).keys() == names
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_repository_on_the_hub_is_asked_for_its_lora(tmp_path, monkeypatch):
+    """Files as the hub's client would have put them; a repository without one has none."""
+    asked = []
+
+    def download(repository, file):
+        asked.append(f"{repository}/{file}")
+        if repository == "some/prefix":
+            raise LocalEntryNotFoundError("no such file")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert find_base_adapter("some/prefix") is None
+    assert find_base_adapter("some/both") == tmp_path / "base_model"
+    assert asked[-1] == "some/both/base_model/adapter_model.safetensors"
