@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastprefix.hf.peft_base import freeze
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.prompt_config import PromptConfig
 
@@ -21,25 +22,23 @@ _HEADS = {
 
 
 class TunedModel(nn.Module):
-    """A frozen base and an encoder that is trained.
+    """A frozen base and encoders that are trained.
 
-    ``state_dict()`` holds the encoder and the heads that are trained beside it, so that a
-    trainer's checkpoints do not repeat the base.
+    ``state_dict()`` holds the encoders, the heads that are trained beside them and what is trained
+    inside the base, so that a trainer's checkpoints do not repeat the base.
 
     Args:
-        model: the base; all its parameters are frozen.
+        model: the base; frozen, but for what PEFT's adapters inside it train.
 
     Attributes:
         base_model: the base.
-        encoder: what is trained; set by the subclass.
     """
 
     base_model: PreTrainedModel
-    encoder: nn.Module
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        model.requires_grad_(False)
+        freeze(model)
         self.base_model = model
         self._heads: tuple[str, ...] = ()
         self.register_load_state_dict_post_hook(_allow_no_base)
@@ -213,20 +212,26 @@ def initial_ids(
     return ids.repeat(-(-P // len(ids)))[:P]
 
 
+def _kept(module: TunedModel) -> set[str]:
+    """What a checkpoint holds of the base, by the names of its ``state_dict``."""
+    trained = {name for name, x in module.base_model.named_parameters() if x.requires_grad}
+    return trained | {name for name in module.base_model.state_dict() if module._is_head(name)}
+
+
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """The base is frozen and lives in its own files: a checkpoint holds what is trained alone."""
+    """What is frozen lives in files of its own: a checkpoint holds what is trained alone."""
     assert isinstance(module, TunedModel)
-    start = f"{prefix}base_model."
+    start, kept = f"{prefix}base_model.", _kept(module)
     for name in [name for name in state if name.startswith(start)]:
-        if not module._is_head(name.removeprefix(start)):
+        if name.removeprefix(start) not in kept:
             del state[name]
 
 
 def _allow_no_base(module: nn.Module, incompatible: Any) -> None:
     """Loading such a checkpoint misses nothing."""
     assert isinstance(module, TunedModel)
-    base = {
-        f"base_model.{name}" for name in module.base_model.state_dict() if not module._is_head(name)
+    frozen = {
+        f"base_model.{name}" for name in module.base_model.state_dict().keys() - _kept(module)
     }
     missing = incompatible.missing_keys
-    missing[:] = [name for name in missing if name[name.find("base_model.") :] not in base]
+    missing[:] = [name for name in missing if name[name.find("base_model.") :] not in frozen]

@@ -1,7 +1,9 @@
-"""A frozen model with a trainable prefix."""
+"""A frozen model with trainable prefixes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +20,41 @@ from fastprefix.hf.patching import (
     patched,
     use_prefix,
 )
-from fastprefix.hf.peft_format import PREFIX_KINDS, load_adapter, save_adapter
+from fastprefix.hf.peft_base import (
+    find_base_adapter,
+    has_base_adapters,
+    load_base_adapter,
+    save_base_adapter,
+    unwrap,
+)
+from fastprefix.hf.peft_format import PREFIX_KINDS, Adapter, load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
-from fastprefix.tuning.base import TunedModel, load_heads, saved_heads
+from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
+from fastprefix.tuning.base import load_heads, saved_heads
 from fastprefix.tuning.build import new_encoder
 from fastprefix.tuning.config import PrefixConfig
 
 
-class PrefixTuningModel(TunedModel):
+class PrefixTuningModel(NamedAdapters):
     """Prefix tuning: the base model is frozen, its attention sees a trained prefix.
 
-    The base model is patched in place and stays so. ``state_dict()`` holds the encoder alone, so
-    that a trainer's checkpoints do not repeat the base; ``save_pretrained`` writes PEFT's format.
+    The base model is patched in place and stays so. It may hold several prefixes by name, of which
+    all rows of a batch use the active one, or each row its own (``prefix_names``). It may also
+    hold a LoRA, or another adapter of PEFT's that sits inside the model: a PeftModel is taken for
+    its inside, both train, and both are saved and loaded together.
+
+    ``state_dict()`` holds the encoders and what is trained inside the base, so that a trainer's
+    checkpoints do not repeat the base; ``save_pretrained`` writes PEFT's format.
 
     Args:
-        model: the base; all its parameters are frozen.
+        model: the base; frozen, but for what PEFT's adapters inside it train.
         config: see :class:`PrefixConfig`.
         tokenizer: the base's; needed for init="text".
+        adapter_name: of the first prefix.
 
     Raises:
-        ValueError: the config does not fit the model, or init="text" without a tokenizer.
+        ValueError: the config does not fit the model, init="text" without a tokenizer, or a
+            PeftModel with a prompt of its own.
         FileNotFoundError: config.init_prefix does not exist.
         UnsupportedModelError: see :func:`fastprefix.patch_model`.
 
@@ -47,21 +64,39 @@ class PrefixTuningModel(TunedModel):
         >>> tuned.save_pretrained("adapter")
     """
 
-    encoder: Encoder
-
     def __init__(
         self,
         model: PreTrainedModel,
         config: PrefixConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        adapter_name: str = DEFAULT,
     ) -> None:
+        model = unwrap(model)
         with patched(model):  # left as it was if something is refused
             encoder = new_encoder(model, config, tokenizer)
             patch_model(model)
-        super().__init__(model)
-        self.prefix_config = config
-        self.encoder = encoder
+        super().__init__(model, adapter_name, config, encoder)
         self.train_heads(config.modules_to_save, config.task_type)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: PrefixConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Adds a prefix, neither active nor trained until :meth:`set_adapter`.
+
+        A head that is trained beside prefixes is the base's own, and so the same for all of them.
+
+        Args:
+            adapter_name: a new name.
+            config: see :class:`PrefixConfig`.
+            tokenizer: the base's; needed for init="text".
+
+        Raises:
+            ValueError: the name is in use or cannot be one, or init="text" without a tokenizer.
+        """
+        self._insert(adapter_name, config, new_encoder(self.base_model, config, tokenizer))
 
     def forward(
         self,
@@ -70,6 +105,7 @@ class PrefixTuningModel(TunedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        prefix_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's forward with the prefix; masks, positions and labels are the text's.
@@ -80,7 +116,12 @@ class PrefixTuningModel(TunedModel):
             position_ids: [B, L], counted from 0 at the text's first token.
             inputs_embeds: [B, L, hidden], in place of input_ids.
             labels: [B, L], -100 where no loss is wanted.
+            prefix_names: B adapters by name, each row's own, or None for a row without a prefix.
+                The active one for all rows if None.
             kwargs: whatever else the base model's forward takes.
+
+        Raises:
+            ValueError: prefix_names has an unknown name, or not one for each row.
         """
         given = {
             "input_ids": input_ids,
@@ -90,93 +131,217 @@ class PrefixTuningModel(TunedModel):
             "labels": labels,
         }
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        return self.base_model(fastprefix=activate(self.base_model, self._prefix()), **kwargs)
+        if prefix_names is None:
+            if self._adapters_disabled:
+                return self.base_model(**kwargs)
+            active = activate(self.base_model, self._prefix(self.active_adapter))
+        else:
+            self._check_rows(prefix_names, _batch_size(kwargs))
+            named = {name: self._prefix(name) for name in _distinct(prefix_names)}
+            if not named:
+                return self.base_model(**kwargs)
+            active = activate(self.base_model, named, prefix_names)
+        return self.base_model(fastprefix=active, **kwargs)
 
     @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, prefix_names: Sequence[str | None] | None = None, **kwargs: Any
+    ) -> Any:
         """The base model's ``generate()`` with the prefix.
 
         With a cache unless told otherwise: the Trainer switches it off in the base's config.
+
+        Args:
+            args: of the base model's method.
+            prefix_names: as in :meth:`forward`, one for each row of the input, however many
+                beams or sequences generate() makes of it.
+            kwargs: of the base model's method.
+
+        Raises:
+            ValueError: see :meth:`forward`.
         """
         kwargs.setdefault("use_cache", True)
         generate: Any = self.base_model.generate  # models for other tasks have none
-        with use_prefix(self.base_model, self.export()):
+        if prefix_names is None:
+            if self._adapters_disabled:
+                return generate(*args, **kwargs)
+            with use_prefix(self.base_model, self.export()):
+                return generate(*args, **kwargs)
+        given = {"inputs": args[0]} if args else kwargs
+        self._check_rows(prefix_names, _batch_size(given))
+        named = {name: self.export(name) for name in _distinct(prefix_names)}
+        if not named:
+            return generate(*args, **kwargs)
+        with use_prefix(self.base_model, named, prefix_names):
             return generate(*args, **kwargs)
 
     @torch.no_grad()
-    def export(self) -> PrefixKV:
-        """The prefix as it stands: no dropout, no parameterisation, no graph."""
-        training = self.encoder.training
-        try:
-            self.encoder.eval()
-            return self._prefix().detach()
-        finally:
-            self.encoder.train(training)
+    def export(self, adapter_name: str | None = None) -> PrefixKV:
+        """A prefix as it stands: no dropout, no parameterisation, no graph.
 
-    def _prefix(self) -> PrefixKV:
-        """The prefix with gradients."""
-        kv = self.encoder()
-        return replace(kv, in_window=True) if self.prefix_config.prefix_in_window else kv
+        Args:
+            adapter_name: which; the active one if None.
 
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Writes the prefix, and heads trained beside it, in PEFT's format.
-
-        An MLP is dropped, as PEFT does. What PEFT's format cannot hold goes into a format that
-        only :meth:`from_pretrained` reads; see :mod:`fastprefix.hf.peft_format`.
+        Raises:
+            ValueError: no adapter of this name.
         """
-        config = self.prefix_config
-        fields = {
-            "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
-            "modules_to_save": self.head_names(),
-            "task_type": config.task_type,
-        }
-        if config.peft_type == "PREFIX_TUNING":
-            fields["encoder_hidden_size"] = config.encoder_hidden_size
-            fields["prefix_projection"] = config.prefix_projection
-        else:
-            fields["num_frozen_tokens"] = config.num_frozen_tokens
-        save_adapter(
-            folder,
-            self.export(),
-            fields,
-            kind=config.peft_type,
-            heads=self.heads(),
-            groups=layer_groups(self.base_model),
-        )
+        name = self.active_adapter if adapter_name is None else adapter_name
+        self._check_known("adapter_name", [name])
+        encoder = self.encoders[name]
+        training = encoder.training
+        try:
+            encoder.eval()
+            return self._prefix(name).detach()
+        finally:
+            encoder.train(training)
+
+    def _prefix(self, adapter_name: str) -> PrefixKV:
+        """A prefix with gradients."""
+        kv: PrefixKV = self.encoders[adapter_name]()
+        slides = self.prefix_configs[adapter_name].prefix_in_window
+        return replace(kv, in_window=True) if slides else kv
+
+    def save_pretrained(
+        self, folder: str | Path, selected_adapters: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        """Writes the prefixes, and heads trained beside them, in PEFT's format.
+
+        A network is dropped, as PEFT does. What PEFT's format cannot hold goes into a format that
+        only :meth:`from_pretrained` reads; see :mod:`fastprefix.hf.peft_format`.
+
+        The adapter "default" goes into the folder itself, others into sub-folders of their names.
+        An adapter inside the base is written beside each, into its sub-folder "base_model".
+
+        Args:
+            folder: made if need be.
+            selected_adapters: by name; all if None.
+
+        Raises:
+            ValueError: no adapter of a name; see also
+                :func:`fastprefix.hf.peft_format.save_adapter` and
+                :func:`fastprefix.hf.peft_base.save_base_adapter`.
+        """
+        names = list(self.encoders) if selected_adapters is None else list(selected_adapters)
+        self._check_known("selected_adapters", names)
+        for name in names:
+            place = Path(folder) if name == DEFAULT else Path(folder) / name
+            config = self.prefix_configs[name]
+            fields = {
+                "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
+                "modules_to_save": self.head_names(),
+                "task_type": config.task_type,
+            }
+            if config.peft_type == "PREFIX_TUNING":
+                fields["encoder_hidden_size"] = config.encoder_hidden_size
+                fields["prefix_projection"] = config.prefix_projection
+            else:
+                fields["num_frozen_tokens"] = config.num_frozen_tokens
+            save_base_adapter(place, self.base_model)
+            save_adapter(
+                place,
+                self.export(name),
+                fields,
+                kind=config.peft_type,
+                heads=self.heads(),
+                groups=layer_groups(self.base_model),
+            )
 
     @classmethod
     def from_pretrained(
-        cls, model: PreTrainedModel, name_or_folder: str | Path, *, is_trainable: bool = False
+        cls,
+        model: PreTrainedModel,
+        name_or_folder: str | Path,
+        adapter_name: str = DEFAULT,
+        *,
+        is_trainable: bool = False,
     ) -> PrefixTuningModel:
-        """Loads an adapter that fastprefix or PEFT saved.
+        """Loads an adapter that fastprefix or PEFT saved, and with it the one inside the base.
 
         Args:
             model: the base; patched and frozen.
             name_or_folder: a folder, or a repository name on the Hugging Face hub.
-            is_trainable: whether to train the prefix further (directly; an MLP is gone).
+            adapter_name: what to call the prefix.
+            is_trainable: whether to train it further (directly; an MLP is gone), and with it
+                what is inside the base.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: not a prefix-tuning adapter for this model.
         """
+        model = unwrap(model)
         with patched(model):  # left as it was if the adapter is refused
-            adapter = load_adapter(name_or_folder, layer_shapes(model), layer_groups(model))
-            activate(model, adapter.kv)  # refuses what the model cannot run
-        kind = adapter.config["peft_type"]
-        lengths = [key.shape[1] for key in adapter.kv.keys]
-        config = PrefixConfig(
-            num_virtual_tokens=adapter.kv.num_virtual_tokens,
-            layer_lengths=None if len(set(lengths)) == 1 else lengths,
-            task_type=adapter.config.get("task_type"),
-            modules_to_save=saved_heads(adapter.config, adapter.heads),
-            num_frozen_tokens=adapter.config.get("num_frozen_tokens", 0),
-            position_offset=adapter.kv.position_offset,
-            prefix_in_window=adapter.kv.in_window,
-            peft_type=kind if kind in PREFIX_KINDS else "PREFIX_TUNING",
-        )
+            adapter, config = _load(name_or_folder, model)
+        inside = find_base_adapter(name_or_folder)
+        if inside is not None:
+            load_base_adapter(model, inside, is_trainable=is_trainable)
         load_heads(model, adapter.heads)
-        tuned = cls(model, config)
+        tuned = cls(model, config, adapter_name=adapter_name)
         tuned.encoder.start_from(tuned.encoder.layout.to_flat(adapter.kv))
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
+
+    def load_adapter(
+        self, name_or_folder: str | Path, adapter_name: str, is_trainable: bool = False
+    ) -> None:
+        """Adds a prefix that fastprefix or PEFT saved; not active until :meth:`set_adapter`.
+
+        Args:
+            name_or_folder: a folder, or a repository name on the Hugging Face hub.
+            adapter_name: a new name.
+            is_trainable: whether to train it, beside those that are trained.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the name is in use or cannot be one, or not a prefix-tuning adapter for
+                this model, or one that was trained with an adapter inside the base, of which
+                this base has none.
+        """
+        adapter, config = _load(name_or_folder, self.base_model)
+        if adapter.heads:
+            raise ValueError(
+                f"{name_or_folder}: holds {sorted(adapter.heads)} besides, which all adapters of "
+                "a model share; load it by from_pretrained"
+            )
+        if find_base_adapter(name_or_folder) is not None and not has_base_adapters(self.base_model):
+            raise ValueError(
+                f"{name_or_folder}: holds an adapter inside the base, too, which this base lacks; "
+                "load both by from_pretrained"
+            )
+        self.add_adapter(adapter_name, config)
+        encoder = self.encoders[adapter_name]
+        assert isinstance(encoder, Encoder)
+        encoder.start_from(encoder.layout.to_flat(adapter.kv))
+        self.set_requires_grad(adapter_name, is_trainable)
+
+
+def _load(name_or_folder: str | Path, model: PreTrainedModel) -> tuple[Adapter, PrefixConfig]:
+    """A saved prefix for a patched model, and a configuration that trains it directly."""
+    adapter = load_adapter(name_or_folder, layer_shapes(model), layer_groups(model))
+    activate(model, adapter.kv)  # refuses what the model cannot run
+    kind = adapter.config["peft_type"]
+    lengths = [key.shape[1] for key in adapter.kv.keys]
+    config = PrefixConfig(
+        num_virtual_tokens=adapter.kv.num_virtual_tokens,
+        layer_lengths=None if len(set(lengths)) == 1 else lengths,
+        task_type=adapter.config.get("task_type"),
+        modules_to_save=saved_heads(adapter.config, adapter.heads),
+        num_frozen_tokens=adapter.config.get("num_frozen_tokens", 0),
+        position_offset=adapter.kv.position_offset,
+        prefix_in_window=adapter.kv.in_window,
+        peft_type=kind if kind in PREFIX_KINDS else "PREFIX_TUNING",
+    )
+    return adapter, config
+
+
+def _distinct(names: Sequence[str | None]) -> list[str]:
+    """The names in their order, each once."""
+    return [name for name in dict.fromkeys(names) if name is not None]
+
+
+def _batch_size(inputs: dict[str, Any]) -> int | None:
+    """Rows of a call's input; None where it cannot be seen."""
+    for name in ("inputs", "input_ids", "inputs_embeds"):
+        if isinstance(inputs.get(name), Tensor):
+            return inputs[name].shape[0]
+    return None

@@ -94,9 +94,10 @@ def test_generated_ids_are_those_of_each_row_alone(tiny, model, bare, mode):
     with use_prefix(model, kv, ROWS):
         got = tiny.generate(model, ids, mask, **GREEDY[mode])
     assert torch.equal(got, rows_alone(tiny, bare, fronts, ids, mask, **GREEDY[mode]))
-    for wrong in (["b", None, "a", "a"], ["a", "a", "b", "a"]):
-        with use_prefix(model, kv, wrong):
-            assert not torch.equal(tiny.generate(model, ids, mask, **GREEDY[mode]), got)
+    if mode == "greedy":
+        for wrong in (["b", None, "a", "a"], ["a", "a", "b", "a"]):
+            with use_prefix(model, kv, wrong):
+                assert not torch.equal(tiny.generate(model, ids, mask), got)
 
 
 def test_sampled_ids_are_those_of_the_concatenation(tiny, model, bare):
@@ -210,9 +211,8 @@ def test_gradient_checkpointing(tiny, reentrant):
         torch.testing.assert_close(run(), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("window", [None, 8])
-def test_compiled_whole(tiny, window):
-    model = patch_model(mistral(tiny, window, num_hidden_layers=1))
+def test_compiled_whole(tiny):
+    model = patch_model(mistral(tiny, 8, num_hidden_layers=1))
     ids, mask = tiny.batch(LENGTHS)
     kv = {name: PrefixKV.prefill(model, tiny.prompt(P)) for name, P in (("a", 5), ("b", 3))}
     options = {"attention_mask": mask, "use_cache": False}

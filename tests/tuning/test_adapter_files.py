@@ -54,7 +54,7 @@ def test_is_trainable(tiny, folder, is_trainable):
     loaded = PrefixTuningModel.from_pretrained(tiny.build(), folder, is_trainable=is_trainable)
     assert loaded.training == is_trainable
     trainable = [name for name, p in loaded.named_parameters() if p.requires_grad]
-    assert trainable == (["encoder.embedding"] if is_trainable else [])
+    assert trainable == (["encoders.default.embedding"] if is_trainable else [])
 
 
 def test_bfloat16_adapters_load(tiny, folder):

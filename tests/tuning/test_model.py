@@ -52,7 +52,7 @@ def test_base_is_unchanged_by_training_and_the_loss_falls(tuned, bare, inputs):
 def test_only_the_encoder_gets_gradients(tuned, inputs):
     tuned(**inputs).loss.backward()
     for name, parameter in tuned.named_parameters():
-        if name.startswith("encoder."):
+        if name.startswith("encoders.default."):
             assert parameter.requires_grad
             assert parameter.grad.abs().max() > 0, name
         else:
@@ -103,7 +103,7 @@ def test_forward_takes_what_the_base_takes(tiny, tuned, inputs):
 def test_state_dict_holds_the_encoder_alone(tuned, inputs):
     state = tuned.state_dict()
     assert state
-    assert all(name.startswith("encoder.") for name in state)
+    assert all(name.startswith("encoders.default.") for name in state)
     wrapped = torch.nn.ModuleDict({"inner": tuned})
     assert wrapped.state_dict().keys() == {f"inner.{name}" for name in state}
 
@@ -120,8 +120,8 @@ def test_load_state_dict_round_trips(tiny, architecture, tuned, config, inputs):
 
 def test_load_state_dict_still_misses_what_is_missing(tuned):
     state = tuned.state_dict()
-    state.pop("encoder.embedding")
-    with pytest.raises(RuntimeError, match=r"encoder\.embedding"):
+    state.pop("encoders.default.embedding")
+    with pytest.raises(RuntimeError, match=r"encoders\.default\.embedding"):
         tuned.load_state_dict(state)
 
 

@@ -1,0 +1,152 @@
+"""PEFT adapters inside the base model (LoRA and its kind), beside a prefix in front of it.
+
+PEFT puts their weights into the base's own modules, whether by ``peft.get_peft_model`` or by
+transformers' ``model.add_adapter``; the base goes on as the transformers model that it was. In an
+adapter's folder they have a sub-folder of their own, in PEFT's format.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastprefix.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE
+
+BASE_FOLDER = "base_model"
+_PREFIX = "base_model.model."  # of PEFT's names, which count from its wrapper
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a PeftModel, PEFT's layers included; others as they are.
+
+    Raises:
+        ValueError: a PeftModel with a prompt or prefix of its own, which its inside does not have.
+    """
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
+        return model
+    for name, config in model.peft_config.items():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"model: got a PeftModel with {config.peft_type.value} adapter {name!r}, takes one "
+                "whose adapters sit inside the model, as LoRA's; load the prefix from its folder"
+            )
+    return model.get_base_model()
+
+
+def has_base_adapters(model: PreTrainedModel) -> bool:
+    """Whether PEFT has put adapters into a model."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def freeze(model: PreTrainedModel) -> None:
+    """Freezes a model but for PEFT's adapters inside, which PEFT froze the rest for."""
+    if not has_base_adapters(model):
+        model.requires_grad_(False)
+
+
+def save_base_adapter(folder: Path, model: PreTrainedModel) -> None:
+    """Writes the active adapter inside a model into a sub-folder, which PEFT loads.
+
+    Raises:
+        ValueError: several are active, or the folder holds one of another model.
+    """
+    folder = folder / BASE_FOLDER
+    if not has_base_adapters(model):
+        if (folder / CONFIG_FILE).exists():
+            raise ValueError(
+                f"folder: {folder} holds an adapter inside the base, this model has none; choose "
+                "another folder"
+            )
+        return
+    from peft import get_peft_model_state_dict
+
+    names = _active(model)
+    if len(names) != 1:
+        raise ValueError(
+            f"base_model: got {names} as active PEFT adapters inside it, takes one to be saved"
+        )
+    state = get_peft_model_state_dict(model, adapter_name=names[0])
+    weights = {
+        f"{_PREFIX}{name}": x.detach().cpu().clone().contiguous() for name, x in state.items()
+    }
+    config = copy.copy(model.peft_config[names[0]])
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{WEIGHTS_FILE}.partial"
+    save_file(weights, partial, metadata={"format": "pt"})
+    partial.replace(folder / WEIGHTS_FILE)
+    config.save_pretrained(folder)
+
+
+def find_base_adapter(name_or_folder: str | Path) -> Path | None:
+    """The sub-folder that :func:`save_base_adapter` wrote, or None."""
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        return folder / BASE_FOLDER if (folder / BASE_FOLDER / CONFIG_FILE).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        config = hf_hub_download(str(name_or_folder), f"{BASE_FOLDER}/{CONFIG_FILE}")
+    except EntryNotFoundError:
+        return None
+    hf_hub_download(str(name_or_folder), f"{BASE_FOLDER}/{WEIGHTS_FILE}")
+    return Path(config).parent
+
+
+def load_base_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool) -> None:
+    """Puts a saved adapter into a model, under the name "default".
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the model has adapters inside already, or the saved one does not fit it. The
+            model is left as it was.
+    """
+    if has_base_adapters(model):
+        raise ValueError(
+            f"model: got one with PEFT adapters {list(model.peft_config)} inside, and {folder} "
+            "holds another; pass the model without"
+        )
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no {WEIGHTS_FILE} in this folder")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        if not all(torch.isfinite(x).all() for x in load_file(file).values()):
+            raise ValueError("holds a NaN or infinity")
+        found = model.load_adapter(str(folder), is_trainable=is_trainable)
+        problem = found.missing_keys or found.unexpected_keys or found.mismatched_keys
+        if problem:
+            raise ValueError(f"does not fit {type(model).__name__} in {sorted(map(str, problem))}")
+    except Exception as error:
+        if has_base_adapters(model):
+            _take_out(model)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _take_out(model: PreTrainedModel) -> None:
+    """Removes the adapter "default", the only one, and PEFT's layers with it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    model.delete_adapter("default")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            model.set_submodule(name, module.original_module)
+
+
+def _active(model: nn.Module) -> list[str]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = (layer for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+    return list(next(layers).active_adapters)
