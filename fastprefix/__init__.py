@@ -14,6 +14,7 @@ from fastprefix.kv import PrefixKV
 if TYPE_CHECKING:
     from fastprefix.hf import UnsupportedModelError, patch_model, unpatch_model, use_prefix
     from fastprefix.tuning import PrefixConfig, PrefixTuningModel
+    from fastprefix.tuning.trainer import PrefixTrainer, PrefixTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -23,12 +24,16 @@ _LAZY = {
     "unpatch_model": "fastprefix.hf",
     "use_prefix": "fastprefix.hf",
     "PrefixConfig": "fastprefix.tuning",
+    "PrefixTrainer": "fastprefix.tuning.trainer",
+    "PrefixTrainingArguments": "fastprefix.tuning.trainer",
     "PrefixTuningModel": "fastprefix.tuning",
 }
 
 __all__ = [
     "PrefixConfig",
     "PrefixKV",
+    "PrefixTrainer",
+    "PrefixTrainingArguments",
     "PrefixTuningModel",
     "UnsupportedModelError",
     "__version__",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,8 @@ class ActivePrefix:
             says both (a static cache, packed sequences); "unknown", the mask is the user's own.
         text_mask: the call's attention mask [B, L], 1 = real token, up to the newest token; None
             for no padding.
+        masses: where each layer leaves the share of its attention that the prefix takes, by slot,
+            [B, Hq, Lq] each; None for not at all.
     """
 
     kv: PrefixKV | None
@@ -37,6 +39,7 @@ class ActivePrefix:
     positioned: bool = False
     placement: Literal["end", "mask", "unknown"] = "end"
     text_mask: Tensor | None = None
+    masses: dict[int, Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -101,6 +104,20 @@ def prefix_attention_forward(
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError(
             f"{type(module).__name__} adds a position bias, which is not supported yet"
+        )
+    if isinstance(fastprefix, ActivePrefix) and fastprefix.masses is not None:
+        _measure(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            is_causal=is_causal,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            fastprefix=fastprefix,
+            **kwargs,
         )
     backend, prefix_key, prefix_value, in_window = "auto", None, None, False
     if isinstance(fastprefix, Recorder):
@@ -180,6 +197,36 @@ def prefix_attention_forward(
         backend=backend,
     )
     return out.transpose(1, 2), None
+
+
+def _measure(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    fastprefix: ActivePrefix,
+    **kwargs: Any,
+) -> None:
+    """Leaves the share of a layer's attention that falls on the prefix in ``fastprefix.masses``.
+
+    It is the layer's own output when the values are 1 in the prefix and 0 in the text.
+    """
+    kv, masses, slot = fastprefix.kv, fastprefix.masses, getattr(module, SLOT, None)
+    if kv is None or masses is None or slot is None:
+        return
+    ones = PrefixKV(kv.keys, tuple(map(torch.ones_like, kv.values)), 0, kv.in_window)
+    share, _ = prefix_attention_forward(
+        module,
+        query,
+        key,
+        torch.zeros_like(value),
+        attention_mask,
+        fastprefix=replace(fastprefix, kv=ones, masses=None),
+        **kwargs,
+    )
+    masses[slot] = share[..., 0].transpose(1, 2).float()
 
 
 def _real_tokens(module: nn.Module, active: ActivePrefix, Lk: int, window: int) -> Tensor | None:

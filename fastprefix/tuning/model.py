@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.encoders import Encoder, build_encoder, slot_lengths, to_flat
+from fastprefix.encoders import to_flat
 from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
 from fastprefix.hf.peft_format import load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
+from fastprefix.tuning.build import new_encoder
 from fastprefix.tuning.config import PrefixConfig
-from fastprefix.tuning.init import embedding_weight, initial_prefix
 
 
 class PrefixTuningModel(nn.Module):
@@ -47,7 +47,7 @@ class PrefixTuningModel(nn.Module):
     ) -> None:
         super().__init__()
         with patched(model):  # left as it was if something is refused
-            encoder = _new_encoder(model, config, tokenizer)
+            encoder = new_encoder(model, config, tokenizer)
             patch_model(model)
         model.requires_grad_(False)
         self.base_model = model
@@ -222,36 +222,6 @@ class PrefixTuningModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """The older name of :meth:`activation_checkpointing_disable`."""
         self.activation_checkpointing_disable()
-
-
-def _new_encoder(
-    model: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> Encoder:
-    """What the configuration asks for, for a patched model, with its start."""
-    shapes = layer_shapes(model)
-    lengths = slot_lengths(
-        len(shapes), config.num_virtual_tokens, config.layers, config.layer_lengths
-    )
-    encoder = build_encoder(
-        shapes,
-        lengths,
-        embedding_size=embedding_weight(model).shape[1],
-        prefix_projection=config.prefix_projection,
-        encoder_reparameterization_type=config.encoder_reparameterization_type,
-        encoder_hidden_size=config.encoder_hidden_size,
-        encoder_num_layers=config.encoder_num_layers,
-        encoder_per_layer=config.encoder_per_layer,
-        encoder_orthogonal=config.encoder_orthogonal,
-        share_layers=config.share_layers,
-        position_offset=config.position_offset,
-        dropout=config.dropout,
-        num_frozen_tokens=config.num_frozen_tokens,
-        init_std=config.init_std,
-    ).to(model.device)
-    start = initial_prefix(config, model, tokenizer, encoder.layout)
-    if start is not None:
-        encoder.start_from(start)
-    return encoder
 
 
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
