@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         PromptConfig,
         PromptTuningModel,
     )
+    from fastprefix.tuning.trainer import PrefixTrainer, PrefixTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,8 @@ _LAZY = {
     "unpatch_model": "fastprefix.hf",
     "use_prefix": "fastprefix.hf",
     "PrefixConfig": "fastprefix.tuning",
+    "PrefixTrainer": "fastprefix.tuning.trainer",
+    "PrefixTrainingArguments": "fastprefix.tuning.trainer",
     "PrefixTuningModel": "fastprefix.tuning",
     "PromptConfig": "fastprefix.tuning",
     "PromptTuningModel": "fastprefix.tuning",
@@ -39,6 +42,8 @@ __all__ = [
     "PrefixBank",
     "PrefixConfig",
     "PrefixKV",
+    "PrefixTrainer",
+    "PrefixTrainingArguments",
     "PrefixTuningModel",
     "PromptConfig",
     "PromptTuningModel",

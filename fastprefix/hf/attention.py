@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,8 @@ class ActivePrefix:
         prefix_bias: [Hq, Lq, P], added to the prefix's scores in a decoder's own attention.
         turn: how often the layers at hand ran before in this call, where layers share modules.
         turns: the same, counted for each module that several layers share.
+        masses: where each layer leaves the share of its attention that the prefix takes, by slot,
+            [B, Hq, Lq] each; None for not at all.
     """
 
     kv: PrefixKV | PackedPrefixKV | None
@@ -50,6 +52,7 @@ class ActivePrefix:
     prefix_bias: Tensor | None = None
     turn: int = 0
     turns: dict[int, int] = field(default_factory=dict)
+    masses: dict[int, Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -120,6 +123,21 @@ def prefix_attention_forward(
             bias among them.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if isinstance(fastprefix, ActivePrefix) and fastprefix.masses is not None:
+        _measure(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            is_causal=is_causal,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            fastprefix=fastprefix,
+            position_bias=position_bias,
+            **kwargs,
+        )
     backend, prefix_key, prefix_value, in_window = "auto", None, None, False
     prefix_index = prefix_lengths = None
     longest = 0
@@ -268,6 +286,36 @@ def _with_bias(bias: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     if mask.dtype is torch.bool:
         return bias.masked_fill(~mask, float("-inf"))
     return bias + mask
+
+
+def _measure(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    fastprefix: ActivePrefix,
+    **kwargs: Any,
+) -> None:
+    """Leaves the share of a layer's attention that falls on the prefix in ``fastprefix.masses``.
+
+    It is the layer's own output when the values are 1 in the prefix and 0 in the text.
+    """
+    kv, masses = fastprefix.kv, fastprefix.masses
+    if kv is None or masses is None:
+        return
+    ones = replace(kv, values=tuple(map(torch.ones_like, kv.values)))
+    share, _ = prefix_attention_forward(
+        module,
+        query,
+        key,
+        torch.zeros_like(value),
+        attention_mask,
+        fastprefix=replace(fastprefix, kv=ones, masses=None),
+        **kwargs,
+    )
+    masses[_slot(module, fastprefix.turn)] = share[..., 0].transpose(1, 2).float()
 
 
 def _real_tokens(module: nn.Module, active: ActivePrefix, Lk: int, window: int) -> Tensor | None:

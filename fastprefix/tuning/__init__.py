@@ -1,8 +1,20 @@
-"""Models with trainable prefixes and prompts."""
+"""Models with trainable prefixes and prompts.
 
+Their training is in :mod:`fastprefix.tuning.trainer` and :mod:`fastprefix.tuning.callbacks`, which
+take transformers' Trainer a while to import.
+"""
+
+from fastprefix.tuning.accounting import ParameterCount, count_parameters
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.model import PrefixTuningModel
 from fastprefix.tuning.prompt import PromptTuningModel
 from fastprefix.tuning.prompt_config import PromptConfig
 
-__all__ = ["PrefixConfig", "PrefixTuningModel", "PromptConfig", "PromptTuningModel"]
+__all__ = [
+    "ParameterCount",
+    "PrefixConfig",
+    "PrefixTuningModel",
+    "PromptConfig",
+    "PromptTuningModel",
+    "count_parameters",
+]

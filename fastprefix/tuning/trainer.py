@@ -1,17 +1,117 @@
-"""Training a prefix with transformers' own Trainer."""
+"""Training a prefix: transformers' own Trainers, with what suits a prefix as defaults."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
 from fastprefix.tuning.model import PrefixTuningModel
+
+
+@dataclass
+class _Defaults:
+    """What differs from TrainingArguments, for both kinds of arguments.
+
+    AdamW without weight decay, a linear schedule and gradients clipped to a norm of 1 are theirs
+    already; ``lr_scheduler_type="cosine"`` is the other schedule that suits.
+    """
+
+    learning_rate: float = field(
+        default=1e-2,
+        metadata={"help": "Higher than for a whole model: a prefix starts from little."},
+    )
+    warmup_steps: float = field(
+        default=0.06, metadata={"help": "Steps, or below 1 a share of all steps."}
+    )
+
+
+@dataclass
+class PrefixTrainingArguments(_Defaults, TrainingArguments):
+    """``transformers.TrainingArguments`` with defaults for a prefix."""
+
+
+@dataclass
+class PrefixSeq2SeqTrainingArguments(_Defaults, Seq2SeqTrainingArguments):
+    """``transformers.Seq2SeqTrainingArguments`` with defaults for a prefix."""
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class _SavesTheAdapter(_Base):
+    """What both trainers add to transformers' own."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``transformers.Trainer.train``, which switches the base's cache off for good."""
+        model: Any = self.model
+        config = model.config
+        use_cache = getattr(config, "use_cache", None)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if use_cache is not None:
+                config.use_cache = use_cache
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter alone, for ``from_pretrained`` and PEFT.
+
+        Checkpoints hold the encoder's parameters beside it, from which training resumes.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = output_dir if output_dir is not None else self.args.output_dir
+            model: Any = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(folder)
+
+
+class PrefixTrainer(_SavesTheAdapter, Trainer):
+    """``transformers.Trainer`` that saves the adapter alone and leaves the base as it was.
+
+    Args:
+        model: a :class:`PrefixTuningModel`; only its prefix is trained.
+        args: :class:`PrefixTrainingArguments` if None.
+        options: of ``transformers.Trainer``.
+
+    Example:
+        >>> arguments = PrefixTrainingArguments("out", max_steps=100)
+        >>> PrefixTrainer(tuned, arguments, train_dataset=data).train()
+    """
+
+    def __init__(
+        self, model: Any = None, args: TrainingArguments | None = None, **options: Any
+    ) -> None:
+        super().__init__(model, args or PrefixTrainingArguments(), **options)
+
+
+class PrefixSeq2SeqTrainer(_SavesTheAdapter, Seq2SeqTrainer):
+    """``transformers.Seq2SeqTrainer``, likewise.
+
+    Args:
+        model: a :class:`PrefixTuningModel`; only its prefix is trained.
+        args: :class:`PrefixSeq2SeqTrainingArguments` if None.
+        options: of ``transformers.Seq2SeqTrainer``.
+    """
+
+    def __init__(
+        self, model: Any = None, args: Seq2SeqTrainingArguments | None = None, **options: Any
+    ) -> None:
+        super().__init__(model, args or PrefixSeq2SeqTrainingArguments(), **options)
 
 
 @dataclass(frozen=True)
@@ -56,16 +156,14 @@ def fit(
     Returns:
         The training loss of each step.
     """
-    use_cache = tuned.config.use_cache  # which the Trainer switches off for good
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants one, but saves nothing here
-        arguments = TrainingArguments(
+        arguments = PrefixTrainingArguments(
             output_dir=scratch,
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,
             learning_rate=options.learning_rate,
             warmup_steps=options.warmup_steps,
             max_grad_norm=options.max_grad_norm,
-            weight_decay=0.0,
             gradient_checkpointing=options.gradient_checkpointing,
             gradient_checkpointing_kwargs=(
                 {"use_reentrant": False} if options.gradient_checkpointing else None
@@ -76,7 +174,7 @@ def fit(
             report_to=[],
             disable_tqdm=True,
         )
-        trainer = Trainer(
+        trainer = PrefixTrainer(
             model=tuned,
             args=arguments,
             train_dataset=data,
@@ -84,9 +182,6 @@ def fit(
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # the caller's callbacks show what happens
-        try:
-            trainer.train()
-        finally:
-            tuned.config.use_cache = use_cache
+        trainer.train()
     tuned.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

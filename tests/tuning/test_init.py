@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel
-from fastprefix.encoders import to_flat
+from fastprefix.encoders import resize, to_flat
 
 
 class Letters:
@@ -86,6 +86,69 @@ def test_random_start_has_the_standard_deviation_asked_for(model):
     assert flat.mean().item() == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.parametrize("projection", [False, True])
+def test_zero(model, projection):
+    config = PrefixConfig(4, init="zero", prefix_projection=projection)
+    assert not to_flat(PrefixTuningModel(model, config).export()).any()
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_orthogonal(model, projection):
+    config = PrefixConfig(4, init="orthogonal", init_std=0.5, prefix_projection=projection)
+    for tensor in PrefixTuningModel(model, config).export().keys:
+        tokens = tensor.transpose(0, 1).flatten(1)
+        expected = 0.25 * tokens.shape[1] * torch.eye(4)
+        torch.testing.assert_close(tokens @ tokens.T, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_start_from_files_of_another_prefix(tiny, model, projection, tmp_path):
+    kv = tiny.random_kv(model, 5)
+    kv.save(tmp_path / "kv.safetensors")
+    PrefixTuningModel(tiny.from_config(model.config), PrefixConfig(5)).save_pretrained(tmp_path)
+    for path in (tmp_path / "kv.safetensors", tmp_path):
+        for P, method in ((5, "pad"), (3, "pad"), (8, "pad"), (7, "repeat"), (9, "resample")):
+            config = PrefixConfig(
+                P,
+                init="prefix",
+                init_prefix=str(path),
+                init_resize=method,
+                prefix_projection=projection,
+            )
+            start = PrefixTuningModel(model, config).export()
+            source = kv if path.suffix else PrefixTuningModel.from_pretrained(model, path).export()
+            torch.manual_seed(P)
+            expected = resize(source, P, method)
+            known = slice(None, 5) if method == "pad" else slice(None)
+            for got, want in zip(
+                start.keys + start.values, expected.keys + expected.values, strict=True
+            ):
+                assert got.shape == want.shape
+                assert torch.equal(got[:, known], want[:, known])
+
+
+def test_prefix_of_another_model_is_refused_before_anything_changes(tiny, model, tmp_path):
+    file = str(tmp_path / "kv.safetensors")
+    key = torch.zeros(2, 5, 3)
+    PrefixKV([key], [key.clone()], 5).save(file)
+    with pytest.raises(ValueError, match=r"init_prefix: .* of 1 layers"):
+        PrefixTuningModel(model, PrefixConfig(4, init="prefix", init_prefix=file))
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        PrefixTuningModel(model, PrefixConfig(init="prefix", init_prefix=f"{tmp_path}/nothing"))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("fields", [{"layers": [1]}, {"layer_lengths": [0, 3, 9]}])
+def test_text_start_of_chosen_layers(model, bare, fields):
+    config = PrefixConfig(9, init="text", init_text=TEXT, num_frozen_tokens=1, **fields)
+    kv = PrefixTuningModel(model, config, Letters()).export()
+    whole = PrefixKV.from_text(bare, Letters(), TEXT)
+    lengths = fields.get("layer_lengths", [0, 9, 0])
+    for slot, length in enumerate(lengths):
+        for got, want in zip(kv.layer(slot), whole.layer(slot), strict=True):
+            assert torch.equal(got, want[:, :length])
+
+
 def test_text_without_a_tokenizer_is_refused_before_anything_changes(model):
     with pytest.raises(ValueError, match="tokenizer"):
         PrefixTuningModel(model, PrefixConfig(4, init="text", init_text="abc"))
@@ -105,6 +168,24 @@ def test_text_without_a_tokenizer_is_refused_before_anything_changes(model):
         ("dropout", -0.1),
         ("dropout", float("nan")),
         ("init", "zeros"),
+        ("init_prefix", "a file without init='prefix'"),
+        ("init_resize", "stretch"),
+        ("init_std", float("inf")),
+        ("encoder_reparameterization_type", "GRU"),
+        ("encoder_reparameterization_type", "LSTM"),  # without prefix_projection
+        ("encoder_num_layers", 0),
+        ("encoder_num_layers", 3),
+        ("encoder_num_layers", 4),
+        ("encoder_per_layer", True),
+        ("encoder_orthogonal", True),
+        ("layers", []),
+        ("layers", [1, -1]),
+        ("layers", [1, 1]),
+        ("layer_lengths", [0, 0]),
+        ("layer_lengths", [5, 19]),
+        ("layer_lengths", [20, -1]),
+        ("num_frozen_tokens", -1),
+        ("num_frozen_tokens", 20),
         ("init_text", "a text without init='text'"),
         ("init_std", -1.0),
         ("init_std", float("nan")),
@@ -115,6 +196,25 @@ def test_config_names_the_field_it_refuses(field, value):
         PrefixConfig(**{field: value})
 
 
-def test_config_refuses_text_init_without_a_text():
-    with pytest.raises(ValueError, match="init_text"):
-        PrefixConfig(init="text")
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("init_text", {"init": "text"}),
+        ("init_prefix", {"init": "prefix"}),
+        ("encoder_per_layer", {"encoder_reparameterization_type": "LSTM"}),
+        ("share_layers", {}),
+        ("layers", {"layers": [0], "layer_lengths": [20]}),
+        ("num_frozen_tokens", {"layer_lengths": [0, 3, 20], "num_frozen_tokens": 3}),
+    ],
+)
+def test_config_names_the_field_that_does_not_go_with_others(field, fields):
+    own = {} if field in fields or "init" in fields else {field: True}
+    with pytest.raises(ValueError, match=f"^{field}: got"):
+        PrefixConfig(**{"prefix_projection": "init" not in fields, **own, **fields})
+
+
+@pytest.mark.parametrize("value", ["012", [0, 1.0], [True]])
+def test_config_takes_lists_of_integers(value):
+    for field in ("layers", "layer_lengths"):
+        with pytest.raises(TypeError, match=f"^{field}: got"):
+            PrefixConfig(**{field: value})

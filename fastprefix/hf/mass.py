@@ -1,0 +1,51 @@
+"""How much of the attention a prefix takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastprefix.hf.patching import activate, patched
+from fastprefix.kv import PrefixKV
+
+
+@torch.no_grad()
+def attention_mass(model: PreTrainedModel, kv: PrefixKV, **inputs: Any) -> tuple[Tensor, ...]:
+    """The share of the attention weights that falls on the prefix, by layer and query head.
+
+    The mean over real tokens. No weights are formed: a layer's output is the share, when its values
+    are 1 in the prefix and 0 in the text.
+
+    Args:
+        model: see :func:`fastprefix.patch_model`; it is left as it was, in evaluation mode for the
+            one forward pass that this takes.
+        kv: the prefix.
+        inputs: of the model's forward; padding where attention_mask is 0.
+
+    Returns:
+        One [Hq] tensor in float32 a layer, zeros for a layer without a prefix.
+
+    Raises:
+        ValueError: kv does not fit the model.
+    """
+    mask = inputs.get("attention_mask")
+    training = [module for module in model.modules() if module.training]
+    with patched(model):
+        masses: dict[int, Tensor] = {}
+        active = replace(activate(model, kv), masses=masses)
+        model.eval()
+        try:
+            model(**{**inputs, "use_cache": False, "fastprefix": active})
+        finally:
+            for module in training:
+                module.training = True
+    means = []
+    for slot in range(kv.num_layers):
+        mass = masses[slot]  # [B, Hq, L]
+        real = mass.new_ones(mass.shape[0], mass.shape[2]) if mask is None else mask.to(mass)
+        means.append(torch.einsum("bhl,bl->h", mass, real) / real.sum())
+    return tuple(means)

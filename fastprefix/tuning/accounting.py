@@ -1,0 +1,74 @@
+"""Parameters and bytes of a tuned model, counted as the papers do."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """What a tuned model costs beside full fine-tuning.
+
+    Attributes:
+        base: parameters of the base model, all of which full fine-tuning trains; shared ones once.
+        trainable: parameters that are trained, a network that computes the prefix included.
+        exported: numbers of the prefix that ships, the network being dropped.
+        bytes_on_disk: of all files that ``save_pretrained`` writes.
+        base_bytes: of the base's parameters in their dtype.
+    """
+
+    base: int
+    trainable: int
+    exported: int
+    bytes_on_disk: int
+    base_bytes: int
+
+    @property
+    def trainable_share(self) -> float:
+        """Of the base's parameters, as in "0.1%" of Li and Liang (2021)."""
+        return self.trainable / self.base
+
+    @property
+    def exported_share(self) -> float:
+        """Of the base's parameters."""
+        return self.exported / self.base
+
+    @property
+    def reduction(self) -> float:
+        """How many times fewer parameters a task needs than with a fine-tuned copy of the base."""
+        return self.base / self.exported
+
+    @property
+    def disk_reduction(self) -> float:
+        """How many times fewer bytes."""
+        return self.base_bytes / self.bytes_on_disk
+
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"trainable {self.trainable:,d} ({self.trainable_share:.4%} of {self.base:,d}) | "
+            f"exported {self.exported:,d} ({self.exported_share:.4%}, {self.reduction:,.0f}x fewer "
+            f"than full fine-tuning) | {self.bytes_on_disk:,d} bytes on disk "
+            f"({self.disk_reduction:,.0f}x fewer)"
+        )
+
+
+def count_parameters(tuned: Any) -> ParameterCount:
+    """Counts a :class:`PrefixTuningModel`; the bytes by saving it to a temporary folder."""
+    base: nn.Module = tuned.base_model
+    kv = tuned.export()
+    with tempfile.TemporaryDirectory() as folder:
+        tuned.save_pretrained(folder)
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    return ParameterCount(
+        base=sum(p.numel() for p in base.parameters()),
+        trainable=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        exported=sum(tensor.numel() for tensor in (*kv.keys, *kv.values)),
+        bytes_on_disk=size,
+        base_bytes=sum(p.numel() * p.element_size() for p in base.parameters()),
+    )

@@ -1,0 +1,23 @@
+"""What callbacks work on."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastprefix.encoders import Encoder
+
+
+def trained_encoders(model: nn.Module) -> list[Encoder]:
+    """The encoders in a model that are trained.
+
+    Raises:
+        ValueError: there is none.
+    """
+    encoders = [
+        module
+        for module in model.modules()
+        if isinstance(module, Encoder) and module.embedding.requires_grad
+    ]
+    if not encoders:
+        raise ValueError(f"model: got a {type(model).__name__} without a trainable prefix")
+    return encoders

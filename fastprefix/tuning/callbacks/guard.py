@@ -1,0 +1,104 @@
+"""An end to training that has gone wrong, with the last good prefix."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+_LOGGER = logging.get_logger(__name__)
+
+
+class StopOnCollapse(TrainerCallback):
+    """Stops when numbers are no longer finite or the loss has collapsed, and restores the prefix.
+
+    Gradients are looked at before each optimizer step, which is not taken if one holds a NaN or an
+    infinity (in fp16 training that is the gradient scaler's own business: it skips the step);
+    trained parameters are looked at after it; and so is the loss that the Trainer logs. What is
+    restored is the latest state from which a good loss was logged: that of the logged step before.
+
+    Args:
+        factor: the loss has collapsed when it is more than so many times the lowest that was
+            logged.
+        patience: how many logged losses in a row must be so.
+
+    Attributes:
+        reason: why training was stopped, or None.
+
+    Raises:
+        ValueError: factor is not above 1, or patience is not positive.
+    """
+
+    def __init__(self, factor: float = 3.0, patience: int = 2) -> None:
+        if not factor > 1.0:
+            raise ValueError(f"factor: got {factor}, takes more than 1")
+        if patience < 1:
+            raise ValueError(f"patience: got {patience}, takes 1 or more")
+        self.factor, self.patience = factor, patience
+        self.reason: str | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The state at the start is the first to go back to."""
+        self.reason = None
+        self._lowest, self._collapsed = math.inf, 0
+        self._good = self._latest = _copy(kwargs["model"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drops gradients that are not finite: the optimizer then changes nothing."""
+        if args.fp16:
+            return
+        model: nn.Module = kwargs["model"]
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                self.reason = f"the gradient of {name} was not finite"
+                model.zero_grad(set_to_none=True)
+                return
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stops where this step met, or made, something that is not finite."""
+        model: nn.Module = kwargs["model"]
+        if self.reason is None:
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and not torch.isfinite(parameter).all():
+                    self.reason = f"{name} was no longer finite"
+                    break
+        if self.reason is not None:
+            self._stop(state, control, model)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Judges the loss; a good one confirms the state in which its steps began."""
+        loss = kwargs["logs"].get("loss")
+        if loss is None or self.reason is not None:
+            return
+        if math.isfinite(loss) and loss <= self.factor * self._lowest:
+            self._lowest, self._collapsed = min(loss, self._lowest), 0
+            self._good, self._latest = self._latest, _copy(kwargs["model"])
+            return
+        self._collapsed += 1
+        if self._collapsed >= self.patience or not math.isfinite(loss):
+            self.reason = f"the loss was {loss:.4g}, after a lowest of {self._lowest:.4g}"
+            self._stop(state, control, kwargs["model"])
+
+    def _stop(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        model.load_state_dict(self._good)
+        control.should_training_stop = True
+        _LOGGER.warning(
+            f"training stopped at step {state.global_step}: {self.reason}; the prefix is what it "
+            "was at the last good loss"
+        )
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

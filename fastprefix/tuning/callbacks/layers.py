@@ -1,0 +1,70 @@
+"""Training the prefixes of some layers first."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastprefix.encoders import Encoder
+from fastprefix.tuning.callbacks.find import trained_encoders
+
+First = Literal["last", "first"]
+
+
+class ProgressiveLayers(TrainerCallback):
+    """Trains the prefixes of a few layers, then of more and more, until it trains all.
+
+    All layers have their prefix from the start; those that are not trained yet keep it, so that
+    letting another layer in changes nothing at that moment. With a network the prefixes of these
+    layers get no gradient of their own, but move with what they share with the others.
+
+    Args:
+        steps: optimizer steps after which more layers are let in.
+        layers: how many at a time.
+        first: which layers are trained first, the model's "last" (nearest to its output) or its
+            "first".
+
+    Raises:
+        ValueError: steps or layers are not positive, or another first. When training begins:
+            weight_decay, which would shrink what is not trained.
+    """
+
+    def __init__(self, steps: int, layers: int = 1, first: First = "last") -> None:
+        for name, value in (("steps", steps), ("layers", layers)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, takes 1 or more")
+        if first not in get_args(First):
+            raise ValueError(f"first: got {first!r}, takes one of {get_args(First)}")
+        self.steps, self.layers, self.first = steps, layers, first
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks what cannot be known before."""
+        if args.weight_decay:
+            raise ValueError(
+                f"weight_decay: got {args.weight_decay} with ProgressiveLayers, takes 0; it would "
+                "shrink the prefixes of layers that are not trained yet"
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sets which layers this step trains; by its number alone, so that training may resume."""
+        count = self.layers * (1 + state.global_step // self.steps)
+        for encoder in trained_encoders(kwargs["model"]):
+            encoder.trained_slots = self._trained(encoder, count)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """All layers may be trained again."""
+        for encoder in trained_encoders(kwargs["model"]):
+            encoder.trained_slots = None
+
+    def _trained(self, encoder: Encoder, count: int) -> frozenset[int] | None:
+        slots = encoder.layout.slots
+        if count >= len(slots):
+            return None
+        return frozenset(slots[-count:] if self.first == "last" else slots[:count])

@@ -1,0 +1,98 @@
+"""What happens to a prefix while it is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastprefix.encoders import Encoder
+from fastprefix.hf.mass import attention_mass
+from fastprefix.kv import PrefixKV
+from fastprefix.tuning.callbacks.find import trained_encoders
+
+
+class PrefixMonitor(TrainerCallback):
+    """Records gradient norms by layer, and the attention that the prefix takes by layer and head.
+
+    An entry at each loss that the Trainer logs. Gradients are those of the keys and values
+    themselves, whatever produces them, in the latest step, before clipping; the attention is
+    measured on one batch, for which the model runs forward once more.
+
+    Args:
+        batch: the model's inputs to measure the attention on; None to leave that out.
+
+    Attributes:
+        history: dicts with ``step``, ``loss``, ``prefix_grad_norm`` (a number for each layer, 0 for
+            one without a prefix) and, with a batch, ``attention_mass`` (a list over the query heads
+            for each layer: the mean share of the attention that falls on the prefix).
+    """
+
+    def __init__(self, batch: dict[str, Tensor] | None = None) -> None:
+        self.batch = batch
+        self.history: list[dict[str, Any]] = []
+        self._norms: list[float] = []
+        self._gradients: dict[tuple[int, int], Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watches what the encoder hands out.
+
+        Raises:
+            ValueError: the model has several trained prefixes.
+        """
+        encoders = trained_encoders(kwargs["model"])
+        if len(encoders) > 1:
+            raise ValueError(f"model: got {len(encoders)} trained prefixes, takes one")
+        self._handles = [encoders[0].register_forward_hook(self._watch)]
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watches no more."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The norms of this step, summed over the batches that it accumulates."""
+        squares = [0.0] * len(trained_encoders(kwargs["model"])[0].layout.shapes)
+        for (slot, _), gradient in self._gradients.items():
+            squares[slot] += gradient.double().square().sum().item()
+        self._norms = [square**0.5 for square in squares]
+        self._gradients.clear()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Adds an entry."""
+        logs = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        entry: dict[str, Any] = {"step": state.global_step, "loss": logs["loss"]}
+        entry["prefix_grad_norm"] = self._norms
+        if self.batch is not None:
+            model: Any = kwargs["model"]
+            batch = {name: tensor.to(model.device) for name, tensor in self.batch.items()}
+            mass = attention_mass(model.base_model, model.export(), **batch)
+            entry["attention_mass"] = [heads.tolist() for heads in mass]
+        self.history.append(entry)
+
+    def _watch(self, encoder: nn.Module, args: tuple[Any, ...], kv: PrefixKV) -> None:
+        assert isinstance(encoder, Encoder)
+        if not torch.is_grad_enabled():
+            return
+        for part, tensors in enumerate((kv.keys, kv.values)):
+            for slot, tensor in enumerate(tensors):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda grad, place=(slot, part): self._add(place, grad))
+
+    def _add(self, place: tuple[int, int], gradient: Tensor) -> None:
+        known = self._gradients.get(place)
+        self._gradients[place] = gradient.detach() if known is None else known + gradient
