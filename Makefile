@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
 VERSION ?= 3.6.0
 OTHER_TRITON := .cache/triton-$(VERSION)
 
-.PHONY: help demo test lint bench kernels kernels-triton gpu clean
+.PHONY: help demo test lint bench kernels kernels-triton models gpu clean
 
 help:
 	@echo "make demo   set up and run the demonstration, figures in demo.json (5 to 8 minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench  set up and run the benchmarks behind the README's figures"
 	@echo "make kernels  compile every kernel for every GPU, head size and dtype (an hour the first time)"
 	@echo "make kernels-triton VERSION=3.6.0  the same and the kernels' tests with another Triton"
+	@echo "make models  tests on a real model, on the CPU (some minutes)"
 	@echo "make gpu    tests and timings on this machine's GPU"
 	@echo "make clean  remove what the targets above made"
 
@@ -52,6 +53,9 @@ kernels-triton: $(VENV)/.test $(OTHER_TRITON)
 # Triton alone: everything else is the environment's. --target needs no second copy of PyTorch.
 $(OTHER_TRITON): | $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $@ triton==$(VERSION)
+
+models: $(VENV)/.test
+	$(PYTEST) -m slow tests/hf
 
 gpu: $(VENV)/.bench $(VENV)/.test
 	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/gpu

@@ -189,7 +189,7 @@ def prefix_attention_forward(
             "and learned prefixes do not; not supported in one batch: run them apart"
         )
     if isinstance(fastprefix, ActivePrefix) and fastprefix.cu_seqlens is not None:
-        cu_seqlens = fastprefix.cu_seqlens
+        cu_seqlens = fastprefix.cu_seqlens.to(query.device)
     elif attention_mask is not None and attention_mask.dim() == 2:
         key_padding_mask = attention_mask
     elif attention_mask is not None:

@@ -8,7 +8,9 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    OPTConfig,
     QuantizedCache,
+    StaticCache,
     TextStreamer,
     set_seed,
 )
@@ -231,38 +233,56 @@ def test_continuous_batching_is_refused(tiny, model):
         model(tiny.prompt(), cache=object.__new__(PagedAttentionCache))
 
 
-def test_no_more_tokens_than_learned_positions(tiny):
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_no_more_tokens_than_learned_positions(tiny, name):
     """And as many as there are, behind the prefix."""
-    model, bare = (tiny.build("gpt2", n_positions=24) for _ in range(2))
+
+    def build():
+        if name == "gpt2":
+            return tiny.build(name, n_positions=24)
+        sizes = {"hidden_size": 32, "ffn_dim": 32, "word_embed_proj_dim": 32, "init_std": 0.15}
+        sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": tiny.VOCAB}
+        return tiny.from_config(OPTConfig(**sizes, max_position_embeddings=24, eos_token_id=None))
+
+    model, bare = build(), build()
     front, (ids, mask) = tiny.prompt(9), tiny.batch((7, 4))
     full = tiny.concatenate(front, ids, mask)
     with use_prefix(model, PrefixKV.prefill(model, front)):
         got = tiny.generate(model, ids, mask, max_new_tokens=9)
         with pytest.raises(ValueError, match="position 24 behind a prefix that takes 9"):
             tiny.generate(model, ids, mask, max_new_tokens=10)
+        with pytest.raises(ValueError, match="position 24 behind a prefix that takes 9"):
+            model(ids[:, :2], position_ids=torch.tensor([[14, 15]]))
     assert torch.equal(got, tiny.generate(bare, *full, max_new_tokens=9))
 
 
-@pytest.mark.parametrize("lengths", [(5, 5), (5, 2)], ids=["no padding", "left padded"])
-def test_second_turn_continues_from_the_cache(tiny, model, bare, lengths):
-    front, (ids, mask) = tiny.prompt(), tiny.batch(lengths)
-    more = torch.cat([tiny.prompt(3, seed=7), tiny.prompt(3, seed=8)])
-    ones = torch.ones_like
+def test_rotary_positions_have_no_end(tiny):
+    model = tiny.build(max_position_embeddings=16)
+    with use_prefix(model, tiny.random_kv(model)):
+        model(tiny.prompt(20))
 
-    def two_turns(m, ids, mask):
-        cache = DynamicCache()
-        first = tiny.generate(m, ids, mask, past_key_values=cache)
-        ids = torch.cat([ids, first, more], dim=1)
-        mask = torch.cat([mask, ones(first), ones(more)], dim=1)
-        second = tiny.generate(m, ids, mask, past_key_values=cache)
-        return first, second, cache.get_seq_length()
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 2)], ids=["no padding", "left padded"])
+def test_a_chat_of_three_turns_over_one_cache(tiny, model, bare, lengths, kind):
+    front, (ids, mask) = tiny.prompt(), tiny.batch(lengths)
+
+    def chat(m, ids, mask):
+        options = {"max_cache_len": 60} if kind is StaticCache else {}
+        cache, said = kind(config=m.config, **options), []
+        for turn in range(3):
+            answer = tiny.generate(m, ids, mask, past_key_values=cache, max_new_tokens=5)
+            more = torch.cat([tiny.prompt(3, seed=7 + turn), tiny.prompt(3, seed=17 + turn)])
+            ids = torch.cat([ids, answer, more], 1)
+            mask = torch.cat([mask, torch.ones_like(ids)[:, mask.shape[1] :]], 1)
+            said.append(answer)
+        return torch.cat(said, 1), int(cache.get_seq_length())
 
     kv = PrefixKV.prefill(model, front)
     with use_prefix(model, kv):
-        first, second, held = two_turns(model, ids, mask)
-    first_plain, second_plain, held_plain = two_turns(bare, *tiny.concatenate(front, ids, mask))
-    assert torch.equal(first, first_plain)
-    assert torch.equal(second, second_plain)
+        said, held = chat(model, ids, mask)
+    expected, held_plain = chat(bare, *tiny.concatenate(front, ids, mask))
+    assert torch.equal(said, expected)
     assert held == held_plain - kv.num_virtual_tokens, "the cache holds the text alone"
 
 

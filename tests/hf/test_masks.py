@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -109,6 +110,104 @@ def test_custom_mask_with_a_prefix_covers_the_text_alone(tiny, model, bare, dtyp
     with use_prefix(model, PrefixKV.prefill(model, front)):
         got = model(ids, attention_mask=mask, **options).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def additive(sees, nothing):
+    return torch.zeros(sees.shape).masked_fill(~sees, nothing)
+
+
+FORMS = {
+    "bool": lambda sees: sees,
+    "lowest number": lambda sees: additive(sees, torch.finfo(torch.float32).min),
+    "minus infinity": lambda sees: additive(sees, float("-inf")),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_prefix_lm_by_a_custom_mask_and_a_cache(tiny, form, heads):
+    """The text's first tokens see each other in both directions; the rest comes in a second call.
+
+    The head of each row sees another number of them, where the mask has heads.
+    """
+    model, bare = (tiny.build("gpt2", attn_implementation="eager") for _ in range(2))
+    front, (ids, _) = tiny.prompt(), tiny.batch((7, 7))
+    P, first, L = front.shape[1], 4, 7
+    sees = torch.ones(L, L, dtype=torch.bool).tril().repeat(2, heads, 1, 1)
+    for head in range(heads):
+        sees[:, head, : first - head, : first - head] = True
+    whole = torch.ones(P + L, P + L, dtype=torch.bool).tril().repeat(2, heads, 1, 1)
+    whole[:, :, P:, P:] = sees
+    full = torch.cat([front.expand(2, -1), ids], 1)
+    # the oracle adds its mask: transformers makes such masks for eager attention
+    seen = additive(whole, torch.finfo(torch.float32).min)
+    expected = bare(full, attention_mask=seen).logits[:, P:]
+    cache, found = DynamicCache(), []
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        for piece in (slice(0, first), slice(first, L)):
+            mask = FORMS[form](sees[:, :, piece, : piece.stop])
+            out = model(ids[:, piece], attention_mask=mask, past_key_values=cache)
+            found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def gemma3(tiny):
+    """Gemma 3 as it takes images, whose tokens see each other in both directions."""
+    text = {**tiny.GROUPED, "sliding_window": 64, "query_pre_attn_scalar": 16}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = Gemma3Config(
+        text_config={**text, "layer_types": ["sliding_attention", "full_attention"] * 2}
+        | {"num_hidden_layers": 4},
+        vision_config={**vision, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        image_token_id=tiny.VOCAB - 1,
+        boi_token_id=tiny.VOCAB - 2,
+        eoi_token_id=tiny.VOCAB - 3,
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prefix_lm_by_token_types(tiny, side):
+    """The model's own mask, which is causal but for tokens of type 1."""
+    model, bare = gemma3(tiny), gemma3(tiny)
+    front, (ids, mask) = tiny.prompt(5), tiny.batch((9, 7), side)
+    types = torch.zeros_like(ids)
+    types[:, 3:6] = 1
+    full, full_mask = tiny.concatenate(front, ids, mask, side)
+    full_types = torch.zeros_like(full)
+    for row in range(len(ids)):
+        text = full_mask[row].nonzero()[5:, 0]
+        full_types[row, text] = types[row][mask[row].bool()]
+    places = tiny.positions(full_mask)
+    options = {"attention_mask": full_mask, "position_ids": places}
+    expected = bare(full, token_type_ids=full_types, **options).logits
+    causal = bare(full, **options).logits
+    real = mask.bool()
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        got = model(ids, attention_mask=mask, token_type_ids=types).logits
+    start = full.shape[1] - ids.shape[1]
+    at = slice(start, None) if side == "left" else slice(5, None)
+    torch.testing.assert_close(got[real], expected[:, at][real], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(got[real], causal[:, at][real], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error"),
+    [
+        (torch.ones(1, 1, 4, 9, dtype=torch.bool), ValueError),  # with columns for the prefix
+        (torch.ones(1, 1, 4, 4, dtype=torch.long), TypeError),
+    ],
+    ids=["prefix columns", "integers"],
+)
+def test_other_custom_masks_are_refused(tiny, mask, error):
+    model = tiny.build()
+    with use_prefix(model, tiny.random_kv(model)), pytest.raises(error, match="attn_mask: got"):
+        model(tiny.prompt(4), attention_mask=mask)
 
 
 def test_a_custom_mask_of_a_single_query_is_not_taken_for_padding(tiny, model, bare):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import pipeline
 
 from fastprefix import PrefixKV, use_prefix
 
@@ -47,6 +48,19 @@ def test_answers_equal_those_to_the_whole_text(tiny, model, tokenizer):
     assert torch.equal(got, expected)
     without = tiny.generate(model, text["input_ids"], text["attention_mask"])
     assert not torch.equal(got, without)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_text_generation_pipeline(tiny, model, tokenizer, batch_size):
+    front = torch.tensor([tokenizer(SYSTEM)["input_ids"]])
+    text = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
+    full = tiny.concatenate(front, text["input_ids"], text["attention_mask"])
+    expected = [tokenizer.decode(ids) for ids in tiny.generate(model, *full)]
+    answer = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    with use_prefix(model, PrefixKV.from_text(model, tokenizer, SYSTEM)):
+        got = answer(QUESTIONS, batch_size=batch_size, **options)
+    assert [one["generated_text"] for (one,) in got] == expected
 
 
 def test_a_saved_system_prompt_answers_the_same(tiny, model, tokenizer, tmp_path):

@@ -33,6 +33,24 @@ def test_generated_tokens_are_those_of_the_concatenation(tiny, name, P):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("way", ["lookup", "assisted", "beams"])
+def test_other_ways_to_generate(tiny, name, way):
+    """Some of them take tokens back, out of windows that have moved on."""
+    model, bare = pair(tiny, name)
+    front, text = tiny.prompt(5), tiny.prompt(4, seed=7).repeat(1, 2)
+    options = {  # the assistant has other weights and guesses wrong
+        "lookup": {"prompt_lookup_num_tokens": 3},
+        "assisted": {"assistant_model": tiny.windowed(name, hidden_size=32)},
+        "beams": {"num_beams": 3},
+    }[way]
+    beams = {"num_beams": 3} if way == "beams" else {}
+    expected = tiny.generate(bare, torch.cat([front, text], 1), max_new_tokens=10, **beams)
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        got = tiny.generate(model, text, max_new_tokens=10, **options)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_are_those_of_the_concatenation(tiny, name, side):
     model, bare = pair(tiny, name)
