@@ -22,6 +22,8 @@ def new_encoder(
         FileNotFoundError: config.init_prefix does not exist.
     """
     P, offset = config.num_virtual_tokens, config.position_offset
+    if offset is None and default_offset(model, P) != P:
+        offset = default_offset(model, P)  # None follows a prefix that grows
     shapes = layer_shapes(model)
     encoder = build_encoder(
         shapes,
@@ -34,7 +36,7 @@ def new_encoder(
         encoder_per_layer=config.encoder_per_layer,
         encoder_orthogonal=config.encoder_orthogonal,
         share_layers=config.share_layers,
-        position_offset=default_offset(model, P) if offset is None else offset,
+        position_offset=offset,
         dropout=config.dropout,
         num_frozen_tokens=config.num_frozen_tokens,
         init_std=config.init_std,
