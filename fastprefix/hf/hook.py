@@ -9,14 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.attention import NAME, ActivePrefix
-from fastprefix.hf.state import ACTIVE, HOOKED, State
+from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
 from fastprefix.kv import PackedPrefixKV
+
+OFFSET = ".offset"  # behind a state's key: by how much the stack at hand moves its text
+CACHED = "past_key_values_length"  # what transformers calls it where embeddings place the text
 
 
 def inject(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    names: tuple[str, ...],
+    placing: Placing,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: adds the active prefix and moves positions behind it."""
+    """Forward pre-hook: adds the active prefix and moves positions behind it.
+
+    Args:
+        module: a patched model, or the part of it that the hook is on.
+        args: of its forward.
+        kwargs: of its forward.
+        names: of the forward's parameters.
+        placing: how this module learns where its text stands.
+    """
     state: State = getattr(module, HOOKED)
     config: Any = module.config
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
@@ -33,25 +49,79 @@ def inject(
     placed = kwargs.get(NAME)
     if placed is None:
         active = getattr(ACTIVE, state.key, None)
-    elif isinstance(placed, ActivePrefix) and not placed.positioned:
+    elif isinstance(placed, ActivePrefix):
         active = placed
     else:
-        return None  # a recorder, or the outer model's hook was here
-    if active is None or active.kv is None:
-        return None
+        return None  # a recorder
+    if placing == "embedding" and (active is None or not active.positioned):
+        setattr(ACTIVE, state.key + OFFSET, 0)
+    if active is None or active.kv is None or active.positioned:
+        return None  # nothing to add, or the outer model's hook was here
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
+    if placing == "inner":
+        kwargs[NAME] = active
+        return (), kwargs
     placed_text = _text(kwargs) if active.kv.in_window else {}
-    offset: int | Tensor
-    index = active.prefix_index
-    if isinstance(active.kv, PackedPrefixKV):
-        index = _each_row(index, _inputs(kwargs).shape[0])
-        offset = active.kv.position_offsets[index][:, None]
-    else:
-        offset = active.kv.position_offset
-    kwargs[NAME] = replace(active, positioned=True, prefix_index=index, **placed_text)
-    kwargs["position_ids"] = _positions(kwargs, offset)
+    index, offset = _of_rows(active, module, kwargs)
+    # a new count of turns: the call may be one of several before a backward
+    kwargs[NAME] = replace(active, positioned=True, prefix_index=index, turns={}, **placed_text)
+    if placing == "argument":
+        kwargs["position_ids"] = _positions(kwargs, offset)
+    elif placing == "embedding":
+        setattr(ACTIVE, state.key + OFFSET, offset)
+    elif placing == "given" and active.kv.position_offset:
+        if kwargs.get("position_ids") is None:
+            raise ValueError(
+                f"position_offset: got {active.kv.position_offset}, for which "
+                f"{type(module).__name__} takes position_ids: it alone knows its default"
+            )
+        kwargs["position_ids"] = kwargs["position_ids"] + offset
     return (), kwargs
+
+
+def shift(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of a position embedding: the prefix counts as keys in the cache, as in PEFT."""
+    state: State = getattr(module, HOOKED)
+    offset = getattr(ACTIVE, state.key + OFFSET, 0)
+    if isinstance(offset, int) and offset == 0:
+        return None
+    setattr(ACTIVE, state.key + OFFSET, 0)  # for the stack's own call alone
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    default: Any = getattr(module, "create_position_ids_from_inputs_embeds", None)
+    if isinstance(offset, Tensor) and not {"inputs_embeds", "position_ids"} <= set(names):
+        raise NotImplementedError(
+            f"rows: {type(module).__name__} cannot be told of positions that differ by row; takes "
+            "prefixes with a position_offset of 0"
+        )
+    if kwargs.get("position_ids") is not None:
+        kwargs["position_ids"] = kwargs["position_ids"] + offset
+    elif default is not None and kwargs.get("input_ids") is None:
+        # which does not look at the cache's length (RoBERTa)
+        made = default(kwargs["inputs_embeds"], module.padding_idx)
+        kwargs["position_ids"] = made + offset
+    elif default is None and isinstance(offset, Tensor):
+        # rows differ, and the module would slice its positions by one number (BERT)
+        inputs, seen = _inputs(kwargs), kwargs.get(CACHED, 0)
+        made = torch.arange(seen, seen + inputs.shape[1], device=inputs.device)
+        kwargs["position_ids"] = made + offset
+    else:
+        kwargs[CACHED] = kwargs.get(CACHED, 0) + offset
+    return (), kwargs
+
+
+def take_turn(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of a module that several layers share: tells these layers apart, by their order."""
+    active = kwargs.get(NAME)
+    if not isinstance(active, ActivePrefix):
+        return None
+    turn = active.turns.get(id(module), 0)
+    active.turns[id(module)] = turn + 1
+    return args, {**kwargs, NAME: replace(active, turn=turn)}
 
 
 def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -63,21 +133,37 @@ def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
+def _of_rows(
+    active: ActivePrefix, module: nn.Module, kwargs: dict[str, Any]
+) -> tuple[Tensor | None, int | Tensor]:
+    """Which of several prefixes each row attends to, [B]; by how much it moves its text, [B, 1].
+
+    Of a single prefix None, and one number for all rows.
+    """
+    if not isinstance(active.kv, PackedPrefixKV):
+        assert active.kv is not None
+        return None, active.kv.position_offset
+    names = ("input_ids", "inputs_embeds", getattr(module, "main_input_name", ""))
+    sizes = [kwargs[name].shape[0] for name in names if kwargs.get(name) is not None]
+    index = active.prefix_index
+    R = 0 if index is None else index.shape[0]
+    if not sizes or index is None or sizes[0] % R != 0:
+        raise ValueError(
+            f"rows: got {R} names, takes one for each of the batch's {sizes[0] if sizes else 0} "
+            "rows, or for each group of them that generate() makes of a row"
+        )
+    B = sizes[0]
+    if B != R:
+        index = index.repeat_interleave(B // R, output_size=B)
+    if active.kv.position_offset == 0:
+        return index, 0
+    return index, active.kv.position_offsets[index][:, None]
+
+
 def _inputs(kwargs: dict[str, Any]) -> Tensor:
     """Token ids [B, L], or embeddings [B, L, hidden]."""
     inputs = kwargs.get("input_ids")
     return kwargs["inputs_embeds"] if inputs is None else inputs
-
-
-def _each_row(index: Tensor | None, B: int) -> Tensor:
-    """Which prefix each row of a batch attends to, [B], where generate() repeats rows."""
-    R = 0 if index is None else index.shape[0]
-    if index is None or B % R != 0:
-        raise ValueError(
-            f"rows: got {R} names, takes one for each of the batch's {B} rows, or for "
-            "each group of them that generate() makes of a row"
-        )
-    return index if B == R else index.repeat_interleave(B // R, output_size=B)
 
 
 def _positions(kwargs: dict[str, Any], offset: int | Tensor) -> Tensor:

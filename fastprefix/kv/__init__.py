@@ -1,6 +1,6 @@
 """Prefixes as keys and values: one for every layer of a model."""
 
 from fastprefix.kv.packed import PackedPrefixKV
-from fastprefix.kv.prefix import LayerShape, PrefixKV
+from fastprefix.kv.prefix import Group, LayerShape, PrefixKV
 
-__all__ = ["LayerShape", "PackedPrefixKV", "PrefixKV"]
+__all__ = ["Group", "LayerShape", "PackedPrefixKV", "PrefixKV"]

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import DirectEncoder, MLPEncoder, to_flat
-from fastprefix.hf.patching import layer_shapes
-from fastprefix.kv import LayerShape, PrefixKV
+from fastprefix.hf.patching import default_offset, layer_groups, layer_shapes
+from fastprefix.hf.prefill import text_keys_values
+from fastprefix.kv import LayerShape
 from fastprefix.tuning.config import PrefixConfig
 
 Encoder = DirectEncoder | MLPEncoder
@@ -24,23 +25,53 @@ def new_encoder(
     """An encoder for a patched model, on its device, at the start that the configuration names.
 
     Raises:
-        ValueError: init="text" without a tokenizer, or a text without tokens.
+        ValueError: init="text" without a tokenizer, a text without tokens, or groups that the
+            model does not have.
     """
     start = _initial_ids(config, model, tokenizer)
-    hidden_size = _embedding_weight(model).shape[1]
-    encoder = build_encoder(config, layer_shapes(model), hidden_size).to(model.device)
+    layers, shapes = chosen_layers(config, model), layer_shapes(model)
+    P, offset = config.num_virtual_tokens, config.position_offset
+    encoder = build_encoder(
+        config,
+        [shapes[layer] for layer in layers],
+        hidden_size=model.config.get_text_config().hidden_size,
+        position_offset=default_offset(model, P) if offset is None else offset,
+    ).to(model.device)
     if start is not None:
-        encoder.start_from(to_flat(PrefixKV.prefill(model, start)))
+        encoder.start_from(to_flat(text_keys_values(model, start).select(layers)))
     return encoder
 
 
-def build_encoder(config: PrefixConfig, shapes: Sequence[LayerShape], hidden_size: int) -> Encoder:
+def chosen_layers(config: PrefixConfig, model: PreTrainedModel) -> tuple[int, ...]:
+    """Which attention layers of a patched model get a prefix.
+
+    Raises:
+        ValueError: groups that the model does not have.
+    """
+    groups = layer_groups(model)
+    missing = set(config.groups or ()) - set(groups)
+    if missing:
+        raise ValueError(
+            f"groups: got {config.groups!r}, takes some of {tuple(dict.fromkeys(groups))}, which "
+            f"this {type(model).__name__} has"
+        )
+    return tuple(
+        layer
+        for layer, group in enumerate(groups)
+        if config.groups is None or group in config.groups
+    )
+
+
+def build_encoder(
+    config: PrefixConfig, shapes: Sequence[LayerShape], *, hidden_size: int, position_offset: int
+) -> Encoder:
     """An encoder at its random start.
 
     Args:
         config: see :class:`PrefixConfig`.
-        shapes: of the model's layers.
+        shapes: of the layers that get a prefix.
         hidden_size: the model's, the embedding's width in front of an MLP.
+        position_offset: see :class:`fastprefix.PrefixKV`.
     """
     if config.prefix_projection:
         return MLPEncoder(
@@ -48,14 +79,14 @@ def build_encoder(config: PrefixConfig, shapes: Sequence[LayerShape], hidden_siz
             config.num_virtual_tokens,
             embedding_size=hidden_size,
             hidden_size=config.encoder_hidden_size or hidden_size,
-            position_offset=config.position_offset,
+            position_offset=position_offset,
             dropout=config.dropout,
             init_std=config.init_std,
         )
     return DirectEncoder(
         shapes,
         config.num_virtual_tokens,
-        position_offset=config.position_offset,
+        position_offset=position_offset,
         dropout=config.dropout,
         init_std=config.init_std,
     )

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import to_flat
-from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
+from fastprefix.hf.patching import (
+    activate,
+    layer_groups,
+    layer_shapes,
+    patch_model,
+    patched,
+    use_prefix,
+)
 from fastprefix.hf.peft_base import (
     find_base_adapter,
     freeze,
@@ -23,7 +30,7 @@ from fastprefix.hf.peft_base import (
 from fastprefix.hf.peft_format import load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
-from fastprefix.tuning.build import new_encoder
+from fastprefix.tuning.build import chosen_layers, new_encoder
 from fastprefix.tuning.config import PrefixConfig
 
 
@@ -45,7 +52,8 @@ class PrefixTuningModel(NamedAdapters):
         adapter_name: of the first prefix.
 
     Raises:
-        ValueError: init="text" without a tokenizer, or a PeftModel with a prompt of its own.
+        ValueError: init="text" without a tokenizer, groups that the model does not have, or a
+            PeftModel with a prompt of its own.
         UnsupportedModelError: see :func:`fastprefix.patch_model`.
 
     Example:
@@ -186,9 +194,11 @@ class PrefixTuningModel(NamedAdapters):
             encoder.train(training)
 
     def _prefix(self, adapter_name: str) -> PrefixKV:
-        """A prefix with gradients."""
+        """A prefix with gradients, for all layers: those that have none get length 0."""
         kv: PrefixKV = self.encoders[adapter_name]()
-        return kv
+        layers = chosen_layers(self.prefix_configs[adapter_name], self.base_model)
+        shapes = layer_shapes(self.base_model)
+        return kv if len(layers) == len(shapes) else kv.spread(layers, shapes)
 
     def save_pretrained(
         self, folder: str | Path, selected_adapters: Sequence[str] | None = None, **_: Any
@@ -203,10 +213,16 @@ class PrefixTuningModel(NamedAdapters):
             selected_adapters: by name; all if None.
 
         Raises:
-            ValueError: no adapter of a name; see also
+            ValueError: no adapter of a name, or PEFT's format has no place for an encoder-decoder's
+                groups or for layers without a prefix; see also
                 :func:`fastprefix.hf.peft_format.save_adapter` and
                 :func:`fastprefix.hf.peft_base.save_base_adapter`.
         """
+        if len(set(layer_groups(self.base_model))) > 1:
+            raise ValueError(
+                "groups: PEFT's format holds none but a decoder's own attention and not its place; "
+                "save this prefix with export().save(file)"
+            )
         names = list(self.encoders) if selected_adapters is None else list(selected_adapters)
         self._check_known("selected_adapters", names)
         for name in names:
