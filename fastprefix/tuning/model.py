@@ -37,7 +37,8 @@ class PrefixTuningModel(nn.Module):
         tokenizer: the base's; needed for init="text".
 
     Raises:
-        ValueError: init="text" without a tokenizer, or groups that the model does not have.
+        ValueError: init="text" without a tokenizer or for a model that reads no text, or groups
+            that the model does not have.
         UnsupportedModelError: see :func:`fastprefix.patch_model`.
 
     Example:
@@ -294,6 +295,11 @@ def _initial_ids(
     P = config.num_virtual_tokens
     if config.init == "random":
         return None
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"init: got {config.init!r}, takes 'random' for this {type(model).__name__}, which reads "
+            f"{model.main_input_name} and no text"
+        )
     if config.init == "vocab":
         return torch.randint(_embedding_weight(model).shape[0], (P,))
     if tokenizer is None:
