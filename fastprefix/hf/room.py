@@ -48,5 +48,8 @@ def check_room(known: int | None, offset: int, reach: int, positions: Tensor | N
 
 
 def _is_no_vocabulary(embedding: nn.Embedding, model: PreTrainedModel) -> bool:
-    vocabulary: Any = model.get_input_embeddings()
+    try:
+        vocabulary: Any = model.get_input_embeddings()
+    except NotImplementedError:  # a model that reads no text
+        vocabulary = None
     return embedding.weight is not getattr(vocabulary, "weight", None)

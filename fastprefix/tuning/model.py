@@ -297,8 +297,8 @@ def _initial_ids(
         return None
     if model.main_input_name != "input_ids":
         raise ValueError(
-            f"init: got {config.init!r}, takes 'random' for this {type(model).__name__}, which reads "
-            f"{model.main_input_name} and no text"
+            f"init: got {config.init!r}, takes 'random' for this {type(model).__name__}, which "
+            f"reads {model.main_input_name} and no text"
         )
     if config.init == "vocab":
         return torch.randint(_embedding_weight(model).shape[0], (P,))
