@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.attention import NAME, ActivePrefix
+from fastprefix.hf.room import check_room
 from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
 from fastprefix.kv import PackedPrefixKV
 
-OFFSET = ".offset"  # behind a state's key: by how much the stack at hand moves its text
+# Behind a state's key: by how much the stack at hand moves its text, at most and by row.
+OFFSET = "_offset"
 CACHED = "past_key_values_length"  # what transformers calls it where embeddings place the text
 
 
@@ -54,7 +56,7 @@ def inject(
     else:
         return None  # a recorder
     if placing == "embedding" and (active is None or not active.positioned):
-        setattr(ACTIVE, state.key + OFFSET, 0)
+        setattr(ACTIVE, state.key + OFFSET, (0, 0))
     if active is None or active.kv is None or active.positioned:
         return None  # nothing to add, or the outer model's hook was here
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -66,17 +68,17 @@ def inject(
     index, offset = _of_rows(active, module, kwargs)
     # a new count of turns: the call may be one of several before a backward
     kwargs[NAME] = replace(active, positioned=True, prefix_index=index, turns={}, **placed_text)
-    if placing == "argument":
-        kwargs["position_ids"] = _positions(kwargs, offset)
-    elif placing == "embedding":
-        setattr(ACTIVE, state.key + OFFSET, offset)
-    elif placing == "given" and active.kv.position_offset:
-        if kwargs.get("position_ids") is None:
-            raise ValueError(
-                f"position_offset: got {active.kv.position_offset}, for which "
-                f"{type(module).__name__} takes position_ids: it alone knows its default"
-            )
-        kwargs["position_ids"] = kwargs["position_ids"] + offset
+    most = active.kv.position_offset
+    if placing == "given" and most and kwargs.get("position_ids") is None:
+        raise ValueError(
+            f"position_offset: got {most}, for which {type(module).__name__} takes position_ids: "
+            "it alone knows its default"
+        )
+    if placing == "embedding":
+        setattr(ACTIVE, state.key + OFFSET, (most, offset))
+    elif placing == "argument" or (placing == "given" and most):
+        positions = kwargs["position_ids"] = _positions(kwargs, offset)
+        check_room(state.positions_known, most, _reach(kwargs) + most, positions)
     return (), kwargs
 
 
@@ -85,30 +87,42 @@ def shift(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook of a position embedding: the prefix counts as keys in the cache, as in PEFT."""
     state: State = getattr(module, HOOKED)
-    offset = getattr(ACTIVE, state.key + OFFSET, 0)
-    if isinstance(offset, int) and offset == 0:
+    most, offset = getattr(ACTIVE, state.key + OFFSET, (0, 0))
+    if most == 0:
         return None
-    setattr(ACTIVE, state.key + OFFSET, 0)  # for the stack's own call alone
+    setattr(ACTIVE, state.key + OFFSET, (0, 0))  # for the stack's own call alone
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    default: Any = getattr(module, "create_position_ids_from_inputs_embeds", None)
     if isinstance(offset, Tensor) and not {"inputs_embeds", "position_ids"} <= set(names):
         raise NotImplementedError(
             f"rows: {type(module).__name__} cannot be told of positions that differ by row; takes "
             "prefixes with a position_offset of 0"
         )
-    if kwargs.get("position_ids") is not None:
-        kwargs["position_ids"] = kwargs["position_ids"] + offset
-    elif default is not None and kwargs.get("input_ids") is None:
-        # which does not look at the cache's length (RoBERTa)
-        made = default(kwargs["inputs_embeds"], module.padding_idx)
-        kwargs["position_ids"] = made + offset
-    elif default is None and isinstance(offset, Tensor):
+    cached = kwargs.get(CACHED, 0)
+    positions, reach = kwargs.get("position_ids"), 0
+    if positions is not None:
+        positions = positions + offset
+    elif hasattr(module, "create_position_ids_from_input_ids"):  # RoBERTa counts no padding
+        make: Any = module
+        if kwargs.get("input_ids") is not None:
+            positions = make.create_position_ids_from_input_ids(
+                kwargs["input_ids"], make.padding_idx, cached + offset
+            )
+        else:  # which does not look at the cache's length
+            positions = make.create_position_ids_from_inputs_embeds(
+                kwargs["inputs_embeds"], make.padding_idx
+            )
+            positions = positions + cached + offset
+    elif isinstance(offset, Tensor):
         # rows differ, and the module would slice its positions by one number (BERT)
-        inputs, seen = _inputs(kwargs), kwargs.get(CACHED, 0)
-        made = torch.arange(seen, seen + inputs.shape[1], device=inputs.device)
-        kwargs["position_ids"] = made + offset
+        positions = torch.arange(_inputs(kwargs).shape[1], device=offset.device) + cached + offset
     else:
-        kwargs[CACHED] = kwargs.get(CACHED, 0) + offset
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        reach = offset + cached + (inputs.shape[1] if isinstance(inputs, Tensor) else 0)
+        kwargs[CACHED] = cached + offset
+    if positions is not None:
+        kwargs["position_ids"] = positions
+    check_room(state.positions_known, most, reach, positions)
     return (), kwargs
 
 
@@ -185,6 +199,14 @@ def _positions(kwargs: dict[str, Any], offset: int | Tensor) -> Tensor:
         seen = cache.get_seq_length() if cache is not None else 0
         positions = (torch.arange(length, device=inputs.device) + seen)[None]
     return positions + offset
+
+
+def _reach(kwargs: dict[str, Any]) -> int:
+    """How many positions the text takes at most, what is in the cache included."""
+    length = _inputs(kwargs).shape[1]
+    cache = kwargs.get("past_key_values")
+    seen = cache.get_seq_length() if cache is not None else 0
+    return length + (seen if isinstance(seen, int) else 0)  # a static cache keeps a tensor
 
 
 def _text(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ def new_encoder(
     """An encoder for a patched model, on its device, at the start that the configuration names.
 
     Raises:
-        ValueError: init="text" without a tokenizer, a text without tokens, or groups that the
-            model does not have.
+        ValueError: init="text" without a tokenizer or for a model that reads no text, a text
+            without tokens, or groups that the model does not have.
     """
     start = _initial_ids(config, model, tokenizer)
     layers, shapes = chosen_layers(config, model), layer_shapes(model)
@@ -99,6 +99,11 @@ def _initial_ids(
     P = config.num_virtual_tokens
     if config.init == "random":
         return None
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"init: got {config.init!r}, takes 'random' for this {type(model).__name__}, which "
+            f"reads {model.main_input_name} and no text"
+        )
     if config.init == "vocab":
         return torch.randint(_embedding_weight(model).shape[0], (P,))
     if tokenizer is None:

@@ -52,8 +52,8 @@ class PrefixTuningModel(NamedAdapters):
         adapter_name: of the first prefix.
 
     Raises:
-        ValueError: init="text" without a tokenizer, groups that the model does not have, or a
-            PeftModel with a prompt of its own.
+        ValueError: init="text" without a tokenizer or for a model that reads no text, groups that
+            the model does not have, or a PeftModel with a prompt of its own.
         UnsupportedModelError: see :func:`fastprefix.patch_model`.
 
     Example:
