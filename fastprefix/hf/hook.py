@@ -11,10 +11,12 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from fastprefix.hf.attention import NAME, ActivePrefix
 from fastprefix.hf.packing import inputs_of, no_mask, refuse_packed, unpack
+from fastprefix.hf.room import check_room
 from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 
-OFFSET = ".offset"  # behind a state's key: by how much the stack at hand moves its text
+# Behind a state's key: by how much the stack at hand moves its text, at most and by row.
+OFFSET = "_offset"
 CACHED = "past_key_values_length"  # what transformers calls it where embeddings place the text
 
 
@@ -67,15 +69,14 @@ def inject(
     else:
         return None  # a recorder
     if placing == "embedding" and (active is None or not active.positioned):
-        setattr(ACTIVE, state.key + OFFSET, 0)
+        setattr(ACTIVE, state.key + OFFSET, (0, 0))
     if active is None or active.kv is None:
         return None
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     if active.positioned:  # the outer model's hook was here
         if active.cu_seqlens is None:
             return None
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         return (), {**kwargs, "attention_mask": no_mask(kwargs)}
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
     if placing == "inner":
         kwargs[NAME] = active
@@ -94,38 +95,33 @@ def _place(
     names: tuple[str, ...],
     placing: Placing,
 ) -> ActivePrefix:
-    """Says where a call's text and rows are, and moves the text behind the prefix."""
-    kv, index, cu_seqlens = active.kv, active.prefix_index, None
+    """Says where a call's rows and text are, and moves the text behind the prefix."""
+    kv, cu_seqlens = active.kv, None
     assert kv is not None
     if placing == "argument":
         cu_seqlens = unpack(module.config, kwargs, names)
     else:
         refuse_packed(module, kwargs)
     placed_text = _text(kwargs) if kv.in_window else {}
-    offset: int | Tensor
-    if isinstance(kv, PackedPrefixKV):
-        index, offset = _each_row(kv, index, inputs_of(kwargs), cu_seqlens)
-    else:
-        offset = kv.position_offset
-    if placing == "argument":
-        kwargs["position_ids"] = _positions(kwargs, offset, state.num_positions)
-    elif placing == "embedding":
-        setattr(ACTIVE, state.key + OFFSET, offset)
-    elif placing == "given" and (isinstance(offset, Tensor) or offset):
-        if kwargs.get("position_ids") is None:
+    index, offset = _of_rows(active, module, kwargs, cu_seqlens)
+    most, prefix_bias = kv.position_offset, None
+    if placing == "embedding":
+        setattr(ACTIVE, state.key + OFFSET, (most, offset))
+    elif placing == "distance" and most:
+        if not isinstance(kv, PrefixKV):
+            raise NotImplementedError(
+                f"rows: {type(module).__name__} makes a bias of distances, and of one distance for "
+                "all rows; takes prefixes with a position_offset of 0"
+            )
+        prefix_bias = _distances(module, kwargs, kv)
+    elif placing == "argument" or (placing == "given" and most):
+        if placing == "given" and kwargs.get("position_ids") is None:
             raise ValueError(
-                f"position_offset: got {offset}, for which {type(module).__name__} takes "
+                f"position_offset: got {most}, for which {type(module).__name__} takes "
                 "position_ids: it alone knows its default"
             )
-        kwargs["position_ids"] = kwargs["position_ids"] + offset
-    prefix_bias = None
-    if placing == "distance" and isinstance(kv, PrefixKV):
-        prefix_bias = _distances(module, kwargs, kv) if kv.position_offset else None
-    elif placing == "distance" and isinstance(offset, Tensor) and int(offset.max()):
-        raise NotImplementedError(
-            f"{type(module).__name__}: makes a bias of distances, which rows with prefixes of "
-            "their own have none of yet; train the prefixes with position_offset=0"
-        )
+        positions = kwargs["position_ids"] = _positions(kwargs, offset)
+        check_room(state.positions_known, most, _reach(kwargs) + most, positions)
     # a new count of turns: the call may be one of several before a backward
     return replace(
         active,
@@ -143,26 +139,42 @@ def shift(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook of a position embedding: the prefix counts as keys in the cache, as in PEFT."""
     state: State = getattr(module, HOOKED)
-    offset: int | Tensor = getattr(ACTIVE, state.key + OFFSET, 0)
-    if isinstance(offset, int) and offset == 0:
+    most, offset = getattr(ACTIVE, state.key + OFFSET, (0, 0))
+    if most == 0:
         return None
-    setattr(ACTIVE, state.key + OFFSET, 0)  # for the stack's own call alone
+    setattr(ACTIVE, state.key + OFFSET, (0, 0))  # for the stack's own call alone
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    default: Any = getattr(module, "create_position_ids_from_inputs_embeds", None)
-    if kwargs.get("position_ids") is not None:
-        kwargs["position_ids"] = kwargs["position_ids"] + offset
-    elif default is not None and kwargs.get("input_ids") is None:
-        # which does not look at the cache's length (RoBERTa)
-        made = default(kwargs["inputs_embeds"], module.padding_idx)
-        kwargs["position_ids"] = made + offset
-    elif isinstance(offset, int):
-        kwargs[CACHED] = kwargs.get(CACHED, 0) + offset
-    else:
+    if isinstance(offset, Tensor) and not {"inputs_embeds", "position_ids"} <= set(names):
         raise NotImplementedError(
-            f"{type(module).__name__}: places all rows of a batch alike, so that rows with "
-            "prefixes of different position offsets are not supported; give position_ids, or "
-            "train the prefixes with position_offset=0"
+            f"rows: {type(module).__name__} cannot be told of positions that differ by row; takes "
+            "prefixes with a position_offset of 0"
         )
+    cached = kwargs.get(CACHED, 0)
+    positions, reach = kwargs.get("position_ids"), 0
+    if positions is not None:
+        positions = positions + offset
+    elif hasattr(module, "create_position_ids_from_input_ids"):  # RoBERTa counts no padding
+        make: Any = module
+        if kwargs.get("input_ids") is not None:
+            positions = make.create_position_ids_from_input_ids(
+                kwargs["input_ids"], make.padding_idx, cached + offset
+            )
+        else:  # which does not look at the cache's length
+            positions = make.create_position_ids_from_inputs_embeds(
+                kwargs["inputs_embeds"], make.padding_idx
+            )
+            positions = positions + cached + offset
+    elif isinstance(offset, Tensor):
+        # rows differ, and the module would slice its positions by one number (BERT)
+        positions = torch.arange(inputs_of(kwargs).shape[1], device=offset.device) + cached + offset
+    else:
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        reach = offset + cached + (inputs.shape[1] if isinstance(inputs, Tensor) else 0)
+        kwargs[CACHED] = cached + offset
+    if positions is not None:
+        kwargs["position_ids"] = positions
+    check_room(state.positions_known, most, reach, positions)
     return (), kwargs
 
 
@@ -187,72 +199,57 @@ def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
-def _each_row(
-    kv: PackedPrefixKV, index: Tensor | None, inputs: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Which prefix each row or packed sequence attends to, where generate() repeats rows.
+def _of_rows(
+    active: ActivePrefix, module: nn.Module, kwargs: dict[str, Any], cu_seqlens: Tensor | None
+) -> tuple[Tensor | None, int | Tensor]:
+    """Which of several prefixes each row or packed sequence attends to, [B] or [M].
 
-    Returns:
-        [B] or [M], and the position behind its prefix of each row [B, 1] or token [1, L].
+    And by how much it moves its text, [B, 1], or each token of the packed row, [1, L]. Of a single
+    prefix None, and one number for all.
     """
-    B = inputs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if not isinstance(active.kv, PackedPrefixKV):
+        assert active.kv is not None
+        return None, active.kv.position_offset
+    names = ("input_ids", "inputs_embeds", getattr(module, "main_input_name", ""))
+    sizes = [kwargs[name].shape[0] for name in names if kwargs.get(name) is not None]
+    what = "rows, or for each group of them that generate() makes of a row"
+    if cu_seqlens is not None:
+        sizes, what = [cu_seqlens.shape[0] - 1], "packed sequences"
+    index = active.prefix_index
     R = 0 if index is None else index.shape[0]
+    B = sizes[0] if sizes else 0
     if index is None or B % R != 0 or (cu_seqlens is not None and B != R):
-        what = "rows, or for each group of them that generate() makes of a row"
-        raise ValueError(
-            f"rows: got {R} names, takes one for each of the batch's {B} "
-            f"{what if cu_seqlens is None else 'packed sequences'}"
-        )
+        raise ValueError(f"rows: got {R} names, takes one for each of the batch's {B} {what}")
     if B != R:
         index = index.repeat_interleave(B // R, output_size=B)
-    offsets = kv.position_offsets[index]
+    if active.kv.position_offset == 0:
+        return index, 0
+    offsets = active.kv.position_offsets[index]
     if cu_seqlens is None:
         return index, offsets[:, None]
-    return index, offsets.repeat_interleave(cu_seqlens.diff(), output_size=inputs.shape[1])[None]
+    tokens = inputs_of(kwargs).shape[1]
+    return index, offsets.repeat_interleave(cu_seqlens.diff(), output_size=tokens)[None]
 
 
-def _positions(kwargs: dict[str, Any], offset: int | Tensor, most: int | None) -> Tensor:
-    """Positions of the text behind the prefix; padding takes none.
+def _positions(kwargs: dict[str, Any], offset: int | Tensor) -> Tensor:
+    """Positions of the text behind the prefix, offset as :func:`_of_rows` says; pads take none.
 
     Explicit position_ids count the text from 0. Without them positions follow the attention mask,
     as generate() does: pads between prefix and text must not push the text away.
-
-    Args:
-        kwargs: of the call.
-        offset: position of the token behind the prefix, of all rows, or as :func:`_each_row` says.
-        most: positions that the model has learned, or None for no such number.
-
-    Raises:
-        ValueError: there are not enough of them.
     """
     position_ids = kwargs.get("position_ids")
-    if position_ids is None:
-        length = inputs_of(kwargs).shape[1]
-        attention_mask = kwargs.get("attention_mask")
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            position_ids = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -length:]
-        else:
-            cache = kwargs.get("past_key_values")
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = (torch.arange(length, device=inputs_of(kwargs).device) + seen)[None]
-    position_ids = position_ids + offset
-    if most is not None and not torch.compiler.is_compiling():
-        _check_learned(position_ids, kwargs.get("attention_mask"), offset, most)
-    return position_ids
-
-
-def _check_learned(position_ids: Tensor, mask: Any, offset: int | Tensor, most: int) -> None:
-    """Positions behind the prefix, [B, L], against a table of ``most`` learned ones."""
-    known = isinstance(offset, int) and isinstance(mask, Tensor) and mask.dim() == 2
-    if known and offset + mask.shape[1] <= most:
-        return  # without waiting for the device
-    last = int(position_ids.max())
-    if last >= most:
-        taken = offset if isinstance(offset, int) else int(offset.max())
-        raise ValueError(
-            f"position_ids: the text reaches position {last} behind a prefix that takes {taken}, "
-            f"and the model has learned positions 0 to {most - 1}"
-        )
+    if position_ids is not None:
+        return position_ids + offset
+    inputs = inputs_of(kwargs)
+    length = inputs.shape[1]
+    attention_mask = kwargs.get("attention_mask")
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        positions = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -length:]
+    else:
+        cache = kwargs.get("past_key_values")
+        seen = cache.get_seq_length() if cache is not None else 0
+        positions = (torch.arange(length, device=inputs.device) + seen)[None]
+    return positions + offset
 
 
 def relative_biases(stack: nn.Module) -> list[nn.Module]:
@@ -266,8 +263,7 @@ def relative_biases(stack: nn.Module) -> list[nn.Module]:
 
 def _distances(stack: nn.Module, kwargs: dict[str, Any], kv: PrefixKV) -> Tensor:
     """[Hq, Lq, P]: the bias that a decoder has for the prefix as the first tokens of its text."""
-    inputs, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
-    tokens = kwargs["inputs_embeds"] if inputs is None else inputs
+    tokens, cache = inputs_of(kwargs), kwargs.get("past_key_values")
     seen = cache.get_seq_length() if cache is not None else 0
     (module,) = relative_biases(stack)
     bias: Tensor = module.compute_bias(  # type: ignore[operator]
@@ -284,6 +280,14 @@ def _distances(stack: nn.Module, kwargs: dict[str, Any], kv: PrefixKV) -> Tensor
     return bias[0]
 
 
+def _reach(kwargs: dict[str, Any]) -> int:
+    """How many positions the text takes at most, what is in the cache included."""
+    length = inputs_of(kwargs).shape[1]
+    cache = kwargs.get("past_key_values")
+    seen = cache.get_seq_length() if cache is not None else 0
+    return length + (seen if isinstance(seen, int) else 0)  # a static cache keeps a tensor
+
+
 def _text(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Where the call's text lies in the layers' keys: `placement` and `text_mask`."""
     attention_mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
@@ -291,15 +295,16 @@ def _text(kwargs: dict[str, Any]) -> dict[str, Any]:
         return {"placement": "mask"}
     if attention_mask is None:
         position_ids = kwargs.get("position_ids")
-        if position_ids is None or cache is not None or position_ids.shape[-1] < 2:
+        if position_ids is None or cache is not None or torch.compiler.is_compiling():
             return {}
-        # where these leave out a step, transformers' masks may keep packed sequences apart
-        packed = torch.compiler.is_compiling() or bool((position_ids.diff(dim=-1) != 1).any())
+        # transformers takes positions that start anew for packed sequences, as we do here
+        packed = position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) != 1).any())
         return {"placement": "mask"} if packed else {}
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return {"placement": "unknown"}
+    length = inputs_of(kwargs).shape[1]
     seen = cache.get_seq_length() if cache is not None else 0
-    return {"text_mask": attention_mask[:, : seen + inputs_of(kwargs).shape[1]]}
+    return {"text_mask": attention_mask[:, : seen + length]}
 
 
 def _check_checkpointing(module: nn.Module, state: State) -> None:

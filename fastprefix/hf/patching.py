@@ -30,6 +30,7 @@ from fastprefix.hf.hook import (
     take_turn,
 )
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe, takes
+from fastprefix.hf.room import positions_known
 from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Placing, State
 from fastprefix.kv import Group, LayerShape, PackedPrefixKV, PrefixBank, PrefixKV
 
@@ -240,10 +241,9 @@ def activate(
     for layer, (got, want) in enumerate(zip(kv.shapes, state.shapes, strict=True)):
         if got != want:
             raise ValueError(f"kv: got {got} in layer {layer}, takes {want}")
-    moved = kv.position_offset if isinstance(kv, PrefixKV) else int(kv.position_offsets.max())
-    if moved and state.placing == "fixed":
+    if kv.position_offset and state.placing == "fixed":
         raise ValueError(
-            f"position_offset: got {moved}, takes 0 for this {type(model).__name__}, "
+            f"position_offset: got {kv.position_offset}, takes 0 for this {type(model).__name__}, "
             "which cannot be told where its text stands"
         )
     if kv.in_window:
@@ -289,7 +289,6 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> 
     except Exception:
         _restore(state.previous)
         raise
-    state.num_positions = _num_positions(model)
     state.shapes, state.groups = slots.shapes, slots.groups
     for slot, module in enumerate(slots.modules):
         setattr(module, SLOT, (*getattr(module, SLOT, ()), slot))
@@ -297,19 +296,20 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> 
         state.handles.append(module.register_forward_pre_hook(take_turn, with_kwargs=True))
     # Inner models get the hook too: calling one alone, as generate() calls an encoder, must not
     # silently run without the prefix.
-    whole: dict[nn.Module, Placing] = {}
+    hooked: dict[nn.Module, Placing] = {}
     if is_encoder_decoder(model):
-        decoder = model.get_decoder()
-        told: Placing = "distance" if len(relative_biases(decoder)) == 1 else "fixed"
-        state.placing = "embedding" if _position_embeddings(decoder) else told
-        whole = {model: "inner", model.base_model: "inner"}
-        whole |= {model.get_encoder(): "fixed", decoder: state.placing}
-        embeddings = _position_embeddings(decoder)
+        stack = model.get_decoder()
+        told: Placing = "distance" if len(relative_biases(stack)) == 1 else "fixed"
+        state.placing = "embedding" if _position_embeddings(stack) else told
+        hooked = {model: "inner", model.base_model: "inner"}
+        hooked |= {model.get_encoder(): "fixed", stack: state.placing}
     else:
+        stack = model
         state.placing = _placing(model, causal="decoder" in state.groups)
-        whole = {model: state.placing, model.base_model: state.placing}
-        embeddings = _position_embeddings(model) if state.placing == "embedding" else []
-    for module, placing in whole.items():
+        hooked = {model: state.placing, model.base_model: state.placing}
+    embeddings = _position_embeddings(stack) if state.placing == "embedding" else []
+    state.positions_known = positions_known(model, stack)
+    for module, placing in hooked.items():
         hook = partial(inject, names=_parameters(module), placing=placing)
         state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         setattr(module, HOOKED, state)
@@ -322,20 +322,6 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> 
         state.handles.append(head.register_forward_pre_hook(contiguous_input))
     setattr(model, STATE, state)
     _PATCHED.add(model)
-
-
-def _num_positions(model: PreTrainedModel) -> int | None:
-    """How many positions a table of learned ones has: an embedding as long as the config says.
-
-    OPT's table and those made after it have two rows more, which no text reaches.
-    """
-    most = getattr(model.config, "max_position_embeddings", None)
-    tables = (
-        module.num_embeddings
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
-    )
-    return most if any(rows in (most, most + 2) for rows in tables if most is not None) else None
 
 
 def _placing(model: PreTrainedModel, *, causal: bool) -> Placing:

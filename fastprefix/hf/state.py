@@ -39,9 +39,9 @@ class State:
         blocks: how many blocks rely on the patch at the moment, in all threads.
         prefixes: how many `use_prefix` blocks with a prefix are open, in all threads.
         shapes: of the attention layers' keys and values.
-        num_positions: rows of a table of learned absolute positions; None for other positions.
         groups: which part of the model each layer belongs to.
         placing: of the stack whose text a prefix moves.
+        positions_known: how many positions that stack has learned, None for any.
         handles: of the hooks.
         key: names the model in `ACTIVE`.
     """
@@ -52,9 +52,9 @@ class State:
     blocks: int = 0
     prefixes: int = 0
     shapes: tuple[LayerShape, ...] = ()
-    num_positions: int | None = None
     groups: tuple[Group, ...] = ()
     placing: Placing = "argument"
+    positions_known: int | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -64,8 +64,8 @@ class State:
         return replace(
             fresh,
             shapes=self.shapes,
-            num_positions=self.num_positions,
             groups=self.groups,
             placing=self.placing,
+            positions_known=self.positions_known,
             handles=copy.deepcopy(self.handles, memo),
         )

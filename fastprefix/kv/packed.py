@@ -22,6 +22,7 @@ class PackedPrefixKV:
         prefix_lengths: one int32 [N] tensor a layer, as
             :func:`fastprefix.prefix_attention` takes them. Layers of the same lengths share it.
         longest: length of the longest prefix, layer by layer.
+        position_offset: the largest of them.
         position_offsets: int64 [N + 1]: position of the first token behind each prefix, and 0 for
             rows without one, which -1 finds.
         windowed: [N], see ``in_window`` of :class:`PrefixKV`.
@@ -32,6 +33,7 @@ class PackedPrefixKV:
     values: tuple[Tensor, ...]
     prefix_lengths: tuple[Tensor, ...]
     longest: tuple[int, ...]
+    position_offset: int
     position_offsets: Tensor
     windowed: tuple[bool, ...]
 
@@ -72,6 +74,7 @@ class PackedPrefixKV:
             tuple(torch.cat([kv.values[layer] for kv in members], 1) for layer in layers),
             tuple(tensors[one] for one in lengths),
             tuple(max(one) for one in lengths),
+            max(offsets),
             torch.tensor(offsets, device=first.device),
             tuple(kv.in_window for kv in members),
         )

@@ -196,7 +196,7 @@ class PrefixTuningModel(NamedAdapters):
             encoder.train(training)
 
     def _prefix(self, adapter_name: str) -> PrefixKV:
-        """A prefix with gradients."""
+        """A prefix with gradients, for all layers: those that have none get length 0."""
         kv: PrefixKV = self.encoders[adapter_name]()
         slides = self.prefix_configs[adapter_name].prefix_in_window
         return replace(kv, in_window=True) if slides else kv
@@ -217,10 +217,16 @@ class PrefixTuningModel(NamedAdapters):
             selected_adapters: by name; all if None.
 
         Raises:
-            ValueError: no adapter of a name; see also
+            ValueError: no adapter of a name, or PEFT's format has no place for an encoder-decoder's
+                groups or for layers without a prefix; see also
                 :func:`fastprefix.hf.peft_format.save_adapter` and
                 :func:`fastprefix.hf.peft_base.save_base_adapter`.
         """
+        if len(set(layer_groups(self.base_model))) > 1:
+            raise ValueError(
+                "groups: PEFT's format holds none but a decoder's own attention and not its place; "
+                "save this prefix with export().save(file)"
+            )
         names = list(self.encoders) if selected_adapters is None else list(selected_adapters)
         self._check_known("selected_adapters", names)
         for name in names:

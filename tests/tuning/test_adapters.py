@@ -1,11 +1,25 @@
 """Several prefixes on one model: PEFT's names and rules, and a prefix for each row of a batch."""
 
+import contextlib
 import warnings
 
 import peft
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForTokenClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from fastprefix import PrefixConfig, PrefixTuningModel
 from fastprefix.encoders import to_flat
@@ -299,3 +313,88 @@ def test_a_trainer_trains_two_tasks_at_once(tiny, tuned, tmp_path):
     trainer._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
     for name, tensor in saved.items():
         assert torch.equal(tuned.state_dict()[name], tensor)
+
+
+SMALL = {"vocab_size": 101, "pad_token_id": 0, "initializer_range": 0.3}
+BERT = {**SMALL, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+T5_SIZES = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+BART_SIZES = {
+    f"{part}_{size}": number
+    for part in ("encoder", "decoder")
+    for size, number in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))
+}
+ENCODERS = {
+    "bert": (BertForSequenceClassification, BertConfig(**BERT, intermediate_size=32)),
+    "roberta": (RobertaForTokenClassification, RobertaConfig(**BERT, intermediate_size=32)),
+    "distilbert": (
+        DistilBertForSequenceClassification,
+        DistilBertConfig(**SMALL, dim=32, n_layers=2, n_heads=2, hidden_dim=32),
+    ),
+}
+SEQ_2_SEQ = {
+    "t5": (T5ForConditionalGeneration, T5Config(**SMALL, **T5_SIZES, decoder_start_token_id=0)),
+    "bart": (
+        BartForConditionalGeneration,
+        BartConfig(**SMALL, **BART_SIZES, d_model=32, init_std=0.3, decoder_start_token_id=2),
+    ),
+}
+
+
+def build(make, tuned_config):
+    """Two prefixes on a model of a class and its configuration."""
+    torch.manual_seed(0)
+    tuned = PrefixTuningModel(make[0](make[1]), tuned_config).eval()
+    fields = {**vars(tuned_config), "num_virtual_tokens": 6}
+    tuned.add_adapter("b", PrefixConfig(**fields))
+    return tuned
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_rows_of_an_encoder_are_what_each_is_alone(tiny, name):
+    tuned = build(ENCODERS[name], config(4, task_type="FEATURE_EXTRACTION"))
+    ids, mask = tiny.batch(LENGTHS, "right")
+    got = tuned(ids, mask, prefix_names=ROWS).logits
+    embeds = tuned.base_model.get_input_embeddings()(ids)
+    for row, adapter in enumerate(ROWS):
+        real = mask[row].bool()
+        text, ones = ids[row][real][None], mask[row][real][None]
+        if adapter is None:
+            with tuned.disable_adapter():
+                expected = tuned(text, ones).logits
+        else:
+            tuned.set_adapter(adapter)
+            expected = tuned(text, ones).logits
+        mine = got[row][real] if got.dim() == 3 else got[row]
+        torch.testing.assert_close(mine, expected[0], **CLOSE)
+    if name != "roberta":  # which then counts padding as text
+        again = tuned(attention_mask=mask, inputs_embeds=embeds, prefix_names=ROWS).logits
+        torch.testing.assert_close(again, got, **CLOSE)
+    assert not torch.allclose(tuned(ids, mask, prefix_names=ROWS[::-1]).logits, got)
+
+
+@pytest.mark.parametrize("name", SEQ_2_SEQ)
+def test_rows_of_an_encoder_decoder_are_what_each_is_alone(tiny, name):
+    """In all three groups of layers; beams repeat the decoder's rows and not the encoder's."""
+    tuned = build(SEQ_2_SEQ[name], config(4, task_type="SEQ_2_SEQ_LM"))
+    ids, mask = tiny.batch(LENGTHS, "right")
+    options = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 6, "min_new_tokens": 6}
+    labels = tiny.prompt(5).repeat(4, 1)
+    got = tuned(ids, mask, labels=labels, prefix_names=ROWS).logits
+    new = tuned.generate(input_ids=ids, attention_mask=mask, prefix_names=ROWS, **options)
+    for row, adapter in enumerate(ROWS):
+        real = mask[row].bool()
+        text, ones = ids[row][real][None], mask[row][real][None]
+        with tuned.disable_adapter() if adapter is None else contextlib.nullcontext():
+            tuned.set_adapter(adapter or "b")
+            expected = tuned(text, ones, labels=labels[:1]).logits
+            alone = tuned.generate(input_ids=text, attention_mask=ones, **options)
+        torch.testing.assert_close(got[row : row + 1], expected, **CLOSE)
+        assert torch.equal(new[2 * row : 2 * row + 2], alone)
+
+
+def test_rows_that_a_decoder_cannot_place_are_refused(tiny):
+    """BART's positions are told one number for the whole batch."""
+    tuned = build(SEQ_2_SEQ["bart"], config(4, task_type="SEQ_2_SEQ_LM", position_offset=3))
+    ids, mask = tiny.batch(LENGTHS, "right")
+    with pytest.raises(NotImplementedError, match="rows: BartLearnedPositionalEmbedding"):
+        tuned(ids, mask, labels=ids, prefix_names=ROWS)
