@@ -112,6 +112,20 @@ def test_each_call_of_a_shared_module_is_a_layer_of_its_own(tiny):
     assert len({id(m) for m in model.modules() if type(m).__name__ == "AlbertAttention"}) == 4
 
 
+def test_layers_that_share_keys_see_prefixes_of_their_own_in_a_cache(tiny):
+    """Gemma 3n: the last two layers are handed the text's keys of the first two, and no cache."""
+    model, bare = patch_model(tiny.kind("gemma3n")), tiny.kind("gemma3n")
+    kv = tiny.kv_of_shapes(layer_shapes(model)).detach()
+    inputs, _ = tiny.kind_inputs(model, "left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    plain = tiny.generate(bare, ids, mask)
+    expected = tiny.generate(tiny.concatenating(bare, kv, inputs), ids, mask)
+    with use_prefix(model, kv):
+        got = tiny.generate(model, ids, mask)
+    assert not torch.equal(plain, expected)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("name", ["bert", "albert", "bart"])
 def test_compiled_without_graph_breaks(tiny, name):
     model = patch_model(frozen(tiny, name))
