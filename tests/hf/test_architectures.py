@@ -63,6 +63,25 @@ def test_logits_and_gradients(tiny, name, side):
     torch.testing.assert_close(got_gradients, gradients, **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "t5 encoder"])
+def test_custom_masks_cover_the_text_alone(tiny, name, dtype):
+    """Of four dimensions, with what no flag describes; T5 adds its bias for distances."""
+    model, bare = patch_model(frozen(tiny, name)), frozen(tiny, name)
+    sees = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(6)) < 0.6
+    sees |= torch.eye(7, dtype=torch.bool)
+    hidden = torch.zeros(sees.shape, dtype=torch.float64)
+    hidden = hidden.masked_fill(~sees, torch.finfo(torch.float64).min)
+    inputs = {"input_ids": tiny.batch((7, 7))[0], "attention_mask": hidden}
+    kv, real = tiny.kv_of_shapes(layer_shapes(model)), torch.ones(2, 7, dtype=torch.bool)
+    logits, gradients = run(tiny.concatenating(bare, kv, inputs), kv, inputs, real)
+    mask = sees if dtype == torch.bool else hidden
+    with use_prefix(model, kv):
+        got, got_gradients = run(model, kv, {**inputs, "attention_mask": mask}, real)
+    torch.testing.assert_close(got, logits, **EXACT)
+    torch.testing.assert_close(got_gradients, gradients, **EXACT)
+
+
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_gradient_checkpointing_trains_the_prefix(tiny, name):
     """PEFT's prefix is silently lost here in BERT, RoBERTa and ELECTRA."""
