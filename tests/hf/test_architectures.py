@@ -63,6 +63,25 @@ def test_logits_and_gradients(tiny, name, side):
     torch.testing.assert_close(got_gradients, gradients, **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "t5 encoder"])
+def test_custom_masks_cover_the_text_alone(tiny, name, dtype):
+    """Of four dimensions, with what no flag describes; T5 adds its bias for distances."""
+    model, bare = patch_model(frozen(tiny, name)), frozen(tiny, name)
+    sees = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(6)) < 0.6
+    sees |= torch.eye(7, dtype=torch.bool)
+    hidden = torch.zeros(sees.shape, dtype=torch.float64)
+    hidden = hidden.masked_fill(~sees, torch.finfo(torch.float64).min)
+    inputs = {"input_ids": tiny.batch((7, 7))[0], "attention_mask": hidden}
+    kv, real = tiny.kv_of_shapes(layer_shapes(model)), torch.ones(2, 7, dtype=torch.bool)
+    logits, gradients = run(tiny.concatenating(bare, kv, inputs), kv, inputs, real)
+    mask = sees if dtype == torch.bool else hidden
+    with use_prefix(model, kv):
+        got, got_gradients = run(model, kv, {**inputs, "attention_mask": mask}, real)
+    torch.testing.assert_close(got, logits, **EXACT)
+    torch.testing.assert_close(got_gradients, gradients, **EXACT)
+
+
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_gradient_checkpointing_trains_the_prefix(tiny, name):
     """PEFT's prefix is silently lost here in BERT, RoBERTa and ELECTRA."""
@@ -110,6 +129,20 @@ def test_each_call_of_a_shared_module_is_a_layer_of_its_own(tiny):
     model = patch_model(tiny.kind("albert"))
     assert len(layer_shapes(model)) == 8
     assert len({id(m) for m in model.modules() if type(m).__name__ == "AlbertAttention"}) == 4
+
+
+def test_layers_that_share_keys_see_prefixes_of_their_own_in_a_cache(tiny):
+    """Gemma 3n: the last two layers are handed the text's keys of the first two, and no cache."""
+    model, bare = patch_model(tiny.kind("gemma3n")), tiny.kind("gemma3n")
+    kv = tiny.kv_of_shapes(layer_shapes(model)).detach()
+    inputs, _ = tiny.kind_inputs(model, "left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    plain = tiny.generate(bare, ids, mask)
+    expected = tiny.generate(tiny.concatenating(bare, kv, inputs), ids, mask)
+    with use_prefix(model, kv):
+        got = tiny.generate(model, ids, mask)
+    assert not torch.equal(plain, expected)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("name", ["bert", "albert", "bart"])

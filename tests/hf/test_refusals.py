@@ -2,9 +2,23 @@
 
 import pytest
 import torch
-from transformers import BloomConfig, MistralConfig, Wav2Vec2Config, Wav2Vec2Model
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    BloomConfig,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    EncoderDecoderModel,
+    FalconConfig,
+    FalconForCausalLM,
+    MistralConfig,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 from fastprefix import PrefixKV, UnsupportedModelError, patch_model, use_prefix
+from fastprefix.hf import layer_groups
 
 SMALL = {
     "hidden_size": 32,
@@ -20,13 +34,61 @@ def test_what_is_no_transformers_model(thing):
         patch_model(thing)
 
 
-def test_a_model_that_takes_what_nobody_can_make_up_is_refused():
-    model = Wav2Vec2Model(Wav2Vec2Config(**SMALL))
-    before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModelError, match="Wav2Vec2Model: takes input_values"):
+def falcon():
+    return FalconForCausalLM(
+        FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+
+
+def two_berts():
+    """Its forward keeps what does not begin with decoder_ from its decoder."""
+    decoder = BertConfig(**SMALL, vocab_size=50, is_decoder=True, add_cross_attention=True)
+    model = EncoderDecoderModel(
+        encoder=BertModel(BertConfig(**SMALL, vocab_size=50)), decoder=BertLMHeadModel(decoder)
+    )
+    model.config.decoder_start_token_id = model.config.pad_token_id = 0
+    return model
+
+
+REFUSED = {
+    "deberta_v2": (
+        lambda: DebertaV2ForMaskedLM(DebertaV2Config(**SMALL, vocab_size=50)),
+        "DebertaV2ForMaskedLM does not route its attention",
+    ),
+    "falcon": (falcon, "FalconForCausalLM does not route its attention"),
+    "two berts": (two_berts, "BertCrossAttention, BertSelfAttention .* did not receive"),
+    "sound": (
+        lambda: Wav2Vec2Model(Wav2Vec2Config(**SMALL)),
+        "Wav2Vec2Model: takes input_values, .* pass patch_model an example",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_cannot_take_a_prefix(name):
+    make, message = REFUSED[name]
+    model = make()
+    before = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+    with pytest.raises(UnsupportedModelError, match=message):
         patch_model(model)
-    assert model.config._attn_implementation == before
+    after = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+    assert after == before
     assert not any(name.startswith("_fastprefix") for m in model.modules() for name in vars(m))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_example_says_what_a_model_runs_on():
+    model = Wav2Vec2Model(
+        Wav2Vec2Config(
+            **SMALL, conv_dim=[8], conv_stride=[4], conv_kernel=[4], num_feat_extract_layers=1,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        )
+    ).eval()  # fmt: skip
+    sound = torch.randn(2, 64)
+    before = model(sound).last_hidden_state
+    patch_model(model, example={"input_values": sound[:1]})
+    torch.testing.assert_close(model(sound).last_hidden_state, before, rtol=1e-4, atol=1e-4)
+    assert layer_groups(model) == ("encoder",)
 
 
 def test_a_model_with_an_attention_of_its_own_stays_usable(tiny):
