@@ -9,13 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.attention import NAME, ActivePrefix
-from fastprefix.hf.state import ACTIVE, HOOKED, State
+from fastprefix.hf.room import check_room
+from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
+
+OFFSET = "_offset"  # behind a state's key: by how much the stack at hand moves its text
+CACHED = "past_key_values_length"  # what transformers calls it where embeddings place the text
 
 
 def inject(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    names: tuple[str, ...],
+    placing: Placing,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: adds the active prefix and moves positions behind it."""
+    """Forward pre-hook: adds the active prefix and moves positions behind it.
+
+    Args:
+        module: a patched model, or the part of it that the hook is on.
+        args: of its forward.
+        kwargs: of its forward.
+        names: of the forward's parameters.
+        placing: how this module learns where its text stands.
+    """
     state: State = getattr(module, HOOKED)
     config: Any = module.config
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
@@ -32,18 +49,81 @@ def inject(
     placed = kwargs.get(NAME)
     if placed is None:
         active = getattr(ACTIVE, state.key, None)
-    elif isinstance(placed, ActivePrefix) and not placed.positioned:
+    elif isinstance(placed, ActivePrefix):
         active = placed
     else:
-        return None  # a recorder, or the outer model's hook was here
-    if active is None or active.kv is None:
-        return None
+        return None  # a recorder
+    if placing == "embedding" and (active is None or not active.positioned):
+        kv = active.kv if active is not None else None
+        setattr(ACTIVE, state.key + OFFSET, kv.position_offset if kv is not None else 0)
+    if active is None or active.kv is None or active.positioned:
+        return None  # nothing to add, or the outer model's hook was here
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
+    if placing == "inner":
+        kwargs[NAME] = active
+        return (), kwargs
     placed_text = _text(kwargs) if active.kv.in_window else {}
-    kwargs[NAME] = replace(active, positioned=True, **placed_text)
-    kwargs["position_ids"] = _positions(kwargs, active.kv.position_offset)
+    # a new count of turns: the call may be one of several before a backward
+    kwargs[NAME] = replace(active, positioned=True, turns={}, **placed_text)
+    offset = active.kv.position_offset
+    if placing == "given" and offset and kwargs.get("position_ids") is None:
+        raise ValueError(
+            f"position_offset: got {offset}, for which {type(module).__name__} takes position_ids: "
+            "it alone knows its default"
+        )
+    if placing == "argument" or (placing == "given" and offset):
+        positions = kwargs["position_ids"] = _positions(kwargs, offset)
+        check_room(state.positions_known, offset, _reach(kwargs) + offset, positions)
     return (), kwargs
+
+
+def shift(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of a position embedding: the prefix counts as keys in the cache, as in PEFT."""
+    state: State = getattr(module, HOOKED)
+    offset = getattr(ACTIVE, state.key + OFFSET, 0)
+    if not offset:
+        return None
+    setattr(ACTIVE, state.key + OFFSET, 0)  # for the stack's own call alone
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    cached = kwargs.get(CACHED, 0)
+    positions, reach = kwargs.get("position_ids"), 0
+    if positions is not None:
+        positions = positions + offset
+    elif hasattr(module, "create_position_ids_from_input_ids"):  # RoBERTa counts no padding
+        make: Any = module
+        if kwargs.get("input_ids") is not None:
+            positions = make.create_position_ids_from_input_ids(
+                kwargs["input_ids"], make.padding_idx, cached + offset
+            )
+        else:  # which does not look at the cache's length
+            positions = make.create_position_ids_from_inputs_embeds(
+                kwargs["inputs_embeds"], make.padding_idx
+            )
+            positions = positions + cached + offset
+    else:
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        reach = offset + cached + (inputs.shape[1] if isinstance(inputs, Tensor) else 0)
+        kwargs[CACHED] = cached + offset
+    if positions is not None:
+        kwargs["position_ids"] = positions
+    check_room(state.positions_known, offset, reach, positions)
+    return (), kwargs
+
+
+def take_turn(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of a module that several layers share: tells these layers apart, by their order."""
+    active = kwargs.get(NAME)
+    if not isinstance(active, ActivePrefix):
+        return None
+    turn = active.turns.get(id(module), 0)
+    active.turns[id(module)] = turn + 1
+    return args, {**kwargs, NAME: replace(active, turn=turn)}
 
 
 def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -76,6 +156,15 @@ def _positions(kwargs: dict[str, Any], offset: int) -> Tensor:
         seen = cache.get_seq_length() if cache is not None else 0
         positions = (torch.arange(length, device=inputs.device) + seen)[None]
     return positions + offset
+
+
+def _reach(kwargs: dict[str, Any]) -> int:
+    """How many positions the text takes at most, what is in the cache included."""
+    inputs = kwargs.get("input_ids")
+    length = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[1]
+    cache = kwargs.get("past_key_values")
+    seen = cache.get_seq_length() if cache is not None else 0
+    return length + (seen if isinstance(seen, int) else 0)  # a static cache keeps a tensor
 
 
 def _text(kwargs: dict[str, Any]) -> dict[str, Any]:

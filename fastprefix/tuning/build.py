@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.encoders import Encoder, build_encoder, slot_lengths
-from fastprefix.hf.patching import layer_shapes
+from fastprefix.encoders import Encoder, Layout, build_encoder, slot_lengths
+from fastprefix.hf.patching import default_offset, layer_groups, layer_shapes
+from fastprefix.kv import Group
 from fastprefix.tuning.config import PrefixConfig
-from fastprefix.tuning.init import embedding_weight, initial_prefix
+from fastprefix.tuning.init import initial_prefix
 
 
 def new_encoder(
@@ -20,13 +23,16 @@ def new_encoder(
         FileNotFoundError: config.init_prefix does not exist.
     """
     shapes = layer_shapes(model)
-    lengths = slot_lengths(
-        len(shapes), config.num_virtual_tokens, config.layers, config.layer_lengths
-    )
+    P, offset = config.num_virtual_tokens, config.position_offset
+    layers = config.layers if config.groups is None else _of_groups(config.groups, model)
+    if offset is None and default_offset(model, P) != P:
+        offset = default_offset(model, P)
+    lengths = slot_lengths(len(shapes), P, layers, config.layer_lengths)
+    start = initial_prefix(config, model, tokenizer, Layout.make(shapes, lengths))
     encoder = build_encoder(
         shapes,
         lengths,
-        embedding_size=embedding_weight(model).shape[1],
+        embedding_size=model.config.get_text_config().hidden_size,
         prefix_projection=config.prefix_projection,
         encoder_reparameterization_type=config.encoder_reparameterization_type,
         encoder_hidden_size=config.encoder_hidden_size,
@@ -34,12 +40,22 @@ def new_encoder(
         encoder_per_layer=config.encoder_per_layer,
         encoder_orthogonal=config.encoder_orthogonal,
         share_layers=config.share_layers,
-        position_offset=config.position_offset,
+        position_offset=offset,
         dropout=config.dropout,
         num_frozen_tokens=config.num_frozen_tokens,
         init_std=config.init_std,
     ).to(model.device)
-    start = initial_prefix(config, model, tokenizer, encoder.layout)
     if start is not None:
         encoder.start_from(start)
     return encoder
+
+
+def _of_groups(groups: Sequence[Group], model: PreTrainedModel) -> list[int]:
+    """The attention layers of a patched model that belong to some groups."""
+    known = layer_groups(model)
+    if not set(groups) <= set(known):
+        raise ValueError(
+            f"groups: got {groups!r}, takes some of {tuple(dict.fromkeys(known))}, which this "
+            f"{type(model).__name__} has"
+        )
+    return [layer for layer, group in enumerate(known) if group in groups]

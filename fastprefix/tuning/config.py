@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fastprefix.encoders.build import Reparameterization
 from fastprefix.encoders.init import Resize
+from fastprefix.kv import Group
 
 Init = Literal["random", "orthogonal", "zero", "text", "vocab", "prefix"]
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 
 @dataclass
@@ -19,7 +22,8 @@ class PrefixConfig:
 
     Attributes:
         num_virtual_tokens: prefix length P; with layer_lengths the longest of them.
-        task_type: "CAUSAL_LM"; others are not supported yet.
+        task_type: "CAUSAL_LM", "SEQ_2_SEQ_LM" (encoder-decoders) or "FEATURE_EXTRACTION"
+            (encoders); others are not supported yet.
         prefix_projection: train a network that produces the prefix, not the prefix itself.
         encoder_reparameterization_type: which, "MLP" or "LSTM" (P-tuning's; Liu et al. 2021).
         encoder_hidden_size: the network's hidden size; the model's hidden size if None.
@@ -31,8 +35,13 @@ class PrefixConfig:
         layer_lengths: the prefix length of each layer, 0 for none; num_virtual_tokens everywhere
             if None.
         num_frozen_tokens: leading tokens that stay what they are at the start.
-        position_offset: position of the text's first token; num_virtual_tokens if None, as in
-            PEFT. 0 lets the text keep the positions that it has without a prefix.
+        position_offset: by how much the prefix moves the positions of the text; of the decoder's
+            text in encoder-decoders. If None, num_virtual_tokens in decoder-only models, BERT,
+            RoBERTa and ELECTRA, as in PEFT, and 0 in other models: the text keeps the positions
+            that it has without a prefix.
+        groups: which layers get a prefix, "encoder" (an encoder's own attention), "decoder" (a
+            decoder's own) or "cross" (its attention to the encoder); all that the model has if
+            None, as Li and Liang do.
         dropout: probability of zeroing a number of the prefix in training.
         init: what the prefix starts from, whatever produces it: "random" (normal, of standard
             deviation init_std), "orthogonal" (tokens orthogonal in every layer, of that standard
@@ -64,6 +73,7 @@ class PrefixConfig:
     layer_lengths: list[int] | None = None
     num_frozen_tokens: int = 0
     position_offset: int | None = None
+    groups: Sequence[Group] | None = None
     dropout: float = 0.0
     init: Init = "random"
     init_text: str | None = None
@@ -74,9 +84,9 @@ class PrefixConfig:
     def __post_init__(self) -> None:
         if self.num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens: got {self.num_virtual_tokens}, takes 1 or more")
-        if self.task_type != "CAUSAL_LM":
+        if self.task_type not in TASK_TYPES:
             raise ValueError(
-                f"task_type: got {self.task_type!r}, takes 'CAUSAL_LM'; others come later"
+                f"task_type: got {self.task_type!r}, takes one of {TASK_TYPES}; others come later"
             )
         self._check_encoder()
         self._check_layers()
@@ -142,6 +152,17 @@ class PrefixConfig:
             setattr(self, name, list(given))
             if not given or min(given) < 0:
                 raise ValueError(f"{name}: got {list(given)}, takes numbers of 0 or more")
+        if self.groups is not None:
+            if not self.groups or not set(self.groups) <= set(get_args(Group)):
+                raise ValueError(
+                    f"groups: got {self.groups!r}, takes some of {get_args(Group)}, or None for all"
+                )
+            self.groups = tuple(self.groups)
+            if self.layers is not None or self.layer_lengths is not None:
+                raise ValueError(
+                    f"groups: got {self.groups!r} with layers or layer_lengths, takes None with "
+                    "either: they say for each layer of the model whether it has a prefix"
+                )
         if self.layers is not None:
             if self.layer_lengths is not None:
                 raise ValueError(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Layout, orthogonal, resize
 from fastprefix.hf.peft_format import load_adapter
+from fastprefix.hf.prefill import text_keys_values
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.config import PrefixConfig
 
@@ -36,16 +37,14 @@ def initial_prefix(
         kv = _load(config, layout)
         method = config.init_resize
     else:
-        kv = PrefixKV.prefill(model, _initial_ids(config, model, tokenizer))
+        if model.main_input_name != "input_ids":
+            raise ValueError(
+                f"init: got {config.init!r}, takes another for this {type(model).__name__}, which "
+                f"reads {model.main_input_name} and no text"
+            )
+        kv = text_keys_values(model, _initial_ids(config, model, tokenizer))
         method = "pad"  # P tokens: a layer takes the first of them
     return layout.to_flat(resize(kv, layout.lengths, method, pad_std=config.init_std))
-
-
-def embedding_weight(model: PreTrainedModel) -> Tensor:
-    """[vocabulary, hidden]."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _load(config: PrefixConfig, layout: Layout) -> PrefixKV:
@@ -70,7 +69,9 @@ def _initial_ids(
     """[P] token ids whose keys and values the prefix starts from."""
     P = config.num_virtual_tokens
     if config.init == "vocab":
-        return torch.randint(embedding_weight(model).shape[0], (P,))
+        weight = model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return torch.randint(weight.shape[0], (P,))
     if tokenizer is None:
         raise ValueError("tokenizer: got None, init='text' needs one")
     ids = torch.tensor(tokenizer(config.init_text)["input_ids"])

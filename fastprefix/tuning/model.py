@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import to_flat
-from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
+from fastprefix.hf.patching import (
+    activate,
+    layer_groups,
+    layer_shapes,
+    patch_model,
+    patched,
+    use_prefix,
+)
 from fastprefix.hf.peft_format import load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.build import new_encoder
@@ -29,7 +36,8 @@ class PrefixTuningModel(nn.Module):
         tokenizer: the base's; needed for init="text".
 
     Raises:
-        ValueError: the config does not fit the model, or init="text" without a tokenizer.
+        ValueError: the config does not fit the model, or init="text" without a tokenizer or for a
+            model that reads no text.
         FileNotFoundError: config.init_prefix does not exist.
         UnsupportedModelError: see :func:`fastprefix.patch_model`.
 
@@ -124,9 +132,15 @@ class PrefixTuningModel(nn.Module):
         """Writes the prefix in PEFT's format; an MLP is dropped, as PEFT does.
 
         Raises:
-            ValueError: see :func:`fastprefix.hf.peft_format.save_adapter`.
+            ValueError: PEFT's format has no place for an encoder-decoder's groups or for layers
+                without a prefix, or see :func:`fastprefix.hf.peft_format.save_adapter`.
         """
         config = self.prefix_config
+        if len(set(layer_groups(self.base_model))) > 1:
+            raise ValueError(
+                "groups: PEFT's format holds none but a decoder's own attention and not its place; "
+                "save this prefix with export().save(file)"
+            )
         fields = {
             "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
             "encoder_hidden_size": config.encoder_hidden_size,

@@ -4,16 +4,21 @@ import pytest
 import torch
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
+    BertLMHeadModel,
+    BertModel,
     BloomConfig,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    EncoderDecoderModel,
+    FalconConfig,
+    FalconForCausalLM,
     MistralConfig,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
 )
 
 from fastprefix import PrefixKV, UnsupportedModelError, patch_model, use_prefix
+from fastprefix.hf import layer_groups
 
 SMALL = {
     "hidden_size": 32,
@@ -23,44 +28,67 @@ SMALL = {
 }
 
 
-def t5():
-    config = T5Config(
-        vocab_size=50, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config)
-
-
 @pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), None, "a name"])
 def test_what_is_no_transformers_model(thing):
     with pytest.raises(TypeError, match="model: got"):
         patch_model(thing)
 
 
-@pytest.mark.parametrize(
-    "make", [t5, lambda: ViTModel(ViTConfig(**SMALL, image_size=32))], ids=["T5", "ViT"]
-)
-def test_models_that_are_no_decoders(make):
+def falcon():
+    return FalconForCausalLM(
+        FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+
+
+def two_berts():
+    """Its forward keeps what does not begin with decoder_ from its decoder."""
+    decoder = BertConfig(**SMALL, vocab_size=50, is_decoder=True, add_cross_attention=True)
+    model = EncoderDecoderModel(
+        encoder=BertModel(BertConfig(**SMALL, vocab_size=50)), decoder=BertLMHeadModel(decoder)
+    )
+    model.config.decoder_start_token_id = model.config.pad_token_id = 0
+    return model
+
+
+REFUSED = {
+    "deberta_v2": (
+        lambda: DebertaV2ForMaskedLM(DebertaV2Config(**SMALL, vocab_size=50)),
+        "DebertaV2ForMaskedLM does not route its attention",
+    ),
+    "falcon": (falcon, "FalconForCausalLM does not route its attention"),
+    "two berts": (two_berts, "BertCrossAttention, BertSelfAttention .* did not receive"),
+    "sound": (
+        lambda: Wav2Vec2Model(Wav2Vec2Config(**SMALL)),
+        "Wav2Vec2Model: takes input_values, .* pass patch_model an example",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_cannot_take_a_prefix(name):
+    make, message = REFUSED[name]
     model = make()
-    before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModelError, match=type(model).__name__):
+    before = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+    with pytest.raises(UnsupportedModelError, match=message):
         patch_model(model)
-    assert model.config._attn_implementation == before
+    after = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+    assert after == before
     assert not any(name.startswith("_fastprefix") for m in model.modules() for name in vars(m))
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_bert_is_refused_or_sees_the_prefix(tiny):
-    """An encoder is no decoder; where it is patched all the same it must not lose the prefix."""
-    model = BertForMaskedLM(BertConfig(vocab_size=50, **SMALL)).eval()
-    ids = torch.arange(1, 7)[None]
-    plain = model(ids).logits
-    try:
-        patch_model(model)
-    except UnsupportedModelError:
-        assert torch.equal(model(ids).logits, plain)
-        return
-    with use_prefix(model, tiny.random_kv(model)):
-        assert not torch.allclose(model(ids).logits, plain)
+def test_an_example_says_what_a_model_runs_on():
+    model = Wav2Vec2Model(
+        Wav2Vec2Config(
+            **SMALL, conv_dim=[8], conv_stride=[4], conv_kernel=[4], num_feat_extract_layers=1,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        )
+    ).eval()  # fmt: skip
+    sound = torch.randn(2, 64)
+    before = model(sound).last_hidden_state
+    patch_model(model, example={"input_values": sound[:1]})
+    torch.testing.assert_close(model(sound).last_hidden_state, before, rtol=1e-4, atol=1e-4)
+    assert layer_groups(model) == ("encoder",)
 
 
 def test_a_model_with_an_attention_of_its_own_stays_usable(tiny):
