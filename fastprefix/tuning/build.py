@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.encoders import Encoder, build_encoder, slot_lengths
+from fastprefix.encoders import Encoder, Layout, build_encoder, slot_lengths
 from fastprefix.hf.patching import default_offset, layer_groups, layer_shapes
+from fastprefix.kv import Group
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.init import initial_prefix
 
@@ -21,13 +24,16 @@ def new_encoder(
         ValueError: the config does not fit the model, or init="text" without a tokenizer.
         FileNotFoundError: config.init_prefix does not exist.
     """
+    shapes = layer_shapes(model)
     P, offset = config.num_virtual_tokens, config.position_offset
+    layers = config.layers if config.groups is None else _of_groups(config.groups, model)
     if offset is None and default_offset(model, P) != P:
         offset = default_offset(model, P)  # None follows a prefix that grows
-    shapes = layer_shapes(model)
+    lengths = slot_lengths(len(shapes), P, layers, config.layer_lengths)
+    start = initial_prefix(config, model, tokenizer, Layout.make(shapes, lengths))
     encoder = build_encoder(
         shapes,
-        slot_lengths(len(shapes), P, _layers(config, model), config.layer_lengths),
+        lengths,
         embedding_size=model.config.get_text_config().hidden_size,
         prefix_projection=config.prefix_projection,
         encoder_reparameterization_type=config.encoder_reparameterization_type,
@@ -41,21 +47,17 @@ def new_encoder(
         num_frozen_tokens=config.num_frozen_tokens,
         init_std=config.init_std,
     ).to(model.device)
-    start = initial_prefix(config, model, tokenizer, encoder.layout)
     if start is not None:
         encoder.start_from(start)
     return encoder
 
 
-def _layers(config: PrefixConfig, model: PreTrainedModel) -> list[int] | None:
-    """The layers that get a prefix, None for all."""
-    if config.groups is None:
-        return config.layers
-    groups = layer_groups(model)
-    missing = set(config.groups) - set(groups)
-    if missing:
+def _of_groups(groups: Sequence[Group], model: PreTrainedModel) -> list[int]:
+    """The attention layers of a patched model that belong to some groups."""
+    known = layer_groups(model)
+    if not set(groups) <= set(known):
         raise ValueError(
-            f"groups: got {config.groups!r}, takes some of {tuple(dict.fromkeys(groups))}, which "
-            f"this {type(model).__name__} has"
+            f"groups: got {groups!r}, takes some of {tuple(dict.fromkeys(known))}, which this "
+            f"{type(model).__name__} has"
         )
-    return [layer for layer, group in enumerate(groups) if group in config.groups]
+    return [layer for layer, group in enumerate(known) if group in groups]

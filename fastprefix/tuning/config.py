@@ -180,6 +180,17 @@ class PrefixConfig:
             setattr(self, name, list(given))
             if not given or min(given) < 0:
                 raise ValueError(f"{name}: got {list(given)}, takes numbers of 0 or more")
+        if self.groups is not None:
+            if not self.groups or not set(self.groups) <= set(get_args(Group)):
+                raise ValueError(
+                    f"groups: got {self.groups!r}, takes some of {get_args(Group)}, or None for all"
+                )
+            self.groups = tuple(self.groups)
+            if self.layers is not None or self.layer_lengths is not None:
+                raise ValueError(
+                    f"groups: got {self.groups!r} with layers or layer_lengths, takes None with "
+                    "either: they say for each layer of the model whether it has a prefix"
+                )
         if self.layers is not None:
             if self.layer_lengths is not None:
                 raise ValueError(

@@ -38,6 +38,11 @@ def initial_prefix(
         kv = _load(config, layout)
         method = config.init_resize
     else:
+        if model.main_input_name != "input_ids":
+            raise ValueError(
+                f"init: got {config.init!r}, takes another for this {type(model).__name__}, which "
+                f"reads {model.main_input_name} and no text"
+            )
         ids = initial_ids(config, model, tokenizer)
         assert ids is not None
         kv = text_keys_values(model, ids)

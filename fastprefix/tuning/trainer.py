@@ -56,16 +56,24 @@ else:
 class _SavesTheAdapter(_Base):
     """What both trainers add to transformers' own."""
 
+    def __init__(self, model: Any, args: TrainingArguments, **options: Any) -> None:
+        # transformers switches the base's cache off for good; here it does so while it trains
+        use_cache = getattr(model.config, "use_cache", None)
+        super().__init__(model, args, **options)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See ``transformers.Trainer.train``, which switches the base's cache off for good."""
+        """See ``transformers.Trainer.train``."""
         model: Any = self.model
-        config = model.config
-        use_cache = getattr(config, "use_cache", None)
+        use_cache = getattr(model.config, "use_cache", None)
+        if use_cache is not None:
+            model.config.use_cache = self.args.use_cache
         try:
             return super().train(*args, **kwargs)
         finally:
             if use_cache is not None:
-                config.use_cache = use_cache
+                model.config.use_cache = use_cache
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter alone, for ``from_pretrained`` and PEFT.
@@ -94,7 +102,7 @@ class PrefixTrainer(_SavesTheAdapter, Trainer):
     """
 
     def __init__(
-        self, model: Any = None, args: TrainingArguments | None = None, **options: Any
+        self, model: PrefixTuningModel, args: TrainingArguments | None = None, **options: Any
     ) -> None:
         super().__init__(model, args or PrefixTrainingArguments(), **options)
 
@@ -109,7 +117,10 @@ class PrefixSeq2SeqTrainer(_SavesTheAdapter, Seq2SeqTrainer):
     """
 
     def __init__(
-        self, model: Any = None, args: Seq2SeqTrainingArguments | None = None, **options: Any
+        self,
+        model: PrefixTuningModel,
+        args: Seq2SeqTrainingArguments | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(model, args or PrefixSeq2SeqTrainingArguments(), **options)
 
