@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,17 @@ class PrefixTuningModel(TunedModel):
         """Writes the prefix, and heads trained beside it, in PEFT's format.
 
         An MLP is dropped, as PEFT does. What PEFT's format cannot hold goes into a format that
-        only :meth:`from_pretrained` reads; see :mod:`fastprefix.hf.peft_format`.
+        only :meth:`from_pretrained` reads; see :mod:`fastprefix.hf.peft_format`. Warns where PEFT
+        computes something else with it for long texts.
         """
         config = self.prefix_config
+        if not config.prefix_in_window and _has_windows(self.base_model):
+            warnings.warn(
+                f"{type(self.base_model).__name__} has sliding windows, out of which PEFT lets a "
+                "prefix slide: with texts that are longer its results are not ours. "
+                "PrefixConfig(prefix_in_window=True) trains a prefix that slides here too",
+                stacklevel=2,
+            )
         fields = {
             "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
             "modules_to_save": self.head_names(),
@@ -224,6 +233,15 @@ class PrefixTuningModel(TunedModel):
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
+
+
+def _has_windows(model: PreTrainedModel) -> bool:
+    """Whether any layer of a model sees a part of the text alone."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return any(kind != "full_attention" for kind in kinds)
+    return getattr(config, "sliding_window", None) is not None
 
 
 def _layers(config: PrefixConfig, model: PreTrainedModel) -> tuple[int, ...]:
