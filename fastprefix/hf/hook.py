@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.attention import NAME, ActivePrefix
+from fastprefix.hf.room import check_room
 from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
 from fastprefix.kv import PrefixKV
 
-OFFSET = ".offset"  # behind a state's key: by how much the stack at hand moves its text
+OFFSET = "_offset"  # behind a state's key: by how much the stack at hand moves its text
 CACHED = "past_key_values_length"  # what transformers calls it where embeddings place the text
 
 
@@ -66,16 +67,16 @@ def inject(
     placed_text = _text(kwargs) if active.kv.in_window else {}
     # a new count of turns: the call may be one of several before a backward
     kwargs[NAME] = replace(active, positioned=True, turns={}, **placed_text)
-    if placing == "argument":
-        kwargs["position_ids"] = _positions(kwargs, active.kv.position_offset)
-    elif placing == "given" and active.kv.position_offset:
-        if kwargs.get("position_ids") is None:
-            raise ValueError(
-                f"position_offset: got {active.kv.position_offset}, for which "
-                f"{type(module).__name__} takes position_ids: it alone knows its default"
-            )
-        kwargs["position_ids"] = kwargs["position_ids"] + active.kv.position_offset
-    elif placing == "distance" and active.kv.position_offset:
+    offset = active.kv.position_offset
+    if placing == "given" and offset and kwargs.get("position_ids") is None:
+        raise ValueError(
+            f"position_offset: got {offset}, for which {type(module).__name__} takes position_ids: "
+            "it alone knows its default"
+        )
+    if placing == "argument" or (placing == "given" and offset):
+        positions = kwargs["position_ids"] = _positions(kwargs, offset)
+        check_room(state.positions_known, offset, _reach(kwargs) + offset, positions)
+    elif placing == "distance" and offset:
         kwargs[NAME] = replace(kwargs[NAME], prefix_bias=_distances(module, kwargs, active.kv))
     return (), kwargs
 
@@ -90,15 +91,29 @@ def shift(
         return None
     setattr(ACTIVE, state.key + OFFSET, 0)  # for the stack's own call alone
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    default: Any = getattr(module, "create_position_ids_from_inputs_embeds", None)
-    if kwargs.get("position_ids") is not None:
-        kwargs["position_ids"] = kwargs["position_ids"] + offset
-    elif default is not None and kwargs.get("input_ids") is None:
-        # which does not look at the cache's length (RoBERTa)
-        made = default(kwargs["inputs_embeds"], module.padding_idx)
-        kwargs["position_ids"] = made + offset
+    cached = kwargs.get(CACHED, 0)
+    positions, reach = kwargs.get("position_ids"), 0
+    if positions is not None:
+        positions = positions + offset
+    elif hasattr(module, "create_position_ids_from_input_ids"):  # RoBERTa counts no padding
+        make: Any = module
+        if kwargs.get("input_ids") is not None:
+            positions = make.create_position_ids_from_input_ids(
+                kwargs["input_ids"], make.padding_idx, cached + offset
+            )
+        else:  # which does not look at the cache's length
+            positions = make.create_position_ids_from_inputs_embeds(
+                kwargs["inputs_embeds"], make.padding_idx
+            )
+            positions = positions + cached + offset
     else:
-        kwargs[CACHED] = kwargs.get(CACHED, 0) + offset
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        reach = offset + cached + (inputs.shape[1] if isinstance(inputs, Tensor) else 0)
+        kwargs[CACHED] = cached + offset
+    if positions is not None:
+        kwargs["position_ids"] = positions
+    check_room(state.positions_known, offset, reach, positions)
     return (), kwargs
 
 
@@ -173,6 +188,15 @@ def _distances(stack: nn.Module, kwargs: dict[str, Any], kv: PrefixKV) -> Tensor
             "what makes it (requires_grad_(False))"
         )
     return bias[0]
+
+
+def _reach(kwargs: dict[str, Any]) -> int:
+    """How many positions the text takes at most, what is in the cache included."""
+    inputs = kwargs.get("input_ids")
+    length = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[1]
+    cache = kwargs.get("past_key_values")
+    seen = cache.get_seq_length() if cache is not None else 0
+    return length + (seen if isinstance(seen, int) else 0)  # a static cache keeps a tensor
 
 
 def _text(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from fastprefix.hf.hook import (
     take_turn,
 )
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe, takes
+from fastprefix.hf.room import positions_known
 from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Placing, State
 from fastprefix.kv import Group, LayerShape, PrefixKV
 
@@ -229,19 +230,20 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> 
         state.handles.append(module.register_forward_pre_hook(take_turn, with_kwargs=True))
     # Inner models get the hook too: calling one alone, as generate() calls an encoder, must not
     # silently run without the prefix.
-    whole: dict[nn.Module, Placing] = {}
+    hooked: dict[nn.Module, Placing] = {}
     if is_encoder_decoder(model):
-        decoder = model.get_decoder()
-        told: Placing = "distance" if len(relative_biases(decoder)) == 1 else "fixed"
-        state.placing = "embedding" if _position_embeddings(decoder) else told
-        whole = {model: "inner", model.base_model: "inner"}
-        whole |= {model.get_encoder(): "fixed", decoder: state.placing}
-        embeddings = _position_embeddings(decoder)
+        stack = model.get_decoder()
+        told: Placing = "distance" if len(relative_biases(stack)) == 1 else "fixed"
+        state.placing = "embedding" if _position_embeddings(stack) else told
+        hooked = {model: "inner", model.base_model: "inner"}
+        hooked |= {model.get_encoder(): "fixed", stack: state.placing}
     else:
+        stack = model
         state.placing = _placing(model, causal="decoder" in state.groups)
-        whole = {model: state.placing, model.base_model: state.placing}
-        embeddings = _position_embeddings(model) if state.placing == "embedding" else []
-    for module, placing in whole.items():
+        hooked = {model: state.placing, model.base_model: state.placing}
+    embeddings = _position_embeddings(stack) if state.placing == "embedding" else []
+    state.positions_known = positions_known(model, stack)
+    for module, placing in hooked.items():
         hook = partial(inject, names=_parameters(module), placing=placing)
         state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         setattr(module, HOOKED, state)

@@ -39,6 +39,7 @@ class State:
         shapes: of the attention layers' keys and values.
         groups: which part of the model each layer belongs to.
         placing: of the stack whose text a prefix moves.
+        positions_known: how many positions that stack has learned, None for any.
         handles: of the hooks.
         key: names the model in `ACTIVE`.
     """
@@ -50,6 +51,7 @@ class State:
     shapes: tuple[LayerShape, ...] = ()
     groups: tuple[Group, ...] = ()
     placing: Placing = "argument"
+    positions_known: int | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -63,5 +65,6 @@ class State:
             self.shapes,
             self.groups,
             self.placing,
+            self.positions_known,
             copy.deepcopy(self.handles, memo),
         )

@@ -45,7 +45,8 @@ class PrefixTuningModel(TunedModel):
         tokenizer: the base's; needed for init="text".
 
     Raises:
-        ValueError: init="text" without a tokenizer, or groups that the model does not have.
+        ValueError: init="text" without a tokenizer or for a model that reads no text, or groups
+            that the model does not have.
         UnsupportedModelError: see :func:`fastprefix.patch_model`.
 
     Example:

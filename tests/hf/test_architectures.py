@@ -1,0 +1,134 @@
+"""Every architecture: logits and gradients of the prefix concatenated in front of all keys.
+
+The oracle is the bare model with an attention of the test's own, ``tiny.concatenating``, which
+copies the prefix for every row of every layer, in the order in which the layers run.
+"""
+
+import pytest
+import torch
+
+from fastprefix import patch_model, unpatch_model, use_prefix
+from fastprefix.hf import layer_groups, layer_shapes
+
+EXACT = {"rtol": 0, "atol": 1e-9}
+ENCODERS = ["bert", "roberta", "electra", "distilbert", "albert", "modernbert", "vit", "t5 encoder"]
+BOTH = ["t5", "mt5", "bart", "whisper"]
+DECODERS = [
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "opt",
+    "gpt_neox", "gpt_oss", "olmo2", "gemma3n",
+]  # fmt: skip
+CHECKPOINTED = ["bert", "roberta", "electra", "distilbert", "modernbert", "vit", "t5", "bart"]
+
+
+def test_the_zoo_is_tested(tiny):
+    assert set(tiny.ZOO) == {*ENCODERS, *BOTH, *DECODERS}
+
+
+def weighted(logits, real):
+    """A loss in which every real output counts, and each one differently."""
+    kept = logits[real]
+    return (kept * torch.linspace(-1, 1, kept.numel(), dtype=kept.dtype).view_as(kept)).sum()
+
+
+def run(model, kv, inputs, real):
+    """Logits of the real outputs, and the gradients of all keys and values."""
+    logits = model(**inputs).logits
+    leaves = (*kv.keys, *kv.values)
+    return logits[real], torch.autograd.grad(weighted(logits, real), leaves)
+
+
+def frozen(tiny, name):
+    return tiny.kind(name).requires_grad_(False)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", [*ENCODERS, *BOTH, *DECODERS])
+def test_logits_and_gradients(tiny, name, side):
+    model, bare = patch_model(frozen(tiny, name)), frozen(tiny, name)
+    inputs, real = tiny.kind_inputs(model, side)
+    offset = 5 if name in DECODERS else 0
+    kv = tiny.kv_of_shapes(layer_shapes(model), position_offset=offset)
+    told = dict(inputs)
+    if name in DECODERS:
+        told["position_ids"] = tiny.positions(inputs["attention_mask"]) + offset
+    with torch.no_grad():
+        plain = bare(**told).logits[real]
+    logits, gradients = run(tiny.concatenating(bare, kv, told), kv, told, real)
+    assert not torch.allclose(logits, plain, atol=1e-3), "the prefix must matter"
+    assert all(gradient.abs().max() > 1e-6 for gradient in gradients), "in every layer"
+
+    with use_prefix(model, kv):
+        got, got_gradients = run(model, kv, inputs, real)
+    torch.testing.assert_close(got, logits, **EXACT)
+    torch.testing.assert_close(got_gradients, gradients, **EXACT)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_gradient_checkpointing_trains_the_prefix(tiny, name):
+    """PEFT's prefix is silently lost here in BERT, RoBERTa and ELECTRA."""
+    model = patch_model(frozen(tiny, name))
+    inputs, real = tiny.kind_inputs(model)
+    kv = tiny.kv_of_shapes(layer_shapes(model))
+    with use_prefix(model, kv):
+        logits, gradients = run(model, kv, inputs, real)
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        got, got_gradients = run(model, kv, inputs, real)
+    torch.testing.assert_close(got, logits, **EXACT)
+    torch.testing.assert_close(got_gradients, gradients, **EXACT)
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *BOTH])
+def test_without_a_prefix_nothing_changes_and_unpatching_restores(tiny, name):
+    model = frozen(tiny, name)
+    implementations = [part.config._attn_implementation for part in parts(model)]
+    inputs, real = tiny.kind_inputs(model, "left")
+    with torch.no_grad():
+        before = model(**inputs).logits
+        patched = patch_model(model)(**inputs).logits
+        torch.testing.assert_close(patched[real], before[real], **EXACT)
+        unpatch_model(model)
+        assert torch.equal(model(**inputs).logits, before)
+    assert [part.config._attn_implementation for part in parts(model)] == implementations
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(key.startswith("_fastprefix") for m in model.modules() for key in vars(m))
+
+
+def parts(model):
+    return [module for module in model.modules() if hasattr(module, "_can_set_attn_implementation")]
+
+
+def test_groups_say_which_part_a_layer_belongs_to(tiny):
+    groups = {name: layer_groups(patch_model(tiny.kind(name))) for name in ("bert", "t5", "opt")}
+    assert groups["bert"] == ("encoder",) * 2
+    assert groups["t5"] == ("encoder", "encoder", *("decoder", "cross") * 2)
+    assert groups["opt"] == ("decoder",) * 2
+
+
+def test_each_call_of_a_shared_module_is_a_layer_of_its_own(tiny):
+    """ALBERT: 4 layers of 2 inner ones, made of 2 groups of 2 modules."""
+    model = patch_model(tiny.kind("albert"))
+    assert len(layer_shapes(model)) == 8
+    assert len({id(m) for m in model.modules() if type(m).__name__ == "AlbertAttention"}) == 4
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "bart"])
+def test_compiled_without_graph_breaks(tiny, name):
+    model = patch_model(frozen(tiny, name))
+    inputs, _ = tiny.kind_inputs(model)
+    kv = tiny.kv_of_shapes(layer_shapes(model), position_offset=0 if name == "albert" else 5)
+    with torch.no_grad(), use_prefix(model, kv.detach()):
+        expected = model(**inputs).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(**inputs).logits, expected, **EXACT)
+
+
+def test_a_trainable_position_bias_is_refused(tiny):
+    """The operator has no gradient for it; dropping that silently would train T5 wrongly."""
+    model = patch_model(tiny.kind("t5"))
+    inputs, _ = tiny.kind_inputs(model)
+    with pytest.raises(NotImplementedError, match=r"no gradient.*requires_grad_\(False\)"):
+        model(**inputs)
+    with torch.no_grad():
+        model(**inputs)

@@ -1,0 +1,62 @@
+"""generate() of encoder-decoders with prefixes in all three groups, and prompts for them."""
+
+import pytest
+import torch
+
+from fastprefix import PrefixKV, patch_model, use_prefix
+from fastprefix.hf import layer_shapes
+
+MODES = {
+    "greedy": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_generated_ids(tiny, name, mode):
+    """The oracle generates with a dynamic cache, or with none, whatever we do."""
+    model, bare = tiny.kind(name), tiny.kind(name)
+    inputs, _ = tiny.kind_inputs(model, "left")
+    with torch.no_grad():
+        patch_model(model)
+        kv = tiny.kv_of_shapes(layer_shapes(model)).detach()
+        oracle = tiny.concatenating(bare, kv, inputs)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **MODES[mode]}
+    text = {key: value for key, value in inputs.items() if not key.startswith("decoder")}
+    plain = tiny.kind(name).generate(**text, **options)
+    expected = oracle.generate(**text, **{**options, "cache_implementation": None})
+    with use_prefix(model, kv):
+        got = model.generate(**text, **options)
+    assert not torch.equal(plain, expected), "the prefix must matter"
+    assert torch.equal(got, expected)
+
+
+def test_the_encoder_alone_sees_its_prefix(tiny):
+    """As generate() calls it."""
+    model = patch_model(tiny.kind("t5").requires_grad_(False))
+    inputs, _ = tiny.kind_inputs(model)
+    kv = tiny.kv_of_shapes(layer_shapes(model))
+    text = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    with use_prefix(model, kv):
+        whole = model(**inputs).encoder_last_hidden_state
+        alone = model.get_encoder()(**text).last_hidden_state
+    assert torch.equal(alone, whole)
+    assert not torch.allclose(alone, model.get_encoder()(**text).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_prompts_are_for_decoders(tiny, name):
+    """An encoder's prompt sees the text: no keys of its own stand for it."""
+    model = tiny.kind(name)
+    with pytest.raises(ValueError, match="takes a decoder-only model"):
+        PrefixKV.prefill(model, tiny.prompt())
+    patch_model(model)
+    kv = tiny.kv_of_shapes(layer_shapes(model))
+    with (
+        pytest.raises(ValueError, match="in_window: got a prefilled prompt"),
+        use_prefix(model, PrefixKV(kv.keys, kv.values, 0, in_window=True)),
+    ):
+        pass
