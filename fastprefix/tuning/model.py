@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -207,7 +208,8 @@ class PrefixTuningModel(NamedAdapters):
         """Writes the prefixes, and heads trained beside them, in PEFT's format.
 
         A network is dropped, as PEFT does. What PEFT's format cannot hold goes into a format that
-        only :meth:`from_pretrained` reads; see :mod:`fastprefix.hf.peft_format`.
+        only :meth:`from_pretrained` reads; see :mod:`fastprefix.hf.peft_format`. Warns where PEFT
+        computes something else with it for long texts.
 
         The adapter "default" goes into the folder itself, others into sub-folders of their names.
         An adapter inside the base is written beside each, into its sub-folder "base_model".
@@ -217,21 +219,22 @@ class PrefixTuningModel(NamedAdapters):
             selected_adapters: by name; all if None.
 
         Raises:
-            ValueError: no adapter of a name, or PEFT's format has no place for an encoder-decoder's
-                groups or for layers without a prefix; see also
+            ValueError: no adapter of a name; see also
                 :func:`fastprefix.hf.peft_format.save_adapter` and
                 :func:`fastprefix.hf.peft_base.save_base_adapter`.
         """
-        if len(set(layer_groups(self.base_model))) > 1:
-            raise ValueError(
-                "groups: PEFT's format holds none but a decoder's own attention and not its place; "
-                "save this prefix with export().save(file)"
-            )
         names = list(self.encoders) if selected_adapters is None else list(selected_adapters)
         self._check_known("selected_adapters", names)
         for name in names:
             place = Path(folder) if name == DEFAULT else Path(folder) / name
             config = self.prefix_configs[name]
+            if not config.prefix_in_window and _has_windows(self.base_model):
+                warnings.warn(
+                    f"{type(self.base_model).__name__} has sliding windows, out of which PEFT lets "
+                    "a prefix slide: with texts that are longer its results are not ours. "
+                    "PrefixConfig(prefix_in_window=True) trains a prefix that slides here too",
+                    stacklevel=2,
+                )
             fields = {
                 "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
                 "modules_to_save": self.head_names(),
@@ -351,3 +354,12 @@ def _batch_size(inputs: dict[str, Any]) -> int | None:
         if isinstance(inputs.get(name), Tensor):
             return inputs[name].shape[0]
     return None
+
+
+def _has_windows(model: PreTrainedModel) -> bool:
+    """Whether any layer of a model sees a part of the text alone."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return any(kind != "full_attention" for kind in kinds)
+    return getattr(config, "sliding_window", None) is not None

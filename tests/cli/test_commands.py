@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from fastprefix import PromptConfig, PromptTuningModel
 from fastprefix.attention.selection import BACKENDS, FEATURES
 from fastprefix.cli.app import app
 
@@ -55,6 +57,22 @@ def test_a_trained_adapter_is_saved_and_generated_with(adapter: Path, tiny_folde
     assert plain.exit_code == tuned.exit_code == 0
     assert "prefix of 5 tokens, one copy for all 2 prompts" in tuned.output
     assert plain.output.splitlines()[-1] != tuned.output.splitlines()[-1]
+
+
+def test_a_tuned_prompt_generates_as_its_model_does(tiny_folder: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tuned = PromptTuningModel(model, PromptConfig(num_virtual_tokens=5, init_std=1.0)).eval()
+    tuned.save_pretrained(tmp_path)
+    result = run(
+        *("generate", "--model", tiny_folder, "--max-new-tokens", "6", "--dtype", "float32"),
+        *("--adapter", str(tmp_path), "name: Fenwick House"),
+    )
+    assert result.exit_code == 0, result.output
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    ids = tokenizer("name: Fenwick House", return_tensors="pt", add_special_tokens=False).input_ids
+    new = tuned.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    expected = tokenizer.decode(new, skip_special_tokens=True)
+    assert result.output.rstrip().endswith(expected.rstrip())
 
 
 def test_a_system_prompt_gives_what_the_concatenated_prompt_gives(tiny_folder: str) -> None:

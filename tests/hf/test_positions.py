@@ -101,7 +101,7 @@ def test_encoders_without_a_cache_move_explicit_positions_alone(tiny, name):
     torch.testing.assert_close(got[real], expected[real], **EXACT)
 
 
-@pytest.mark.parametrize("name", ["t5", "vit"])
+@pytest.mark.parametrize("name", ["t5 encoder", "vit"])
 def test_models_that_cannot_be_told_take_no_offset(tiny, name):
     model = patch_model(tiny.kind(name))
     kv = tiny.kv_of_shapes(layer_shapes(model), position_offset=2)

@@ -5,6 +5,7 @@ import torch
 
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, patch_model, use_prefix
 from fastprefix.hf import layer_groups, layer_shapes
+from fastprefix.hf.peft_format import load_adapter
 
 GROUPS = [None, ("encoder",), ("decoder",), ("cross",), ("encoder", "cross")]
 
@@ -123,10 +124,17 @@ def test_an_encoder_is_saved_in_pefts_format(tiny, tmp_path):
         assert torch.equal(tuned.eval()(**inputs).logits, loaded(**inputs).logits)
 
 
-def test_pefts_format_has_no_place_for_groups(tiny, tmp_path):
-    tuned = PrefixTuningModel(
-        tiny.kind("t5", torch.float32), PrefixConfig(task_type="SEQ_2_SEQ_LM")
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+def test_groups_are_saved_and_loaded(tiny, groups, tmp_path):
+    """In a file of their own, since PEFT's format has a place for none of these."""
+    config = PrefixConfig(
+        num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM", groups=groups, init_std=1.0
     )
-    with pytest.raises(ValueError, match=r"groups.*export\(\)\.save"):
-        tuned.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
+    tuned = PrefixTuningModel(tiny.kind("t5", torch.float32), config).eval()
+    tuned.save_pretrained(tmp_path)
+    assert load_adapter(tmp_path).config["not_peft"]
+    loaded = PrefixTuningModel.from_pretrained(tiny.kind("t5", torch.float32), tmp_path)
+    assert loaded.layers == tuned.layers
+    inputs, _ = tiny.kind_inputs(tuned.base_model)
+    with torch.no_grad():
+        assert torch.equal(tuned(**inputs).logits, loaded(**inputs).logits)

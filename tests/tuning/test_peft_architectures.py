@@ -1,6 +1,7 @@
 """Prefixes go to PEFT and come from it with equal logits on every decoder that PEFT can tune."""
 
 import copy
+import warnings
 
 import peft
 import pytest
@@ -167,3 +168,16 @@ def test_learned_prefixes_stay_visible_in_windows_unless_told_otherwise(tiny):
         prefix = PrefixConfig(num_virtual_tokens=P, init_std=1.0, prefix_in_window=slides)
         got.append(logits(PrefixTuningModel(tiny.from_config(config), prefix).eval(), ids, mask))
     assert not torch.allclose(got[0][:, -1], got[1][:, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "llama", "qwen3"])
+def test_warns_where_peft_would_let_a_prefix_slide(tiny, name, tmp_path):
+    make, fields = ARCHITECTURES[name]
+    model = tiny.from_config(make(**{**tiny.GROUPED, **fields}))
+    for slides in (False, True):
+        tuned = PrefixTuningModel(model, PrefixConfig(prefix_in_window=slides))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tuned.save_pretrained(tmp_path)
+        warned = any("sliding windows" in str(warning.message) for warning in caught)
+        assert warned == (not slides and name in ("mistral", "gemma2"))

@@ -1,0 +1,356 @@
+"""``fastprefix convert``: prefixes and prompts from one kind of file into another.
+
+All sources are read and checked before anything is written; each target is written beside its
+place and then takes it, so that none is ever half there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastprefix.cli.console import console
+from fastprefix.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE, read_config
+from fastprefix.hf.peft_format import (
+    OWN_KIND,
+    PREFIX_KINDS,
+    load_adapter,
+    refusal,
+    save_adapter,
+)
+from fastprefix.hf.peft_prompts import INFIX_KIND, PROMPT_KINDS, load_prompt, save_prompt
+from fastprefix.kv import Group, PrefixKV
+
+FILE = "fastprefix"  # a PrefixKV file
+FORMATS = (FILE, *PREFIX_KINDS, *PROMPT_KINDS)
+_KNOWN = (*PREFIX_KINDS, *PROMPT_KINDS, OWN_KIND, INFIX_KIND)
+_KEPT = ("base_model_name_or_path", "task_type", "modules_to_save", "revision")
+
+
+@dataclass
+class Source:
+    """What a file or folder holds.
+
+    Attributes:
+        path: of the file or folder.
+        kind: "fastprefix" or a peft_type.
+        kv: the prefix; None for a prompt, whose keys and values a base has to compute.
+        prompt: [P, width], of a prompt.
+        config: adapter_config.json.
+        heads: what was trained of the base beside it.
+        groups: of the layers of an encoder-decoder; None for a single stack.
+    """
+
+    path: Path
+    kind: str
+    kv: PrefixKV | None = None
+    prompt: Tensor | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    groups: tuple[Group, ...] | None = None
+
+
+@dataclass
+class Step:
+    """One conversion, not done yet.
+
+    Attributes:
+        source: what is converted.
+        target: the file or folder to write.
+        kind: what it will be.
+        problem: why it cannot be; None where it can.
+    """
+
+    source: Source
+    target: Path
+    kind: str
+    problem: str | None = None
+
+
+class Base:
+    """The base model, loaded when first needed."""
+
+    def __init__(self, name: str | None, dtype: torch.dtype) -> None:
+        self.name, self._dtype = name, dtype
+        self._model: Any = None
+
+    def model(self, task_type: str | None) -> Any:
+        """The model, for a task of PEFT's."""
+        if self._model is None:
+            assert self.name is not None
+            with console.status(f"loading {self.name}"):
+                if task_type == "SEQ_2_SEQ_LM":
+                    from transformers import AutoModelForSeq2SeqLM
+
+                    loaded: Any = AutoModelForSeq2SeqLM.from_pretrained(
+                        self.name, dtype=self._dtype
+                    )
+                    self._model = loaded.eval()
+                else:
+                    from fastprefix.cli.loading import load
+
+                    self._model = load(self.name, self._dtype)[0]
+        return self._model
+
+
+def run_conversion(
+    source: Path,
+    target: Path,
+    to: str | None,
+    base_name: str | None,
+    dtype: str,
+    dry_run: bool,
+    force: bool,
+) -> None:
+    """Plans all conversions, shows them, and does them unless one of them cannot be done.
+
+    Raises:
+        FileNotFoundError: the source does not exist.
+        ValueError: it holds nothing to convert, or something that cannot be converted, or a
+            target exists and force is not given. Nothing is written then.
+    """
+    if to is not None and to not in FORMATS:
+        raise ValueError(f"--to: got {to!r}, takes one of {', '.join(FORMATS)}")
+    if not source.exists():
+        raise FileNotFoundError(f"source: {source} does not exist")
+    base = Base(base_name, getattr(torch, dtype))
+    paths, left = _find(source)
+    if not paths:
+        raise ValueError(f"source: {source} holds no prefix, prompt or cartridge{_told(left)}")
+    several = source.is_dir() and paths != [source]
+    sources = [_read(path, base) for path in paths]
+    if to is None:
+        to = PREFIX_KINDS[0] if all(found.kind == FILE for found in sources) else FILE
+    if several:
+        left += [(found.path, f"{to} already") for found in sources if found.kind == to]
+        sources = [found for found in sources if found.kind != to]
+    steps = [Step(found, _target(found, source, target, to, several), to) for found in sources]
+    for step in steps:
+        step.problem = _check(step, base, force)
+    _check_places(steps, source)
+    console.print(_table(steps, dry_run))
+    for path, kind in left:
+        console.print(Text(f"left alone: {path} ({kind})"))
+    problems = [f"{step.source.path}: {step.problem}" for step in steps if step.problem]
+    if problems:
+        raise ValueError("\n".join([*problems, "nothing was written"]))
+    if dry_run:
+        return
+    # what a base has to compute is computed before the first target is written
+    writes = [(step.target, _writer(step, base)) for step in steps]
+    for path, write in writes:
+        _replace(path, write)
+
+
+def _find(source: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Files and folders to convert; and what looks like one and is not, with its kind."""
+    found: list[Path] = []
+    left: list[tuple[Path, str]] = []
+    if source.is_file():
+        return [source], left
+
+    def walk(folder: Path) -> Iterator[Path]:
+        if (folder / CONFIG_FILE).is_file():
+            yield folder
+            return
+        for path in sorted(folder.iterdir()):
+            if path.is_symlink():
+                continue
+            if path.is_dir():
+                yield from walk(path)
+            elif path.suffix == ".safetensors" and path.name != WEIGHTS_FILE:
+                yield path
+
+    for path in walk(source):
+        if path.is_file():
+            (found.append(path) if _is_prefix(path) else left.append((path, "not a prefix")))
+            continue
+        try:
+            read_config(path, _KNOWN)
+        except ValueError as error:
+            if path == source or "got peft_type" not in str(error):
+                raise
+            left.append((path, str(error).split(": ", 1)[1].split(",")[0]))
+        else:
+            found.append(path)
+    return found, left
+
+
+def _is_prefix(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return "fastprefix-kv" in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def _read(path: Path, base: Base) -> Source:
+    if path.is_file():
+        return Source(path, FILE, PrefixKV.load(path))
+    config, file = read_config(path, _KNOWN)
+    kind = config["peft_type"]
+    if kind in (*PROMPT_KINDS, INFIX_KIND):
+        prompt = load_prompt(path)
+        return Source(path, kind, None, prompt.embeddings, config, prompt.heads)
+    shapes = groups = None
+    if kind != OWN_KIND and (config.get("num_transformer_submodules") or 1) > 1:
+        if base.name is None:
+            raise ValueError(
+                f"{file}: is for an encoder-decoder, whose layers the base alone knows; takes "
+                "--base"
+            )
+        from fastprefix.hf.patching import layer_groups, layer_shapes, patched
+
+        model = base.model("SEQ_2_SEQ_LM")
+        with patched(model):
+            shapes, groups = layer_shapes(model), layer_groups(model)
+    adapter = load_adapter(path, shapes, groups)
+    return Source(path, kind, adapter.kv, None, config, adapter.heads, groups)
+
+
+def _target(found: Source, source: Path, target: Path, to: str, several: bool) -> Path:
+    """Where a source's conversion goes."""
+    if not several:
+        if to == FILE and target.suffix != ".safetensors":
+            raise ValueError(f"target: got {target}, takes the name of a .safetensors file")
+        return target
+    relative = found.path.relative_to(source)
+    if to == FILE:
+        return (
+            target / relative.parent / f"{relative.name.removesuffix('.safetensors')}.safetensors"
+        )
+    return target / relative.parent / relative.name.removesuffix(".safetensors")
+
+
+def _check(step: Step, base: Base, force: bool) -> str | None:
+    """Why a step cannot be done; None where it can."""
+    found, to = step.source, step.kind
+    if found.kind == to:
+        return f"is {to} already"
+    if found.kind == INFIX_KIND:
+        return "is an infix, whose keys and values depend on the text; only fastprefix loads it"
+    if found.kv is not None and to in PROMPT_KINDS:
+        return f"holds keys and values, which no {to} gives"
+    if found.heads and to == FILE:
+        heads = ", ".join(sorted(found.heads))
+        return f"holds {heads}, trained beside it; a PrefixKV file holds keys and values alone"
+    if found.prompt is not None and to not in PROMPT_KINDS and base.name is None:
+        return "is a prompt, whose keys and values the base has to compute; takes --base"
+    if found.kv is not None and to in PREFIX_KINDS:
+        why_not = refusal(found.kv, found.groups)
+        if why_not is not None:
+            return f"cannot be {to}: {why_not}"
+    if step.target.is_dir() and to == FILE:
+        return f"{step.target} is a folder"
+    if step.target.is_file() and to != FILE:
+        return f"{step.target} is a file"
+    if not force and step.target.exists() and (to == FILE or any(step.target.iterdir())):
+        return f"{step.target} exists; --force replaces it"
+    return None
+
+
+def _check_places(steps: list[Step], source: Path) -> None:
+    """No target may be another's, or the source."""
+    places: dict[Path, Path] = {}
+    for step in steps:
+        place = step.target.resolve()
+        if place in places:
+            step.problem = step.problem or f"{step.target} is {places[place]}'s target too"
+        places[place] = step.source.path
+        if place == source.resolve() or place in (other.source.path.resolve() for other in steps):
+            step.problem = f"{step.target} is a source"
+
+
+def _writer(step: Step, base: Base) -> Callable[[Path], None]:
+    """What writes a step's target to a path."""
+    found, kind = step.source, step.kind
+    fields = {name: found.config[name] for name in _KEPT if name in found.config}
+    if base.name is not None and not fields.get("base_model_name_or_path"):
+        fields["base_model_name_or_path"] = base.name
+    if kind in PROMPT_KINDS:
+        assert found.prompt is not None
+        prompt = found.prompt
+        return lambda path: save_prompt(path, prompt, fields, kind=kind, heads=found.heads)
+    kv = found.kv
+    if kv is None:
+        kv = _computed(found, base)
+    whole = kv
+    if kind == FILE:
+        return whole.save
+    return lambda path: save_adapter(
+        path, whole, fields, kind=kind, heads=found.heads, groups=found.groups
+    )
+
+
+def _computed(found: Source, base: Base) -> PrefixKV:
+    """A prompt's keys and values."""
+    from fastprefix.hf.prefill import prefill_embeddings
+
+    assert found.prompt is not None
+    model = base.model(found.config.get("task_type"))
+    width = model.get_input_embeddings().weight.shape[1]
+    if found.prompt.shape[1] != width:
+        raise ValueError(
+            f"{found.path}: got embeddings {found.prompt.shape[1]} wide, takes {width} for "
+            f"{base.name}"
+        )
+    return prefill_embeddings(model, found.prompt)
+
+
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
+    """Writes beside the target, then puts it in its place; of a folder, other files stay."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        made = scratch / target.name
+        write(made)
+        if not target.is_dir():
+            os.replace(made, target)
+            return
+        for path in target.iterdir():
+            if not (made / path.name).exists():
+                copy: Any = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, made / path.name)
+        before = scratch / "before"
+        os.rename(target, before)
+        try:
+            os.rename(made, target)
+        except OSError:
+            os.rename(before, target)
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _table(steps: list[Step], dry_run: bool) -> Table:
+    table = Table(title="Nothing is written: a dry run" if dry_run else None)
+    for column in ("source", "is", "tokens", "becomes", "target", ""):
+        table.add_column(column, overflow="fold")
+    for step in steps:
+        found = step.source
+        if found.kv is not None:
+            tokens = found.kv.num_virtual_tokens
+        else:
+            assert found.prompt is not None
+            tokens = found.prompt.shape[0]
+        happens = "replaced" if step.target.exists() else "new"
+        if found.kv is None and step.kind not in PROMPT_KINDS:
+            happens += ", computed by the base"
+        cells = (found.path, found.kind, tokens, step.kind, step.target, step.problem or happens)
+        table.add_row(*(Text(str(cell)) for cell in cells))
+    return table
+
+
+def _told(left: list[tuple[Path, str]]) -> str:
+    return "; left alone: " + ", ".join(f"{path} ({kind})" for path, kind in left) if left else ""
