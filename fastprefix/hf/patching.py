@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.attention import NAME, SLOT, ActivePrefix, Recorder
 from fastprefix.hf.hook import contiguous_input, inject
+from fastprefix.hf.sharding import Sharding, find_sharding, refuse_split_heads
 from fastprefix.hf.state import ACTIVE, HOOKED, STATE, State
 from fastprefix.kv import LayerShape, PrefixKV
 
@@ -89,8 +90,16 @@ def is_patched(model: PreTrainedModel) -> bool:
 
 
 def layer_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
-    """Key and value shapes of a patched model's attention layers, as seen in a forward pass."""
+    """Key and value shapes of a patched model's attention layers, as seen in a forward pass.
+
+    Of a tensor-parallel model with the heads of all ranks, as its prefixes have them.
+    """
     return _state(model).shapes
+
+
+def sharding_of(model: PreTrainedModel) -> Sharding | None:
+    """Which heads this rank has of a patched tensor-parallel model; None for any other."""
+    return _state(model).sharding
 
 
 @contextlib.contextmanager
@@ -150,8 +159,14 @@ def activate(model: PreTrainedModel, kv: PrefixKV) -> ActivePrefix:
 
     Raises:
         TypeError: kv is not a PrefixKV.
-        ValueError: the model is not patched, or kv does not fit its layers.
+        ValueError: the model is not patched or has no weights, or kv does not fit its layers.
     """
+    if model.device.type == "meta":
+        raise ValueError(
+            "model: its weights are on the meta device. FSDP's cpu_ram_efficient_loading puts them "
+            "there and brings back what state_dict() holds, which of a tuned model is the adapter "
+            "alone: switch it off"
+        )
     if not isinstance(kv, PrefixKV):
         raise TypeError(f"kv: got {type(kv).__name__}, takes a PrefixKV")
     state = _state(model)
@@ -164,7 +179,8 @@ def activate(model: PreTrainedModel, kv: PrefixKV) -> ActivePrefix:
         if got != want:
             raise ValueError(f"kv: got {got} in layer {layer}, takes {want}")
     # converted once here, not in every layer of every step
-    return ActivePrefix(kv.to(model.device, model.dtype), state.backend)
+    kv = kv.to(model.device, model.dtype)
+    return ActivePrefix(state.sharding.narrow(kv) if state.sharding else kv, state.backend)
 
 
 def _state(model: PreTrainedModel) -> State:
@@ -186,7 +202,7 @@ def _patch(model: PreTrainedModel) -> None:
     state = State(previous, "auto")
     _set_implementation(model, NAME)
     try:
-        modules, state.shapes = _probe(model)
+        modules, state.shapes, state.sharding = _probe(model)
     except Exception:
         _set_implementation(model, state.previous)
         raise
@@ -227,8 +243,12 @@ def _set_implementation(model: PreTrainedModel, name: str | None) -> None:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel) -> tuple[list[nn.Module], tuple[LayerShape, ...]]:
+def _probe(
+    model: PreTrainedModel,
+) -> tuple[list[nn.Module], tuple[LayerShape, ...], Sharding | None]:
     """The attention modules in the order of their calls, and what they were handed."""
+    if problem := refuse_split_heads(model):
+        raise UnsupportedModelError(f"{type(model).__name__}: {problem}")
     if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{type(model).__name__}: only decoder-only text models are supported yet"
@@ -244,6 +264,7 @@ def _probe(model: PreTrainedModel) -> tuple[list[nn.Module], tuple[LayerShape, .
     try:
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         model(input_ids=token, use_cache=False, fastprefix=recorder)
+        sharding = find_sharding(model)
     except TypeError as error:
         raise UnsupportedModelError(
             f"{type(model).__name__}: its forward does not pass keyword arguments down to the "
@@ -265,7 +286,7 @@ def _probe(model: PreTrainedModel) -> tuple[list[nn.Module], tuple[LayerShape, .
         LayerShape(key.shape[1], key.shape[3], value.shape[3])
         for key, value in zip(recorder.keys, recorder.values, strict=True)
     )
-    return recorder.modules, shapes
+    return recorder.modules, sharding.whole_shapes(shapes) if sharding else shapes, sharding
 
 
 __all__ = [
@@ -275,6 +296,7 @@ __all__ = [
     "layer_shapes",
     "patch_model",
     "patched",
+    "sharding_of",
     "unpatch_model",
     "use_prefix",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastprefix.hf.attention import Recorder
-from fastprefix.hf.patching import patched
+from fastprefix.hf.patching import patched, sharding_of
 from fastprefix.kv import PrefixKV
 
 
@@ -30,6 +30,8 @@ def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Prefix
     # the logits of all but one token would be thrown away
     short = "logits_to_keep" in inspect.signature(model.forward).parameters
     with patched(model):
+        sharding = sharding_of(model)
+        ids = sharding.agreed(ids) if sharding else ids
         model.eval()
         try:
             model(
@@ -41,9 +43,10 @@ def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Prefix
         finally:
             for module in training:
                 module.training = True
-    return PrefixKV(
+    kv = PrefixKV(
         tuple(key[0].contiguous() for key in recorder.keys),
         tuple(value[0].contiguous() for value in recorder.values),
         position_offset=ids.shape[1],
         in_window=True,
     )
+    return sharding.gather(kv) if sharding else kv

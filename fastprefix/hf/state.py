@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
+from fastprefix.hf.sharding import Sharding
 from fastprefix.kv import LayerShape
 
 STATE = "_fastprefix_state"  # on the patched model
@@ -28,7 +29,8 @@ class State:
         backend: of the operator.
         lasting: patched by `patch_model`, not just for the blocks that need it.
         blocks: how many blocks rely on the patch at the moment, in all threads.
-        shapes: of the attention layers' keys and values.
+        shapes: of the attention layers' keys and values, all ranks' heads.
+        sharding: which heads this rank has of a tensor-parallel model.
         handles: of the hooks.
         key: names the model in `ACTIVE`.
     """
@@ -38,10 +40,11 @@ class State:
     lasting: bool = False
     blocks: int = 0
     shapes: tuple[LayerShape, ...] = ()
+    sharding: Sharding | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """A copied model is patched for good, and sees none of the original's prefixes."""
         handles = copy.deepcopy(self.handles, memo)
-        return State(self.previous, self.backend, True, 0, self.shapes, handles)
+        return State(self.previous, self.backend, True, 0, self.shapes, self.sharding, handles)

@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import DirectEncoder, MLPEncoder, to_flat
-from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
+from fastprefix.hf.patching import (
+    activate,
+    layer_shapes,
+    patch_model,
+    patched,
+    sharding_of,
+    use_prefix,
+)
 from fastprefix.hf.peft_format import load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.config import PrefixConfig
@@ -73,6 +81,8 @@ class PrefixTuningModel(nn.Module):
         self.encoder.to(model.device)
         if start is not None:
             self.encoder.start_from(to_flat(PrefixKV.prefill(model, start)))
+        if (sharding := sharding_of(model)) is not None:
+            sharding.synchronize(self.encoder)
         self.register_load_state_dict_post_hook(_allow_no_base)
         self.register_state_dict_post_hook(_drop_base)
 
@@ -118,11 +128,19 @@ class PrefixTuningModel(nn.Module):
 
     @torch.no_grad()
     def export(self) -> PrefixKV:
-        """The prefix as it stands: no dropout, no parameterisation, no graph."""
+        """The prefix as it stands: no dropout, no parameterisation, no graph.
+
+        Of an encoder that FSDP sharded the whole; all ranks make this call then.
+        """
         training = self.encoder.training
         try:
             self.encoder.eval()
-            return self.encoder().detach()
+            whole = {
+                name: parameter.full_tensor()
+                for name, parameter in self.encoder.named_parameters()
+                if isinstance(parameter, DTensor)
+            }
+            return torch.func.functional_call(self.encoder, whole, ()).detach()
         finally:
             self.encoder.train(training)
 
@@ -205,6 +223,13 @@ class PrefixTuningModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """The base model's dtype; the encoder keeps float32."""
         return self.base_model.dtype
+
+    @property
+    def tp_size(self) -> int | None:
+        """Over how many ranks transformers sharded the base's heads; None if it did not."""
+        return self.base_model.tp_size
+
+    _tp_size = tp_size  # what the Trainer divides by, so that these ranks see the same rows
 
     @property
     def accepts_loss_kwargs(self) -> bool:
