@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
 from fastprefix.hf.attention import Recorder
+from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder
 from fastprefix.kv import LayerShape, PrefixKV
 
 
@@ -112,16 +113,22 @@ class _Narrow(torch.autograd.Function):
         return None, *ctx.sharding.sum_of_ranks(gradients)
 
 
-def refuse_split_heads(model: PreTrainedModel) -> str | None:
-    """Why a tensor-parallel model cannot attend at all; None if it can, or is not parallel."""
+def refuse_split_heads(model: PreTrainedModel) -> None:
+    """Refuses a tensor-parallel model some of whose ranks have no whole head, and would fail alone.
+
+    Raises:
+        UnsupportedModelError: its heads do not divide among the ranks.
+    """
     ranks = model.tp_size or 1
     if ranks == 1:
-        return None
+        return
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if get_kv_heads_per_rank(model.tp_plan, heads, ranks):
-        return None
-    return f"its {heads} key/value heads do not divide among the {ranks} ranks of its tp_plan"
+    if get_kv_heads_per_rank(model.tp_plan, heads, ranks) is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its {heads} key/value heads do not divide among the {ranks} "
+            "ranks of its tp_plan"
+        )
 
 
 @torch.no_grad()
@@ -132,16 +139,21 @@ def find_sharding(model: PreTrainedModel) -> Sharding | None:
     handed all heads, any other its rank's own, in the order of the ranks.
 
     Args:
-        model: of transformers, patched and in eval mode; all of its ranks make this call.
+        model: of transformers, its attention implementation ours; all of its ranks make this call.
 
     Returns:
         None for a model that is not tensor-parallel.
 
     Raises:
-        ValueError: a layer's keys and values are all zero, which says nothing.
+        UnsupportedModelError: a layer's keys and values are all zero, which says nothing; or the
+            model takes no token ids.
     """
     if (model.tp_size or 1) == 1:
         return None
+    if model.main_input_name != "input_ids":
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: tensor parallelism is supported for models of text alone"
+        )
     mesh: Any = model._device_mesh
     group = mesh["tp"].get_group()
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -149,7 +161,16 @@ def find_sharding(model: PreTrainedModel) -> Sharding | None:
     embedding: Any = model.get_input_embeddings()
     # several, since the embedding of one may be zero, as that of padding is
     tokens = torch.linspace(0, embedding.weight.shape[0] - 1, 8, device=model.device).long()[None]
-    model(input_ids=tokens, use_cache=False, fastprefix=recorder)
+    inputs = {"input_ids": tokens}
+    if is_encoder_decoder(model):
+        inputs["decoder_input_ids"] = tokens
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        model(**inputs, fastprefix=recorder)
+    finally:
+        for module in training:
+            module.training = True
     own = [
         torch.cat([key[0].flatten(1), value[0].flatten(1)], 1).cpu()
         for key, value in zip(recorder.keys, recorder.values, strict=True)
@@ -159,7 +180,10 @@ def find_sharding(model: PreTrainedModel) -> Sharding | None:
     heads = []
     for layer in zip(*found, strict=True):
         if not any(part.any() for part in layer):
-            raise ValueError("model: its keys and values are zero; load its weights, then patch it")
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its keys and values are zero, which do not say whose "
+                "heads they are; load its weights, then patch it"
+            )
         if all(part.shape == layer[0].shape and _alike(part, layer[0]) for part in layer):
             heads.append((0, len(layer[0]), len(layer[0])))
             continue
