@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastprefix.hf.attention import NAME, ActivePrefix
 from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
 
-OFFSET = ".offset"  # behind a state's key: by how much the stack at hand moves its text
+OFFSET = "_offset"  # behind a state's key: by how much the stack at hand moves its text
 CACHED = "past_key_values_length"  # what transformers calls it where embeddings place the text
 
 
