@@ -31,6 +31,7 @@ from fastprefix.hf.hook import (
 )
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe, takes
 from fastprefix.hf.room import positions_known
+from fastprefix.hf.sharding import Sharding, find_sharding, refuse_split_heads
 from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Placing, State
 from fastprefix.kv import Group, LayerShape, PackedPrefixKV, PrefixBank, PrefixKV
 
@@ -101,8 +102,16 @@ def is_patched(model: PreTrainedModel) -> bool:
 
 
 def layer_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
-    """Key and value shapes of a patched model's attention layers, as seen in a forward pass."""
+    """Key and value shapes of a patched model's attention layers, as seen in a forward pass.
+
+    Of a tensor-parallel model with the heads of all ranks, as its prefixes have them.
+    """
     return _state(model).shapes
+
+
+def sharding_of(model: PreTrainedModel) -> Sharding | None:
+    """Which heads this rank has of a patched tensor-parallel model; None for any other."""
+    return _state(model).sharding
 
 
 def layer_groups(model: PreTrainedModel) -> tuple[Group, ...]:
@@ -204,10 +213,17 @@ def activate(
 
     Raises:
         TypeError: kv is not a PrefixKV, nor several by name, nor None.
-        ValueError: the model is not patched, kv does not fit its layers, or rows does not fit kv.
+        ValueError: the model is not patched or has no weights, kv does not fit its layers, or rows
+            does not fit kv.
         NotImplementedError: kv is a prompt, and the model keeps more of a text than keys and
             values, or sees it in chunks.
     """
+    if model.device.type == "meta":
+        raise ValueError(
+            "model: its weights are on the meta device. FSDP's cpu_ram_efficient_loading puts them "
+            "there and brings back what state_dict() holds, which of a tuned model is the adapter "
+            "alone: switch it off"
+        )
     state = _state(model)
     if kv is None:
         if rows is not None:
@@ -253,7 +269,8 @@ def activate(
                 f"{type(model).__name__}; prompts slide in decoder-only models alone"
             )
         _check_prompt(model)
-    return ActivePrefix(kv.to(device, dtype), state.backend, index)
+    kv = kv.to(device, dtype)
+    return ActivePrefix(state.sharding.narrow(kv) if state.sharding else kv, state.backend, index)
 
 
 def _check_prompt(model: PreTrainedModel) -> None:
@@ -285,11 +302,15 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> 
     state = State(_implementations(model), "auto")
     try:
         _set_implementation(model)
+        refuse_split_heads(model)
         slots = probe(model, example)
+        state.sharding = find_sharding(model)
     except Exception:
         _restore(state.previous)
         raise
     state.shapes, state.groups = slots.shapes, slots.groups
+    if state.sharding is not None:
+        state.shapes = state.sharding.whole_shapes(slots.shapes)
     for slot, module in enumerate(slots.modules):
         setattr(module, SLOT, (*getattr(module, SLOT, ()), slot))
     for module in slots.shared:
@@ -401,6 +422,7 @@ __all__ = [
     "layer_shapes",
     "patch_model",
     "patched",
+    "sharding_of",
     "unpatch_model",
     "use_prefix",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastprefix.hf.attention import Recorder
-from fastprefix.hf.patching import layer_groups, patched
+from fastprefix.hf.patching import layer_groups, patched, sharding_of
 from fastprefix.hf.probe import is_encoder_decoder, takes
 from fastprefix.kv import PrefixKV
 
@@ -89,14 +89,18 @@ def _recorded(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
     if takes(model, "logits_to_keep"):
         options["logits_to_keep"] = 1  # those of all other tokens would be thrown away
     with patched(model):
+        sharding = sharding_of(model)
+        if sharding is not None:
+            inputs = {name: sharding.agreed(x) for name, x in inputs.items()}
         model.eval()
         try:
             model(**inputs, fastprefix=recorder, **options)
         finally:
             for module in training:
                 module.training = True
-    return PrefixKV(
+    kv = PrefixKV(
         tuple(key[0].contiguous() for key in recorder.keys),
         tuple(value[0].contiguous() for value in recorder.values),
         position_offset=0,
     )
+    return sharding.gather(kv) if sharding else kv

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch.utils.hooks import RemovableHandle
 
+from fastprefix.hf.sharding import Sharding
 from fastprefix.kv import Group, LayerShape
 
 STATE = "_fastprefix_state"  # on the patched model
@@ -38,10 +39,11 @@ class State:
         lasting: patched by `patch_model`, not just for the blocks that need it.
         blocks: how many blocks rely on the patch at the moment, in all threads.
         prefixes: how many `use_prefix` blocks with a prefix are open, in all threads.
-        shapes: of the attention layers' keys and values.
+        shapes: of the attention layers' keys and values, all ranks' heads.
         groups: which part of the model each layer belongs to.
         placing: of the stack whose text a prefix moves.
         positions_known: how many positions that stack has learned, None for any.
+        sharding: which heads this rank has of a tensor-parallel model.
         handles: of the hooks.
         key: names the model in `ACTIVE`.
     """
@@ -55,6 +57,7 @@ class State:
     groups: tuple[Group, ...] = ()
     placing: Placing = "argument"
     positions_known: int | None = None
+    sharding: Sharding | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -67,5 +70,6 @@ class State:
             groups=self.groups,
             placing=self.placing,
             positions_known=self.positions_known,
+            sharding=self.sharding,
             handles=copy.deepcopy(self.handles, memo),
         )

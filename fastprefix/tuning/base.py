@@ -119,6 +119,13 @@ class TunedModel(nn.Module):
         return self.base_model.dtype
 
     @property
+    def tp_size(self) -> int | None:
+        """Over how many ranks transformers sharded the base's heads; None if it did not."""
+        return self.base_model.tp_size
+
+    _tp_size = tp_size  # what the Trainer divides by, so that these ranks see the same rows
+
+    @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the base's loss takes num_items_in_batch, for gradient accumulation."""
         return getattr(self.base_model, "accepts_loss_kwargs", True)

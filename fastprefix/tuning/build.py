@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Encoder, Layout, build_encoder, slot_lengths
-from fastprefix.hf.patching import default_offset, layer_groups, layer_shapes
+from fastprefix.hf.patching import default_offset, layer_groups, layer_shapes, sharding_of
 from fastprefix.kv import Group
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.init import initial_prefix
@@ -49,6 +49,8 @@ def new_encoder(
     ).to(model.device)
     if start is not None:
         encoder.start_from(start)
+    if (sharding := sharding_of(model)) is not None:
+        sharding.synchronize(encoder)
     return encoder
 
 

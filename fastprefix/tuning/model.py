@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Encoder
@@ -197,8 +198,11 @@ class PrefixTuningModel(NamedAdapters):
             encoder.train(training)
 
     def _prefix(self, adapter_name: str) -> PrefixKV:
-        """A prefix with gradients, for all layers: those that have none get length 0."""
-        kv: PrefixKV = self.encoders[adapter_name]()
+        """A prefix with gradients, for all layers: those that have none get length 0.
+
+        Of an encoder that FSDP sharded, outside its forward, the whole: all ranks make this call.
+        """
+        kv: PrefixKV = _whole(self.encoders[adapter_name])
         slides = self.prefix_configs[adapter_name].prefix_in_window
         return replace(kv, in_window=True) if slides else kv
 
@@ -341,6 +345,16 @@ def _load(name_or_folder: str | Path, model: PreTrainedModel) -> tuple[Adapter, 
         peft_type=kind if kind in PREFIX_KINDS else "PREFIX_TUNING",
     )
     return adapter, config
+
+
+def _whole(encoder: nn.Module) -> PrefixKV:
+    """What an encoder makes, of all ranks' shares of its parameters."""
+    whole = {
+        name: parameter.full_tensor()
+        for name, parameter in encoder.named_parameters()
+        if isinstance(parameter, DTensor)
+    }
+    return torch.func.functional_call(encoder, whole, ()) if whole else encoder()
 
 
 def _distinct(names: Sequence[str | None]) -> list[str]:

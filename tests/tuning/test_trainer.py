@@ -1,10 +1,20 @@
 """transformers.Trainer as it is."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from safetensors.torch import load_file
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
-from fastprefix import PrefixConfig, PrefixTuningModel
+from fastprefix import PrefixConfig, PrefixTuningModel, use_prefix
 
 
 class Texts(torch.utils.data.Dataset):
@@ -100,8 +110,95 @@ def test_resumed_training_ends_where_uninterrupted_training_does(make):
     resumed = make(**saved)
     resumed.train(resume_from_checkpoint=folder)
     for name, tensor in whole.model.state_dict().items():
-        torch.testing.assert_close(resumed.model.state_dict()[name], tensor, msg=name)
-    assert losses(resumed)[-3:] == pytest.approx(losses(whole)[-3:], rel=1e-5)
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    assert losses(resumed)[-3:] == losses(whole)[-3:]
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+@pytest.mark.parametrize("projection", [False, True])
+def test_resuming_draws_the_same_dropout(make, projection):
+    """Bit for bit, with batches and dropout drawn at random and gradients accumulated."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    prefix = {"prefix_projection": projection, "dropout": 0.3}
+    whole = make(prefix, **options)
+    whole.train()
+    resumed = make(prefix, **options)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
+    assert losses(resumed) == losses(whole)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_a_checkpoint_holds_the_encoder_and_its_optimizer_alone(make):
+    trainer = make(save_strategy="steps", save_steps=6)
+    trainer.train()
+    folder = Path(trainer.args.output_dir) / "checkpoint-6"
+    assert list(load_file(folder / "model.safetensors")) == ["encoder.embedding"]
+    optimizer = torch.load(folder / "optimizer.pt")
+    assert [state["exp_avg"].shape for state in optimizer["state"].values()] == [
+        trainer.model.encoder.embedding.shape
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_reentrant_checkpointing_is_refused(make):
+    """By whichever name it is asked for."""
+    trainer = make(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
+    )
+    with pytest.raises(ValueError, match="use_reentrant"):
+        trainer.train()
+    tuned, batch = trainer.model, next(iter(trainer.get_train_dataloader()))
+    for enable in (
+        tuned.gradient_checkpointing_enable,
+        tuned.activation_checkpointing_enable,
+        tuned.base_model.gradient_checkpointing_enable,
+    ):
+        tuned.gradient_checkpointing_disable()
+        tuned.train()(**batch)
+        enable({"use_reentrant": True})
+        with pytest.raises(ValueError, match="use_reentrant"):
+            tuned(**batch)
+
+
+def test_seq2seq_trainer_generates(tiny, tmp_path):
+    """It trains, evaluates by generating, and what it generates sees the prefix."""
+    config = T5Config(
+        vocab_size=tiny.VOCAB, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=None, dropout_rate=0.0,
+        initializer_factor=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tuned = PrefixTuningModel(
+        T5ForConditionalGeneration(config),
+        PrefixConfig(num_virtual_tokens=4, task_type="SEQ_2_SEQ_LM", init_std=1.0),
+    )
+    data = [
+        {name: value for name, value in Texts(tiny)[row].items() if name != "row"}
+        for row in range(8)
+    ]
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=6,
+        learning_rate=0.3, logging_steps=1, save_strategy="no", predict_with_generate=True,
+        generation_max_length=6,
+    )  # fmt: skip
+    trainer = Seq2SeqTrainer(tuned, arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.1
+    found = trainer.predict(data).predictions
+    inputs = {
+        name: torch.stack([row[name] for row in data]) for name in ("input_ids", "attention_mask")
+    }
+    with use_prefix(tuned.base_model, tuned.export()):
+        expected = tuned.base_model.generate(**inputs, max_length=6)
+    assert found[:, : expected.shape[1]].tolist() == expected.tolist()
+    assert expected.tolist() != tuned.base_model.generate(**inputs, max_length=6).tolist()
 
 
 def test_best_model_is_loaded_at_the_end(make):
@@ -116,4 +213,4 @@ def test_best_model_is_loaded_at_the_end(make):
 def test_bfloat16_training(make):
     trainer = make(bf16=True)
     trainer.train()
-    assert losses(trainer)[-1] < losses(trainer)[0] - 0.3
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.1

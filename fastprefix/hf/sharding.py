@@ -1,0 +1,200 @@
+"""Tensor parallelism: a rank's attention has some of the heads, a prefix has all of them.
+
+A model that transformers sharded (``from_pretrained(..., tp_plan="auto")``) hands each attention
+layer the heads of its rank. Prefixes stay whole on every rank, as encoders make them and files hold
+them. A call narrows the prefix to the rank's heads, which are views; the backward sums what each
+rank's heads got into the gradient of the whole prefix, the same on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
+
+from fastprefix.hf.attention import Recorder
+from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder
+from fastprefix.kv import LayerShape, PackedPrefixKV, PrefixKV
+
+
+@dataclass(frozen=True, eq=False)
+class Sharding:
+    """Which key/value heads of each layer this rank has.
+
+    Attributes:
+        group: the ranks that share a layer's heads.
+        heads: of each layer: this rank's first head, the one behind its last, and the number of
+            heads of all ranks. Layers that the plan gathers have all heads on every rank.
+    """
+
+    group: Any
+    heads: tuple[tuple[int, int, int], ...]
+
+    def whole_shapes(self, shapes: Sequence[LayerShape]) -> tuple[LayerShape, ...]:
+        """The layers' shapes with the heads of all ranks."""
+        return tuple(
+            LayerShape(total, shape.key_size, shape.value_size)
+            for shape, (_, _, total) in zip(shapes, self.heads, strict=True)
+        )
+
+    def narrow(self, kv: PrefixKV | PackedPrefixKV) -> PrefixKV | PackedPrefixKV:
+        """This rank's heads of a whole prefix, or of several that are packed.
+
+        The gradient of the whole one is all ranks' sum.
+        """
+        tensors = _Narrow.apply(self, *kv.keys, *kv.values)
+        count = kv.num_layers
+        return replace(kv, keys=tensors[:count], values=tensors[count:])
+
+    def gather(self, kv: PrefixKV) -> PrefixKV:
+        """The whole prefix of which each rank has its own heads; not differentiable."""
+        tensors = self.sum_of_ranks((*kv.keys, *kv.values))
+        count = kv.num_layers
+        return replace(kv, keys=tensors[:count], values=tensors[count:])
+
+    def sum_of_ranks(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Each rank's heads at their place among all heads, in one collective.
+
+        Args:
+            tensors: [local heads, P, D] of the keys of all layers, then of the values.
+
+        Returns:
+            The same with all heads.
+        """
+        first = dist.get_rank(self.group) == 0
+        whole = []
+        for tensor, (start, stop, total) in zip(tensors, self.heads * 2, strict=True):
+            padded = tensor.new_zeros(total, *tensor.shape[1:])
+            if stop - start < total or first:  # what every rank has counts once
+                padded[start:stop] = tensor
+            whole.append(padded)
+        flat = torch.cat([tensor.flatten() for tensor in whole])
+        dist.all_reduce(flat, group=self.group)
+        parts = flat.split([tensor.numel() for tensor in whole])
+        return tuple(part.view_as(like) for part, like in zip(parts, whole, strict=True))
+
+    def agreed(self, inputs: Tensor) -> Tensor:
+        """The first rank's token ids or embeddings: what follows is one computation of all ranks."""
+        found = [inputs.cpu()]
+        dist.broadcast_object_list(found, group_src=0, group=self.group)
+        return found[0].to(inputs.device)
+
+    @torch.no_grad()
+    def synchronize(self, module: nn.Module) -> None:
+        """Gives a module that makes prefixes the parameters and buffers of the first rank.
+
+        Raises:
+            ValueError: the module has dropout, of which each rank would draw its own.
+        """
+        for part in module.modules():
+            if isinstance(part, nn.Dropout) and part.p > 0:
+                raise ValueError(
+                    f"dropout: got {part.p} for the prefix of a tensor-parallel model, takes 0: "
+                    "ranks would draw different ones for the same prefix"
+                )
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor, group_src=0, group=self.group)
+
+
+class _Narrow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sharding: Sharding, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.sharding = sharding
+        return tuple(
+            tensor[start:stop]
+            for tensor, (start, stop, _) in zip(tensors, sharding.heads * 2, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.sharding.sum_of_ranks(gradients)
+
+
+def refuse_split_heads(model: PreTrainedModel) -> None:
+    """Refuses a tensor-parallel model some of whose ranks have no whole head, and would fail alone.
+
+    Raises:
+        UnsupportedModelError: its heads do not divide among the ranks.
+    """
+    ranks = model.tp_size or 1
+    if ranks == 1:
+        return
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if get_kv_heads_per_rank(model.tp_plan, heads, ranks) is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its {heads} key/value heads do not divide among the {ranks} "
+            "ranks of its tp_plan"
+        )
+
+
+@torch.no_grad()
+def find_sharding(model: PreTrainedModel) -> Sharding | None:
+    """Which heads this rank has, from what its layers are handed for the same tokens on all ranks.
+
+    No plan or configuration is read: a layer whose keys and values are the same on all ranks was
+    handed all heads, any other its rank's own, in the order of the ranks.
+
+    Args:
+        model: of transformers, its attention implementation ours; all of its ranks make this call.
+
+    Returns:
+        None for a model that is not tensor-parallel.
+
+    Raises:
+        UnsupportedModelError: a layer's keys and values are all zero, which says nothing; or the
+            model takes no token ids.
+    """
+    if (model.tp_size or 1) == 1:
+        return None
+    if model.main_input_name != "input_ids":
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: tensor parallelism is supported for models of text alone"
+        )
+    mesh: Any = model._device_mesh
+    group = mesh["tp"].get_group()
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    recorder = Recorder()
+    embedding: Any = model.get_input_embeddings()
+    # several, since the embedding of one may be zero, as that of padding is
+    tokens = torch.linspace(0, embedding.weight.shape[0] - 1, 8, device=model.device).long()[None]
+    inputs = {"input_ids": tokens}
+    if is_encoder_decoder(model):
+        inputs["decoder_input_ids"] = tokens
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        model(**inputs, fastprefix=recorder)
+    finally:
+        for module in training:
+            module.training = True
+    own = [
+        torch.cat([key[0].flatten(1), value[0].flatten(1)], 1).cpu()
+        for key, value in zip(recorder.keys, recorder.values, strict=True)
+    ]
+    found: list[list[Tensor]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(found, own, group=group)
+    heads = []
+    for layer in zip(*found, strict=True):
+        if not any(part.any() for part in layer):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its keys and values are zero, which do not say whose "
+                "heads they are; load its weights, then patch it"
+            )
+        if all(part.shape == layer[0].shape and _alike(part, layer[0]) for part in layer):
+            heads.append((0, len(layer[0]), len(layer[0])))
+            continue
+        start = sum(map(len, layer[:rank]))
+        heads.append((start, start + len(layer[rank]), sum(map(len, layer))))
+    return Sharding(group, tuple(heads))
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """The same numbers but for rounding: ranks need not be the same device."""
+    return torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-2 * one.abs().max().item())
