@@ -80,7 +80,7 @@ class Sharding:
         return tuple(part.view_as(like) for part, like in zip(parts, whole, strict=True))
 
     def agreed(self, inputs: Tensor) -> Tensor:
-        """The first rank's token ids or embeddings: what follows is one computation of all ranks."""
+        """The first rank's token ids or embeddings: all ranks then compute the same."""
         found = [inputs.cpu()]
         dist.broadcast_object_list(found, group_src=0, group=self.group)
         return found[0].to(inputs.device)
