@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.encoders import to_flat
 from fastprefix.hf.patching import (
     activate,
     layer_groups,
@@ -169,11 +168,12 @@ class PrefixTuningModel(nn.Module):
         adapter = load_adapter(name_or_folder, shapes)
         config = PrefixConfig(
             num_virtual_tokens=adapter.kv.num_virtual_tokens,
+            layer_lengths=[key.shape[1] for key in adapter.kv.keys],
             task_type=adapter.config.get("task_type") or "CAUSAL_LM",
             position_offset=adapter.kv.position_offset,
         )
         tuned = cls(model, config)
-        tuned.encoder.start_from(to_flat(adapter.kv))
+        tuned.encoder.start_from(tuned.encoder.layout.to_flat(adapter.kv))
         tuned.requires_grad_(False)
         tuned.encoder.requires_grad_(is_trainable)
         return tuned.train(is_trainable)
