@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastprefix.hf.patching import activate, patched
+from fastprefix.hf.patching import activate, layer_groups, patched
+from fastprefix.hf.probe import is_encoder_decoder, takes
 from fastprefix.kv import PrefixKV
 
 
@@ -17,14 +18,14 @@ from fastprefix.kv import PrefixKV
 def attention_mass(model: PreTrainedModel, kv: PrefixKV, **inputs: Any) -> tuple[Tensor, ...]:
     """The share of the attention weights that falls on the prefix, by layer and query head.
 
-    The mean over real tokens. No weights are formed: a layer's output is the share, when its values
-    are 1 in the prefix and 0 in the text.
+    The mean over real tokens: the encoder's, or the decoder's in its own layers. No weights are
+    formed: a layer's output is the share, when its values are 1 in the prefix and 0 in the text.
 
     Args:
         model: see :func:`fastprefix.patch_model`; it is left as it was, in evaluation mode for the
             one forward pass that this takes.
         kv: the prefix.
-        inputs: of the model's forward; padding where attention_mask is 0.
+        inputs: of the model's forward; padding where attention_mask (decoder_attention_mask) is 0.
 
     Returns:
         One [Hq] tensor in float32 a layer, zeros for a layer without a prefix.
@@ -32,20 +33,23 @@ def attention_mass(model: PreTrainedModel, kv: PrefixKV, **inputs: Any) -> tuple
     Raises:
         ValueError: kv does not fit the model.
     """
-    mask = inputs.get("attention_mask")
     training = [module for module in model.modules() if module.training]
     with patched(model):
         masses: dict[int, Tensor] = {}
         active = replace(activate(model, kv), masses=masses)
         model.eval()
         try:
-            model(**{**inputs, "use_cache": False, "fastprefix": active})
+            no_cache = {"use_cache": False} if takes(model, "use_cache") else {}
+            model(**{**inputs, **no_cache, "fastprefix": active})
         finally:
             for module in training:
                 module.training = True
+        groups = layer_groups(model)
     means = []
-    for slot in range(kv.num_layers):
+    for slot, group in enumerate(groups):
         mass = masses[slot]  # [B, Hq, L]
+        of_decoder = is_encoder_decoder(model) and group != "encoder"
+        mask = inputs.get("decoder_attention_mask" if of_decoder else "attention_mask")
         real = mass.new_ones(mass.shape[0], mass.shape[2]) if mask is None else mask.to(mass)
         means.append(torch.einsum("bhl,bl->h", mass, real) / real.sum())
     return tuple(means)

@@ -6,6 +6,7 @@ import torch
 from fastprefix import PrefixKV
 from fastprefix.hf import is_patched
 from fastprefix.hf.mass import attention_mass
+from fastprefix.hf.patching import layer_groups, layer_shapes, patched
 
 
 @pytest.fixture
@@ -46,3 +47,28 @@ def test_leaves_outputs_alone(tiny, model):
     before = model(ids).logits
     attention_mass(model, kv, input_ids=ids)
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "t5", "bart"])
+def test_encoders_and_encoder_decoders(tiny, name):
+    """A mean over real tokens, each row by itself as in a padded batch; and a rough bound."""
+    model = tiny.kind(name)
+    inputs, _ = tiny.kind_inputs(model)
+    with patched(model):
+        shapes, groups = layer_shapes(model), layer_groups(model)
+    kv = tiny.kv_of_shapes(shapes).detach()
+    whole = attention_mass(model, kv, **inputs)
+    alone = []
+    for row in range(2):
+        one = {
+            key: x[row : row + 1, inputs[key.replace("input_ids", "attention_mask")][row].bool()]
+            for key, x in inputs.items()
+        }
+        alone.append((attention_mass(model, kv, **one), one))
+    for slot, group in enumerate(groups):
+        of_decoder = name in ("t5", "bart") and group != "encoder"
+        key = "decoder_input_ids" if of_decoder else "input_ids"
+        counts = [one[key].shape[1] for _, one in alone]
+        sums = [mass[slot] * n for (mass, _), n in zip(alone, counts, strict=True)]
+        torch.testing.assert_close(whole[slot], sum(sums) / sum(counts), rtol=1e-5, atol=1e-6)
+        assert 0 < whole[slot].min() < whole[slot].max() < 1
