@@ -46,18 +46,15 @@ def inject(
             f"{config._attn_implementation!r} after it was patched, so that no prefix would be "
             "seen; call unpatch_model and patch_model"
         )
-    placed = kwargs.get(NAME)
-    if placed is None:
+    active = kwargs.get(NAME)
+    if active is None:
         active = getattr(ACTIVE, state.key, None)
-    elif isinstance(placed, ActivePrefix):
-        active = placed
-    else:
-        return None  # a recorder
-    if placing == "embedding" and (active is None or not active.positioned):
-        kv = active.kv if active is not None else None
-        setattr(ACTIVE, state.key + OFFSET, kv.position_offset if kv is not None else 0)
-    if active is None or active.kv is None or active.positioned:
-        return None  # nothing to add, or the outer model's hook was here
+    if isinstance(active, ActivePrefix) and active.positioned:
+        return None  # the outer model's hook was here
+    if placing == "embedding":
+        setattr(ACTIVE, state.key + OFFSET, 0)  # whatever a call that failed has left
+    if not isinstance(active, ActivePrefix) or active.kv is None:
+        return None  # nothing, or a recorder
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
     if placing == "inner":
@@ -67,6 +64,8 @@ def inject(
     # a new count of turns: the call may be one of several before a backward
     kwargs[NAME] = replace(active, positioned=True, turns={}, **placed_text)
     offset = active.kv.position_offset
+    if placing == "embedding":
+        setattr(ACTIVE, state.key + OFFSET, offset)
     if placing == "given" and offset and kwargs.get("position_ids") is None:
         raise ValueError(
             f"position_offset: got {offset}, for which {type(module).__name__} takes position_ids: "
