@@ -402,7 +402,7 @@ def kind_inputs(model: PreTrainedModel, side: str = "right") -> tuple[dict[str, 
 _RAN: list[nn.Module] = []
 
 
-def _concatenating_attention(
+def _textbook_attention(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -439,12 +439,18 @@ def _concatenating_attention(
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
+def textbook(model: PreTrainedModel) -> PreTrainedModel:
+    """A bare model with the attention above, which keeps float64 where transformers' own do not."""
+    AttentionInterface.register("textbook", _textbook_attention)
+    AttentionMaskInterface.register("textbook", eager_mask)
+    model.set_attn_implementation("textbook")
+    return model
+
+
 def concatenating(model: PreTrainedModel, kv: PrefixKV, inputs: dict[str, Any]) -> PreTrainedModel:
     """A bare model made to hold a prefix, which its layers get in the order in which they run."""
-    AttentionInterface.register("concatenating", _concatenating_attention)
-    AttentionMaskInterface.register("concatenating", eager_mask)
-    model.set_attn_implementation("concatenating")
     _RAN.clear()
+    textbook(model)
     with torch.no_grad():
         model(**inputs)
     for module in _RAN:

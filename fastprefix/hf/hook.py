@@ -55,8 +55,8 @@ def inject(
             f"{config._attn_implementation!r} after it was patched, so that no prefix would be "
             "seen; call unpatch_model and patch_model"
         )
-    placed = kwargs.get(NAME)
-    if placed is None:
+    active = kwargs.get(NAME)
+    if active is None:
         active = getattr(ACTIVE, state.key, None)
         if active is None and state.prefixes:
             raise RuntimeError(
@@ -64,19 +64,16 @@ def inject(
                 "in this one, which would run without its prefix; open one here as well: "
                 "use_prefix(model, kv), or use_prefix(model, None) for no prefix"
             )
-    elif isinstance(placed, ActivePrefix):
-        active = placed
-    else:
-        return None  # a recorder
-    if placing == "embedding" and (active is None or not active.positioned):
-        setattr(ACTIVE, state.key + OFFSET, (0, 0))
-    if active is None or active.kv is None:
-        return None
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    if active.positioned:  # the outer model's hook was here
+    if isinstance(active, ActivePrefix) and active.positioned:  # the outer model's hook was here
         if active.cu_seqlens is None:
             return None
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         return (), {**kwargs, "attention_mask": no_mask(kwargs)}
+    if placing == "embedding":
+        setattr(ACTIVE, state.key + OFFSET, (0, 0))  # whatever a call that failed has left
+    if not isinstance(active, ActivePrefix) or active.kv is None:
+        return None  # nothing, or a recorder
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
     if placing == "inner":
         kwargs[NAME] = active

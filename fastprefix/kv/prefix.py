@@ -48,11 +48,12 @@ class PrefixKV:
     """Keys and values of a prefix, layer by layer; every sequence of a batch shares them.
 
     Attributes:
-        keys: one [Hkv, P, D] tensor a layer, as the attention sees them (after rotary embedding).
+        keys: one [Hkv, P, D] tensor a layer, as the attention sees them (after rotary embedding),
+            in the order in which a model's attention layers run; P may differ, and be 0.
         values: one [Hkv, P, Dv] tensor a layer.
-        position_offset: position of the first token that follows the prefix. For a prefilled
-            prompt this is its length; learned prefixes take as many positions as they have
-            virtual tokens, as in PEFT.
+        position_offset: position of the first token that follows the prefix, in the decoder of an
+            encoder-decoder. For a prefilled prompt this is its length; learned prefixes take as
+            many positions as they have virtual tokens where PEFT does so, else none.
         in_window: whether the prefix slides out of a sliding window as the same text would (a
             prefilled prompt), or stays visible (a learned prefix).
 

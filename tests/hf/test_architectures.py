@@ -7,7 +7,7 @@ copies the prefix for every row of every layer, in the order in which the layers
 import pytest
 import torch
 
-from fastprefix import patch_model, unpatch_model, use_prefix
+from fastprefix import PrefixKV, patch_model, unpatch_model, use_prefix
 from fastprefix.hf import layer_groups, layer_shapes
 
 EXACT = {"rtol": 0, "atol": 1e-9}
@@ -61,6 +61,23 @@ def test_logits_and_gradients(tiny, name, side):
         got, got_gradients = run(model, kv, inputs, real)
     torch.testing.assert_close(got, logits, **EXACT)
     torch.testing.assert_close(got_gradients, gradients, **EXACT)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_prompt_is_the_text_in_front(tiny, name, side):
+    """Windows of 4 slide over a prompt of 6."""
+    model, bare = frozen(tiny, name), frozen(tiny, name)
+    if name == "gemma2":  # transformers' own attention with a cap takes its softmax in float32
+        bare = tiny.textbook(bare)
+    front, (ids, mask) = tiny.prompt(6), tiny.batch((7, 4), side)
+    with torch.no_grad():
+        expected = tiny.concatenated_logits(bare, front, ids, mask, side)[mask.bool()]
+        alone = bare(ids, attention_mask=mask, position_ids=tiny.positions(mask)).logits
+        with use_prefix(model, PrefixKV.prefill(model, front)):
+            got = model(ids, attention_mask=mask).logits
+    assert not torch.allclose(alone[mask.bool()], expected, atol=1e-3)
+    torch.testing.assert_close(got[mask.bool()], expected, **EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])

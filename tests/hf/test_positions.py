@@ -7,6 +7,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from fastprefix import PrefixKV, patch_model, use_prefix
 from fastprefix.hf import layer_groups, layer_shapes
 from fastprefix.hf.patching import default_offset
+from fastprefix.hf.prefill import text_keys_values
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 P = 5
@@ -80,6 +81,18 @@ def test_the_offset_does_not_outlive_its_call(tiny):
         model(**inputs)
         assert torch.equal(model.bert.embeddings(inputs["input_ids"]), before)
     assert torch.equal(model.bert.embeddings(inputs["input_ids"]), before)
+
+
+def test_the_offset_of_a_call_that_failed_is_forgotten(tiny):
+    model = patch_model(tiny.kind("bert"))
+    inputs, _ = tiny.kind_inputs(model)
+    kv = tiny.kv_of_shapes(layer_shapes(model), position_offset=P)
+    before, start = model(**inputs).logits, text_keys_values(model, inputs["input_ids"][:1])
+    with use_prefix(model, kv), pytest.raises(ValueError, match="exactly one of input_ids"):
+        model(attention_mask=inputs["attention_mask"])
+    again = text_keys_values(model, inputs["input_ids"][:1])
+    assert torch.equal(again.keys[0], start.keys[0])
+    assert torch.equal(model(**inputs).logits, before)
 
 
 @pytest.mark.parametrize("name", ["distilbert", "albert", "modernbert"])
