@@ -312,8 +312,8 @@ def _replace(target: Path, write: Callable[[Path], None]) -> None:
     """Writes beside the target, then puts it in its place; of a folder, other files stay."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    made, before = scratch / "made", scratch / "before"
     try:
-        made = scratch / target.name
         write(made)
         if not target.is_dir():
             os.replace(made, target)
@@ -322,15 +322,15 @@ def _replace(target: Path, write: Callable[[Path], None]) -> None:
             if not (made / path.name).exists():
                 copy: Any = shutil.copytree if path.is_dir() else shutil.copy2
                 copy(path, made / path.name)
-        before = scratch / "before"
         os.rename(target, before)
         try:
             os.rename(made, target)
-        except OSError:
+        except BaseException:
             os.rename(before, target)
             raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if target.exists() or not before.exists():  # else it has all that is left of the target
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _table(steps: list[Step], dry_run: bool) -> Table:

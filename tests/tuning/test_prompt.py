@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import PromptEncoder, PromptEncoderConfig
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -25,7 +26,6 @@ KINDS = {
     "mlp": {"encoder_reparameterization_type": "MLP", "encoder_hidden_size": 24},
     "lstm": {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12},
 }
-SIDES = pytest.mark.parametrize("side", ["left", "right"])
 
 
 @pytest.fixture(params=["left", "right"])
@@ -175,7 +175,7 @@ def test_generate_is_greedy_on_the_concatenation(tiny, bare, tuned, options):
     assert not hasattr(tuned.base_model, "_fastprefix_state"), "patched for the call alone"
 
 
-def test_generate_keeps_one_copy_of_the_prompt(tiny, tuned, monkeypatch):
+def test_generate_keeps_one_copy_of_the_prompt(tiny, tuned):
     ids, mask = tiny.batch()
     out = tuned.generate(
         ids, mask, max_new_tokens=3, pad_token_id=tiny.PAD, return_dict_in_generate=True
@@ -332,11 +332,8 @@ def test_an_encoder_decoder_gets_the_prompt_in_its_encoder(tiny, side):
         assert torch.equal(new[row], plain.generate(inputs_embeds=fed, max_new_tokens=5)[0])
 
 
+@pytest.mark.parametrize("kind", [KINDS["mlp"], KINDS["lstm"]], ids=["mlp", "lstm"])
 def test_the_networks_are_those_of_peft(tiny, kind):
-    from peft import PromptEncoder, PromptEncoderConfig
-
-    if not kind:
-        pytest.skip("a prompt has no network")
     config = PromptConfig(num_virtual_tokens=P, encoder_num_layers=2, **kind)
     encoder = PromptTuningModel(tiny.build(), config).encoder
     theirs = PromptEncoder(
