@@ -95,7 +95,7 @@ def expected(tiny, folder):
         ids, mask = tiny.batch((7, 4, 4, 7))
         labels = ids.masked_fill(mask == 0, -100)
         tiny.expanded_forward(bare, tuned.encoder(), ids, mask, labels=labels).loss.backward()
-        gradients = {f"encoder.{n}": p.grad for n, p in tuned.encoder.named_parameters()}
+        gradients = {f"encoders.default.{n}": p.grad for n, p in tuned.encoder.named_parameters()}
         assert all(gradient.abs().max() > 1e-4 for gradient in gradients.values())
         return gradients
 
@@ -126,9 +126,11 @@ def test_accelerate_prepares_fsdp2(found, make, expected):
     gradients = expected(make())
     for result in found("accelerate_fsdp2"):
         torch.testing.assert_close(result["gradients"], gradients, **CLOSE)
-        assert list(result["after"]) == ["encoder.embedding"]
-        step = -0.1 * gradients["encoder.embedding"]
-        torch.testing.assert_close(result["after"]["encoder.embedding"], result["before"] + step)
+        assert list(result["after"]) == ["encoders.default.embedding"]
+        step = -0.1 * gradients["encoders.default.embedding"]
+        torch.testing.assert_close(
+            result["after"]["encoders.default.embedding"], result["before"] + step
+        )
 
 
 @pytest.mark.parametrize("projection", [False, True])
