@@ -34,6 +34,19 @@ LENGTHS = (9, 6, 3)
 TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 
 
+def relative(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over that of what is right."""
+    return float((got - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def typical(got: Tensor, want: Tensor) -> float:
+    """The median of the places' relative errors.
+
+    For bfloat16, where a mixture of experts may send single tokens elsewhere for a rounding.
+    """
+    return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).median())
+
+
 @dataclass
 class Check:
     """One comparison.
@@ -41,16 +54,16 @@ class Check:
     Attributes:
         got: what the library computed.
         want: computes what is right.
-        tolerance: of the relative error; token ids must be equal.
-        limit: computes the tolerance where it depends on the dtype.
+        tolerance: of the error, or what computes it; token ids must be equal.
+        error: of what came out against what is right, `relative` if not told otherwise.
         what: is compared, if not the output.
         without: computes what comes out without any prefix, to tell a prefix that is ignored.
     """
 
     got: Tensor | None
     want: Callable[[], Tensor | None]
-    tolerance: float = TOLERANCE
-    limit: Callable[[], float] | None = None
+    tolerance: float | Callable[[], float] = TOLERANCE
+    error: Callable[[Tensor, Tensor], float] = relative
     what: str = ""
     without: Callable[[], Tensor] | None = None
 
@@ -129,11 +142,6 @@ class Case:
         if self.architecture.family == "vision":
             return output.flatten(0, 1)
         return output[real_places(rows, self.architecture.text, side)]
-
-    def new_tokens(self, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """What generate() added."""
-        name = self.architecture.text
-        return out[:, batch[name].shape[1] if name in batch else 1 :]
 
     def check_output(self, got: Tensor, rows: list[Row], prefix: Prefix) -> Check:
         """An output at all real places against the oracle's."""
@@ -229,13 +237,12 @@ def _bfloat16(case: Case) -> list[Check]:
     def right() -> Tensor:
         return case.oracle.outputs(rows, *case.right(prefix))
 
-    def limit() -> float:
-        """Twice what plain bfloat16 loses."""
-        with torch.no_grad():
-            same = case.oracle.outputs(rows, *case.right(prefix), dtype=torch.bfloat16).float()
-        return 2.0 * _relative(same, right())
+    @torch.no_grad()
+    def twice_what_plain_bfloat16_loses() -> float:
+        same = case.oracle.outputs(rows, *case.right(prefix), dtype=torch.bfloat16)
+        return 2.0 * typical(same.float(), right())
 
-    return [Check(got, right, limit=limit)]
+    return [Check(got, right, twice_what_plain_bfloat16_loses, typical)]
 
 
 def _loss(output: Tensor) -> Tensor:
@@ -455,7 +462,8 @@ def _generate(
     if case.architecture.family == "encoder-decoder":
         batch.pop("decoder_input_ids")  # the start token alone, which generate() adds
     with torch.no_grad():
-        return case.new_tokens(tuned.generate(**batch, **{**fixed, **options}), batch)
+        # no text ends early; Whisper returns the new tokens alone
+        return tuned.generate(**batch, **{**fixed, **options})[:, -steps:]
 
 
 def _greedy(case: Case, rows: list[Row], **options: Any) -> list[Check]:
@@ -511,6 +519,8 @@ def _lookup(case: Case) -> list[Check]:
 @_capability("assisted", "generate(): assisted", _GENERATE, _NO_GENERATE)
 def _assisted(case: Case) -> list[Check]:
     assistant = copy.deepcopy(case.model)
+    # transformers adapts it with scikit-learn, where that happens to be installed
+    assistant.generation_config.assistant_confidence_threshold = 0.0
     return _greedy(case, case.prompts(6), assistant_model=assistant)
 
 
@@ -554,7 +564,7 @@ def _continued(case: Case) -> list[Check]:
         ]
         return case.oracle.greedy(joined, STEPS, *case.right(prefix))
 
-    return [Check(second[:, ids.shape[1] :], right)]
+    return [Check(second[:, -STEPS:], right)]
 
 
 def _one_group(case: Case, group: str) -> list[Check]:
@@ -589,7 +599,3 @@ def _cross_group(case: Case) -> list[Check]:
 def _deeper(case: Case) -> list[Check]:
     changes = case.architecture.deeper or {}
     return _plain(Case.make(case.architecture, case.library, **changes))
-
-
-def _relative(got: Tensor, want: Tensor) -> float:
-    return float((got - want).norm() / want.norm())

@@ -122,17 +122,13 @@ def _compare(check: Check) -> tuple[float | None, str]:
         return None, f"{what}not finite"
     if not got.any() and want.any():
         return 1.0, f"{what}zero"
-    tolerance = check.limit() if check.limit else check.tolerance
-    error = _relative(got, want)
+    tolerance = check.tolerance() if callable(check.tolerance) else check.tolerance
+    error = check.error(got, want)
     if error <= tolerance:
         return error, ""
-    if check.without and _relative(got, check.without().double()) <= tolerance:
+    if check.without and check.error(got, check.without().double()) <= tolerance:
         return error, f"{what}the prefix is ignored"
     return error, f"{what}relative error {error:.1e}"
-
-
-def _relative(got: Tensor, want: Tensor) -> float:
-    return float((got - want).norm() / want.norm().clamp(min=1e-30))
 
 
 def _bare_fails(case: Case, entry: Entry, limit: float) -> str:

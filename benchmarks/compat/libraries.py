@@ -132,6 +132,10 @@ class Library:
         yield Tuned(model)
 
 
+# Encoders whose text fastprefix places behind the prefix, as PEFT does; in others it stays.
+_BEHIND = ("bert", "roberta", "electra")
+
+
 class FastPrefix(Library):
     """This library: inference through `use_prefix`, training through `PrefixTuningModel`."""
 
@@ -141,9 +145,9 @@ class FastPrefix(Library):
         return ("encoder", "decoder", "cross")
 
     def semantics(self, architecture: Architecture, length: int) -> Semantics:
-        """The text stands behind the prefix; where a model takes no position_ids it stays."""
-        stays = architecture.family in ("vision", "encoder-decoder")
-        return Semantics(0 if stays else length)
+        """The defaults of `PrefixConfig.position_offset`."""
+        behind = architecture.family == "decoder" or architecture.name in _BEHIND
+        return Semantics(length if behind else 0)
 
     def effective(self, slots: tuple[Slot, ...], prefix: Prefix) -> Prefix | None:
         return prefix
