@@ -3,6 +3,7 @@
 from fastprefix.hf.patching import (
     UnsupportedModelError,
     is_patched,
+    layer_groups,
     layer_shapes,
     patch_model,
     unpatch_model,
@@ -12,6 +13,7 @@ from fastprefix.hf.patching import (
 __all__ = [
     "UnsupportedModelError",
     "is_patched",
+    "layer_groups",
     "layer_shapes",
     "patch_model",
     "unpatch_model",

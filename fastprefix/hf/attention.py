@@ -15,6 +15,8 @@ from fastprefix.kv import PrefixKV
 
 NAME = "fastprefix"
 SLOT = "_fastprefix_slot"
+# While models are probed: the modules that attended without a keyword argument of the forward call.
+MISSED: list[list[nn.Module]] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,8 @@ class ActivePrefix:
             says both (a static cache, packed sequences); "unknown", the mask is the user's own.
         text_mask: the call's attention mask [B, L], 1 = real token, up to the newest token; None
             for no padding.
+        turn: how often the layers at hand ran before in this call, where layers share modules.
+        turns: the same, counted for each module that several layers share.
     """
 
     kv: PrefixKV | None
@@ -37,6 +41,8 @@ class ActivePrefix:
     positioned: bool = False
     placement: Literal["end", "mask", "unknown"] = "end"
     text_mask: Tensor | None = None
+    turn: int = 0
+    turns: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -47,17 +53,20 @@ class Recorder:
         modules: the attention modules in the order of their calls.
         keys: [B, Hkv, L, D] of each call.
         values: [B, Hkv, L, Dv] of each call.
+        causal: whether each call was causal.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    causal: list[bool] = field(default_factory=list)
 
-    def record(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
+    def record(self, module: nn.Module, key: Tensor, value: Tensor, causal: bool) -> None:
         """Keeps one call."""
         self.modules.append(module)
         self.keys.append(key)
         self.values.append(value)
+        self.causal.append(causal)
 
 
 def prefix_attention_forward(
@@ -72,6 +81,7 @@ def prefix_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     fastprefix: ActivePrefix | Recorder | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function for transformers' AttentionInterface.
@@ -89,6 +99,8 @@ def prefix_attention_forward(
             inside already, and is not cut again.
         softcap: of the scores.
         fastprefix: what the hook of a patched model injected.
+        position_bias: [1 or B, Hq, Lq, Lk], added to the text's scores (T5). The prefix stands at
+            no distance from any query: its bias is 0.
         kwargs: the rest of what models hand down; s_aux are the sinks [Hq].
 
     Returns:
@@ -96,26 +108,21 @@ def prefix_attention_forward(
 
     Raises:
         ValueError: the module has no slot for the prefix.
-        NotImplementedError: the model needs a feature that the operator does not have yet.
+        NotImplementedError: the call needs what the operator does not have yet, the gradient of a
+            bias among them.
     """
-    if kwargs.get("position_bias") is not None:
-        raise NotImplementedError(
-            f"{type(module).__name__} adds a position bias, which is not supported yet"
-        )
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     backend, prefix_key, prefix_value, in_window = "auto", None, None, False
     if isinstance(fastprefix, Recorder):
-        fastprefix.record(module, key, value)
+        fastprefix.record(module, key, value, causal)
     elif fastprefix is not None:
         backend = fastprefix.backend
         if fastprefix.kv is not None:
-            slot = getattr(module, SLOT, None)
-            if slot is None:
-                raise ValueError(
-                    f"{type(module).__name__}: this layer did not run when the model was patched, "
-                    "so it has no share in the prefix; patch the model as you run it"
-                )
-            prefix_key, prefix_value = fastprefix.kv.layer(slot)
+            prefix_key, prefix_value = fastprefix.kv.layer(_slot(module, fastprefix.turn))
             in_window = fastprefix.kv.in_window
+    elif MISSED:
+        for missed in MISSED:
+            missed.append(module)
 
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -126,7 +133,6 @@ def prefix_attention_forward(
 
     key_padding_mask = attn_mask = None
     B, Lk, window = key.shape[0], key.shape[2], sliding_window
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     P = prefix_key.shape[1] if prefix_key is not None and in_window else 0
     if window is not None and P + Lk <= window:
         window = None  # everything lies within it
@@ -158,6 +164,13 @@ def prefix_attention_forward(
             # The window of the operator hides no more of the text than the mask does already; that
             # of a single query says what is real as far as the window reaches.
             key_padding_mask = real if attn_mask is not None else key_padding_mask
+    if position_bias is not None:
+        attn_mask = _with_bias(position_bias, attn_mask, query.dtype)
+    if attn_mask is not None and attn_mask.requires_grad:
+        raise NotImplementedError(
+            f"{type(module).__name__}: a bias on the scores gets no gradient yet; freeze what "
+            "makes it (requires_grad_(False)), or unpatch the model to train it"
+        )
     sinks = kwargs.get("s_aux")
     if sinks is not None and sinks.dtype is not torch.float32:
         sinks = sinks.to(query.dtype)
@@ -180,6 +193,35 @@ def prefix_attention_forward(
         backend=backend,
     )
     return out.transpose(1, 2), None
+
+
+def _slot(module: nn.Module, turn: int) -> int:
+    """Which layer of the prefix is a module's own when it runs for the turn-th time in a call."""
+    slots = getattr(module, SLOT, ())
+    if turn < len(slots):
+        return slots[turn]
+    if slots:
+        raise ValueError(
+            f"{type(module).__name__}: ran more often in one call than the {len(slots)} times when "
+            "the model was patched; recomputing shared layers one by one is not supported"
+        )
+    raise ValueError(
+        f"{type(module).__name__}: this layer did not run when the model was patched, "
+        "so it has no share in the prefix; patch the model as you run it"
+    )
+
+
+def _with_bias(bias: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """An additive mask [1 or B, Hq, Lq, Lk] that holds both."""
+    if bias.is_leaf and not isinstance(bias, nn.Parameter):
+        bias = bias.detach()  # T5 asks for the gradient of zeros when it checkpoints
+    if bias.dtype is not torch.float32:
+        bias = bias.to(dtype)
+    if mask is None:
+        return bias
+    if mask.dtype is torch.bool:
+        return bias.masked_fill(~mask, float("-inf"))
+    return bias + mask
 
 
 def _real_tokens(module: nn.Module, active: ActivePrefix, Lk: int, window: int) -> Tensor | None:

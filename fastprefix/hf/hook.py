@@ -9,13 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.attention import NAME, ActivePrefix
-from fastprefix.hf.state import ACTIVE, HOOKED, State
+from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
+
+OFFSET = ".offset"  # behind a state's key: by how much the stack at hand moves its text
+CACHED = "past_key_values_length"  # what transformers calls it where embeddings place the text
 
 
 def inject(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    names: tuple[str, ...],
+    placing: Placing,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: adds the active prefix and moves positions behind it."""
+    """Forward pre-hook: adds the active prefix and moves positions behind it.
+
+    Args:
+        module: a patched model, or the part of it that the hook is on.
+        args: of its forward.
+        kwargs: of its forward.
+        names: of the forward's parameters.
+        placing: how this module learns where its text stands.
+    """
     state: State = getattr(module, HOOKED)
     config: Any = module.config
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
@@ -32,18 +48,67 @@ def inject(
     placed = kwargs.get(NAME)
     if placed is None:
         active = getattr(ACTIVE, state.key, None)
-    elif isinstance(placed, ActivePrefix) and not placed.positioned:
+    elif isinstance(placed, ActivePrefix):
         active = placed
     else:
-        return None  # a recorder, or the outer model's hook was here
-    if active is None or active.kv is None:
-        return None
+        return None  # a recorder
+    if placing == "embedding" and (active is None or not active.positioned):
+        kv = active.kv if active is not None else None
+        setattr(ACTIVE, state.key + OFFSET, kv.position_offset if kv is not None else 0)
+    if active is None or active.kv is None or active.positioned:
+        return None  # nothing to add, or the outer model's hook was here
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
+    if placing == "inner":
+        kwargs[NAME] = active
+        return (), kwargs
     placed_text = _text(kwargs) if active.kv.in_window else {}
-    kwargs[NAME] = replace(active, positioned=True, **placed_text)
-    kwargs["position_ids"] = _positions(kwargs, active.kv.position_offset)
+    # a new count of turns: the call may be one of several before a backward
+    kwargs[NAME] = replace(active, positioned=True, turns={}, **placed_text)
+    if placing == "argument":
+        kwargs["position_ids"] = _positions(kwargs, active.kv.position_offset)
+    elif placing == "given" and active.kv.position_offset:
+        if kwargs.get("position_ids") is None:
+            raise ValueError(
+                f"position_offset: got {active.kv.position_offset}, for which "
+                f"{type(module).__name__} takes position_ids: it alone knows its default"
+            )
+        kwargs["position_ids"] = kwargs["position_ids"] + active.kv.position_offset
     return (), kwargs
+
+
+def shift(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of a position embedding: the prefix counts as keys in the cache, as in PEFT."""
+    state: State = getattr(module, HOOKED)
+    offset = getattr(ACTIVE, state.key + OFFSET, 0)
+    if not offset:
+        return None
+    setattr(ACTIVE, state.key + OFFSET, 0)  # for the stack's own call alone
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    default: Any = getattr(module, "create_position_ids_from_inputs_embeds", None)
+    if kwargs.get("position_ids") is not None:
+        kwargs["position_ids"] = kwargs["position_ids"] + offset
+    elif default is not None and kwargs.get("input_ids") is None:
+        # which does not look at the cache's length (RoBERTa)
+        made = default(kwargs["inputs_embeds"], module.padding_idx)
+        kwargs["position_ids"] = made + offset
+    else:
+        kwargs[CACHED] = kwargs.get(CACHED, 0) + offset
+    return (), kwargs
+
+
+def take_turn(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of a module that several layers share: tells these layers apart, by their order."""
+    active = kwargs.get(NAME)
+    if not isinstance(active, ActivePrefix):
+        return None
+    turn = active.turns.get(id(module), 0)
+    active.turns[id(module)] = turn + 1
+    return args, {**kwargs, NAME: replace(active, turn=turn)}
 
 
 def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

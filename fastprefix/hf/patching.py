@@ -12,36 +12,38 @@ import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from fastprefix.attention.selection import BACKENDS
-from fastprefix.hf.attention import NAME, SLOT, ActivePrefix, Recorder
-from fastprefix.hf.hook import contiguous_input, inject
-from fastprefix.hf.state import ACTIVE, HOOKED, STATE, State
-from fastprefix.kv import LayerShape, PrefixKV
+from fastprefix.hf.attention import NAME, SLOT, ActivePrefix
+from fastprefix.hf.hook import CACHED, contiguous_input, inject, shift, take_turn
+from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe, takes
+from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Placing, State
+from fastprefix.kv import Group, LayerShape, PrefixKV
 
 _LOCK = threading.RLock()
 _PATCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
-class UnsupportedModelError(ValueError):
-    """The model cannot take a prefix; the message says why."""
-
-
-def patch_model(model: PreTrainedModel, backend: str = "auto") -> PreTrainedModel:
+def patch_model(
+    model: PreTrainedModel, backend: str = "auto", *, example: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """Makes a model attend through fastprefix, ready for :func:`use_prefix`.
 
     Runs the model once on one token to see which modules attend, in which order, and what shape
     their keys and values have. Without an active prefix the model computes what it did before.
 
     Args:
-        model: a transformers model whose attention goes through AttentionInterface.
+        model: a transformers model whose attention goes through AttentionInterface: a decoder, an
+            encoder of text or images, an encoder-decoder.
         backend: of :func:`fastprefix.prefix_attention`, for all layers.
+        example: keyword arguments of one forward call, for models that run on anything but
+            token ids, images or log-mel spectrograms.
 
     Returns:
         The model itself. Patching a patched model only sets the backend.
@@ -57,7 +59,7 @@ def patch_model(model: PreTrainedModel, backend: str = "auto") -> PreTrainedMode
         raise ValueError(f"backend: got {backend!r}, takes one of {names}")
     with _LOCK:
         if not is_patched(model):
-            _patch(model)
+            _patch(model, example)
         state = _state(model)
         state.backend, state.lasting = backend, True
     return model
@@ -77,9 +79,8 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
             for name in (SLOT, HOOKED):
                 if hasattr(module, name):
                     delattr(module, name)
-        if not _sharing_config(model):
-            _set_implementation(model, state.previous)
         delattr(model, STATE)
+        _restore(state.previous)
     return model
 
 
@@ -91,6 +92,23 @@ def is_patched(model: PreTrainedModel) -> bool:
 def layer_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
     """Key and value shapes of a patched model's attention layers, as seen in a forward pass."""
     return _state(model).shapes
+
+
+def layer_groups(model: PreTrainedModel) -> tuple[Group, ...]:
+    """Which part of a patched model each attention layer belongs to, in the same order."""
+    return _state(model).groups
+
+
+def default_offset(model: PreTrainedModel, num_virtual_tokens: int) -> int:
+    """By how many positions a learned prefix moves the text of a patched model.
+
+    As PEFT does it, which puts prefixes in the cache: by the prefix's length in decoder-only models
+    and in encoders that count cached keys as text (BERT, RoBERTa, ELECTRA); else by 0. PEFT moves
+    the text of some encoder-decoders' decoders too (BART), which here takes an explicit offset.
+    """
+    state = _state(model)
+    moves = state.placing in ("argument", "embedding") and not is_encoder_decoder(model)
+    return num_virtual_tokens if moves else 0
 
 
 @contextlib.contextmanager
@@ -163,6 +181,16 @@ def activate(model: PreTrainedModel, kv: PrefixKV) -> ActivePrefix:
     for layer, (got, want) in enumerate(zip(kv.shapes, state.shapes, strict=True)):
         if got != want:
             raise ValueError(f"kv: got {got} in layer {layer}, takes {want}")
+    if kv.position_offset and state.placing == "fixed":
+        raise ValueError(
+            f"position_offset: got {kv.position_offset}, takes 0 for this {type(model).__name__}, "
+            "which cannot be told where its text stands"
+        )
+    if kv.in_window and set(state.groups) != {"decoder"}:
+        raise ValueError(
+            "in_window: got a prefilled prompt, takes a learned prefix for this "
+            f"{type(model).__name__}; prompts slide in decoder-only models alone"
+        )
     # converted once here, not in every layer of every step
     return ActivePrefix(kv.to(model.device, model.dtype), state.backend)
 
@@ -179,25 +207,40 @@ def _check_type(model: object) -> None:
         raise TypeError(f"model: got {type(model).__name__}, takes a transformers PreTrainedModel")
 
 
-def _patch(model: PreTrainedModel) -> None:
-    previous = model.config._attn_implementation
-    for other in _sharing_config(model):
-        previous = _state(other).previous
-    state = State(previous, "auto")
-    _set_implementation(model, NAME)
+def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> None:
+    state = State(_implementations(model), "auto")
     try:
-        modules, state.shapes = _probe(model)
+        _set_implementation(model)
+        slots = probe(model, example)
     except Exception:
-        _set_implementation(model, state.previous)
+        _restore(state.previous)
         raise
-    for slot, module in enumerate(modules):
-        setattr(module, SLOT, slot)
-    # The decoder gets the hook too: calling it alone must not silently run without the prefix.
-    for hooked in {id(m): m for m in (model, model.base_model)}.values():
-        parameters = tuple(inspect.signature(hooked.forward).parameters)
-        hook = partial(inject, names=parameters)
-        state.handles.append(hooked.register_forward_pre_hook(hook, with_kwargs=True))
-        setattr(hooked, HOOKED, state)
+    state.shapes, state.groups = slots.shapes, slots.groups
+    for slot, module in enumerate(slots.modules):
+        setattr(module, SLOT, (*getattr(module, SLOT, ()), slot))
+    for module in slots.shared:
+        state.handles.append(module.register_forward_pre_hook(take_turn, with_kwargs=True))
+    # Inner models get the hook too: calling one alone, as generate() calls an encoder, must not
+    # silently run without the prefix.
+    whole: dict[nn.Module, Placing] = {}
+    if is_encoder_decoder(model):
+        decoder = model.get_decoder()
+        state.placing = "embedding" if _position_embeddings(decoder) else "fixed"
+        whole = {model: "inner", model.base_model: "inner"}
+        whole |= {model.get_encoder(): "fixed", decoder: state.placing}
+        embeddings = _position_embeddings(decoder)
+    else:
+        state.placing = _placing(model, causal="decoder" in state.groups)
+        whole = {model: state.placing, model.base_model: state.placing}
+        embeddings = _position_embeddings(model) if state.placing == "embedding" else []
+    for module, placing in whole.items():
+        hook = partial(inject, names=_parameters(module), placing=placing)
+        state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        setattr(module, HOOKED, state)
+    for module in embeddings:
+        hook = partial(shift, names=_parameters(module))
+        state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        setattr(module, HOOKED, state)
     head = model.get_output_embeddings()
     if isinstance(head, nn.Module):
         state.handles.append(head.register_forward_pre_hook(contiguous_input))
@@ -205,73 +248,80 @@ def _patch(model: PreTrainedModel) -> None:
     _PATCHED.add(model)
 
 
-def _sharing_config(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """Other patched models made from the same config object, which holds the implementation."""
-    return [
-        other
+def _placing(model: PreTrainedModel, *, causal: bool) -> Placing:
+    """How a model that is one stack learns where its text stands."""
+    by_argument = takes(model, "position_ids")
+    if causal and by_argument:
+        return "argument"
+    if _position_embeddings(model):
+        return "embedding"
+    return "given" if by_argument else "fixed"
+
+
+def _position_embeddings(stack: nn.Module) -> list[nn.Module]:
+    """The modules that place a text behind the keys that are in the cache."""
+    return [module for module in stack.modules() if takes(module, CACHED)]
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
+    """The configs of a model and of the models in it, and the implementations to restore."""
+    before = {
+        id(config): implementation
         for other in _PATCHED
-        if other is not model and other.config is model.config and is_patched(other)
+        if is_patched(other)
+        for config, implementation in _state(other).previous
+    }
+    configs = {
+        id(config): config
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel)
+        for config in _with_sub_configs(part.config)
+    }
+    return [
+        (config, before.get(key, config._attn_implementation_internal))
+        for key, config in configs.items()
     ]
 
 
-def _set_implementation(model: PreTrainedModel, name: str | None) -> None:
-    if name is None:
-        model.config._attn_implementation_internal = None
-        return
-    model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
+def _with_sub_configs(config: Any) -> Iterator[Any]:
+    yield config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _with_sub_configs(part)
+
+
+def _restore(previous: list[tuple[Any, str | None]]) -> None:
+    """Sets implementations back, but in configs that another patched model shares."""
+    shared = {
+        id(config)
+        for other in _PATCHED
+        if is_patched(other)
+        for config, _ in _state(other).previous
+    }
+    for config, implementation in previous:
+        if id(config) not in shared:
+            config._attn_implementation_internal = implementation
+
+
+def _set_implementation(model: PreTrainedModel) -> None:
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not route its attention through transformers' "
             "AttentionInterface, so no other attention can take its place"
         )
 
 
-@torch.no_grad()
-def _probe(model: PreTrainedModel) -> tuple[list[nn.Module], tuple[LayerShape, ...]]:
-    """The attention modules in the order of their calls, and what they were handed."""
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: only decoder-only text models are supported yet"
-        )
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: takes no position_ids, so its text cannot be placed "
-            "behind a prefix; not supported yet"
-        )
-    recorder = Recorder()
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        model(input_ids=token, use_cache=False, fastprefix=recorder)
-    except TypeError as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: its forward does not pass keyword arguments down to the "
-            f"attention layers ({error})"
-        ) from error
-    finally:
-        for module in training:
-            module.training = True
-    if not recorder.modules:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: none of its attention layers received the keyword arguments "
-            "of the forward call, through which a prefix travels"
-        )
-    if len(set(map(id, recorder.modules))) != len(recorder.modules):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: shares attention modules between layers; not supported yet"
-        )
-    shapes = tuple(
-        LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        for key, value in zip(recorder.keys, recorder.values, strict=True)
-    )
-    return recorder.modules, shapes
-
-
 __all__ = [
     "UnsupportedModelError",
     "activate",
+    "default_offset",
     "is_patched",
+    "layer_groups",
     "layer_shapes",
     "patch_model",
     "patched",

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastprefix.hf.attention import Recorder
-from fastprefix.hf.patching import patched
+from fastprefix.hf.patching import layer_groups, patched
+from fastprefix.hf.probe import is_encoder_decoder, takes
 from fastprefix.kv import PrefixKV
 
 
-@torch.no_grad()
 def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
     """Runs a prompt through the model once; see :meth:`fastprefix.PrefixKV.prefill`."""
+    with patched(model):
+        if set(layer_groups(model)) != {"decoder"}:
+            raise ValueError(
+                f"model: got {type(model).__name__}, takes a decoder-only model; an encoder's "
+                "prompt sees the text, so its keys are not the same for every text"
+            )
+        kv = text_keys_values(model, input_ids)
+    return PrefixKV(kv.keys, kv.values, position_offset=kv.num_virtual_tokens, in_window=True)
+
+
+@torch.no_grad()
+def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
+    """What every attention layer makes of a text: where a learned prefix may start from.
+
+    An encoder-decoder reads the text twice, in its encoder and in its decoder.
+
+    Args:
+        model: see :func:`fastprefix.patch_model`; it is left as it was.
+        input_ids: [P] or [1, P] token ids.
+
+    Raises:
+        ValueError: input_ids is empty or holds more than one sequence, or the model reads no text.
+    """
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"model: got {type(model).__name__}, which reads {model.main_input_name}, takes one "
+            "that reads text"
+        )
     ids = torch.as_tensor(input_ids, device=model.device)
     if ids.dim() == 1:
         ids = ids[None]
@@ -27,23 +55,20 @@ def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Prefix
         )
     recorder = Recorder()
     training = [module for module in model.modules() if module.training]
-    # the logits of all but one token would be thrown away
-    short = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
+    if takes(model, "logits_to_keep"):
+        options["logits_to_keep"] = 1  # those of all other tokens would be thrown away
+    if is_encoder_decoder(model):
+        options["decoder_input_ids"] = ids
     with patched(model):
         model.eval()
         try:
-            model(
-                input_ids=ids,
-                use_cache=False,
-                fastprefix=recorder,
-                **({"logits_to_keep": 1} if short else {}),
-            )
+            model(input_ids=ids, fastprefix=recorder, **options)
         finally:
             for module in training:
                 module.training = True
     return PrefixKV(
         tuple(key[0].contiguous() for key in recorder.keys),
         tuple(value[0].contiguous() for value in recorder.values),
-        position_offset=ids.shape[1],
-        in_window=True,
+        position_offset=0,
     )

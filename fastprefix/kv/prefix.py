@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -15,6 +15,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Which part of a model a layer's attention belongs to: an encoder's over its own text, a decoder's
+# over its own text (all there is in a decoder-only model), a decoder's over the encoder's.
+Group = Literal["encoder", "decoder", "cross"]
 
 _FORMAT = "fastprefix-kv"
 
@@ -158,6 +162,37 @@ class PrefixKV:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Key [Hkv, P, D] and value [Hkv, P, Dv] of a layer."""
         return self.keys[index], self.values[index]
+
+    def select(self, layers: Sequence[int]) -> PrefixKV:
+        """The prefix of some layers alone."""
+        return PrefixKV(
+            tuple(self.keys[layer] for layer in layers),
+            tuple(self.values[layer] for layer in layers),
+            self.position_offset,
+            self.in_window,
+        )
+
+    def spread(self, layers: Sequence[int], shapes: Sequence[LayerShape]) -> PrefixKV:
+        """The inverse of :meth:`select`: layers without a prefix get one of length 0.
+
+        Args:
+            layers: where each layer of this prefix belongs.
+            shapes: of all layers of the result.
+
+        Raises:
+            ValueError: not one place for each layer.
+        """
+        if len(set(layers)) != self.num_layers or not set(layers) <= set(range(len(shapes))):
+            raise ValueError(
+                f"layers: got {list(layers)}, takes {self.num_layers} different layers out of "
+                f"{len(shapes)}"
+            )
+        like = self.keys[0]
+        keys = [like.new_empty(shape.num_heads, 0, shape.key_size) for shape in shapes]
+        values = [like.new_empty(shape.num_heads, 0, shape.value_size) for shape in shapes]
+        for layer, key, value in zip(layers, self.keys, self.values, strict=True):
+            keys[layer], values[layer] = key, value
+        return PrefixKV(tuple(keys), tuple(values), self.position_offset, self.in_window)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

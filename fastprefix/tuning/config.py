@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fastprefix.kv import Group
+
 Init = Literal["random", "text", "vocab"]
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 
 @dataclass
@@ -14,11 +18,17 @@ class PrefixConfig:
 
     Attributes:
         num_virtual_tokens: prefix length P.
-        task_type: "CAUSAL_LM"; others are not supported yet.
+        task_type: "CAUSAL_LM", "SEQ_2_SEQ_LM" (encoder-decoders) or "FEATURE_EXTRACTION"
+            (encoders); others are not supported yet.
         prefix_projection: train an MLP that produces the prefix, not the prefix itself.
         encoder_hidden_size: the MLP's hidden size; the model's hidden size if None.
-        position_offset: position of the text's first token; num_virtual_tokens if None, as in
-            PEFT. 0 lets the text keep the positions that it has without a prefix.
+        position_offset: by how much the prefix moves the positions of the text; of the decoder's
+            text in encoder-decoders. If None, num_virtual_tokens in decoder-only models, BERT,
+            RoBERTa and ELECTRA, as in PEFT, and 0 in other models: the text keeps the positions
+            that it has without a prefix.
+        groups: which layers get a prefix, "encoder" (an encoder's own attention), "decoder" (a
+            decoder's own) or "cross" (its attention to the encoder); all that the model has if
+            None, as Li and Liang do.
         dropout: probability of zeroing a number of the prefix in training.
         init: "random", "text" (the model's own keys and values for init_text, repeated or cut to
             P tokens) or "vocab" (those for tokens drawn at random from the vocabulary).
@@ -34,6 +44,7 @@ class PrefixConfig:
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
     position_offset: int | None = None
+    groups: Sequence[Group] | None = None
     dropout: float = 0.0
     init: Init = "random"
     init_text: str | None = None
@@ -42,10 +53,16 @@ class PrefixConfig:
     def __post_init__(self) -> None:
         if self.num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens: got {self.num_virtual_tokens}, takes 1 or more")
-        if self.task_type != "CAUSAL_LM":
+        if self.task_type not in TASK_TYPES:
             raise ValueError(
-                f"task_type: got {self.task_type!r}, takes 'CAUSAL_LM'; others come later"
+                f"task_type: got {self.task_type!r}, takes one of {TASK_TYPES}; others come later"
             )
+        if self.groups is not None:
+            if not self.groups or not set(self.groups) <= set(get_args(Group)):
+                raise ValueError(
+                    f"groups: got {self.groups!r}, takes some of {get_args(Group)}, or None for all"
+                )
+            self.groups = tuple(self.groups)
         if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
             raise ValueError(
                 f"encoder_hidden_size: got {self.encoder_hidden_size}, takes 1 or more"

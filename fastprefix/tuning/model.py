@@ -10,8 +10,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import DirectEncoder, MLPEncoder, to_flat
-from fastprefix.hf.patching import activate, layer_shapes, patch_model, patched, use_prefix
+from fastprefix.hf.patching import (
+    activate,
+    default_offset,
+    layer_groups,
+    layer_shapes,
+    patch_model,
+    patched,
+    use_prefix,
+)
 from fastprefix.hf.peft_format import load_adapter, save_adapter
+from fastprefix.hf.prefill import text_keys_values
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.config import PrefixConfig
 
@@ -28,7 +37,7 @@ class PrefixTuningModel(nn.Module):
         tokenizer: the base's; needed for init="text".
 
     Raises:
-        ValueError: init="text" without a tokenizer.
+        ValueError: init="text" without a tokenizer, or groups that the model does not have.
         UnsupportedModelError: see :func:`fastprefix.patch_model`.
 
     Example:
@@ -44,35 +53,40 @@ class PrefixTuningModel(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
-        start = _initial_ids(config, model, tokenizer)  # before anything is changed
+        start = _initial_ids(config, model, tokenizer)
+        with patched(model):  # left as it was if the configuration is refused
+            self.layers = _layers(config, model)
+            self.shapes = layer_shapes(model)
+            P, offset = config.num_virtual_tokens, config.position_offset
+            offset = default_offset(model, P) if offset is None else offset
         patch_model(model)
         model.requires_grad_(False)
         self.base_model = model
         self.prefix_config = config
-        shapes = layer_shapes(model)
+        shapes = [self.shapes[layer] for layer in self.layers]
         self.encoder: DirectEncoder | MLPEncoder
         if config.prefix_projection:
-            hidden = _embedding_weight(model).shape[1]
+            hidden = model.config.get_text_config().hidden_size
             self.encoder = MLPEncoder(
                 shapes,
-                config.num_virtual_tokens,
+                P,
                 embedding_size=hidden,
                 hidden_size=config.encoder_hidden_size or hidden,
-                position_offset=config.position_offset,
+                position_offset=offset,
                 dropout=config.dropout,
                 init_std=config.init_std,
             )
         else:
             self.encoder = DirectEncoder(
                 shapes,
-                config.num_virtual_tokens,
-                position_offset=config.position_offset,
+                P,
+                position_offset=offset,
                 dropout=config.dropout,
                 init_std=config.init_std,
             )
         self.encoder.to(model.device)
         if start is not None:
-            self.encoder.start_from(to_flat(PrefixKV.prefill(model, start)))
+            self.encoder.start_from(to_flat(text_keys_values(model, start).select(self.layers)))
         self.register_load_state_dict_post_hook(_allow_no_base)
         self.register_state_dict_post_hook(_drop_base)
 
@@ -103,7 +117,14 @@ class PrefixTuningModel(nn.Module):
             "labels": labels,
         }
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        return self.base_model(fastprefix=activate(self.base_model, self.encoder()), **kwargs)
+        return self.base_model(fastprefix=activate(self.base_model, self.prefix()), **kwargs)
+
+    def prefix(self) -> PrefixKV:
+        """The prefix, with gradients, for all layers: those that have none get length 0."""
+        kv = self.encoder()
+        if len(self.layers) == len(self.shapes):
+            return kv
+        return kv.spread(self.layers, self.shapes)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +143,7 @@ class PrefixTuningModel(nn.Module):
         training = self.encoder.training
         try:
             self.encoder.eval()
-            return self.encoder().detach()
+            return self.prefix().detach()
         finally:
             self.encoder.train(training)
 
@@ -144,9 +165,15 @@ class PrefixTuningModel(nn.Module):
         """Writes the prefix in PEFT's format; an MLP is dropped, as PEFT does.
 
         Raises:
-            ValueError: see :func:`fastprefix.hf.peft_format.save_adapter`.
+            ValueError: PEFT's format has no place for an encoder-decoder's groups or for layers
+                without a prefix, or see :func:`fastprefix.hf.peft_format.save_adapter`.
         """
         config = self.prefix_config
+        if len(set(layer_groups(self.base_model))) > 1:
+            raise ValueError(
+                "groups: PEFT's format holds none but a decoder's own attention and not its place; "
+                "save this prefix with export().save(file)"
+            )
         fields = {
             "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
             "encoder_hidden_size": config.encoder_hidden_size,
@@ -242,6 +269,22 @@ class PrefixTuningModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """The older name of :meth:`activation_checkpointing_disable`."""
         self.activation_checkpointing_disable()
+
+
+def _layers(config: PrefixConfig, model: PreTrainedModel) -> tuple[int, ...]:
+    """Which attention layers of a patched model get a prefix."""
+    groups = layer_groups(model)
+    missing = set(config.groups or ()) - set(groups)
+    if missing:
+        raise ValueError(
+            f"groups: got {config.groups!r}, takes some of {tuple(dict.fromkeys(groups))}, which "
+            f"this {type(model).__name__} has"
+        )
+    return tuple(
+        layer
+        for layer, group in enumerate(groups)
+        if config.groups is None or group in config.groups
+    )
 
 
 def _initial_ids(

@@ -1,0 +1,183 @@
+"""One run of a model to learn which modules attend, in which order, and for which part of it.
+
+Every call of an attention module in that run is a slot, which a prefix holds keys and values for.
+Where layers share a module (ALBERT) each call is a slot of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastprefix.hf import attention
+from fastprefix.hf.attention import Recorder
+from fastprefix.kv import Group, LayerShape
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot take a prefix; the message says why."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What a model's attention looks like, in the order of the calls.
+
+    Attributes:
+        modules: the module of each call; layers may share one.
+        shapes: of the keys and values.
+        groups: which part of the model the call belongs to.
+        shared: modules that run once for each of several layers, by which these are told apart.
+    """
+
+    modules: tuple[nn.Module, ...]
+    shapes: tuple[LayerShape, ...]
+    groups: tuple[Group, ...]
+    shared: tuple[nn.Module, ...]
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward has a parameter of this name."""
+    return argument in inspect.signature(module.forward).parameters
+
+
+def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    """By what its forward takes: a T5 encoder alone has an encoder-decoder's config."""
+    return takes(model, "decoder_input_ids")
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> Slots:
+    """Runs a model, whose attention implementation is ours, on one short input.
+
+    Args:
+        model: left as it is, but for caches that its own forward keeps.
+        example: keyword arguments to run it on; made from the config if None.
+
+    Raises:
+        UnsupportedModelError: keyword arguments do not reach its attention layers, or nothing is
+            known that it could be run on.
+    """
+    kind = type(model).__name__
+    inputs = dict(example) if example is not None else _inputs(model)
+    if takes(model, "use_cache"):
+        inputs["use_cache"] = False
+
+    def run() -> Recorder:
+        recorder = Recorder()
+        model(**inputs, fastprefix=recorder)
+        return recorder
+
+    training = [module for module in model.modules() if module.training]
+    missed: list[nn.Module] = []
+    model.eval()
+    attention.MISSED.append(missed)
+    try:
+        recorder = run()
+        shared = _shared(model, recorder.modules, run)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"{kind}: its forward does not pass keyword arguments down to the attention layers "
+            f"({error})"
+        ) from error
+    finally:
+        attention.MISSED.remove(missed)
+        for module in training:
+            module.training = True
+    own = set(model.modules())
+    lost = sorted({type(module).__name__ for module in missed if module in own})
+    if lost or not recorder.modules:
+        which = f"{', '.join(lost)} of its" if lost else "none of its"
+        verb = "did not receive" if lost else "received"
+        raise UnsupportedModelError(
+            f"{kind}: {which} attention layers {verb} the keyword arguments of the forward call, "
+            "through which a prefix travels"
+        )
+    return Slots(
+        tuple(recorder.modules),
+        tuple(
+            LayerShape(key.shape[1], key.shape[3], value.shape[3])
+            for key, value in zip(recorder.keys, recorder.values, strict=True)
+        ),
+        _groups(model, recorder),
+        shared,
+    )
+
+
+def _inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """The shortest input that the model takes, by its main input's name and its config."""
+    config, main = model.config, model.main_input_name
+    text = config.get_text_config()
+    eos = getattr(text, "eos_token_id", None)
+    last = eos if isinstance(eos, int) and 0 <= eos < text.vocab_size else 0
+    if main == "input_ids":
+        # classifiers on a decoder look for the end of the text
+        made = torch.tensor([[last if is_encoder_decoder(model) else 0]])
+    elif main == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        made = torch.zeros(1, config.num_channels, height, width, dtype=model.dtype)
+    elif main == "input_features" and hasattr(config, "max_source_positions"):
+        frames = 2 * config.max_source_positions  # a spectrogram, halved by a convolution
+        made = torch.zeros(1, config.num_mel_bins, frames, dtype=model.dtype)
+    else:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: takes {main}, and nothing here knows how to make one; pass "
+            "patch_model an example of the model's inputs"
+        )
+    inputs = {main: made.to(model.device)}
+    if is_encoder_decoder(model):
+        inputs["decoder_input_ids"] = torch.tensor([[last]], device=model.device)
+    return inputs
+
+
+def _groups(model: PreTrainedModel, recorder: Recorder) -> tuple[Group, ...]:
+    if not is_encoder_decoder(model):
+        return tuple("decoder" if causal else "encoder" for causal in recorder.causal)
+    encoder = set(model.get_encoder().modules())
+    if model in encoder:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: get_encoder() does not say which part is its encoder"
+        )
+    return tuple(
+        "encoder" if module in encoder else "decoder" if causal else "cross"
+        for module, causal in zip(recorder.modules, recorder.causal, strict=True)
+    )
+
+
+def _shared(
+    model: PreTrainedModel, modules: list[nn.Module], run: Callable[[], Any]
+) -> tuple[nn.Module, ...]:
+    """For each attention module that ran several times, the outermost module that runs as often.
+
+    Outermost, because gradient checkpointing runs what is inside a layer again, out of order.
+    """
+    several = [module for module, number in Counter(modules).items() if number > 1]
+    if not several:
+        return ()
+    calls: Counter[nn.Module] = Counter()
+    handles = [
+        module.register_forward_pre_hook(lambda module, _: calls.update([module]))
+        for module in model.modules()
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[nn.Module, None] = {}
+    names = {module: name for name, module in model.named_modules()}
+    for module in several:
+        parts = names[module].split(".")
+        path = (model.get_submodule(".".join(parts[: end + 1])) for end in range(len(parts)))
+        found[next(outer for outer in path if calls[outer] == calls[module])] = None
+    return tuple(found)
+
+
+__all__ = ["Slots", "UnsupportedModelError", "is_encoder_decoder", "probe", "takes"]
