@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers.utils import logging
 
 from compat.architectures import ARCHITECTURES
