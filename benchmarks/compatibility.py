@@ -119,14 +119,21 @@ def main() -> None:
             default=list(known),
             help=f"some of {', '.join(known)}, with commas; all if left out",
         )
-    parser.add_argument("--output", type=Path, help="folder for compatibility.md, .json, .png")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for compatibility.md, .json, .png; results beside this file if all is run",
+    )
     parser.add_argument("--json", type=Path, help="file for the cells alone")
     parser.add_argument(
         "--readme", type=Path, help="file whose marked part the short table becomes"
     )
-    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for a cell")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="CPU seconds for a cell")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     chosen = parser.parse_args()
+    everything = (list(ARCHITECTURES), list(CAPABILITIES), list(LIBRARIES))
+    if (chosen.architectures, chosen.capabilities, chosen.libraries) == everything:
+        chosen.output = chosen.output or Path(__file__).parent / "results"
     console = Console()
     cells = run(
         chosen.architectures,

@@ -11,7 +11,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Check:
         tolerance: of the error, or what computes it; token ids must be equal.
         error: of what came out against what is right, `relative` if not told otherwise.
         what: is compared, if not the output.
-        without: computes what comes out without any prefix, to tell a prefix that is ignored.
+        without: what comes out where the prefix is lost, and in which way, to name that.
     """
 
     got: Tensor | None
@@ -65,7 +65,7 @@ class Check:
     tolerance: float | Callable[[], float] = TOLERANCE
     error: Callable[[Tensor, Tensor], float] = relative
     what: str = ""
-    without: Callable[[], Tensor] | None = None
+    without: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -149,11 +149,12 @@ class Case:
         def outputs(part: Prefix | None, semantics: Semantics) -> Tensor:
             return self.oracle.outputs(rows, part, semantics).detach()
 
-        return Check(
-            got.detach(),
-            lambda: outputs(*self.right(prefix)),
-            without=lambda: outputs(None, Semantics(0)),
-        )
+        empty = [(key[:, :0], value[:, :0]) for key, value in prefix]
+        lost = {
+            "the prefix is ignored": lambda: outputs(None, Semantics(0)),
+            "the prefix is ignored, the text moved": lambda: outputs(empty, self.right(prefix)[1]),
+        }
+        return Check(got.detach(), lambda: outputs(*self.right(prefix)), without=lost)
 
 
 Capability = Callable[[Case], list[Check]]
@@ -347,7 +348,10 @@ def _mixed(case: Case) -> list[Check]:
             parts.append(case.oracle.outputs([row], *at))
         return torch.cat(parts)
 
-    return [Check(got, right)]
+    def same_for_all() -> Tensor:
+        return case.oracle.outputs(rows, *case.right(prefixes["a"]))
+
+    return [Check(got, right, without={"every row gets the active prefix": same_for_all})]
 
 
 @_capability("mixed_generate", "several prefixes, generate()", _GENERATE, "does not generate")
@@ -597,5 +601,7 @@ def _cross_group(case: Case) -> list[Check]:
 
 @_capability("deeper_decoder", "decoder deeper than the encoder", _ENCODER_DECODER, _NO_GROUPS)
 def _deeper(case: Case) -> list[Check]:
-    changes = case.architecture.deeper or {}
-    return _plain(Case.make(case.architecture, case.library, **changes))
+    inner = Case.make(case.architecture, case.library, **(case.architecture.deeper or {}))
+    checks = _plain(inner)
+    case.note = inner.note
+    return checks

@@ -59,7 +59,7 @@ def run_architecture(
         name: of the architecture.
         capabilities: keys of `CAPABILITIES`.
         libraries: names of `LIBRARIES`.
-        limit: seconds for a cell.
+        limit: seconds of CPU time for a cell.
     """
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -80,10 +80,9 @@ def run_cell(case: Case, entry: Entry, library: Library, limit: float = 60.0) ->
     begin = time.perf_counter()
     case = case.with_library(library)
     status, error, message = _judge(case, entry, limit)
-    note = case.note if status == "passes" else ""
     if status != "passes" and (blame := _bare_fails(case, entry, limit)):
         status, error, message = "does not apply", None, blame
-    return Cell(*names, status, error, message, note, round(time.perf_counter() - begin, 3))
+    return Cell(*names, status, error, message, case.note, round(time.perf_counter() - begin, 3))
 
 
 def _judge(case: Case, entry: Entry, limit: float) -> tuple[Status, float | None, str]:
@@ -125,8 +124,9 @@ def _compare(check: Check) -> tuple[float | None, str]:
     error = check.error(got, want)
     if error <= tolerance:
         return error, ""
-    if check.without and check.error(got, check.without().double()) <= tolerance:
-        return error, f"{what}the prefix is ignored"
+    for way, without in check.without.items():
+        if check.error(got, without().double()) <= tolerance:
+            return error, f"{what}{way}"
     return error, f"{what}relative error {error:.1e}"
 
 
@@ -164,10 +164,10 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise _TimeLimitError(f"took longer than {seconds:g} s")
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)

@@ -245,17 +245,17 @@ class Peft(Library):
         training: bool = False,
     ) -> Tuned:
         tuned: Any = None
-        note = ""
         for name, prefix in prefixes.items():
             used = [key for key, _ in prefix if key.shape[1]]
             heads, length, size = used[0].shape
+            by_hand: dict[str, int] = {}
+            if architecture.name in ("distilbert", "falcon-mq"):
+                by_hand = {"num_attention_heads": heads, "token_dim": heads * size}
+            elif len(used) != model.config.num_hidden_layers:
+                by_hand = {"num_layers": len(used)}
             config = peft.PrefixTuningConfig(
-                task_type=TASKS[architecture.family], num_virtual_tokens=length
+                task_type=TASKS[architecture.family], num_virtual_tokens=length, **by_hand
             )
-            if architecture.name == "falcon-mq":
-                # PEFT derives the shape of other multi-query models, not of this one
-                config.num_attention_heads, config.token_dim = heads, heads * size
-                note = "num_attention_heads and token_dim given by hand"
             if tuned is None:
                 tuned = peft.get_peft_model(model, config, adapter_name=name)
             else:
@@ -271,7 +271,8 @@ class Peft(Library):
                 embedding.copy_(numbers)
         tuned.eval()
         found = _PeftTuned(tuned)
-        found.note = note
+        if by_hand:
+            found.note = f"{' and '.join(by_hand)} given by hand, which PEFT derives elsewhere"
         return found
 
     def load(self, model: PreTrainedModel, folder: Path) -> Tuned:

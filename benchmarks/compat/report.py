@@ -97,11 +97,11 @@ def _reasons(cells: list[Cell]) -> list[str]:
             lines.append("")
     notes: dict[str, list[str]] = defaultdict(list)
     for cell in cells:
-        if cell.note:
+        if cell.note and cell.status != "does not apply":
             label = f"{cell.architecture} ({CAPABILITIES[cell.capability].title})"
             notes[cell.note].append(label)
     if notes:
-        lines += ["Passes, but:", ""]
+        lines += ["How it got this far:", ""]
         lines += [f"- {note}: {', '.join(_shortened(names))}" for note, names in notes.items()]
         lines.append("")
     return lines
