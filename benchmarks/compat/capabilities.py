@@ -431,26 +431,26 @@ def _add_lora(model: PreTrainedModel) -> None:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-@_capability("files", "save and load, PEFT's format")
+@_capability("files", "save and load")
 def _files(case: Case) -> list[Check]:
     rows, prefix = case.rows(9, 9, 9), case.prefix()
     tuned = case.tune(prefix, training=True)
+    checks = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not case.library.groups(case.architecture):
             return []
         tuned.save(folder)
-        kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
-        (numbers,) = load_file(folder / "adapter_model.safetensors").values()
+        config = json.loads((folder / "adapter_config.json").read_text())
+        if config["peft_type"] == "PREFIX_TUNING":  # PEFT's own layout holds these very numbers
+            (numbers,) = load_file(folder / "adapter_model.safetensors").values()
+            checks.append(Check(numbers, lambda: flat(prefix), 0.0, what="the file's numbers"))
+        else:
+            case.note = "a format of its own, where PEFT's has no place for the prefix"
         loaded = case.library.load(copy.deepcopy(case.model), folder)
-    if kind != "PREFIX_TUNING":
-        raise RuntimeError(f"peft_type {kind}")
     with torch.no_grad():
         got = case.at_text(loaded.forward(**pad(rows)), rows)
-    return [
-        Check(numbers, lambda: flat(prefix), 0.0, what="the file's numbers"),
-        case.check_output(got, rows, prefix),
-    ]
+    return [*checks, case.check_output(got, rows, prefix)]
 
 
 def _prompt_batch(case: Case, rows: list[Row]) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ class Cell:
         error: the largest relative error, or share of wrong tokens; None if nothing came back.
         message: what was wrong, the first line of the refusal, or why it does not apply.
         note: what a user has to do to get this far.
-        seconds: it took.
+        seconds: of CPU time that it took.
     """
 
     architecture: str
@@ -77,12 +77,12 @@ def run_cell(case: Case, entry: Entry, library: Library, limit: float = 60.0) ->
     names = case.architecture.name, entry.key, library.name
     if case.architecture.family not in entry.families:
         return Cell(*names, "does not apply", message=entry.why_not)
-    begin = time.perf_counter()
+    begin = time.process_time()
     case = case.with_library(library)
     status, error, message = _judge(case, entry, limit)
     if status != "passes" and (blame := _bare_fails(case, entry, limit)):
         status, error, message = "does not apply", None, blame
-    return Cell(*names, status, error, message, case.note, round(time.perf_counter() - begin, 3))
+    return Cell(*names, status, error, message, case.note, round(time.process_time() - begin, 3))
 
 
 def _judge(case: Case, entry: Entry, limit: float) -> tuple[Status, float | None, str]:
