@@ -67,7 +67,7 @@ def run(
             with ProcessPoolExecutor(jobs, mp_context=context) as pool:
                 futures = {
                     pool.submit(cells_of, name, capabilities, libraries, limit): name
-                    for name in architectures
+                    for name in reversed(architectures)  # encoder-decoders take longest
                 }
                 for future in as_completed(futures):
                     found[futures[future]] = future.result()

@@ -93,10 +93,13 @@ def _judge(case: Case, entry: Entry, limit: float) -> tuple[Status, float | None
         return "refused", None, _first_line(problem)
     if not case.oracle.defined and case.library is not BARE:
         return "wrong", None, "a result, though nothing defines what a prefix means in this model"
-    # outside of the try: an oracle that fails is a defect of this benchmark
     worst = 0.0
     for check in checks:
-        error, problem_found = _compare(check)
+        try:
+            error, problem_found = _compare(check)
+        except Exception as defect:  # of this benchmark, for which no library is blamed
+            place = f"{case.architecture.name}, {entry.key}, {case.library.name}"
+            raise RuntimeError(f"{place}: the oracle failed") from defect
         if problem_found:
             return "wrong", error, problem_found
         worst = max(worst, error or 0.0)
@@ -125,7 +128,7 @@ def _compare(check: Check) -> tuple[float | None, str]:
     if error <= tolerance:
         return error, ""
     for way, without in check.without.items():
-        if check.error(got, without().double()) <= tolerance:
+        if check.error(got, without().detach().double()) <= tolerance:
             return error, f"{what}{way}"
     return error, f"{what}relative error {error:.1e}"
 
