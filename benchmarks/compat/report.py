@@ -82,11 +82,12 @@ def _reasons(cells: list[Cell]) -> list[str]:
     for status, title in (
         ("wrong", "Wrong"),
         ("refused", "Refused"),
-        ("does not apply", "Does not apply"),
+        ("does not apply", "Does not apply, for the bare model does not do it without a prefix"),
     ):
         same: dict[tuple[str, str], list[str]] = defaultdict(list)
         for cell in cells:
-            if cell.status == status:
+            family = CAPABILITIES[cell.capability].why_not  # goes without saying
+            if cell.status == status and not (family and cell.message == family):
                 same[CAPABILITIES[cell.capability].title, _stable(cell)].append(cell.architecture)
         if same:
             lines += [f"{title}:", ""]
@@ -109,7 +110,7 @@ def _reasons(cells: list[Cell]) -> list[str]:
 
 def _stable(cell: Cell) -> str:
     """Errors of one kind on one line: the numbers are in the JSON."""
-    message = cell.message.replace("`", "'").replace("|", "/")
+    message = cell.message.replace("`", "'").replace("|", "/").removeprefix("the bare model: ")
     return "" if cell.status == "wrong" and message.startswith("relative error") else message
 
 
