@@ -1,0 +1,1 @@
+"""What ``benchmarks/compatibility.py`` consists of: models, the oracle, libraries, capabilities."""
