@@ -61,10 +61,10 @@ CDNA: list[Row] = [
     (128, Tile(64, 32, 4, 1), Tile(16, 32, 4, 1)),
     (256, Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
 ]
-# gfx10 to gfx12: WMMA keeps each operand twice per wave, hence the shortest tiles, and fp32 needs
-# 8 warps from D 128 on (at D 256 it spills half a KiB all the same).
+# gfx10 to gfx12: WMMA keeps each operand twice per wave, hence the shortest tiles, and fp32 takes
+# one score a thread (at D 256 it spills half a KiB all the same).
 RDNA: list[Row] = [
-    (64, Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
+    (64, Tile(32, 32, 4, 1), Tile(16, 16, 8, 1)),
     (128, Tile(32, 16, 4, 1), Tile(16, 16, 8, 1)),
     (256, Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
 ]

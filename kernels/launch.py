@@ -158,8 +158,8 @@ CDNA: Passes = {
 }
 # gfx10 to gfx12: waves of 32, and WMMA keeps each operand twice per wave, hence the shortest tiles
 # of all, and `together`. fp32 products are FMA whose operands the compiler loads all at once: one
-# score a thread up to D 128 (more spills kilobytes), and in the backward from there on, and at D
-# 256, not even that keeps half a kilobyte of spills away.
+# score a thread up to D 128, half of one where that spills. From D 128 on the backward, and at D
+# 256 everything, spills all the same (0.2 to 2 KiB, with larger tiles more).
 RDNA: Passes = {
     "forward": [
         (64, Tile(64, 64, 8, 1), Tile(16, 16, 8, 1)),
