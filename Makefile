@@ -16,7 +16,7 @@ help:
 	@echo "make demo   set up and run the demonstration, figures in demo.json (5 to 8 minutes)"
 	@echo "make test   set up, lint, type-check and run all tests"
 	@echo "make bench  set up and run the benchmarks behind the README's figures"
-	@echo "make kernels  compile every kernel for every GPU, head size and dtype (an hour the first time)"
+	@echo "make kernels  compile every kernel for every GPU, head size, dtype and feature (hours the first time)"
 	@echo "make kernels-triton VERSION=3.6.0  the same and the kernels' tests with another Triton"
 	@echo "make models  tests on a real model, on the CPU (some minutes)"
 	@echo "make gpu    tests and timings on this machine's GPU"
@@ -41,14 +41,11 @@ COMPILE := TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m fastprefix.kern
 
 kernels: $(VENV)/.test
 	$(COMPILE)
-	$(COMPILE) --query-length 1 --kernel decode
-	$(PYTEST) -m slow tests/kernels
 
 kernels-triton: export PYTHONPATH = $(CURDIR)/$(OTHER_TRITON)
 kernels-triton: $(VENV)/.test $(OTHER_TRITON)
 	$(PYTEST) tests/kernels
 	$(COMPILE)
-	$(COMPILE) --query-length 1 --kernel decode
 
 # Triton alone: everything else is the environment's. --target needs no second copy of PyTorch.
 $(OTHER_TRITON): | $(VENV)

@@ -16,7 +16,8 @@ from .backward_dq import dq_launch
 from .blocks import LOG2E, load_tile
 from .problem import Problem, make_problem
 
-DELTA_ROWS = 64
+# Of a tile of out and one of its gradient: 64 rows of D 128; gfx1100 spills at twice that.
+DELTA_ELEMENTS = 64 * 128
 
 
 @triton.jit
@@ -54,7 +55,8 @@ def delta_launch(
 ) -> launch.Launch:
     """The launch that fills `delta` and `lse2` [B, H, Lq]."""
     B, H, Lq, Dv = out.shape
-    rows = min(DELTA_ROWS, triton.next_power_of_2(Lq))
+    block = launch.block_size(Dv)
+    rows = min(DELTA_ELEMENTS // block, 64, triton.next_power_of_2(Lq))
     return launch.Launch(
         prefix_attn_bwd_delta_kernel,
         (triton.cdiv(Lq, rows) * B * H,),
@@ -68,7 +70,7 @@ def delta_launch(
             H=H,
             Lq=Lq,
         ),
-        {"HEAD": Dv, "BLOCK_M": rows, "BLOCK_D": launch.block_size(Dv)},
+        {"HEAD": Dv, "BLOCK_M": rows, "BLOCK_D": block},
         launch.Tile(rows=rows, keys=1, warps=4, stages=1),
     )
 

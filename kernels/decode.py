@@ -1,455 +1,53 @@
 """Decode: few queries per sequence, in two launches: all tiles of keys at once, then a merge.
 
-The first programs of one grid attend to the prefix. They take the rows of all sequences that share
-it, so that a key is read once per tile of rows and not once per sequence; the other programs attend
-to one sequence each. Both kinds are split along the keys and leave partial results in fp32, each
-normalised, with its log-sum-exp (natural logarithm); the second kernel adds those of a row up.
+The kernels are in :mod:`~fastprefix.kernels.decode_kernels`; their tiles, their splits and the
+tables that sort a batch by prefix are in :mod:`~fastprefix.kernels.decode_plan`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .blocks import LN2, LOG2E, LOWEST, additive, cap, load_tile, packed_rows, store_tile
-from .decode_plan import (
-    MAX_QUERY_LENGTH,
-    DecodePlan,
-    decode_plan,
-    shape_of,
-)
-
-# Entries of a padding mask that one step of a scan reads: 16 bytes a thread.
-SCAN = tl.constexpr(2048)
-# Partial results of a row that the merge unrolls, so that their loads are under way together.
-UNROLL = tl.constexpr(4)
+from .decode_kernels import prefix_attn_decode_kernel, prefix_attn_decode_merge_kernel
+from .decode_plan import MAX_QUERY_LENGTH, DecodePlan, Shape, decode_plan, shape_of
+from .problem import Problem, make_problem
 
 
-@triton.jit
-def first_real(p_pad, s_pn, length):
-    """The first real token of a row of the padding mask; `length` if there is none."""
-    o_n = tl.arange(0, SCAN)
-    i_n = length * 0
-    first = length
-    while (i_n < length) & (first == length):
-        o_at = (i_n + o_n).to(tl.int64)
-        m_real = tl.load(p_pad + o_at * s_pn, mask=o_at < length, other=0) != 0
-        first = tl.min(tl.where(m_real, i_n + o_n, length), 0)
-        i_n += SCAN
-    return first
-
-
-@triton.jit
-def real_span(p_pad, s_pn, lo, hi):
-    """The first real token in lo .. hi and the end of the last; (hi, lo) if there is none."""
-    o_n = tl.arange(0, SCAN)
-    first = hi
-    end = lo
-    for i_n in tl.range(lo, hi, SCAN):
-        o_at = (i_n + o_n).to(tl.int64)
-        m_real = tl.load(p_pad + o_at * s_pn, mask=o_at < hi, other=0) != 0
-        first = tl.minimum(first, tl.min(tl.where(m_real, i_n + o_n, hi), 0))
-        end = tl.maximum(end, tl.max(tl.where(m_real, i_n + o_n + 1, lo), 0))
-    return first, end
-
-
-@triton.jit
-def decode_sweep(
-    b_q, p_k, p_v, p_pad, s_kn, s_vn, s_pn, lo, hi, o_first, o_end, scale_log2, softcap,
-    HEAD: tl.constexpr, HEAD_V: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """Attend to the keys lo .. hi of one source, normalised; (0, -inf) for rows that see none.
-
-    p_k, p_v, p_pad are scalars, the source's key 0. Row i sees the keys o_first[i] .. o_end[i] of
-    lo .. hi; None is no limit.
-    """
-    o_n = tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
-    o_dv = tl.arange(0, BLOCK_DV)
-    o_k = o_n[:, None] * s_kn + o_d[None, :]  # [BN, BD]
-    o_v = o_n[:, None] * s_vn + o_dv[None, :]  # [BN, BDV]
-    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-    b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for i_n in tl.range(lo, hi, BLOCK_N):
-        m_n = i_n + o_n < hi
-        m_seen = m_n
-        o_start = tl.cast(i_n, tl.int64)
-        b_k = load_tile(p_k + o_start * s_kn + o_k, m_n, o_d, HEAD, BLOCK_D, True)  # [BN, BD]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-        if p_pad is not None:
-            b_pad = tl.load(p_pad + (o_start + o_n) * s_pn, mask=m_n, other=0)
-            m_seen = m_n & (b_pad != 0)
-        if softcap is None:
-            b_s *= scale_log2
-        else:
-            b_s = cap(b_s, scale_log2, softcap) * (softcap * LOG2E)
-        b_s = tl.where(m_seen[None, :], b_s, float("-inf"))
-        if o_end is not None:
-            b_s = tl.where((i_n + o_n)[None, :] < o_end, b_s, float("-inf"))
-        if o_first is not None:
-            b_s = tl.where((i_n + o_n)[None, :] >= o_first, b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.math.exp2(b_s - b_new[:, None])
-        b_alpha = tl.math.exp2(b_max - b_new)
-        b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
-        b_acc = b_acc * b_alpha[:, None]
-        b_v = load_tile(p_v + o_start * s_vn + o_v, m_n, o_dv, HEAD_V, BLOCK_DV, True)  # [BN, BDV]
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-        b_max = b_new
-    m_some = b_sum > 0.0
-    b_sum = tl.where(m_some, b_sum, 1.0)
-    b_lse = tl.where(m_some, (b_max + tl.math.log2(b_sum)) * LN2, float("-inf"))
-    return b_acc / b_sum[:, None], b_lse
-
-
-@triton.jit
-def store_partial(
-    part_out, part_lse, b_out, b_lse, row, m_r,
-    HEAD_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """Store a tile of partial results from a row (int64) of the contiguous buffers on."""
-    o_r = tl.arange(0, BLOCK_M)
-    o_dv = tl.arange(0, BLOCK_DV)
-    p_out = part_out + row * HEAD_V + (o_r[:, None] * HEAD_V + o_dv[None, :])
-    store_tile(p_out, b_out, m_r, o_dv, HEAD_V, BLOCK_DV)
-    tl.store(part_lse + row + o_r, b_lse, mask=m_r)
-
-
-@triton.jit
-def prefix_phase(
-    i_program, q, pk, pv, order, units, part_out, part_lse,
-    s_qb, s_qh, s_qm, s_pkh, s_pkn, s_pvh, s_pvn,
-    B, Lq, P, n_units, n_splits, split, scale_log2, softcap,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """One tile of rows that use the same prefix, one KV head, one split of the prefix."""
-    i_h = (i_program // n_units).to(tl.int64)
-    i_u = i_program % n_units
-    if units is None:
-        row = i_u // n_splits * BLOCK_M
-        row_end = B * GROUP * Lq
-        lo = i_u % n_splits * split
-        hi = tl.minimum(lo + split, P)
-    else:
-        row = tl.load(units + i_u * 4)
-        row_end = tl.load(units + i_u * 4 + 1)
-        lo = tl.load(units + i_u * 4 + 2)
-        hi = tl.load(units + i_u * 4 + 3)
-    if row < row_end:  # surplus units have no rows
-        o_r = row + tl.arange(0, BLOCK_M)
-        m_r = o_r < row_end
-        o_b = o_r // (GROUP * Lq)
-        o_g = o_r % (GROUP * Lq) // Lq
-        o_m = o_r % Lq
-        if order is not None:
-            o_b = tl.load(order + o_b, mask=m_r, other=0)
-        p_q = q + o_b.to(tl.int64) * s_qb + (i_h * GROUP + o_g) * s_qh + o_m.to(tl.int64) * s_qm
-        o_d = tl.arange(0, BLOCK_D)
-        b_q = load_tile(p_q[:, None] + o_d[None, :], m_r, o_d, HEAD, BLOCK_D, True)  # [BM, BD]
-        b_out, b_lse = decode_sweep(
-            b_q, pk + i_h * s_pkh, pv + i_h * s_pvh, None, s_pkn, s_pvn, 0,
-            lo, hi, None, None, scale_log2, softcap,
-            HEAD, HEAD_V, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-        store_partial(
-            part_out, part_lse, b_out, b_lse, (i_h * n_units + i_u) * BLOCK_M, m_r,
-            HEAD_V, BLOCK_M, BLOCK_DV,
-        )  # fmt: skip
-
-
-@triton.jit
-def sequence_phase(
-    i_program, q, k, v, pad, part_out, part_lse,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_pb, s_pn,
-    Hkv, Lq, Lk, first_key, n_splits, split, first_row, scale_log2, softcap, window,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
-    CAUSAL: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """One tile of rows of one KV head of one sequence, one split of the sequence."""
-    n_tiles = tl.cdiv(GROUP * Lq, BLOCK_M)
-    i_split = i_program % n_splits
-    i_tile = i_program // n_splits % n_tiles
-    i_bh = i_program // (n_splits * n_tiles)
-    i_b = (i_bh // Hkv).to(tl.int64)
-    i_h = (i_bh % Hkv).to(tl.int64)
-    o_g, o_m, m_r = packed_rows(i_tile, Lq, GROUP, BLOCK_M)
-
-    # The keys of this split. With FIXED splits start at the row's first real token, wherever the
-    # batch's padding has put it, and those below every window are left out whole.
-    p_pad = pad
-    if pad is not None:
-        p_pad = pad + i_b * s_pb
-    if FIXED:
-        lo = 0
-        if pad is not None:
-            lo = first_real(p_pad, s_pn, Lk)
-        if window is not None:
-            lo += tl.maximum(first_key - lo, 0) // split * split
-        lo += i_split * split
-        hi = tl.minimum(lo + split, Lk)
-        if window is not None:
-            lo += tl.maximum(first_key - lo, 0) // BLOCK_N * BLOCK_N
-    else:
-        lo = first_key + i_split * split
-        hi = tl.minimum(lo + split, Lk)
-    if pad is not None:
-        # Neither left padding nor the empty slots of a static cache are read. Whole tiles are left
-        # out, so the others stay where they are.
-        first, hi = real_span(p_pad, s_pn, lo, hi)
-        lo += tl.maximum(first - lo, 0) // BLOCK_N * BLOCK_N
-
-    o_first = None
-    o_end = None
-    if CAUSAL:
-        o_end = (o_m + 1 + Lk - Lq)[:, None]
-        if window is not None:
-            o_first = o_end - window
-    elif window is not None:
-        o_end = (o_m + Lk - Lq)[:, None] + window
-        o_first = o_end - 2 * window + 1
-
-    o_d = tl.arange(0, BLOCK_D)
-    p_q = q + i_b * s_qb + (i_h * GROUP + o_g) * s_qh + o_m.to(tl.int64) * s_qm
-    b_q = load_tile(p_q[:, None] + o_d[None, :], m_r, o_d, HEAD, BLOCK_D, True)  # [BM, BD]
-    b_out, b_lse = decode_sweep(
-        b_q, k + i_b * s_kb + i_h * s_kh, v + i_b * s_vb + i_h * s_vh, p_pad, s_kn, s_vn, s_pn,
-        lo, hi, o_first, o_end, scale_log2, softcap,
-        HEAD, HEAD_V, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    row = first_row + (i_bh.to(tl.int64) * n_splits + i_split) * (GROUP * Lq) + i_tile * BLOCK_M
-    store_partial(part_out, part_lse, b_out, b_lse, row, m_r, HEAD_V, BLOCK_M, BLOCK_DV)
-
-
-# Lengths grow with every token: no specialisation, hence no recompilation, for those that are
-# multiples of 16 or equal to 1.
-LENGTHS = [
-    "B", "Lk", "P", "n_units", "n_splits", "split",
-    "first_key", "first_row", "n_sequence_splits", "sequence_split", "window",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def prefix_attn_decode_kernel(
-    q, k, v, pk, pv, pad, order, units, part_out, part_lse,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,
-    s_pkh, s_pkn, s_pvh, s_pvn, s_pb, s_pn,
-    B, Hkv, Lq, Lk, P, n_units, n_splits, split,
-    first_key, first_row, n_sequence_splits, sequence_split, scale, softcap, window,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
-    CAUSAL: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """The first Hkv * n_units programs are prefix tiles, the others sequence tiles."""
-    i_program = tl.program_id(0)
-    n_prefix = Hkv * n_units
-    if i_program < n_prefix:
-        prefix_phase(
-            i_program, q, pk, pv, order, units, part_out, part_lse,
-            s_qb, s_qh, s_qm, s_pkh, s_pkn, s_pvh, s_pvn,
-            B, Lq, P, n_units, n_splits, split, scale * LOG2E, softcap,
-            GROUP, HEAD, HEAD_V, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-    else:
-        sequence_phase(
-            i_program - n_prefix, q, k, v, pad, part_out, part_lse,
-            s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_pb, s_pn,
-            Hkv, Lq, Lk, first_key, n_sequence_splits, sequence_split, first_row,
-            scale * LOG2E, softcap, window,
-            GROUP, HEAD, HEAD_V, CAUSAL, FIXED, PRECISION, BLOCK_R, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-
-
-@triton.jit
-def merge_step(
-    b_acc, b_max, b_sum, part_out, part_lse, o_row, m_r, b_bias, o_dv,
-    HEAD_V: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """Add one partial result per row to the running maximum, sum and accumulator."""
-    b_lse = tl.load(part_lse + o_row, mask=m_r, other=float("-inf")) * LOG2E
-    if b_bias is not None:
-        b_lse += b_bias
-    b_out = load_tile(
-        part_out + o_row[:, None] * HEAD_V + o_dv[None, :], m_r, o_dv, HEAD_V, BLOCK_DV, True
-    )
-    b_new = tl.maximum(b_max, b_lse)
-    b_alpha = tl.math.exp2(b_max - b_new)
-    b_weight = tl.math.exp2(b_lse - b_new)
-    b_acc = b_acc * b_alpha[:, None] + b_weight[:, None] * b_out
-    return b_acc, b_new, b_sum * b_alpha + b_weight
-
-
-@triton.jit(do_not_specialize=["n_units", "n_splits", "first_row", "n_sequence_splits"])
-def prefix_attn_decode_merge_kernel(
-    part_out, part_lse, rows, sinks, bias, out, lse,
-    Hkv, Lq, n_units, n_splits, first_row, n_sequence_splits,
-    GROUP: tl.constexpr, HEAD_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """Final rows of one KV head of one sequence: prefix splits in order, sequence splits, sink.
-
-    A partial result that saw nothing changes no bit, so neither does the number of those.
-    BLOCK_M is that of the prefix tiles.
-    """
-    n_tiles = tl.cdiv(GROUP * Lq, BLOCK_R)
-    i_tile = tl.program_id(0) % n_tiles
-    i_bh = tl.program_id(0) // n_tiles
-    i_b = i_bh // Hkv
-    i_h = i_bh % Hkv
-    o_r = i_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    m_r = o_r < GROUP * Lq
-    o_head = i_h * GROUP + o_r // Lq
-    o_dv = tl.arange(0, BLOCK_DV)
-
-    if rows is None:
-        row = i_b * (GROUP * Lq)
-        i_u = 0
-        n_prefix = n_splits
-    else:
-        row = tl.load(rows + i_b * 3)
-        i_u = tl.load(rows + i_b * 3 + 1)
-        n_prefix = tl.load(rows + i_b * 3 + 2)
-    b_bias = None
-    if bias is not None:
-        # One number per head is added to all scores of the prefix alike, hence to their lse.
-        b_bias = additive(tl.load(bias + o_head, mask=m_r, other=0.0))
-
-    b_acc = tl.zeros([BLOCK_R, BLOCK_DV], dtype=tl.float32)
-    b_max = tl.full([BLOCK_R], LOWEST, dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
-    o_u = i_u + (row + o_r) // BLOCK_M * n_prefix  # the first unit of a row's tile
-    o_row = (i_h.to(tl.int64) * n_units + o_u) * BLOCK_M + (row + o_r) % BLOCK_M
-    for i_split in tl.range(0, n_prefix, loop_unroll_factor=UNROLL):
-        b_acc, b_max, b_sum = merge_step(
-            b_acc, b_max, b_sum, part_out, part_lse, o_row + i_split * BLOCK_M, m_r, b_bias,
-            o_dv, HEAD_V, BLOCK_DV,
-        )  # fmt: skip
-    o_row = first_row + i_bh.to(tl.int64) * n_sequence_splits * (GROUP * Lq) + o_r
-    for i_split in tl.range(0, n_sequence_splits, loop_unroll_factor=UNROLL):
-        b_acc, b_max, b_sum = merge_step(
-            b_acc, b_max, b_sum, part_out, part_lse, o_row + i_split * (GROUP * Lq), m_r, None,
-            o_dv, HEAD_V, BLOCK_DV,
-        )  # fmt: skip
-    if sinks is not None:
-        b_sink = tl.load(sinks + o_head, mask=m_r, other=0.0).to(tl.float32) * LOG2E
-        b_new = tl.maximum(b_max, b_sink)
-        b_alpha = tl.math.exp2(b_max - b_new)
-        b_sum = b_sum * b_alpha + tl.math.exp2(b_sink - b_new)
-        b_acc = b_acc * b_alpha[:, None]
-        b_max = b_new
-
-    m_some = b_sum > 0.0
-    b_sum = tl.where(m_some, b_sum, 1.0)
-    b_lse = tl.where(m_some, (b_max + tl.math.log2(b_sum)) * LN2, float("-inf"))
-    o_row = i_bh.to(tl.int64) * (GROUP * Lq) + o_r
-    store_tile(
-        out + o_row[:, None] * HEAD_V + o_dv[None, :], b_acc / b_sum[:, None],
-        m_r, o_dv, HEAD_V, BLOCK_DV,
-    )  # fmt: skip
-    tl.store(lse + o_row, b_lse, mask=m_r)
-
-
-def supports(
-    *,
-    query_length: int,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    cu_seqlens: Tensor | None = None,
-    prefix_in_window: bool = False,
-    prefix_bias: Tensor | None = None,
-) -> bool:
-    """Whether :func:`decode_forward` can do a call; the one-pass forward does the others."""
-    return (
-        query_length <= MAX_QUERY_LENGTH
-        and attn_mask is None
-        and dropout_p == 0.0
-        and cu_seqlens is None
-        and not prefix_in_window
-        and (prefix_bias is None or prefix_bias.dim() == 1)
-    )
-
-
-def check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
-    prefix_index: Tensor | None,
-    prefix_lengths: Tensor | None,
-    sinks: Tensor | None,
-    prefix_bias: Tensor | None,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> None:
-    """Raise ValueError for operands that a kernel would read out of bounds or misinterpret."""
-    B, Hq, Lq, D = query.shape
-    Hkv, Lk, Dv = value.shape[1:]
-    P = prefix_key.shape[1]
-    same, floating = (query.dtype,), (query.dtype, torch.float32)
-    integer = (torch.int32, torch.int64)
-    N = 0 if prefix_lengths is None else prefix_lengths.numel()
-    expected = {
-        "query": (query, (B, Hq, Lq, D), launch.DTYPES),
-        "key": (key, (B, Hkv, Lk, D), same),
-        "value": (value, (B, Hkv, Lk, Dv), same),
-        "prefix_key": (prefix_key, (Hkv, P, D), same),
-        "prefix_value": (prefix_value, (Hkv, P, Dv), same),
-        "key_padding_mask": (key_padding_mask, (B, Lk), (torch.bool,)),
-        "prefix_index": (prefix_index, (B,), integer),
-        "prefix_lengths": (prefix_lengths, (N,), integer),
-        "sinks": (sinks, (Hq,), floating),
-        "prefix_bias": (prefix_bias, (Hq,), floating),
-    }
-    for name, (tensor, shape, dtypes) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes {list(shape)}")
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{name}: got {tensor.dtype}, takes {' or '.join(map(str, dtypes))}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name}: got device {tensor.device}, takes {query.device}")
+def obstacle(problem: Problem) -> str | None:
+    """What keeps a call from the two phases, argument first; None if they can do it."""
+    Lq, bias = problem.query.shape[2], problem.prefix_bias
     if Lq > MAX_QUERY_LENGTH:
-        raise ValueError(f"query: got Lq = {Lq}, decode takes at most {MAX_QUERY_LENGTH}")
-    if not 1 <= min(D, Dv) <= max(D, Dv) <= launch.MAX_HEAD_SIZE:
-        raise ValueError(f"query, value: got head sizes {D}, {Dv}, takes 1 .. 256")
-    if Hkv == 0 or Hq % Hkv:
-        raise ValueError(f"query: got {Hq} heads, takes a multiple of the {Hkv} key heads")
-    if (prefix_index is None) != (prefix_lengths is None):
-        raise ValueError("prefix_index, prefix_lengths: got one of the two, takes both or neither")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window: got {sliding_window}, takes 1 or more")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: got {softcap}, takes a positive number")
+        return f"query: got Lq = {Lq}, decode takes at most {MAX_QUERY_LENGTH}"
+    for name in ("attn_mask", "cu_seqlens"):
+        if getattr(problem, name) is not None:
+            return f"{name}: decode takes none"
+    for name in ("dropout_p", "prefix_in_window"):
+        if getattr(problem, name):
+            return f"{name}: got {getattr(problem, name)}, decode takes none"
+    if bias is not None and bias.dim() != 1:
+        return f"prefix_bias: got shape {list(bias.shape)}, decode takes [Hq]"
+    return None
+
+
+def shape_of_problem(problem: Problem) -> Shape:
+    """What the plan of a call depends on."""
+    return shape_of(
+        problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_lengths,
+        problem.sliding_window, problem.batch_invariant,
+    )  # fmt: skip
 
 
 def decode_launches(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    key_padding_mask: Tensor | None,
-    sinks: Tensor | None,
-    prefix_bias: Tensor | None,
+    problem: Problem,
+    plan: DecodePlan,
     part_out: Tensor,
     part_lse: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
-    is_causal: bool,
-    scale: float,
-    softcap: float | None,
-    plan: DecodePlan,
 ) -> list[launch.Launch]:
     """The two launches that fill the contiguous `out` and `lse`; one if there are no keys at all.
 
@@ -457,49 +55,54 @@ def decode_launches(
     """
     shape, layout, cut = plan.shape, plan.layout, plan.layout.prefix
     tables, tile = plan.tables, layout.tile
-    common = {
-        "part_out": part_out, "part_lse": part_lse, "Hkv": shape.Hkv, "Lq": shape.Lq,
-        "n_units": cut.units, "n_splits": cut.splits,
-        "first_row": shape.Hkv * cut.units * cut.rows,
-        "n_sequence_splits": layout.sequence_splits,
+    arguments = {
+        "order": tables and tables.order, "units": tables and tables.units,
+        "rows": tables and tables.rows,
+        "part_out": part_out, "part_lse": part_lse, "out": out, "lse": lse,
+        "B": shape.B, "window": shape.sliding_window,
+        "n_units": cut.units, "n_splits": cut.splits, "split": cut.split,
+        "first_key": layout.first_key, "first_row": shape.Hkv * cut.units * cut.rows,
+        "n_sequence_splits": layout.sequence_splits, "sequence_split": layout.sequence_split,
     }  # fmt: skip
     constants = {
-        "GROUP": shape.Hq // shape.Hkv, "HEAD_V": shape.Dv,
-        "BLOCK_M": tile.rows, "BLOCK_DV": layout.value_block,
-    }  # fmt: skip
-    attend = launch.Launch(
-        prefix_attn_decode_kernel,
-        (layout.programs,),
-        dict(
-            q=query, k=key, v=value, pk=prefix_key, pv=prefix_value, pad=key_padding_mask,
-            order=tables and tables.order, units=tables and tables.units,
-            **launch.strides(q=query, k=key, v=value, pk=prefix_key, pv=prefix_value),
-            **launch.mask_strides(key_padding_mask),
-            B=shape.B, Lk=shape.Lk, P=shape.P, split=cut.split, first_key=layout.first_key,
-            sequence_split=layout.sequence_split, scale=scale, softcap=softcap,
-            window=shape.sliding_window, **common,
-        ),
-        {
-            "HEAD": shape.D,
-            # A single query is the last: it sees all keys.
-            "CAUSAL": is_causal and shape.Lq > 1,
-            "FIXED": shape.batch_invariant,
-            "PRECISION": launch.dot_precision(query.dtype),
-            "BLOCK_R": layout.sequence_rows, "BLOCK_N": tile.keys,
-            "BLOCK_D": layout.block, **constants,
-        },
-        tile,
-    )  # fmt: skip
-    merge = launch.Launch(
-        prefix_attn_decode_merge_kernel,
-        (layout.merge_programs,),
-        dict(
-            rows=tables and tables.rows, sinks=sinks, bias=prefix_bias, out=out, lse=lse, **common
-        ),
-        {"BLOCK_R": layout.merge_tile.rows, **constants},
-        layout.merge_tile,
-    )  # fmt: skip
+        # A single query is the last: it sees all keys.
+        "CAUSAL": problem.is_causal and shape.Lq > 1,
+        "FIXED": shape.batch_invariant,
+        "BLOCK_R": layout.sequence_rows,
+    }
+    merged = {"BLOCK_M": tile.rows, "BLOCK_R": layout.merge_tile.rows}
+    attend = problem.launch(prefix_attn_decode_kernel, layout.programs, tile, arguments, constants)
+    merge = problem.launch(
+        prefix_attn_decode_merge_kernel, layout.merge_programs, layout.merge_tile, arguments, merged
+    )
     return [attend, merge] if layout.programs else [merge]
+
+
+def decode(problem: Problem, plan: DecodePlan | None = None) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a problem without an :func:`obstacle`.
+
+    Args:
+        problem: checked.
+        plan: for this shape and these prefixes, instead of the cached one.
+
+    Raises:
+        ValueError: a plan for another shape.
+    """
+    shape = shape_of_problem(problem)
+    if plan is None:
+        plan = decode_plan(shape, problem.target, problem.prefix_index, problem.prefix_lengths)
+    elif plan.shape != shape:
+        raise ValueError(f"plan: got one for {plan.shape}, takes one for {shape}")
+    query, rows = problem.query, plan.layout.partial_rows
+    device, single = query.device, torch.float32
+    out = torch.empty((*query.shape[:3], shape.Dv), dtype=query.dtype, device=device)
+    lse = torch.empty(query.shape[:3], dtype=single, device=device)
+    if lse.numel():
+        part_out = torch.empty((rows, shape.Dv), dtype=single, device=device)
+        part_lse = torch.empty((rows,), dtype=single, device=device)
+        for step in decode_launches(problem, plan, part_out, part_lse, out, lse):
+            step.run()
+    return out, lse
 
 
 def decode_forward(
@@ -511,69 +114,37 @@ def decode_forward(
     *,
     is_causal: bool,
     scale: float,
-    key_padding_mask: Tensor | None = None,
-    prefix_index: Tensor | None = None,
-    prefix_lengths: Tensor | None = None,
-    sinks: Tensor | None = None,
-    prefix_bias: Tensor | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    batch_invariant: bool = False,
     plan: DecodePlan | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of a few queries per sequence over [prefix ; sequence], in two launches.
 
     Args:
         query: [B, Hq, Lq, D], fp32, bf16 or fp16; Lq from 1 to 16, D and Dv from 1 to 256. Any
             strides, here and below.
-        key: [B, Hkv, Lk, D], Hq a multiple of Hkv.
+        key: [B, Hkv, Lk, D], Hq a multiple of Hkv. Runs of padding at either end of a sequence
+            are not read.
         value: [B, Hkv, Lk, Dv].
         prefix_key: [Hkv, P, D], one prefix for all rows or several end to end; P may be 0.
         prefix_value: [Hkv, P, Dv].
         is_causal: query i sees the sequence keys 0 .. i + Lk - Lq.
         scale: factor on the scores.
-        key_padding_mask: [B, Lk] bool, True = real token, or None. Runs of padding at either end
-            of a sequence are not read.
-        prefix_index: [B] int32 or int64, the prefix of each row, -1 for none; None for one prefix.
-        prefix_lengths: [N] int32 or int64, lengths of the packed prefixes.
-        sinks: [Hq], in the query's dtype or fp32: exp(sink) joins the denominator.
-        prefix_bias: [Hq], likewise: added to the prefix's scores; -1e30 or less hides the prefix.
-        sliding_window: query i sees the sequence keys less than this far from i + Lk - Lq.
-        softcap: scores become softcap * tanh(score / softcap).
-        batch_invariant: a row's bits do not depend on the other rows: fixed tiles and splits.
-        plan: from :func:`decode_plan` for this shape and these prefixes, instead of the cached one.
+        plan: from :func:`~fastprefix.kernels.decode_plan.decode_plan` for this shape and these
+            prefixes, instead of the cached one.
+        options: the optional fields of :class:`~fastprefix.kernels.problem.Problem`.
 
     Returns:
         out [B, Hq, Lq, Dv] in the query's dtype and the log-sum-exp (natural log, sinks included)
         [B, Hq, Lq] in float32. Rows that see nothing: zeros and -inf (the sink, if there is one).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or a plan for other shapes.
+        ValueError: operands that do not fit together, what the two phases cannot do, or a plan for
+            other shapes.
     """
-    check(
-        query, key, value, prefix_key, prefix_value, key_padding_mask, prefix_index,
-        prefix_lengths, sinks, prefix_bias, sliding_window, softcap,
-    )  # fmt: skip
-    shape = shape_of(query, key, value, prefix_key, prefix_lengths, sliding_window, batch_invariant)
-    if plan is None:
-        target = launch.target_of(query.device)
-        plan = decode_plan(shape, target, prefix_index, prefix_lengths)
-    elif plan.shape != shape:
-        raise ValueError(f"plan: got one for {plan.shape}, takes one for {shape}")
-    query, key, value, prefix_key, prefix_value = launch.rows_contiguous(
-        query, key, value, prefix_key, prefix_value
+    problem = make_problem(
+        query, key, value, prefix_key, prefix_value, is_causal=is_causal, scale=scale, **options
     )
-    sinks, prefix_bias = (x if x is None else x.contiguous() for x in (sinks, prefix_bias))
-    device, rows = query.device, plan.layout.partial_rows
-    out = torch.empty((*query.shape[:3], shape.Dv), dtype=query.dtype, device=device)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
-    if lse.numel():
-        part_out = torch.empty((rows, shape.Dv), dtype=torch.float32, device=device)
-        part_lse = torch.empty((rows,), dtype=torch.float32, device=device)
-        for step in decode_launches(
-            query, key, value, prefix_key, prefix_value, key_padding_mask, sinks, prefix_bias,
-            part_out, part_lse, out, lse,
-            is_causal=is_causal, scale=scale, softcap=softcap, plan=plan,
-        ):  # fmt: skip
-            step.run()
-    return out, lse
+    reason = obstacle(problem)
+    if reason is not None:
+        raise ValueError(reason)
+    return decode(problem, plan)

@@ -28,7 +28,7 @@ MAX_QUERY_LENGTH = 16
 # `rows` are those of a prefix tile, at most; the sequence tiles of the same launch have at least 16
 # and share keys, warps and stages.
 #
-# The reasons, all static (registers, spills and shared memory from tests/kernels/test_decode.py):
+# The reasons, all static (registers, spills and shared memory from `offline.py`):
 # - 64 rows: wgmma and tcgen05 take no fewer, and 128 would double the registers of the sequence
 #   programs, which belong to the same kernel, read most of the bytes and want neighbours.
 # - 64 keys: a tile of K and V is 16 to 32 KiB, enough in flight to hide memory with two programs
@@ -61,10 +61,10 @@ CDNA: list[Row] = [
     (128, Tile(64, 32, 4, 1), Tile(16, 32, 4, 1)),
     (256, Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
 ]
-# gfx10 to gfx12: WMMA keeps each operand twice per wave, hence the shortest tiles, and fp32 needs
-# 8 warps from D 128 on (at D 256 it spills half a KiB all the same).
+# gfx10 to gfx12: WMMA keeps each operand twice per wave, hence the shortest tiles, and fp32 takes
+# one score a thread (at D 256 it spills half a KiB all the same).
 RDNA: list[Row] = [
-    (64, Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
+    (64, Tile(32, 32, 4, 1), Tile(16, 16, 8, 1)),
     (128, Tile(32, 16, 4, 1), Tile(16, 16, 8, 1)),
     (256, Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
 ]

@@ -243,39 +243,18 @@ def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
     return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own)
 
 
-DECODE_OPTIONS = (
-    "key_padding_mask", "prefix_index", "prefix_lengths", "sinks", "prefix_bias",
-    "sliding_window", "softcap",
-)  # fmt: skip
-
-
-def decode_in_two_phases(problem: Problem, batch_invariant: bool) -> bool:
+def decode_in_two_phases(problem: Problem) -> bool:
     """Whether a call runs in the two phases of :mod:`~fastprefix.kernels.decode`.
 
     Raises:
         ValueError: batch_invariant, and the two phases cannot do the call.
     """
-    able = decode.supports(
-        query_length=problem.query.shape[2],
-        attn_mask=problem.attn_mask,
-        dropout_p=problem.dropout_p,
-        cu_seqlens=problem.cu_seqlens,
-        prefix_in_window=problem.prefix_in_window,
-        prefix_bias=problem.prefix_bias,
-    )
-    if not able:
-        if batch_invariant:
-            raise ValueError(
-                f"batch_invariant: takes at most {decode_plan.MAX_QUERY_LENGTH} queries per "
-                "sequence, without attn_mask, dropout_p, cu_seqlens, prefix_in_window and "
-                "prefix_bias [Hq, Lq, P]"
-            )
+    obstacle = decode.obstacle(problem)
+    if obstacle is not None:
+        if problem.batch_invariant:
+            raise ValueError(f"batch_invariant: for decode alone; {obstacle}")
         return False
-    shape = decode_plan.shape_of(
-        problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_lengths,
-        problem.sliding_window, batch_invariant,
-    )  # fmt: skip
-    return decode_plan.two_phase_pays(shape, problem.target)
+    return decode_plan.two_phase_pays(decode.shape_of_problem(problem), problem.target)
 
 
 def prefix_attention_forward(
@@ -287,7 +266,6 @@ def prefix_attention_forward(
     *,
     is_causal: bool,
     scale: float,
-    batch_invariant: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over [prefix ; sequence], a prefix shared by all rows that have it.
@@ -304,8 +282,6 @@ def prefix_attention_forward(
         prefix_value: [Hkv, P, Dv].
         is_causal: query i sees the sequence keys 0 .. i + Lk - Lq.
         scale: factor on the scores.
-        batch_invariant: a row's bits do not depend on the other rows of the batch; for calls that
-            :func:`~fastprefix.kernels.decode.supports`.
         options: the optional fields of :class:`~fastprefix.kernels.problem.Problem`.
 
     Returns:
@@ -314,17 +290,13 @@ def prefix_attention_forward(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or batch_invariant for a
-            call that only the one-pass kernel can do.
+            call with a :func:`~fastprefix.kernels.decode.obstacle`.
     """
     problem = make_problem(
         query, key, value, prefix_key, prefix_value, is_causal=is_causal, scale=scale, **options
     )
-    if decode_in_two_phases(problem, batch_invariant):
-        return decode.decode_forward(
-            query, key, value, prefix_key, prefix_value,
-            is_causal=is_causal, scale=scale, batch_invariant=batch_invariant,
-            **{name: options[name] for name in DECODE_OPTIONS if name in options},
-        )  # fmt: skip
+    if decode_in_two_phases(problem):
+        return decode.decode(problem)
     shape = (*query.shape[:3], value.shape[-1])
     out = torch.empty(shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,31 +47,33 @@ class Target:
 # - two stages: with tiles of this size the next load hides behind one tile of products; a third
 #   stage costs registers (5 to 8 % more instructions) and shared memory (fewer programs).
 # - dkv and dprefix keep two fp32 accumulators [keys, D], so keys are long and rows short.
-# - fp32 without TF32 runs on FMA units with all operands in registers: small tiles.
+# - fp32 without TF32 runs on FMA units (on MFMA on gfx9), and a thread holds its rows and its keys
+#   whole, over all of D: 8 scores a thread at D 64, 2 at D 128 and 1 at D 256 are what spills
+#   nothing and keeps the unrolled products short, hence ptxas quick.
 Row = tuple[int, Tile, Tile]
 Passes = dict[str, list[Row]]
 
 # sm_80, 164 KiB: mma.sync with operands in registers.
 AMPERE: Passes = {
     "forward": [
-        (64, Tile(128, 64, 4, 2), Tile(64, 32, 8, 2)),
-        (128, Tile(128, 64, 8, 2), Tile(32, 32, 4, 2)),
-        (256, Tile(64, 32, 8, 2), Tile(32, 16, 4, 2)),
+        (64, Tile(128, 64, 4, 2), Tile(32, 32, 4, 2)),
+        (128, Tile(128, 64, 8, 2), Tile(32, 16, 8, 2)),
+        (256, Tile(64, 32, 8, 2), Tile(16, 16, 8, 2)),
     ],
     "dq": [
-        (64, Tile(128, 32, 4, 2), Tile(64, 32, 8, 2)),
-        (128, Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
-        (256, Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)),
+        (64, Tile(128, 32, 4, 2), Tile(32, 32, 8, 2)),
+        (128, Tile(128, 32, 8, 2), Tile(32, 16, 8, 2)),
+        (256, Tile(64, 32, 8, 1), Tile(16, 16, 8, 1)),
     ],
     "dkv": [
-        (64, Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
-        (128, Tile(64, 64, 8, 2), Tile(16, 32, 4, 2)),
-        (256, Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
+        (64, Tile(32, 128, 8, 2), Tile(16, 32, 4, 2)),
+        (128, Tile(64, 64, 8, 2), Tile(16, 32, 8, 2)),
+        (256, Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
     ],
     "dprefix": [
-        (64, Tile(64, 128, 8, 2), Tile(32, 32, 4, 2)),
-        (128, Tile(32, 128, 8, 2), Tile(16, 32, 4, 2)),
-        (256, Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
+        (64, Tile(64, 128, 8, 2), Tile(16, 32, 4, 2)),
+        (128, Tile(32, 128, 8, 2), Tile(16, 32, 8, 2)),
+        (256, Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
     ],
 }
 # sm_86, sm_89, sm_12x: the same instructions, 99 KiB. Ampere's tiles fit up to a head block of 128
@@ -86,7 +91,8 @@ AMPERE_SMALL["dprefix"][:2] = [
     (128, Tile(64, 64, 8, 2), AMPERE["dprefix"][1][2]),
 ]
 # sm_90, 227 KiB: wgmma reads operands from shared memory and works on 64 rows per 4 warps, which
-# leaves registers for tiles twice as long.
+# leaves registers for tiles twice as long. Not in the backward at D 256, where 64 rows spill: 32
+# rows and keys run on mma.sync.
 HOPPER: Passes = {
     "forward": [
         (64, Tile(128, 128, 8, 2), AMPERE["forward"][0][2]),
@@ -96,18 +102,18 @@ HOPPER: Passes = {
     "dq": [
         (64, Tile(128, 64, 8, 2), AMPERE["dq"][0][2]),
         (128, Tile(128, 64, 8, 2), AMPERE["dq"][1][2]),
-        (256, Tile(64, 32, 8, 1), AMPERE["dq"][2][2]),
+        (256, Tile(32, 32, 8, 1), AMPERE["dq"][2][2]),
     ],
     "dkv": [
         (64, Tile(64, 64, 4, 2), AMPERE["dkv"][0][2]),
         (128, Tile(32, 128, 8, 2), AMPERE["dkv"][1][2]),
-        (256, Tile(32, 64, 8, 1), AMPERE["dkv"][2][2]),
+        AMPERE["dkv"][2],
     ],
     "dprefix": [
         # 128 rows: one iteration pays once for the arithmetic that finds its sequence and head
         (64, Tile(128, 64, 4, 2), AMPERE["dprefix"][0][2]),
         (128, Tile(64, 128, 8, 2), AMPERE["dprefix"][1][2]),
-        (256, Tile(32, 64, 8, 1), AMPERE["dprefix"][2][2]),
+        AMPERE["dprefix"][2],
     ],
 }
 # sm_100: accumulators live in tensor memory, so registers are no limit for short keys; the tiles
@@ -122,8 +128,10 @@ BLACKWELL: Passes = {
     "dq": [
         HOPPER["dq"][0],
         (128, Tile(128, 32, 8, 2), AMPERE["dq"][1][2]),
-        HOPPER["dq"][2],
+        (256, Tile(64, 32, 8, 1), AMPERE["dq"][2][2]),
     ],
+    "dkv": [*HOPPER["dkv"][:2], (256, Tile(32, 64, 8, 1), AMPERE["dkv"][2][2])],
+    "dprefix": [*HOPPER["dprefix"][:2], (256, Tile(32, 64, 8, 1), AMPERE["dprefix"][2][2])],
 }
 # gfx9: waves of 64 and 64 KiB of LDS; loads go through registers, so one stage.
 CDNA: Passes = {
@@ -135,7 +143,7 @@ CDNA: Passes = {
     "dq": [
         (64, Tile(128, 32, 4, 1), Tile(64, 32, 4, 1)),
         (128, Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
-        (256, Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)),
+        (256, Tile(32, 32, 4, 1), Tile(32, 16, 4, 1)),  # 409 of 512 registers; 8 warps spill
     ],
     "dkv": [
         (64, Tile(32, 128, 8, 1), Tile(32, 32, 4, 1)),
@@ -149,27 +157,29 @@ CDNA: Passes = {
     ],
 }
 # gfx10 to gfx12: waves of 32, and WMMA keeps each operand twice per wave, hence the shortest tiles
-# of all, and `together`.
+# of all, and `together`. fp32 products are FMA whose operands the compiler loads all at once: one
+# score a thread up to D 128, half of one where that spills. From D 128 on the backward, and at D
+# 256 everything, spills all the same (0.2 to 2 KiB, with larger tiles more).
 RDNA: Passes = {
     "forward": [
-        (64, Tile(64, 64, 8, 1), Tile(32, 32, 4, 1)),
-        (128, Tile(64, 16, 8, 1), Tile(32, 16, 4, 1)),
-        (256, Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+        (64, Tile(64, 64, 8, 1), Tile(16, 16, 8, 1)),
+        (128, Tile(64, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (256, Tile(32, 16, 8, 1), Tile(16, 16, 16, 1)),
     ],
     "dq": [
-        (64, Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
-        (128, Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
-        (256, Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+        (64, Tile(64, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (128, Tile(32, 16, 4, 1), Tile(16, 16, 16, 1)),
+        (256, Tile(32, 16, 8, 1), Tile(16, 16, 16, 1)),
     ],
     "dkv": [
-        (64, Tile(16, 32, 8, 1), Tile(16, 32, 4, 1)),
-        (128, Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
-        (256, Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+        (64, Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (128, Tile(16, 32, 8, 1), Tile(16, 16, 16, 1)),
+        (256, Tile(16, 16, 8, 1), Tile(16, 16, 16, 1)),
     ],
     "dprefix": [
-        (64, Tile(16, 64, 8, 1), Tile(16, 32, 4, 1)),
-        (128, Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
-        (256, Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+        (64, Tile(16, 64, 8, 1), Tile(16, 16, 8, 1)),
+        (128, Tile(16, 32, 8, 1), Tile(16, 16, 16, 1)),
+        (256, Tile(16, 16, 8, 1), Tile(16, 16, 16, 1)),
     ],
 }
 # Small enough that small problems have whole, partial and several tiles.
@@ -211,9 +221,15 @@ def family_of_amd(arch: str) -> str:
     return "cdna" if arch.startswith("gfx9") else "rdna"
 
 
-@functools.lru_cache
 def target_of(device: torch.device) -> Target:
-    """The target of a tensor's device; anything that is no GPU is Triton's interpreter."""
+    """The target of a tensor's device, or inside :func:`collected` the one it names."""
+    collecting = _COLLECTING.get()
+    return _device_target(device) if collecting is None else collecting[0]
+
+
+@functools.lru_cache
+def _device_target(device: torch.device) -> Target:
+    """The target of a device; anything that is no GPU is Triton's interpreter."""
     if device.type != "cuda":
         # Few, so that small test shapes still split their reductions.
         return Target("interpreter", 4)
@@ -322,10 +338,29 @@ class Launch:
     tile: Tile
 
     def run(self) -> None:
-        """Enqueue the kernel."""
+        """Enqueue the kernel; inside :func:`collected` list it instead."""
+        collecting = _COLLECTING.get()
+        if collecting is not None:
+            collecting[1].append(self)
+            return
         self.kernel[self.grid](
             **self.arguments,
             **self.constants,
             num_warps=self.tile.warps,
             num_stages=self.tile.stages,
         )
+
+
+# The target and the list of `collected`, in the thread or task that is inside.
+_COLLECTING: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("collecting", default=None)
+
+
+@contextlib.contextmanager
+def collected(target: Target) -> Iterator[list[Launch]]:
+    """Inside, every device is `target`, and launches are listed instead of enqueued."""
+    steps: list[Launch] = []
+    token = _COLLECTING.set((target, steps))
+    try:
+        yield steps
+    finally:
+        _COLLECTING.reset(token)

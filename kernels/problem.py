@@ -42,6 +42,7 @@ class Problem:
         prefix_in_window: the window reaches over the prefix too, padding not counted.
         dropout_p: probability that a weight is dropped.
         dropout_seed: [1] int64, the Philox key.
+        batch_invariant: a row's output has the same bits whatever the other rows are.
     """
 
     query: Tensor
@@ -64,6 +65,7 @@ class Problem:
     prefix_in_window: bool = False
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
+    batch_invariant: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -107,7 +109,10 @@ class Problem:
         return table, table.shape[0]
 
     def arguments(self) -> dict[str, Any]:
-        """Run-time arguments by the names that all kernels share."""
+        """Run-time arguments by the names that all kernels share.
+
+        Without `starts` and `rank`: those run on the device, for the kernels that name them.
+        """
         _, _, Hkv, Lq, Lk, P = self.sizes
         mask, bias = self.attn_mask, self.prefix_bias
         s_mb, s_mh, s_mm, s_mn = (0, 0, 0, 0) if mask is None else mask.stride()
@@ -117,8 +122,8 @@ class Problem:
             "q": self.query, "k": self.key, "v": self.value,
             "pk": self.prefix_key, "pv": self.prefix_value,
             "pad": self.key_padding_mask, "mask": mask, "bias": bias, "sinks": self.sinks,
-            "index": self.prefix_index, "starts": self.starts, "cu": self.cu_seqlens,
-            "rank": self.rank, "seed": self.dropout_seed if dropped is not None else None,
+            "index": self.prefix_index, "cu": self.cu_seqlens,
+            "seed": self.dropout_seed if dropped is not None else None,
             **launch.strides(
                 q=self.query, k=self.key, v=self.value, pk=self.prefix_key, pv=self.prefix_value
             ),
@@ -158,6 +163,9 @@ class Problem:
         compile_time = self.constants() | {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
         compile_time |= constants or {}
         names = kernel.arg_names
+        for name in ("starts", "rank"):
+            if name in names and name not in run_time:
+                run_time[name] = getattr(self, name)
         return launch.Launch(
             kernel,
             (programs,),
@@ -192,6 +200,8 @@ def make_problem(
     )
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    if prefix_bias is not None and prefix_bias.dim() == 1:
+        prefix_bias = prefix_bias.contiguous()
     problem = Problem(
         query,
         key,
@@ -276,5 +286,10 @@ def check(problem: Problem) -> None:
             raise ValueError("cu_seqlens does not go with key_padding_mask or attn_mask")
     if problem.prefix_in_window and problem.sliding_window is None:
         raise ValueError("prefix_in_window needs a sliding_window")
+    window, softcap = problem.sliding_window, problem.softcap
+    if window is not None and window < 1:
+        raise ValueError(f"sliding_window: got {window}, takes 1 or more")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: got {softcap}, takes a positive number")
     if problem.dropout_p and problem.dropout_seed is None:
         raise ValueError("dropout_p needs a dropout_seed")

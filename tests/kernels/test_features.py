@@ -26,11 +26,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "cu_seqlens and packed prefixes": {
         "boundaries": (0, 9, 11, 37), "lengths": (7, 33), "index": (1, -1, 1), "B": 1,
     },
-    "bool mask": {"mask": ("bool", NOT_BROADCAST)},
-    "additive mask": {"mask": ("additive", NOT_BROADCAST)},
-    "broadcast mask": {"mask": ("additive", (True, True, False, False)), "padding": "left"},
+    "bool mask": {"mask": ("bool", NOT_BROADCAST), "B": 2},
+    "additive mask": {"mask": ("additive", NOT_BROADCAST), "B": 2},
+    "broadcast mask": {"mask": ("additive", (True, True, False, False)), "padding": "left", "B": 2},
     "sinks": {"sinks": True},
-    "sinks of rows that see nothing": {"sinks": True, "padding": "row", "P": 0},
+    "sinks of rows that see nothing": {"sinks": True, "padding": "row", "P": 0, "B": 2},
     "bias by head": {"bias": "heads"},
     "bias by column": {"bias": "columns"},
     "window": {"sliding_window": 5},
@@ -38,7 +38,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "window of several tiles": {"sliding_window": 40, "Lq": 70, "Lk": 110},
     "prefix in window": {"sliding_window": 50, "prefix_in_window": True},
     "padded prefix in window": {
-        "sliding_window": 50, "prefix_in_window": True, "padding": "left",
+        "sliding_window": 50, "prefix_in_window": True, "padding": "left", "B": 2,
     },
     "softcap": {"softcap": 2.0},
     "dropout": {"dropout_p": 0.3},
@@ -47,12 +47,15 @@ FEATURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize(
+    ("is_causal", "dtype"),
+    [(True, torch.float32), (False, torch.bfloat16)],
+    ids=["causal fp32", "bidirectional bf16"],
+)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature(problem, agree, feature, is_causal, dtype):
     torch.manual_seed(0)
-    shape = {"P": 40, "D": 16, **FEATURES[feature]}
+    shape = {"P": 40, "D": 16, "B": 1, "Hq": 2, "Hkv": 1, **FEATURES[feature]}
     agree(problem(**shape, is_causal=is_causal, dtype=dtype))
 
 
@@ -81,9 +84,9 @@ def combinations(draw: st.DrawFn) -> dict[str, Any]:
         call["B"], call["Lq"], call["Lk"] = 1, 40, 40
         sequences = len(call["boundaries"]) - 1
     else:
-        sequences = call["B"] = draw(st.integers(1, 3))
+        sequences = call["B"] = draw(st.integers(1, 2))
         call["Lq"] = draw(length)
-        call["Lk"] = call["Lq"] + draw(st.sampled_from([0, 0, 7, 33]))
+        call["Lk"] = max(0, call["Lq"] + draw(st.sampled_from([0, 0, 7, 33, -5])))
         call["padding"] = draw(st.sampled_from(["none", "none", "left", "right", "holes", "row"]))
         if draw(sometimes):
             broadcast = draw(st.tuples(*[st.booleans()] * 4))
@@ -101,14 +104,14 @@ def combinations(draw: st.DrawFn) -> dict[str, Any]:
     return call
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=combinations(), seed=st.integers(0, 1000))
 def test_combinations(problem, agree, call, seed):
     torch.manual_seed(seed)
     agree(problem(**call))
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=combinations(), seed=st.integers(0, 1000))
 def test_outputs_are_written_whole_and_nothing_else_is(problem, run, poisoned, call, seed):
     torch.manual_seed(seed)

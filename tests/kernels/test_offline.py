@@ -1,6 +1,6 @@
-"""Every kernel compiled for six GPUs that are not here: it fits, spills nothing, uses MMA units.
+"""Offline compilation: cases and their launches, the names of loops, reports, what is a violation.
 
-Compilation needs real JIT functions, so it runs in processes without the interpreter.
+What the kernels compile to is in test_offline_table.py.
 """
 
 from __future__ import annotations
@@ -12,26 +12,21 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from fastprefix.kernels import launch
-from fastprefix.kernels.offline import (
+from fastprefix.kernels.offline import main
+from fastprefix.kernels.offline_cases import (
     FEATURES,
+    TARGETS,
     Case,
-    Failure,
-    Report,
+    full_jobs,
     launches,
-    loop_names,
-    main,
     parse_target,
-    violations,
+    table_jobs,
 )
+from fastprefix.kernels.offline_report import Failure, Report, loop_names, violations
 from fastprefix.kernels.problem import Problem
 
-TARGETS = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100")
-SHARED_LIMIT = {
-    "cuda:80": 166_912, "cuda:90": 232_448, "cuda:100": 232_448, "cuda:120": 101_376,
-    "hip:gfx942": 65_536, "hip:gfx1100": 65_536,
-}  # fmt: skip
-MMA = ("fwd_kernel", "dq_kernel", "dkv_kernel", "dprefix_kernel")
 KERNELS = {
     "prefix_attn_fwd_kernel",
     "prefix_attn_bwd_delta_kernel",
@@ -50,98 +45,6 @@ def offline(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
     )
-
-
-def compile_offline(*arguments: str) -> list[dict]:
-    """Its report as JSON."""
-    result = offline("--json", "--jobs", "2", *arguments)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout)
-
-
-@pytest.fixture(scope="module")
-def main_path() -> list[dict]:
-    return compile_offline("--target", *TARGETS, "--head-size", "64", "128")
-
-
-@pytest.fixture(scope="module")
-def variants() -> list[dict]:
-    """Padding, no causality, decode, fp16, fp32 and the largest head size on a few targets."""
-    return [
-        *compile_offline(
-            "--target", "cuda:80", "cuda:90", "--head-size", "64", "--features", "padding"
-        ),
-        *compile_offline(
-            "--target", "cuda:80", "--head-size", "64", "--dtype", "fp16", "fp32", "--bidirectional"
-        ),
-        *compile_offline("--target", "cuda:120", "--head-size", "256"),
-        *compile_offline("--target", "cuda:90", "--head-size", "128", "--query-length", "1"),
-    ]
-
-
-def judge(found: dict) -> None:
-    case, kernel = found["case"], found["kernel"]
-    label = f"{kernel} for {case}: {found}"
-    assert found["shared_bytes"] <= SHARED_LIMIT[case["target"]], label
-    assert found["spill_bytes"] == 0, label
-    assert found["spill_instructions"] == 0, label
-    if kernel.endswith(MMA) and case["dtype"] != "fp32":
-        assert found["tensor_core_instructions"] > 0, label
-
-
-@pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize("target", TARGETS)
-def test_main_path(main_path, target, head_size):
-    found = [
-        r for r in main_path if (r["case"]["target"], r["case"]["head_size"]) == (target, head_size)
-    ]
-    assert {r["kernel"] for r in found} == KERNELS
-    for r in found:
-        judge(r)
-
-
-def test_variants(variants):
-    assert variants
-    for r in variants:
-        judge(r)
-
-
-def test_hot_loops_are_found_and_named(main_path):
-    """Every sweep of the source is a loop of the machine code, and one iteration is one tile."""
-    expected = {
-        "fwd_kernel": ["prefix", "prefix tail", "sequence", "sequence, masked"],
-        "dkv_kernel": ["rows, masked", "rows"],
-        "dprefix_kernel": ["rows"],
-    }
-    for r in main_path:
-        nvidia = r["case"]["target"].startswith("cuda")
-        for suffix, names in expected.items():
-            if r["kernel"].endswith(suffix):
-                assert [loop["name"] for loop in r["loops"]] == names, r
-        for loop in r["loops"]:
-            assert loop["matrix_instructions"] > 0, r
-            assert sum(loop["shapes"].values()) == loop["matrix_instructions"]
-            assert not nvidia or loop["iterations"] == 1, r
-            assert loop["per_kiloflop"] == pytest.approx(
-                1000 * loop["instructions"] * r["tile"][2] / loop["flops"]
-            )
-
-
-def test_unmasked_forward_loops_are_lean(main_path):
-    """Instructions per 1000 FLOP of the unmasked forward loops: a guard against regressions."""
-    most = {("cuda:80", 64): 1.35, ("cuda:80", 128): 1.1, ("cuda:90", 64): 1.0}
-    for r in main_path:
-        limit = most.get((r["case"]["target"], r["case"]["head_size"]))
-        if limit is not None and r["kernel"].endswith("fwd_kernel"):
-            for loop in r["loops"]:
-                if loop["name"] in ("prefix", "sequence"):
-                    assert loop["per_kiloflop"] <= limit, (r["case"], loop)
-
-
-def test_programs_that_fit_a_multiprocessor(main_path):
-    for r in main_path:
-        assert r["occupancy"]["blocks"] >= 1, r
-        assert r["occupancy"]["blocks"] == min(r["occupancy"]["by_limit"].values())
 
 
 def test_a_second_run_disassembles_nothing(tmp_path):
@@ -190,11 +93,27 @@ def test_the_interpreter_compiles_nothing(capsys):
     assert "TRITON_INTERPRET=0" in capsys.readouterr().err
 
 
-def test_collecting_launches_leaves_the_launchers_as_they_were():
-    run, target_of = launch.Launch.run, launch.target_of
+def test_launches_are_listed_for_the_target_and_not_run():
     steps = launches(Case("hip:gfx942", features=("padding",)))
     assert {step.kernel.__name__ for step in steps} == KERNELS
-    assert (launch.Launch.run, launch.target_of) == (run, target_of)
+    assert launch.target_of(torch.device("cpu")).family == "interpreter"
+    with launch.collected(launch.Target("hopper", 132)) as outer:
+        with launch.collected(launch.Target("cdna", 304)):
+            steps[0].run()
+            assert launch.target_of(torch.device("cpu")).family == "cdna"
+        assert not outer
+        steps[1].run()
+    assert outer == [steps[1]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_jobs_cover_the_rows_and_the_features(target):
+    jobs = table_jobs(target)
+    assert {name for job in jobs for name in job.case.features} == FEATURES.keys()
+    assert set(jobs) <= set(full_jobs())
+    # alone, too
+    alone = {job.case.features for job in full_jobs() if job.case.target == target}
+    assert {(name,) for name in FEATURES} <= alone
 
 
 @pytest.mark.parametrize(
@@ -240,6 +159,8 @@ def report(**changes) -> Report:
         (report(spill_bytes=8, spill_instructions=2), ["spills 8 bytes, 2 instructions"]),
         (report(spill_bytes=8, case={"dtype": "fp32"}), []),
         (report(spill_bytes=8, case={"head_size": 256}), []),
+        (report(spill_bytes=8, case={"features": ("softcap",)}), []),
+        (report(spill_bytes=0, spill_instructions=None), []),
         (report(tensor_core_instructions=0), ["does not use the matrix units"]),
         (report(tensor_core_instructions=0, kernel="prefix_attn_bwd_delta_kernel"), []),
         (Failure(Case("cuda:80"), "k", "PassError: no\nmore"), ["does not compile: PassError: no"]),

@@ -1,0 +1,247 @@
+"""What is compiled for GPUs that are not there: targets, problems, and the launches they make.
+
+The launchers run as they are, on tensors without storage, and their launches are collected instead
+of enqueued: what is compiled offline is what runs there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from . import launch
+from .backward import prefix_attention_backward
+from .forward import prefix_attention_forward
+from .problem import Problem
+
+TARGETS = (
+    "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100"
+)  # fmt: skip
+HEAD_SIZES = (16, 32, 64, 72, 80, 96, 112, 128, 192, 256)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Multiprocessors assumed for every target; they decide into how many parts reductions are cut.
+MULTIPROCESSORS = 108
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem to compile all the passes for.
+
+    Attributes:
+        target: one of TARGETS.
+        head_size: D.
+        dtype: one of DTYPES.
+        features: names out of FEATURES.
+        value_head_size: Dv, D if None.
+        is_causal: of the sequence part.
+        batch, kv_heads, group, query_length, length, prefix: B, Hkv, Hq / Hkv, Lq, Lk, P. With
+            "cu_seqlens", `batch` sequences share the `length` tokens.
+    """
+
+    target: str
+    head_size: int = 64
+    dtype: str = "bf16"
+    features: tuple[str, ...] = ()
+    value_head_size: int | None = None
+    is_causal: bool = True
+    batch: int = 8
+    kv_heads: int = 8
+    group: int = 4
+    query_length: int = 2048
+    length: int = 2048
+    prefix: int = 512
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without storage."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# Keyword arguments that a feature adds to both launchers. To compile a new feature, add its line.
+FEATURES: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "padding": lambda c: {"key_padding_mask": _empty(c.batch, c.length, dtype=torch.bool)},
+    "attn_mask": lambda c: {"attn_mask": _empty(c.batch, 1, c.query_length, c.length)},
+    "bool_mask": lambda c: {
+        "attn_mask": _empty(c.batch, 1, c.query_length, c.length, dtype=torch.bool)
+    },
+    "sliding_window": lambda c: {"sliding_window": 256},
+    "prefix_in_window": lambda c: {"sliding_window": 256, "prefix_in_window": True},
+    "softcap": lambda c: {"softcap": 30.0},
+    "sinks": lambda c: {"sinks": _empty(c.kv_heads * c.group)},
+    "prefix_bias": lambda c: {"prefix_bias": _empty(c.kv_heads * c.group)},
+    "prefix_bias_columns": lambda c: {
+        "prefix_bias": _empty(c.kv_heads * c.group, c.query_length, c.prefix)
+    },
+    "dropout": lambda c: {"dropout_p": 0.1, "dropout_seed": _empty(1, dtype=torch.int64)},
+    "packed": lambda c: {
+        "prefix_lengths": _empty(4, dtype=torch.int32),
+        "prefix_index": _empty(c.batch, dtype=torch.int32),
+    },
+    "cu_seqlens": lambda c: {"cu_seqlens": _empty(c.batch + 1, dtype=torch.int32)},
+    "negative_scale": lambda c: {"scale": -0.125},
+    "batch_invariant": lambda c: {"batch_invariant": True},
+}
+# All of them at least once, in kernels that are few because features meet in them.
+MEETINGS = (
+    ("padding", "sinks", "negative_scale", "packed"),
+    ("attn_mask", "prefix_bias", "sliding_window"),
+    ("bool_mask", "prefix_bias_columns", "prefix_in_window"),
+    ("cu_seqlens", "softcap", "dropout"),
+)
+DECODE_MEETINGS = (
+    ("padding", "sliding_window", "softcap", "sinks", "prefix_bias"),
+    ("padding", "sliding_window", "packed", "batch_invariant"),
+)
+# Queries that fill a tile of 32 rows: most of a feature's code stands in every score, so with whole
+# tiles the features would take longer to compile than all the rows of the tables.
+SHORT = {"query_length": 32, "group": 1}
+# A step of decoding, whose odd lengths nothing may specialise on.
+DECODE = {"batch": 33, "query_length": 1, "length": 2047, "prefix": 4097}
+
+
+def parse_target(name: str) -> str:
+    """The entry of TARGETS for "sm_90", "gfx942" or itself.
+
+    Raises:
+        ValueError: an architecture that is not in TARGETS.
+    """
+    known = {target.replace("cuda:", "sm_").replace("hip:", ""): target for target in TARGETS}
+    if name in TARGETS:
+        return name
+    if name not in known:
+        raise ValueError(f"arch: got {name!r}, takes one of {', '.join(known)}")
+    return known[name]
+
+
+def check_case(case: Case) -> None:
+    """Raise ValueError, naming the field, for a case that no launcher takes."""
+    for name, known in (("target", TARGETS), ("dtype", DTYPES)):
+        if getattr(case, name) not in known:
+            raise ValueError(
+                f"{name}: got {getattr(case, name)!r}, takes one of {', '.join(known)}"
+            )
+    for name in ("head_size", "value_head_size"):
+        size = getattr(case, name)
+        if size is not None and not 1 <= size <= launch.MAX_HEAD_SIZE:
+            raise ValueError(f"{name}: got {size}, takes 1 to {launch.MAX_HEAD_SIZE}")
+    taken = {field.name for field in dataclasses.fields(Problem)}
+    for name in case.features:
+        if name not in FEATURES:
+            raise ValueError(f"features: got {name!r}, takes {', '.join(FEATURES)}")
+        missing = FEATURES[name](case).keys() - taken
+        if missing:
+            raise ValueError(f"features: the kernels have no {', '.join(sorted(missing))}")
+
+
+def gpu_target(name: str) -> GPUTarget:
+    """Triton's target for "cuda:90" or "hip:gfx942"."""
+    backend, arch = name.split(":")
+    if backend == "cuda":
+        return GPUTarget("cuda", int(arch), 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+
+def launch_target(name: str) -> launch.Target:
+    """The entry of the launch table for the same name."""
+    backend, arch = name.split(":")
+    if backend == "cuda":
+        return launch.Target(launch.family_of_capability(*divmod(int(arch), 10)), MULTIPROCESSORS)
+    return launch.Target(launch.family_of_amd(arch), MULTIPROCESSORS)
+
+
+def launches(case: Case) -> list[launch.Launch]:
+    """Every launch of a forward and a backward of the case, in order."""
+    check_case(case)
+    c, dtype = case, DTYPES[case.dtype]
+    D, Dv = c.head_size, c.value_head_size or c.head_size
+    B, Lq, Lk = c.batch, c.query_length, c.length
+    if "cu_seqlens" in c.features:
+        B, Lq = 1, Lk
+    Hq = c.kv_heads * c.group
+    inputs = (
+        _empty(B, Hq, Lq, D, dtype=dtype),
+        _empty(B, c.kv_heads, Lk, D, dtype=dtype),
+        _empty(B, c.kv_heads, Lk, Dv, dtype=dtype),
+        _empty(c.kv_heads, c.prefix, D, dtype=dtype),
+        _empty(c.kv_heads, c.prefix, Dv, dtype=dtype),
+    )
+    options: dict[str, Any] = {"scale": 0.125, "is_causal": c.is_causal, "key_padding_mask": None}
+    for name in c.features:
+        options |= FEATURES[name](c)
+    bias = options.get("prefix_bias")
+    needs = (True,) * len(inputs) + ("sinks" in options, bias is not None and bias.dim() == 1)
+    with launch.collected(launch_target(c.target)) as steps:
+        out, lse = prefix_attention_forward(*inputs, **options)
+        grad_out = _empty(B, Hq, Lq, Dv, dtype=dtype)
+        prefix_attention_backward(grad_out, *inputs, out=out, lse=lse, **options, needs=needs)
+    return steps
+
+
+@dataclass(frozen=True)
+class Job:
+    """Kernels of a case to compile.
+
+    Attributes:
+        case: the problem.
+        kernel: only kernels whose name contains this.
+        code: read the disassembly, for hot loops and spill instructions; it takes as long as a
+            fifth of the compilation.
+    """
+
+    case: Case
+    kernel: str = ""
+    code: bool = True
+
+
+def is_main(case: Case) -> bool:
+    """Whether the kernels of a case must not spill and are read to the last instruction."""
+    return case.dtype == "bf16" and case.head_size in (64, 128) and not case.features
+
+
+def plain_jobs(target: str, head_size: int, dtype: str) -> list[Job]:
+    """Forward, backward and decoding without features."""
+    case = Case(target, head_size, dtype)
+    step = dataclasses.replace(case, **DECODE)
+    return [Job(case, code=is_main(case)), Job(step, "decode", code=is_main(case))]
+
+
+def table_jobs(target: str) -> list[Job]:
+    """Every kernel at every row of the launch tables that a target can pick, and every feature.
+
+    A call picks a row by the block of its head size and by whether it is fp32; the largest head of
+    a block needs most. Features at one small head size, whose value is smaller still.
+    """
+    passes = launch.TABLE[launch_target(target).family]
+    blocks = sorted({largest for rows in passes.values() for largest, _, _ in rows})
+    jobs = []
+    for dtype, block in itertools.product(("bf16", "fp32"), blocks):
+        jobs += plain_jobs(target, block, dtype)
+    for features in MEETINGS:
+        case = Case(target, 32, "bf16", features, value_head_size=16, **SHORT)
+        jobs.append(Job(case, code=False))
+    for features in DECODE_MEETINGS:
+        case = Case(target, 32, "fp16", features, value_head_size=16, **DECODE)
+        jobs.append(Job(case, "decode", code=False))
+    return jobs
+
+
+def full_jobs() -> list[Job]:
+    """The tables of every target, all its head sizes and dtypes, and each feature alone at D 64."""
+    jobs = []
+    for target in TARGETS:
+        jobs += table_jobs(target)
+        for head_size, dtype in itertools.product(HEAD_SIZES, DTYPES):
+            jobs += plain_jobs(target, head_size, dtype)
+        for feature in FEATURES:
+            case = Case(target, 64, "bf16", (feature,))
+            if feature == "batch_invariant":
+                case = dataclasses.replace(case, **DECODE)
+            jobs.append(Job(case, code=False))
+    return list(dict.fromkeys(jobs))

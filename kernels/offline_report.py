@@ -1,0 +1,316 @@
+"""Machine code of a launch and what it costs: registers, spills, shared memory, hot loops.
+
+Triton keeps compiled kernels on disk, keyed by their source, specialisation, target and its own
+version (TRITON_CACHE_DIR). What is read off their machine code lies beside them, keyed by the
+kernel's hash and by the code that reads it. Nothing here is a timing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.cache import get_cache_manager
+
+from . import inspect_code, inspect_device, inspect_traffic, launch
+from .offline_cases import DTYPES, Case, Job, gpu_target, is_main, launch_target, launches
+
+POINTERS = {
+    torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
+    **{dtype: f"*{name}" for name, dtype in DTYPES.items()},
+}  # fmt: skip
+
+# Matrix instructions in PTX, one for each or several of the machine code.
+PTX_MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+
+# Loops of a kernel in the order of its source, each with the features that bring it (none: it is
+# always there). Where the compiler leaves another number of loops they are numbered.
+SWEEPS = (
+    ("prefix, window's edge", ("prefix_in_window",)),
+    ("prefix", ()),
+    ("prefix tail", ()),
+    ("sequence, window's edge", ("sliding_window", "prefix_in_window")),
+    ("sequence", ()),
+    ("sequence, masked", ()),
+)
+LOOPS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "prefix_attn_fwd_kernel": SWEEPS,
+    "prefix_attn_bwd_dq_kernel": SWEEPS,
+    "prefix_attn_bwd_dkv_kernel": (("rows, masked", ()), ("rows", ())),
+    "prefix_attn_bwd_dprefix_kernel": (("rows", ()),),
+}
+# Products per tile of scores, as (over the key's head size, over the value's).
+PRODUCTS = {
+    "prefix_attn_fwd_kernel": (1, 1),
+    "prefix_attn_bwd_dq_kernel": (2, 1),
+    "prefix_attn_bwd_dkv_kernel": (2, 2),
+    "prefix_attn_bwd_dprefix_kernel": (2, 2),
+}
+
+
+@dataclass(frozen=True)
+class NamedLoop(inspect_code.Loop):
+    """A hot loop, what it sweeps, and its work against that of one iteration in the source.
+
+    Attributes:
+        name: what it sweeps.
+        iterations: FLOP over those of one tile; 1 unless the compiler unrolled the loop, or warps
+            do the same work twice.
+    """
+
+    name: str = ""
+    iterations: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel costs. Bytes are per program, spills and registers per thread.
+
+    Without a disassembly `spill_instructions` and `instructions` are None and `loops` empty.
+    """
+
+    case: Case
+    kernel: str
+    tile: launch.Tile
+    programs: int
+    registers: int
+    spill_bytes: int
+    spill_instructions: int | None
+    shared_bytes: int
+    shared_limit: int
+    tensor_core_instructions: int
+    instructions: int | None
+    loops: tuple[NamedLoop, ...]
+    occupancy: inspect_device.Occupancy
+    traffic: inspect_traffic.Traffic | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A kernel that the compiler refused."""
+
+    case: Case
+    kernel: str
+    error: str
+
+
+def source(step: launch.Launch, target: GPUTarget) -> ASTSource:
+    """The specialisation that Triton's own launcher would derive from these arguments."""
+    backend = make_backend(target)
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(step.kernel.arg_names):
+        value = step.constants.get(name, step.arguments.get(name))
+        one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+        if name in step.constants or value is None or one:
+            signature[name], constants[(position,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+            special = backend.get_tensor_specialization(value, align=True)
+            attributes[(position,)] = backend.parse_attr(special)
+        elif isinstance(value, bool):
+            signature[name] = "u1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            special = backend.get_int_specialization(value, align=True)
+            attributes[(position,)] = backend.parse_attr(special)
+        else:
+            signature[name] = "fp32"
+    return ASTSource(step.kernel, signature, constants, attributes)
+
+
+def compile_launch(step: launch.Launch, target: str) -> Any:
+    """A launch as compiled by Triton; without line numbers, which take a tenth of the time."""
+    chosen = gpu_target(target)
+    options = {"num_warps": step.tile.warps, "num_stages": step.tile.stages}
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True
+        return triton.compile(source(step, chosen), target=chosen, options=options)
+
+
+def nvidia_costs(asm: dict[str, Any], warps: int, code: bool) -> dict[str, Any]:
+    """Registers, stack and matrix instructions of a cubin; with `code` what `_code_costs` adds."""
+    tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+
+        def dump(option: str) -> str:
+            command = [tool, option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
+        sass = inspect_code.parse_sass(dump("-sass")) if code else None
+    return {
+        "registers": int(usage["REG"]),
+        "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "tensor_core_instructions": len(PTX_MATRIX.findall(asm["ptx"])),
+        **_code_costs(sass, warps),
+    }
+
+
+def amd_costs(asm: dict[str, Any], warps: int, code: bool) -> dict[str, Any]:
+    """The same from the assembly text of an AMD kernel."""
+    text = asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
+
+    # Not the metadata's spill counts: scalar registers kept in lanes of vector registers, which
+    # never see memory, are among them.
+    return {
+        "registers": field("vgpr_count"),
+        "spill_bytes": field("private_segment_fixed_size"),
+        "tensor_core_instructions": len(re.findall(r"^\tv_(?:mfma|wmma)_", text, re.MULTILINE)),
+        **_code_costs(inspect_code.parse_amdgcn(text) if code else None, warps),
+    }
+
+
+def _code_costs(code: list[inspect_code.Instruction] | None, warps: int) -> dict[str, Any]:
+    """What only the instructions tell; nothing of it without them."""
+    if code is None:
+        return {"spill_instructions": None, "instructions": None, "loops": []}
+    return {
+        "spill_instructions": sum(map(inspect_code.is_spill, code)),
+        "tensor_core_instructions": sum(map(inspect_code.is_matrix, code)),
+        "instructions": len(code),
+        "loops": [dataclasses.asdict(loop) for loop in inspect_code.hot_loops(code, warps)],
+    }
+
+
+@functools.cache
+def _analysis() -> str:
+    """A digest of the code that reads machine code: figures read by other code do not count."""
+    files = (Path(__file__), Path(inspect_code.__file__))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def costs(compiled: Any, warps: int, code: bool = True) -> dict[str, Any]:
+    """`nvidia_costs` or `amd_costs` of a compiled kernel, from the cache if they lie there."""
+    key = hashlib.sha256(f"{compiled.hash} {_analysis()} {code}".encode()).hexdigest()
+    cache = get_cache_manager(key)
+    known = cache.get_file("costs.json")
+    if known is not None:
+        return json.loads(Path(known).read_text())
+    read = nvidia_costs if "cubin" in compiled.asm else amd_costs
+    found = read(compiled.asm, warps, code)
+    cache.put(json.dumps(found), "costs.json", binary=False)  # atomic: a rename
+    return found
+
+
+def loop_names(kernel: str, features: tuple[str, ...], count: int) -> list[str]:
+    """What the `count` loops of a kernel sweep."""
+    names = [
+        name
+        for name, brought_by in LOOPS.get(kernel, ())
+        if not brought_by or set(brought_by) & set(features)
+    ]
+    return names if len(names) == count else [f"{i} of {count}" for i in range(1, count + 1)]
+
+
+def named_loops(
+    case: Case, step: launch.Launch, loops: list[dict[str, Any]]
+) -> tuple[NamedLoop, ...]:
+    """The loops of a kernel with what they sweep and their share of the source's work."""
+    kernel, constants = step.kernel.__name__, step.constants
+    names = loop_names(kernel, case.features, len(loops))
+    work = None
+    if kernel in PRODUCTS:
+        over_key, over_value = PRODUCTS[kernel]
+        width = constants["BLOCK_D"]
+        width = over_key * width + over_value * constants.get("BLOCK_DV", width)
+        work = 2 * constants["BLOCK_M"] * constants["BLOCK_N"] * width
+    return tuple(
+        NamedLoop(**loop, name=name, iterations=work and loop["flops"] / work)
+        for name, loop in zip(names, loops, strict=True)
+    )
+
+
+def report(case: Case, step: launch.Launch, code: bool = True, save: Path | None = None) -> Report:
+    """Compile one launch and measure its code; `save` keeps the binary and its metadata."""
+    compiled = compile_launch(step, case.target)
+    found = costs(compiled, step.tile.warps, code)
+    loops = named_loops(case, step, found.pop("loops"))
+    metadata, kernel = compiled.metadata, step.kernel.__name__
+    if save is not None:
+        stem = f"{case.target.replace(':', '')}-{case.dtype}-{case.head_size}-{kernel}"
+        if "cubin" in compiled.asm:
+            (save / f"{stem}.cubin").write_bytes(compiled.asm["cubin"])
+        else:
+            (save / f"{stem}.s").write_text(compiled.asm["amdgcn"])
+        meta = {"shared": metadata.shared, "num_warps": step.tile.warps}
+        (save / f"{stem}.json").write_text(json.dumps(meta))
+    return Report(
+        case=case,
+        kernel=kernel,
+        tile=step.tile,
+        programs=math.prod(step.grid),
+        shared_bytes=metadata.shared,
+        shared_limit=launch.SHARED_MEMORY[launch_target(case.target).family],
+        loops=loops,
+        occupancy=inspect_device.occupancy(
+            inspect_device.LIMITS[case.target],
+            registers=found["registers"],
+            shared_bytes=metadata.shared,
+            warps=step.tile.warps,
+            tensor_columns=getattr(metadata, "tmem_size", None) or 0,
+        ),
+        traffic=inspect_traffic.traffic(step),
+        **found,
+    )
+
+
+def reports(job: Job, save: Path | None = None) -> list[Report | Failure]:
+    """Compile the launches of a job."""
+    found: list[Report | Failure] = []
+    for step in launches(job.case):
+        name = step.kernel.__name__
+        if job.kernel not in name:
+            continue
+        try:
+            found.append(report(job.case, step, job.code, save))
+        except Exception as error:  # compilers fail in many ways; the others still get compiled
+            found.append(Failure(job.case, name, f"{type(error).__name__}: {error}"))
+    return found
+
+
+def violations(r: Report | Failure) -> list[str]:
+    """What a kernel must not do and does: not compile, overflow shared memory; on the main path
+    (bf16, D 64 or 128, no features) spill, or compute without the matrix units.
+    """
+    if isinstance(r, Failure):
+        return [f"does not compile: {r.error.splitlines()[0]}"]
+    found = []
+    case = r.case
+    if r.shared_bytes > r.shared_limit:
+        found.append(f"{r.shared_bytes} bytes of shared memory, {r.shared_limit} exist")
+    main = is_main(case)
+    if main and r.spill_bytes + (r.spill_instructions or 0):
+        found.append(f"spills {r.spill_bytes} bytes, {r.spill_instructions} instructions")
+    if main and r.kernel in PRODUCTS and not r.tensor_core_instructions:
+        found.append("does not use the matrix units")
+    return found
+
+
+def label(r: Report | Failure) -> str:
+    """The case and kernel of a report, in words."""
+    c = r.case
+    extras = [*c.features, *([] if c.is_causal else ["bidirectional"])]
+    if c.value_head_size not in (None, c.head_size):
+        extras.append(f"Dv {c.value_head_size}")
+    named = f" {'+'.join(extras)}" if extras else ""
+    return f"{c.target:11} {c.dtype} D{c.head_size:<4}{r.kernel}{named}"
