@@ -48,8 +48,9 @@ class Target:
 #   stage costs registers (5 to 8 % more instructions) and shared memory (fewer programs).
 # - dkv and dprefix keep two fp32 accumulators [keys, D], so keys are long and rows short.
 # - fp32 without TF32 runs on FMA units (on MFMA on gfx9), and a thread holds its rows and its keys
-#   whole, over all of D: 8 scores a thread at D 64, 2 at D 128 and 1 at D 256 are what spills
-#   nothing and keeps the unrolled products short, hence ptxas quick.
+#   whole, over all of D: 8 scores a thread at D 64 (4 in the backward), 2 at D 128 and 1 at D 256
+#   spill 16 bytes at most on sm_80 and sm_90 and keep the unrolled products short, hence ptxas
+#   quick.
 Row = tuple[int, Tile, Tile]
 Passes = dict[str, list[Row]]
 
