@@ -225,6 +225,12 @@ class PrefixKV:
         for layer in range(self.num_layers):
             tensors[f"layers.{layer}.key"] = self.keys[layer].detach().contiguous()
             tensors[f"layers.{layer}.value"] = self.values[layer].detach().contiguous()
+        seen: set[int] = set()
+        for name, tensor in tensors.items():
+            storage = tensor.untyped_storage().data_ptr()
+            if storage in seen:  # layers that share a block; the file's format has no such thing
+                tensors[name] = tensor.clone()
+            seen.add(storage)
         about = {
             "num_layers": self.num_layers,
             "position_offset": self.position_offset,

@@ -185,3 +185,12 @@ def test_tensors_that_do_not_fit_name_the_file(tmp_path):
     save_file(tensors, file, metadata=metadata)
     with pytest.raises(ValueError, match=r"kv\.safetensors"):
         PrefixKV.load(file)
+
+
+def test_layers_that_share_a_block_are_saved_each(tmp_path):
+    key, value = torch.randn(2, 2, 3, 4).unbind()
+    kv = PrefixKV((key, key, value), (value, key[:, :], value), 3)
+    kv.save(tmp_path / "kv.safetensors")
+    again = PrefixKV.load(tmp_path / "kv.safetensors")
+    for got, want in zip((*again.keys, *again.values), (*kv.keys, *kv.values), strict=True):
+        assert torch.equal(got, want)
