@@ -154,6 +154,8 @@ class Case:
             "the prefix is ignored": lambda: outputs(None, Semantics(0)),
             "the prefix is ignored, the text moved": lambda: outputs(empty, self.right(prefix)[1]),
         }
+        if not self.library.groups(self.architecture):
+            lost = {}  # the bare model has none to lose
         return Check(got.detach(), lambda: outputs(*self.right(prefix)), without=lost)
 
 
