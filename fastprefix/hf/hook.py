@@ -111,8 +111,11 @@ def _place(
                 "all rows; takes prefixes with a position_offset of 0"
             )
         prefix_bias = _distances(module, kwargs, kv)
-    elif placing == "argument" or (placing == "given" and most):
-        if placing == "given" and kwargs.get("position_ids") is None:
+    elif placing == "argument" or (placing == "given" and (most or state.positions_known is None)):
+        # Without learned positions distances alone matter, and pads between prefix and text must
+        # not count (ModernBERT); learned ones are the model's own affair.
+        learned = placing == "given" and state.positions_known is not None
+        if learned and kwargs.get("position_ids") is None:
             raise ValueError(
                 f"position_offset: got {most}, for which {type(module).__name__} takes "
                 "position_ids: it alone knows its default"

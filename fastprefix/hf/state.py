@@ -22,7 +22,7 @@ ACTIVE = threading.local()
 
 # How a stack of layers (a decoder, an encoder) can be told where its text stands:
 # "argument": by position_ids, which follow the attention mask where they are not given;
-# "given": by position_ids, for which only the model itself knows a default;
+# "given": by position_ids, for which the model itself knows a default where they are learned;
 # "embedding": by what its position embedding is told of the keys that are in the cache;
 # "distance": by a bias for each distance, of which it is told that to the prefix (T5);
 # "fixed": not at all. "inner": its parts are told.
