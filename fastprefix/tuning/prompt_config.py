@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fastprefix.tuning.config import TASK_TYPES, Init
+from fastprefix.tuning.config import TASK_TYPES
 
+Init = Literal["random", "text", "vocab"]
 Reparameterization = Literal["MLP", "LSTM"]
 Placement = Literal["prefix", "infix"]
 

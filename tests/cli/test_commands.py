@@ -104,7 +104,7 @@ def test_training_on_a_file_of_ones_own(tiny_folder: str, tmp_path: Path) -> Non
     [
         (("generate", "hello", "--model", "/no/such/folder"), "/no/such/folder"),
         (("generate", "hello", "--adapter", "a", "--system-prompt", "b"), "--system-prompt"),
-        (("train", "--output", "out", "--init", "zero"), "init"),
+        (("train", "--output", "out", "--init", "nothing"), "init"),
         (("train", "--output", "out", "--data", "missing.jsonl"), "missing.jsonl"),
     ],
 )

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from fastprefix import PrefixKV, PromptConfig, PromptTuningModel, use_prefix
 from fastprefix.cli.app import app
+from fastprefix.cli.console import console
 from fastprefix.hf.peft_format import save_adapter
 from fastprefix.hf.peft_prompts import save_prompt
 from fastprefix.kv import prefix as kv_prefix
@@ -61,6 +62,12 @@ def base(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<unk>").save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    """Long paths of temporary folders are not wrapped."""
+    monkeypatch.setattr(console, "width", 400)
 
 
 @pytest.fixture

@@ -151,12 +151,20 @@ def test_a_cartridge_of_ours_is_one_of_theirs(tiny, tmp_path):
     torch.testing.assert_close(logits(theirs, ids, mask), expected, **CLOSE)
 
 
-def test_frozen_tokens_are_not_trained_by_surprise(tiny, tmp_path):
+def test_frozen_tokens_of_a_cartridge_stay_frozen(tiny, tmp_path):
     kv = tiny.random_kv(tiny.build(), P)
     save_adapter(tmp_path, kv, {"num_frozen_tokens": 1}, kind="CARTRIDGE")
-    PrefixTuningModel.from_pretrained(tiny.build(), tmp_path)
-    with pytest.raises(NotImplementedError, match="first 1 tokens are frozen"):
-        PrefixTuningModel.from_pretrained(tiny.build(), tmp_path, is_trainable=True)
+    tuned = PrefixTuningModel.from_pretrained(tiny.build(), tmp_path, is_trainable=True)
+    optimizer = torch.optim.SGD(tuned.encoder.parameters(), lr=1.0)
+    ids, mask = tiny.batch((7, 4))
+    tuned(ids, attention_mask=mask, labels=ids).loss.backward()
+    optimizer.step()
+    for got, want in zip(tuned.export().keys, kv.keys, strict=True):
+        assert torch.equal(got[:, :1], want[:, :1])
+        assert not torch.equal(got[:, 1:], want[:, 1:])
+    tuned.save_pretrained(tmp_path)
+    again = PrefixTuningModel.from_pretrained(tiny.build(), tmp_path)
+    assert again.encoder.num_frozen_tokens == 1
 
 
 def test_learned_prefixes_stay_visible_in_windows_unless_told_otherwise(tiny):
