@@ -249,9 +249,9 @@ def test_no_more_tokens_than_learned_positions(tiny, name):
     full = tiny.concatenate(front, ids, mask)
     with use_prefix(model, PrefixKV.prefill(model, front)):
         got = tiny.generate(model, ids, mask, max_new_tokens=9)
-        with pytest.raises(ValueError, match="got 9, which moves .* to position 24"):
+        with pytest.raises(ValueError, match=r"got 9, which moves .* to position 24"):
             tiny.generate(model, ids, mask, max_new_tokens=10)
-        with pytest.raises(ValueError, match="got 9, which moves .* to position 24"):
+        with pytest.raises(ValueError, match=r"got 9, which moves .* to position 24"):
             model(ids[:, :2], position_ids=torch.tensor([[14, 15]]))
     assert torch.equal(got, tiny.generate(bare, *full, max_new_tokens=9))
 
