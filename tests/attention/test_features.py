@@ -16,7 +16,7 @@ from fastprefix.attention.selection import BACKENDS, FEATURES
 
 HALF = [torch.bfloat16, torch.float16]
 # Held to reference in every feature that the table says they have, by that many combinations.
-HELD = {"composed": 120, "triton": 12}
+HELD = {"composed": 120, "triton": 6}
 
 SIZES = {
     "prefill": {"Lq": 7, "past": 0, "pad": "left", "lengths": (5, 0, 3)},
@@ -45,7 +45,7 @@ def test_reference_is_the_contract_in_any_combination(data, feature_calls):
 # The kernels have tests of their own for every feature, and a slow interpreter.
 CASES = [
     *itertools.product(["composed"], [torch.float64, torch.float32, *HALF], SIZES),
-    *itertools.product(["triton"], [torch.float32], ["prefill", "padded decode"]),
+    *itertools.product(["triton"], [torch.float32], ["prefill"]),
 ]
 
 
