@@ -30,6 +30,7 @@ from .offline_cases import (
     Case,
     Job,
     full_jobs,
+    main_jobs,
     parse_target,
     table_jobs,
 )
@@ -73,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="every row of the launch tables that the targets can pick, and every feature",
     )  # fmt: skip
     parser.add_argument(
+        "--main", action="store_true", help="of that, bf16 at head sizes 64 and 128, no features"
+    )
+    parser.add_argument(
         "--full", action="store_true",
         help="every target, head size, dtype and feature; prints violations and a summary only",
     )  # fmt: skip
@@ -93,8 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
         targets = [parse_target(target) for target in chosen.target]
         if chosen.full:
             work = full_jobs()
-        elif chosen.table:
-            work = [job for target in targets for job in table_jobs(target)]
+        elif chosen.table or chosen.main:
+            jobs_of = main_jobs if chosen.main else table_jobs
+            work = [job for target in targets for job in jobs_of(target)]
         else:
             features, causal = tuple(chosen.features), not chosen.bidirectional
             work = [

@@ -232,6 +232,15 @@ def table_jobs(target: str) -> list[Job]:
     return jobs
 
 
+def main_jobs(target: str) -> list[Job]:
+    """Of :func:`table_jobs`, what most models run: bf16 at head sizes 64 and 128, no features."""
+    return [
+        job
+        for job in table_jobs(target)
+        if job.case.dtype == "bf16" and job.case.head_size in (64, 128) and not job.case.features
+    ]
+
+
 def full_jobs() -> list[Job]:
     """The tables of every target, all its head sizes and dtypes, and each feature alone at D 64."""
     jobs = []

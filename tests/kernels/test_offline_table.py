@@ -1,8 +1,9 @@
-"""Every row of the launch tables and every feature, compiled for six GPUs that are not here.
+"""The kernels, compiled for six GPUs that are not here.
 
 What the machine code must not do (spill, overflow shared memory, leave the matrix units idle), and
-what its loops cost against the best known Triton kernels. `make kernels` compiles the full product
-of targets, head sizes, dtypes and features.
+what its loops cost against the best known Triton kernels. The main path is compiled for all six;
+every row of the launch tables and every feature for two, and in `make kernels` for all, which also
+compiles the full product of head sizes, dtypes and features.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ Found = list[dict[str, Any]]
 
 
 @cache
-def compiled(target: str) -> Found:
-    """The reports of `table_jobs`; compilation needs real JIT functions, hence another process."""
+def compiled(target: str, extent: str) -> Found:
+    """The reports of a target; compilation needs real JIT functions, hence another process."""
     result = subprocess.run(
         [
             *(sys.executable, "-m", "fastprefix.kernels.offline"),
-            *("--table", "--json", "--target", target),
+            *(extent, "--json", "--target", target),
         ],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
@@ -96,24 +97,11 @@ class Compiled:
     """What holds of every target. The classes below let a run with several workers share them."""
 
     target: str
+    extent = "--main"
 
     @pytest.fixture(scope="class")
     def found(self) -> Found:
-        return compiled(self.target)
-
-    def test_every_row_of_the_tables(self, found: Found) -> None:
-        plain = {
-            (r["kernel"], r["case"]["dtype"], r["case"]["head_size"], tuple(r["tile"]))
-            for r in found
-            if not r["case"]["features"]
-        }
-        assert set(rows_of(self.target)) <= plain
-        heads = {r["case"]["head_size"] for r in found if r["kernel"] in OTHERS}
-        assert {r["kernel"] for r in found} == PASSES.keys() | OTHERS
-        assert {64, 128, 256} <= heads
-
-    def test_every_feature(self, found: Found) -> None:
-        assert {name for r in found for name in r["case"]["features"]} == FEATURES.keys()
+        return compiled(self.target, self.extent)
 
     def test_shared_memory_suffices(self, found: Found) -> None:
         for r in found:
@@ -146,6 +134,26 @@ class Compiled:
                 )
 
 
+class Whole(Compiled):
+    """Every row of the launch tables that a target can pick, and every feature."""
+
+    extent = "--table"
+
+    def test_every_row_of_the_tables(self, found: Found) -> None:
+        plain = {
+            (r["kernel"], r["case"]["dtype"], r["case"]["head_size"], tuple(r["tile"]))
+            for r in found
+            if not r["case"]["features"]
+        }
+        assert set(rows_of(self.target)) <= plain
+        heads = {r["case"]["head_size"] for r in found if r["kernel"] in OTHERS}
+        assert {r["kernel"] for r in found} == PASSES.keys() | OTHERS
+        assert {64, 128, 256} <= heads
+
+    def test_every_feature(self, found: Found) -> None:
+        assert {name for r in found for name in r["case"]["features"]} == FEATURES.keys()
+
+
 class Lean:
     """Loops cost no more than the best known ones, masked loops at most 5% more."""
 
@@ -176,7 +184,7 @@ class TestSm80(Compiled, Lean):
     target = "cuda:80"
 
 
-class TestSm90(Compiled, Lean):
+class TestSm90(Whole, Lean):
     target = "cuda:90"
 
 
@@ -188,9 +196,29 @@ class TestSm120(Compiled):
     target = "cuda:120"
 
 
-class TestGfx942(Compiled):
+class TestGfx942(Whole):
     target = "hip:gfx942"
 
 
 class TestGfx1100(Compiled):
+    target = "hip:gfx1100"
+
+
+@pytest.mark.slow
+class TestSm80Whole(Whole):
+    target = "cuda:80"
+
+
+@pytest.mark.slow
+class TestSm100Whole(Whole):
+    target = "cuda:100"
+
+
+@pytest.mark.slow
+class TestSm120Whole(Whole):
+    target = "cuda:120"
+
+
+@pytest.mark.slow
+class TestGfx1100Whole(Whole):
     target = "hip:gfx1100"
