@@ -36,6 +36,7 @@ lint: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/operator.py --output benchmarks/results
 	$(BIN)/python benchmarks/roofline.py --output benchmarks/results
+	$(BIN)/python benchmarks/compatibility.py --readme README.md
 
 COMPILE := TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m fastprefix.kernels.offline --full --jobs 2
 
