@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastprefix import PrefixKV, patch_model, use_prefix
-from fastprefix.hf import layer_shapes
+from fastprefix.hf import layer_groups, layer_shapes
 
 MODES = {
     "greedy": {},
@@ -32,6 +32,30 @@ def test_generated_ids(tiny, name, mode):
         got = model.generate(**text, **options)
     assert not torch.equal(plain, expected), "the prefix must matter"
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "deeper"), [("t5", "num_decoder_layers"), ("bart", "decoder_layers")]
+)
+def test_a_decoder_deeper_than_the_encoder(tiny, name, deeper):
+    """Each layer has a prefix of its own, none is dead."""
+    model, bare = (tiny.kind(name, **{deeper: 4}).requires_grad_(False) for _ in range(2))
+    inputs, real = tiny.kind_inputs(model)
+    patch_model(model)
+    assert layer_groups(model).count("encoder") < layer_groups(model).count("decoder") == 4
+    kv = tiny.kv_of_shapes(layer_shapes(model))
+    expected = tiny.concatenating(bare, kv, inputs)(**inputs).logits[real]
+    with use_prefix(model, kv):
+        got = model(**inputs).logits[real]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+    leaves = (*kv.keys, *kv.values)
+    for found, wanted in zip(
+        torch.autograd.grad(got.softmax(-1).square().sum(), leaves),
+        torch.autograd.grad(expected.softmax(-1).square().sum(), leaves),
+        strict=True,
+    ):
+        assert wanted.abs().max() > 1e-9
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
 
 
 def test_the_encoder_alone_sees_its_prefix(tiny):
