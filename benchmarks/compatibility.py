@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 from collections import Counter
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from importlib.metadata import version
@@ -94,7 +95,7 @@ def table(cells: list[Cell]) -> Table:
     return shown
 
 
-def _names(known: dict) -> type:
+def _names(known: Mapping[str, object]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         names = text.split(",")
         for name in names:
@@ -102,7 +103,7 @@ def _names(known: dict) -> type:
                 raise argparse.ArgumentTypeError(f"{name!r}, takes {', '.join(known)}")
         return names
 
-    return parse  # type: ignore[return-value]
+    return parse
 
 
 def main() -> None:

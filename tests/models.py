@@ -454,9 +454,9 @@ def concatenating(model: PreTrainedModel, kv: PrefixKV, inputs: dict[str, Any]) 
     with torch.no_grad():
         model(**inputs)
     for module in _RAN:
-        module.prefixes, module.ran = [], 0  # type: ignore[assignment]
+        module.prefixes, module.ran = [], 0
     for module, key, value in zip(_RAN, kv.keys, kv.values, strict=True):
-        module.prefixes.append((key, value))  # type: ignore[operator, union-attr]
+        module.prefixes.append((key, value))
     return model
 
 

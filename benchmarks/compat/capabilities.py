@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compat.architectures import PAD, Architecture, Family, Row, pad, real_places
-from compat.libraries import Library, NotOffered, Tuned, flat
+from compat.libraries import Library, NotOfferedError, Tuned, flat
 from compat.oracle import Oracle, Prefix, Semantics, output_of
 
 LENGTH = 5  # of the prefix
@@ -106,7 +106,7 @@ class Case:
         groups = self.library.groups(self.architecture)
         if group is not None:
             if groups and group not in groups:
-                raise NotOffered(f"{self.library.name} has no prefix for the {group} group")
+                raise NotOfferedError(f"{self.library.name} has no prefix for the {group} group")
             groups = (group,)
         return self.oracle.prefix(length, seed, groups)
 

@@ -28,7 +28,7 @@ TASKS = {
 }
 
 
-class NotOffered(Exception):  # noqa: N818
+class NotOfferedError(Exception):
     """The library has no such thing; the message says what is missing."""
 
 
@@ -263,7 +263,7 @@ class Peft(Library):
             embedding = tuned.prompt_encoder[name].embedding.weight
             numbers = flat(prefix)
             if embedding.shape != numbers.shape:
-                raise NotOffered(
+                raise NotOfferedError(
                     f"PEFT makes a prefix of shape {list(embedding.shape)} for layers that take "
                     f"{list(numbers.shape)}"
                 )

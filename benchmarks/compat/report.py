@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from compat.capabilities import CAPABILITIES
@@ -181,5 +182,5 @@ def picture(cells: list[Cell], versions: dict[str, str], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def _ordered(names: object) -> list[str]:
-    return list(dict.fromkeys(names))  # type: ignore[call-overload]
+def _ordered(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,11 +13,11 @@ from fastprefix.encoders.flat import Layout
 from fastprefix.kv import LayerShape, PrefixKV
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """Makes a prefix out of trainable parameters; called, it gives a :class:`PrefixKV`.
 
     A subclass has a parameter ``embedding`` with a share of every trained token, and implements
-    the methods that raise NotImplementedError here.
+    the abstract methods.
 
     Args:
         shapes: the attention layers' key and value shapes.
@@ -73,9 +74,9 @@ class Encoder(nn.Module):
         """Layout of the tokens behind the frozen ones."""
         return self.layout.longer(-self.num_frozen_tokens)
 
+    @abstractmethod
     def compute(self) -> Tensor:
         """The trained tokens, [P - num_frozen_tokens, width], with gradients."""
-        raise NotImplementedError
 
     def forward(self) -> PrefixKV:
         """The prefix, with gradients; dropout applies in training."""
@@ -128,17 +129,17 @@ class Encoder(nn.Module):
         self.embedding = nn.Parameter(new, self.embedding.requires_grad)
         return carry
 
+    @abstractmethod
     def _start_from(self, flat: Tensor) -> None:
         """:meth:`start_from` for the trained tokens; zeros beyond a layer's length."""
-        raise NotImplementedError
 
     def _carry(self, num_tokens: int) -> Callable[[Tensor], Tensor]:
         """See :meth:`grow`; changes nothing yet. Here for an embedding with one row a token."""
         return lambda x: torch.cat([x, x.new_zeros(num_tokens, *x.shape[1:])])
 
+    @abstractmethod
     def _new_numbers(self, count: int) -> Tensor:
         """Numbers of ``embedding`` for new tokens, drawn as for a new encoder."""
-        raise NotImplementedError
 
     def _set_layout(self, layout: Layout) -> None:
         """Takes another length; ``embedding`` follows at once."""

@@ -65,8 +65,9 @@ class MLPEncoder(NetworkEncoder):
 
     def outputs(self) -> Sequence[nn.Linear]:
         """See :meth:`NetworkEncoder.outputs`."""
-        perceptrons = self.transform if self.per_layer else [self.transform]
-        return [transform[-1] for transform in perceptrons]  # type: ignore[index]
+        perceptrons = self.transform.children() if self.per_layer else [self.transform]
+        lasts = [list(perceptron.children())[-1] for perceptron in perceptrons]
+        return [layer for layer in lasts if isinstance(layer, nn.Linear)]
 
 
 def perceptron(sizes: Sequence[int]) -> nn.Sequential:

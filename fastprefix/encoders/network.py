@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,13 +48,13 @@ class NetworkEncoder(Encoder):
         self.embedding = nn.Parameter(torch.randn(P, embedding_size))
         self.register_buffer("start", torch.zeros(P, self.layout.width))
 
+    @abstractmethod
     def run(self, embedding: Tensor) -> Tensor:
         """The network's output [P, width] for an embedding [P, embedding_size]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outputs(self) -> Sequence[nn.Linear]:
         """The last layers of the network, in the order of their columns."""
-        raise NotImplementedError
 
     def compute(self) -> Tensor:
         """See :meth:`Encoder.compute`."""

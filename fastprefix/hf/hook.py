@@ -265,8 +265,9 @@ def _distances(stack: nn.Module, kwargs: dict[str, Any], kv: PrefixKV) -> Tensor
     """[Hq, Lq, P]: the bias that a decoder has for the prefix as the first tokens of its text."""
     tokens, cache = inputs_of(kwargs), kwargs.get("past_key_values")
     seen = cache.get_seq_length() if cache is not None else 0
+    module: Any
     (module,) = relative_biases(stack)
-    bias: Tensor = module.compute_bias(  # type: ignore[operator]
+    bias: Tensor = module.compute_bias(
         tokens.shape[1],
         kv.num_virtual_tokens,
         device=tokens.device,

@@ -47,7 +47,9 @@ class NamedAdapters(TunedModel):
     @property
     def encoder(self) -> Encoder:
         """The active adapter's encoder."""
-        return self.encoders[self.active_adapter]  # type: ignore[return-value]
+        encoder = self.encoders[self.active_adapter]
+        assert isinstance(encoder, Encoder)
+        return encoder
 
     @property
     def prefix_config(self) -> PrefixConfig:

@@ -47,6 +47,36 @@ def no_mask_is_made(monkeypatch):
     monkeypatch.setattr(masks, "sdpa_mask", refuse)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_sequence_has_a_prefix_of_its_own(tiny, model, bare, texts, flatten, name):
+    """Rows by name count packed sequences, and each one's positions start behind its prefix."""
+    kvs = {
+        "a": tiny.random_kv(model, 3, seed=1, position_offset=7),
+        "b": tiny.random_kv(model, 5, seed=2),
+    }
+    rows = ["b", None, "a"]
+    with torch.no_grad():
+        with use_prefix(model, kvs, rows):
+            packed = model(**flatten(**OPTIONS[name])).logits[0].split(LENGTHS)
+        for got, text, row in zip(packed, texts, rows, strict=True):
+            ids = text[None]
+            if row is None:
+                expected = bare(ids).logits
+            else:
+                expected = tiny.expanded_forward(bare, kvs[row], ids, torch.ones_like(ids)).logits
+            torch.testing.assert_close(got, expected[0], **EXACT)
+
+
+def test_names_count_the_packed_sequences(tiny, flatten):
+    model = patch_model(tiny.build())
+    kvs = {"a": tiny.random_kv(model, 3)}
+    with (
+        use_prefix(model, kvs, ["a"]),
+        pytest.raises(ValueError, match="got 1 names, takes one for each of the batch's 3 packed"),
+    ):
+        model(**flatten())
+
+
 def apart(bare, front, texts):
     """Logits of the texts [T, V], each run behind its own copy of the prompt."""
     P = front.shape[1]

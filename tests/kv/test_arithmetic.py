@@ -108,7 +108,7 @@ def test_only_like_prefixes_are_averaged(other):
     with pytest.raises(ValueError, match=r"kvs\[1\]: got"):
         interpolate([make(0), other], [0.5, 0.5])
     with pytest.raises(ValueError, match="method"):
-        interpolate([make(0), make(1)], [0.5, 0.5], "cubic")  # type: ignore[arg-type]
+        interpolate([make(0), make(1)], [0.5, 0.5], "cubic")
 
 
 def test_concatenated_prefixes_attend_as_one_and_carry_gradients():
