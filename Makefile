@@ -10,12 +10,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
 VERSION ?= 3.6.0
 OTHER_TRITON := .cache/triton-$(VERSION)
 
-.PHONY: help demo test lint bench kernels kernels-triton models gpu clean
+.PHONY: help demo test lint bench experiments experiments-methods kernels kernels-triton models gpu clean
 
 help:
 	@echo "make demo   set up and run the demonstration, figures in demo.json (5 to 8 minutes)"
 	@echo "make test   set up, lint, type-check and run all tests"
 	@echo "make bench  set up and run the benchmarks behind the README's figures"
+	@echo "make experiments  every way to tune, compared on real models and data (an hour)"
 	@echo "make kernels  compile every kernel for every GPU, head size, dtype and feature (hours the first time)"
 	@echo "make kernels-triton VERSION=3.6.0  the same and the kernels' tests with another Triton"
 	@echo "make models  tests on a real model, on the CPU (some minutes)"
@@ -37,6 +38,13 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/operator.py --output benchmarks/results
 	$(BIN)/python benchmarks/roofline.py --output benchmarks/results
 	$(BIN)/python benchmarks/compatibility.py --readme README.md
+
+# Stopped, it goes on where it was: the runs are kept in .cache/methods.
+experiments-methods: $(VENV)/.bench $(VENV)/.test
+	$(PIP_INSTALL) -e '.[experiments]'
+	$(BIN)/python benchmarks/methods.py --output benchmarks/results
+
+experiments: experiments-methods
 
 COMPILE := TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m fastprefix.kernels.offline --full --jobs 2
 

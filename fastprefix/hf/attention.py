@@ -138,6 +138,9 @@ def prefix_attention_forward(
             position_bias=position_bias,
             **kwargs,
         )
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     backend, prefix_key, prefix_value, in_window = "auto", None, None, False
     prefix_index = prefix_lengths = None
     longest = 0
@@ -160,9 +163,6 @@ def prefix_attention_forward(
         for missed in MISSED:
             missed.append(module)
 
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if prefix_key is not None and prefix_value is not None:
         prefix_key = prefix_key.to(query.device, query.dtype)
         prefix_value = prefix_value.to(query.device, query.dtype)

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from fastprefix.tuning.prompt import PromptTuningModel
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -17,7 +19,8 @@ class ParameterCount:
     Attributes:
         base: parameters of the base model, all of which full fine-tuning trains; shared ones once.
         trainable: parameters that are trained, a network that computes the prefix included.
-        exported: numbers of the prefix that ships, the network being dropped.
+        exported: numbers that ship, the network being dropped: the prefix's keys and values, or a
+            prompt's embeddings.
         bytes_on_disk: of all files that ``save_pretrained`` writes.
         base_bytes: of the base's parameters in their dtype.
     """
@@ -59,16 +62,24 @@ class ParameterCount:
 
 
 def count_parameters(tuned: Any) -> ParameterCount:
-    """Counts a :class:`PrefixTuningModel`; the bytes by saving it to a temporary folder."""
+    """Counts a tuned model; the bytes by saving it to a temporary folder.
+
+    Args:
+        tuned: a :class:`PrefixTuningModel` or a :class:`PromptTuningModel`.
+    """
     base: nn.Module = tuned.base_model
-    kv = tuned.export()
+    if isinstance(tuned, PromptTuningModel):
+        exported = tuned.export_embeddings().numel()
+    else:
+        kv = tuned.export()
+        exported = sum(tensor.numel() for tensor in (*kv.keys, *kv.values))
     with tempfile.TemporaryDirectory() as folder:
         tuned.save_pretrained(folder)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
     return ParameterCount(
         base=sum(p.numel() for p in base.parameters()),
         trainable=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
-        exported=sum(tensor.numel() for tensor in (*kv.keys, *kv.values)),
+        exported=exported,
         bytes_on_disk=size,
         base_bytes=sum(p.numel() * p.element_size() for p in base.parameters()),
     )

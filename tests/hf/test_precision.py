@@ -27,6 +27,20 @@ def test_half_models_are_as_exact_as_without_fastprefix(tiny, architecture, dtyp
     assert error(got, expected) <= 2 * error(plain, expected) + 1e-3
 
 
+def test_prompts_prefilled_under_autocast(tiny, architecture):
+    """They are in the dtype that attention computes in, and as exact as the bare model."""
+    model, exact = tiny.build(architecture), tiny.build(architecture, torch.float64)
+    front, (ids, mask) = tiny.prompt(), tiny.batch((6, 6))
+    expected = tiny.concatenated_logits(exact, front, ids, mask)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        plain = tiny.concatenated_logits(tiny.build(architecture), front, ids, mask)
+        kv = PrefixKV.prefill(model, front)
+        with use_prefix(model, kv):
+            got = model(ids, attention_mask=mask).logits
+    assert kv.dtype == torch.bfloat16
+    assert error(got, expected) <= 2 * error(plain, expected) + 1e-2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_models_generate(tiny, architecture, dtype):
     model = tiny.build(architecture, dtype)

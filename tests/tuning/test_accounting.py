@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastprefix import PrefixConfig, PrefixTuningModel
+from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 from fastprefix.tuning import count_parameters
 
 P = 6
@@ -40,3 +40,13 @@ def test_bytes_are_those_of_the_files(model, tmp_path):
     assert count.bytes_on_disk > 4 * count.exported, "float32 and what comes with it"
     assert count.base_bytes == 2 * count.base
     assert count.disk_reduction == count.base_bytes / count.bytes_on_disk
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+@pytest.mark.parametrize("placement", ["prefix", "infix"])
+def test_a_prompt_ships_its_embeddings(model, placement):
+    config = PromptConfig(P, placement=placement, encoder_reparameterization_type="MLP")
+    count = count_parameters(PromptTuningModel(model, config))
+    width = model.config.hidden_size
+    assert count.exported == P * width
+    assert count.trainable == P * width + 3 * (width * width + width)

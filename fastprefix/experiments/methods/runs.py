@@ -1,0 +1,127 @@
+"""All the runs of a comparison, in worker processes; what is done already is not done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastprefix.experiments.methods.plan import (
+    Budget,
+    Method,
+    Run,
+    TaskName,
+    best_rates,
+    first_runs,
+    further_runs,
+)
+from fastprefix.experiments.methods.train import Source, train_to_file
+
+Result = dict[str, Any]
+
+
+def digest_of(source: Source) -> str:
+    """Identifies a model and its data: names and contents of the files."""
+    digest = hashlib.sha256(Path(source.model).name.encode())
+    for entry in source.data:
+        path = Path(entry)
+        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        for file in files:
+            digest.update(file.name.encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def known(run: Run, folder: Path, material: str) -> Result | None:
+    """The result of a run that was made before with the same budget, model and data."""
+    file = folder / f"{run.key}.json"
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text())
+    return result if result.get("fingerprint") == run.fingerprint(material) else None
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the workers share the processor
+
+
+def do(
+    runs: Sequence[Run],
+    source: Source,
+    folder: Path,
+    jobs: int,
+    done: Callable[[Run, bool], object],
+) -> list[tuple[Run, Result]]:
+    """The results of runs, from their files where they are there.
+
+    Args:
+        runs: what to run.
+        source: the model and data of their task.
+        folder: where each run leaves a file; made if missing.
+        jobs: worker processes, of one thread each.
+        done: called after each run, with whether its result was there already.
+
+    Raises:
+        RuntimeError: runs failed. All others are finished first, and their files kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    material = digest_of(source)
+    results: dict[Run, Result] = {}
+    for run in runs:
+        result = known(run, folder, material)
+        if result is not None:
+            results[run] = result
+            done(run, True)
+    missing = [run for run in runs if run not in results]
+    failures = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+        futures = {}
+        for run in missing:
+            file = folder / f"{run.key}.json"
+            futures[pool.submit(train_to_file, run, source, file, run.fingerprint(material))] = run
+        for future in as_completed(futures):
+            run = futures[future]
+            try:
+                future.result()
+            except Exception as error:
+                failures.append(f"{run.key}: {error!r}")
+            else:
+                results[run] = json.loads((folder / f"{run.key}.json").read_text())
+            done(run, False)
+    if failures:
+        raise RuntimeError("\n".join(["runs failed:", *failures]))
+    return [(run, results[run]) for run in runs]
+
+
+def compare(
+    task: TaskName,
+    methods: Sequence[Method],
+    budget: Budget,
+    source: Source,
+    folder: Path,
+    jobs: int,
+    done: Callable[[Run, bool], object],
+) -> tuple[list[tuple[Run, Result]], dict[str, float]]:
+    """First every method at its learning rates, then all others at the best of them.
+
+    Returns:
+        The runs with their results, and each method's learning rate.
+    """
+    first = do(first_runs(task, methods, budget), source, folder, jobs, done)
+    rates = best_rates({run: result["dev_loss"] for run, result in first}, methods)
+    further = further_runs(task, rates, methods, budget)
+    return [*first, *do(further, source, folder, jobs, done)], rates
+
+
+def number_of_runs(task: TaskName, methods: Iterable[Method], budget: Budget) -> int:
+    """How many :func:`compare` makes."""
+    methods = list(methods)
+    rates = {m.name: (m.rates or (0.0,))[0] for m in methods}
+    return len(first_runs(task, methods, budget)) + len(further_runs(task, rates, methods, budget))

@@ -1,0 +1,183 @@
+"""One run: a fresh model, transformers' Trainer, held-out figures."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from fastprefix.experiments.methods import material
+from fastprefix.experiments.methods.build import Built, build
+from fastprefix.experiments.methods.material import InfixCollator, Material
+from fastprefix.experiments.methods.plan import Budget, Method, Run, TaskName
+from fastprefix.tasks.evaluation import describe, target_loss
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's model and data are.
+
+    Attributes:
+        model: a folder or a name on the hub, of a model in float32.
+        data: of E2E the files to train with and held out; of news one folder.
+    """
+
+    model: str
+    data: tuple[str, ...]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's."""
+        return AutoTokenizer.from_pretrained(self.model)
+
+    def load(self, task: TaskName, classes: int) -> PreTrainedModel:
+        """A fresh model, in evaluation mode."""
+        model: Any
+        if task == "e2e":
+            model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                self.model, dtype=torch.float32, num_labels=classes
+            )
+        return model.eval()
+
+
+@cache  # a worker meets few
+def material_of(source: Source, task: TaskName, budget: Budget) -> Material:
+    """A task's data, encoded."""
+    return getattr(material, task)(*source.data, source.tokenizer(), budget)
+
+
+TASK_TYPES: dict[TaskName, str] = {"e2e": "CAUSAL_LM", "news": "SEQ_CLS"}
+
+
+def fresh(
+    task: TaskName, method: Method, seed: int, source: Source, data: Material
+) -> tuple[Built, PreTrainedTokenizerBase]:
+    """The method's model before training; all that starts at random depends on the seed."""
+    tokenizer = source.tokenizer()
+    torch.manual_seed(seed)
+    model = source.load(task, len(data.classes))
+    return build(method, model, tokenizer, TASK_TYPES[task]), tokenizer
+
+
+def train(run: Run, source: Source) -> dict[str, Any]:
+    """Trains and evaluates.
+
+    Returns:
+        For JSON: the training loss of every step, `dev_loss` and `test_loss` (nats per target
+        token, or per text), `bleu` or `accuracy` in percent, numbers and bytes, seconds.
+    """
+    began = time.perf_counter()
+    b = run.budget
+    data = material_of(source, run.task, b)
+    built, tokenizer = fresh(run.task, run.method, run.seed, source, data)
+    collator = InfixCollator(data.collator) if built.infix else data.collator
+    known = len(data.train) if run.method.train_size is None else run.method.train_size
+    items: Subset[Any] = Subset(data.train, range(min(known, len(data.train))))
+    losses = [] if run.method.kind == "none" else _fit(run, built, items, collator)
+    built.model.eval()
+    result = {
+        "method": run.method.name,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "train_losses": losses,
+        "trainable": built.trainable,
+        "stored": built.stored,
+        "bytes": built.bytes_on_disk(),
+    }
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if b.bf16 else nullcontext():
+        if run.task == "e2e":
+            result |= _of_descriptions(built, tokenizer, data, collator, b)
+        else:
+            result |= _of_classes(built, data, collator)
+    return result | {"seconds": time.perf_counter() - began}
+
+
+def _fit(run: Run, built: Built, items: Any, collator: Callable[[Any], Any]) -> list[float]:
+    b = run.budget
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            scratch,
+            use_cpu=True,
+            bf16=b.bf16,
+            max_steps=b.steps,
+            per_device_train_batch_size=b.batch_size,
+            learning_rate=run.learning_rate,
+            warmup_steps=b.steps // 10,
+            lr_scheduler_type="linear",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            seed=run.seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        trainer = Trainer(built.model, arguments, train_dataset=items, data_collator=collator)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _of_descriptions(
+    built: Built, tokenizer: Any, data: Material, collator: Any, b: Budget
+) -> dict[str, Any]:
+    import sacrebleu
+
+    records = [one.record for one in data.described]
+    texts = describe(built.model, tokenizer, records, b.max_new_tokens)
+    most = max(len(one.references) for one in data.described)
+    # sacrebleu takes one list for each place among the references, with None where there is none
+    references: Any = [
+        [one.references[i] if i < len(one.references) else None for one in data.described]
+        for i in range(most)
+    ]
+    return {
+        "dev_loss": target_loss(built.model, data.dev, collator, 8),
+        "test_loss": target_loss(built.model, data.test, collator, 8),
+        "bleu": sacrebleu.corpus_bleu(texts, references).score,
+        "texts": texts[:3],
+    }
+
+
+def _of_classes(built: Built, data: Material, collator: Any) -> dict[str, float]:
+    def measured(items: Any) -> tuple[float, float]:
+        loss = right = 0.0
+        for start in range(0, len(items), 50):
+            chosen = [items[i] for i in range(start, min(start + 50, len(items)))]
+            batch = collator(chosen)
+            output = built.model(**batch)
+            loss += float(output.loss) * len(chosen)
+            right += float((output.logits.argmax(-1) == batch["labels"]).sum())
+        return loss / len(items), 100 * right / len(items)
+
+    test_loss, accuracy = measured(data.test)
+    return {"dev_loss": measured(data.dev)[0], "test_loss": test_loss, "accuracy": accuracy}
+
+
+def train_to_file(run: Run, source: Source, file: Path, fingerprint: str) -> None:
+    """A worker's job: what :func:`train` returns, whole or not at all."""
+    result = train(run, source) | {"fingerprint": fingerprint}
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1))
+    partial.replace(file)
