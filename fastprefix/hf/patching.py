@@ -20,7 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastprefix.attention.selection import BACKENDS
-from fastprefix.hf.attention import NAME, SLOT, ActivePrefix
+from fastprefix.hf.active import ActivePrefix
+from fastprefix.hf.attention import NAME, SLOT
 from fastprefix.hf.hook import (
     CACHED,
     contiguous_input,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastprefix.hf.attention import Recorder
+from fastprefix.hf.active import Recorder
 from fastprefix.hf.patching import layer_groups, patched, sharding_of
 from fastprefix.hf.probe import is_encoder_decoder, takes
 from fastprefix.kv import PrefixKV

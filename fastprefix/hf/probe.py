@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastprefix.hf import attention
-from fastprefix.hf.attention import Recorder
+from fastprefix.hf.active import Recorder
 from fastprefix.kv import Group, LayerShape
 
 

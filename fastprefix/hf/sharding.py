@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
-from fastprefix.hf.attention import Recorder
+from fastprefix.hf.active import Recorder
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder
 from fastprefix.kv import LayerShape, PackedPrefixKV, PrefixKV
 
