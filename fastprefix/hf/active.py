@@ -19,6 +19,7 @@ class ActivePrefix:
         backend: of :func:`fastprefix.prefix_attention`.
         prefix_index: with several prefixes int32 [R], which of them a row attends to, -1 for none;
             the hook makes it [B].
+        numbers: the same before the hook, on the host: an R-tuple.
         positioned: whether the call's position_ids are already moved behind the prefix.
         cu_seqlens: offsets [M + 1] of sequences packed in one row, which stand for any mask.
         placement: how a windowed layer with an explicit mask learns how far a prompt slid: "end",
@@ -36,6 +37,7 @@ class ActivePrefix:
     kv: PrefixKV | PackedPrefixKV | None
     backend: str = "auto"
     prefix_index: Tensor | None = None
+    numbers: tuple[int, ...] = ()
     positioned: bool = False
     cu_seqlens: Tensor | None = None
     placement: Literal["end", "mask", "unknown"] = "end"
@@ -55,16 +57,21 @@ class Recorder:
         keys: [B, Hkv, L, D] of each call.
         values: [B, Hkv, L, Dv] of each call.
         causal: whether each call was causal.
+        queries: [B, Hq, D] of the last token of each call.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     causal: list[bool] = field(default_factory=list)
+    queries: list[Tensor] = field(default_factory=list)
 
-    def record(self, module: nn.Module, key: Tensor, value: Tensor, causal: bool) -> None:
+    def record(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, causal: bool
+    ) -> None:
         """Keeps one call."""
         self.modules.append(module)
         self.keys.append(key)
         self.values.append(value)
         self.causal.append(causal)
+        self.queries.append(query[:, :, -1].clone())  # a view would keep all of them

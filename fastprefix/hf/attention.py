@@ -12,8 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from fastprefix.hf.active import ActivePrefix, Recorder
 from fastprefix.hf.call import Call
 from fastprefix.hf.masks import prefix_attention_mask
+from fastprefix.hf.reweighted import attend
 from fastprefix.hf.windows import in_window, with_mask
-from fastprefix.kv import PackedPrefixKV
+from fastprefix.kv import PrefixKV
 
 NAME = "fastprefix"
 SLOT = "_fastprefix_slot"
@@ -82,7 +83,7 @@ def prefix_attention_forward(
         )
     active = fastprefix if isinstance(fastprefix, ActivePrefix) else None
     if isinstance(fastprefix, Recorder):
-        fastprefix.record(module, key, value, causal)
+        fastprefix.record(module, query, key, value, causal)
     elif active is None and MISSED:
         for missed in MISSED:
             missed.append(module)
@@ -116,7 +117,7 @@ def prefix_attention_forward(
         "sinks": sinks,
         "backend": "auto" if active is None else active.backend,
     }
-    return call.run().transpose(1, 2), None
+    return attend(call).transpose(1, 2), None
 
 
 def _add_prefix(call: Call, module: nn.Module, active: ActivePrefix) -> int:
@@ -129,11 +130,24 @@ def _add_prefix(call: Call, module: nn.Module, active: ActivePrefix) -> int:
     P = longest = prefix_key.shape[1]
     call.prefix_key = prefix_key.to(query.device, query.dtype)
     call.prefix_value = prefix_value.to(query.device, query.dtype)
-    if isinstance(kv, PackedPrefixKV):
+    if isinstance(kv, PrefixKV):
+        if kv.reweighting is not None and P:
+            heads = kv.reweighting.heads[slot].to(query.device)
+            call.head_bias = heads if kv.reweighting.kind == "bias" else None
+            call.gate = heads if kv.reweighting.kind == "gate" else None
+    else:
         assert active.prefix_index is not None
         call.prefix_index = active.prefix_index.to(query.device)
         call.prefix_lengths = kv.prefix_lengths[slot].to(query.device)
         longest = kv.longest[slot]
+        kinds = {kv.kinds[n] for n in active.numbers if n >= 0} if any(kv.kinds) and P else set()
+        if "bias" in kinds:
+            call.head_bias = kv.biases[slot].to(query.device)
+        if "gate" in kinds:
+            call.gate = kv.gates[slot].to(query.device)
+        if kinds:
+            call.numbers = active.numbers
+            call.gated = frozenset(n for n, kind in enumerate(kv.kinds) if kind == "gate")
     if active.prefix_bias is not None and call.is_causal and P:
         call.prefix_bias = active.prefix_bias[..., :P].to(query.dtype)
     return longest if kv.in_window else 0

@@ -12,9 +12,14 @@ from fastprefix.attention import prefix_attention
 
 @dataclass(eq=False)
 class Call:
-    """Arguments of :func:`fastprefix.prefix_attention`, of the same names.
+    """Arguments of :func:`fastprefix.prefix_attention`, of the same names, and how heads reweight.
 
     Attributes:
+        head_bias: [Hq] added to the scores of the prefix, or [Hq, N] for N packed ones.
+        gate: [Hq], or [Hq, N]; see :class:`fastprefix.kv.Reweighting`.
+        gated: which of N packed prefixes have a gate.
+        numbers: prefix_index where the host knows it, one for each row or for each of as many
+            groups of rows; with a head_bias or a gate of packed prefixes alone.
         options: those that hold for every part of a call alike: scale, softcap, dropout_p, sinks,
             backend.
     """
@@ -33,10 +38,14 @@ class Call:
     cu_seqlens: Tensor | None = None
     is_causal: bool = False
     sliding_window: int | None = None
+    head_bias: Tensor | None = None
+    gate: Tensor | None = None
+    gated: frozenset[int] = frozenset()
+    numbers: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> Tensor:
-        """[B, Hq, Lq, Dv]."""
+        """[B, Hq, Lq, Dv], head_bias and gate left aside: :mod:`fastprefix.hf.reweighted`."""
         return prefix_attention(
             self.query,
             self.key,

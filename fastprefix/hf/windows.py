@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastprefix.hf.active import ActivePrefix
 from fastprefix.hf.call import Call
+from fastprefix.hf.reweighted import added_to_mask
 from fastprefix.kv import PackedPrefixKV
 
 
@@ -112,6 +113,9 @@ def _in_front(call: Call, mask: Tensor, length: int, window: int) -> Call:
     before = mask.sum(-1, keepdim=True) - 1  # [B, 1, Lq, 1]
     gap = torch.arange(length, 0, -1, device=mask.device) + before
     seen = gap < window if own is None else (gap < window) & own
+    attn_mask = torch.cat([seen, mask], -1)
+    if call.head_bias is not None:
+        attn_mask = added_to_mask(call, attn_mask, length)
     return replace(
         call,
         key=torch.cat([tail_key, call.key], 2),
@@ -121,7 +125,8 @@ def _in_front(call: Call, mask: Tensor, length: int, window: int) -> Call:
         prefix_index=None,
         prefix_lengths=None,
         prefix_in_window=False,
-        attn_mask=torch.cat([seen, mask], -1),
+        attn_mask=attn_mask,
+        head_bias=None,
         key_padding_mask=None,
     )
 

@@ -68,7 +68,7 @@ def count_parameters(tuned: Any) -> ParameterCount:
     return ParameterCount(
         base=sum(p.numel() for p in base.parameters()),
         trainable=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
-        exported=sum(tensor.numel() for tensor in (*kv.keys, *kv.values)),
+        exported=sum(tensor.numel() for tensor in kv.tensors),
         bytes_on_disk=size,
         base_bytes=sum(p.numel() * p.element_size() for p in base.parameters()),
     )

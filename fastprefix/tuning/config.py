@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -67,6 +68,13 @@ class PrefixConfig:
         init_std: standard deviation of the random start.
         prefix_in_window: whether the prefix slides out of a model's sliding windows as a text
             would, which PEFT's do, or is always seen.
+        prefix_bias: added to all scores of the prefix, in every query head: a number, or "learned",
+            one for each head of each layer with a prefix, which starts at 0 and is trained with the
+            rest. A long prefix dilutes the attention to the text; a bias of -log P undoes that.
+        gated: attend to the prefix apart from the text, in a softmax of its own, and add it times
+            tanh of a gate for each head, which starts at 0: training starts from the bare model
+            (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199). The position_offset is then 0
+            unless given.
         peft_type: "PREFIX_TUNING" or "CARTRIDGE": as what PEFT loads the adapter.
 
     Raises:
@@ -96,6 +104,8 @@ class PrefixConfig:
     init_resize: Resize = "pad"
     init_std: float = 0.02
     prefix_in_window: bool = False
+    prefix_bias: Literal["learned"] | float | None = None
+    gated: bool = False
     peft_type: Literal["PREFIX_TUNING", "CARTRIDGE"] = "PREFIX_TUNING"
 
     def __post_init__(self) -> None:
@@ -127,11 +137,38 @@ class PrefixConfig:
         self._check_choice("init_resize", Resize)
         if not 0.0 <= self.init_std < float("inf"):
             raise ValueError(f"init_std: got {self.init_std}, takes 0 or more")
+        self._check_reweighting()
 
     def _check_choice(self, name: str, literal: Any) -> None:
         if getattr(self, name) not in get_args(literal):
             raise ValueError(
                 f"{name}: got {getattr(self, name)!r}, takes one of {get_args(literal)}"
+            )
+
+    def _check_reweighting(self) -> None:
+        bias = self.prefix_bias
+        if bias is not None and bias != "learned":
+            number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+            if not number or not math.isfinite(float(bias)):
+                raise ValueError(
+                    f"prefix_bias: got {bias!r}, takes a finite number, 'learned', or None"
+                )
+        if not self.gated:
+            return
+        if bias is not None:
+            raise ValueError(
+                f"prefix_bias: got {bias!r} with gated=True, takes None: a prefix that is attended "
+                "apart has a softmax of its own, in which one bias for all its tokens does nothing"
+            )
+        if self.prefix_in_window:
+            raise ValueError(
+                "prefix_in_window: got True with gated=True, takes False: attended apart, a prefix "
+                "has no place in front of the text to slide from"
+            )
+        if self.init == "zero" or (self.init in ("random", "orthogonal") and not self.init_std):
+            raise ValueError(
+                f"init: got {self.init!r} of zeros with gated=True, takes another: neither they "
+                "nor gates of 0 would get a gradient"
             )
 
     def _check_encoder(self) -> None:

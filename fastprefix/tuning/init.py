@@ -57,6 +57,11 @@ def _load(config: PrefixConfig, layout: Layout) -> PrefixKV:
         kv = PrefixKV.load(config.init_prefix)
     else:
         kv = load_adapter(config.init_prefix, layout.shapes).kv
+    if kv.reweighting is not None:
+        raise ValueError(
+            f"init_prefix: {config.init_prefix} has a {kv.reweighting.kind} for each query head, "
+            "takes a prefix without; from_pretrained(..., is_trainable=True) trains it further"
+        )
     if kv.shapes != layout.shapes:
         raise ValueError(
             f"init_prefix: {config.init_prefix} is a prefix of {kv.num_layers} layers "
