@@ -11,7 +11,7 @@ from fastprefix.encoders.build import Reparameterization
 from fastprefix.encoders.init import Resize
 from fastprefix.kv import Group
 
-Init = Literal["random", "orthogonal", "zero", "text", "vocab", "prefix"]
+Init = Literal["random", "orthogonal", "zero", "text", "embeddings", "vocab", "prefix"]
 # PEFT's; None leaves it open, as PEFT does
 TASK_TYPES = (
     "CAUSAL_LM",
@@ -59,8 +59,10 @@ class PrefixConfig:
             deviation init_std), "orthogonal" (tokens orthogonal in every layer, of that standard
             deviation), "zero" (all tokens alike: without a network or dropout they stay so),
             "text" (the model's own keys and values for init_text, repeated or cut to P tokens),
-            "vocab" (those for tokens drawn at random from the vocabulary), "prefix" (init_prefix).
-        init_text: the text for init="text".
+            "embeddings" (what each layer's projections make of that text's input embeddings alone,
+            without what the layers before it make of them), "vocab" (the model's keys and values
+            for tokens drawn at random from the vocabulary), "prefix" (init_prefix).
+        init_text: the text for init="text" or "embeddings".
         init_prefix: the prefix for init="prefix": a file of :meth:`fastprefix.PrefixKV.save`, or an
             adapter's folder or name on the hub.
         init_resize: how init_prefix becomes P tokens long: "pad" (random tokens behind it),
@@ -124,10 +126,10 @@ class PrefixConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, takes 0 <= dropout < 1")
         self._check_choice("init", Init)
-        if (self.init == "text") != bool(self.init_text):
+        if (self.init in ("text", "embeddings")) != bool(self.init_text):
             raise ValueError(
                 f"init_text: got {self.init_text!r} with init={self.init!r}; a text goes with "
-                "init='text' and only with it"
+                "init='text' or 'embeddings' and only with them"
             )
         if (self.init == "prefix") != bool(self.init_prefix):
             raise ValueError(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Layout, orthogonal, resize
 from fastprefix.hf.peft_format import load_adapter
-from fastprefix.hf.prefill import text_keys_values
+from fastprefix.hf.prefill import embedding_keys_values, text_keys_values
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.base import initial_ids
 from fastprefix.tuning.config import PrefixConfig
@@ -45,7 +45,8 @@ def initial_prefix(
             )
         ids = initial_ids(config, model, tokenizer)
         assert ids is not None
-        kv = text_keys_values(model, ids)
+        make = embedding_keys_values if config.init == "embeddings" else text_keys_values
+        kv = make(model, ids)
         method = "pad"  # P tokens: a layer takes the first of them
     return layout.to_flat(resize(kv, layout.lengths, method, pad_std=config.init_std))
 
