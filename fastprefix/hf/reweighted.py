@@ -166,4 +166,4 @@ def _members(call: Call, *, gated: bool) -> Tensor:
     chosen = torch.tensor(
         [(n in call.gated) == gated for n in range(lengths.shape[0])], device=index.device
     )
-    return torch.where(chosen[index] & (index >= 0), index, -1)
+    return torch.where(chosen[index], index, -1)  # -1 stays what it is

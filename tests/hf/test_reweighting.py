@@ -182,30 +182,42 @@ def test_packed_sequences(tiny):
         check(["bias", "other bias", None])
 
 
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_a_prompt_with_a_bias_slides(tiny, cache):
+def test_a_prompt_with_a_bias_slides(tiny, cache, several):
     """Windows of 4 over a prompt of 6; a static cache copies the prompt's end into its keys."""
     model = patch_model(tiny.kind("mistral").requires_grad_(False))
     bare = tiny.textbook(tiny.kind("mistral"))
     window = model.config.sliding_window
-    front, text = tiny.prompt(6), tiny.prompt(5, seed=3)
-    bias = torch.linspace(-2, 1, query_heads(model)[0])
+    front, text = tiny.prompt(6), tiny.prompt(2, seed=3)
+    bias = torch.linspace(-2, 3, query_heads(model)[0])
     kv = PrefixKV.prefill(model, front)
-    kv = replace(kv, reweighting=Reweighting("bias", (bias,) * kv.num_layers))
-    with use_prefix(model, kv):
-        new = tiny.generate(model, text, cache_implementation=cache, max_new_tokens=5)
-    whole = torch.cat([front, text, new], 1)
+    named = {
+        name: replace(kv, reweighting=Reweighting("bias", (x,) * kv.num_layers))
+        for name, x in (("a", bias), ("b", bias.flip(0)))
+    }
+    rows = ["a", "b"] if several else None
+    ids = text.expand(2 if several else 1, -1)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with use_prefix(model, named if several else named["a"], rows):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            cache_implementation=cache,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+    whole = torch.cat([front, out.sequences[-1:]], 1)
     L = whole.shape[1]
     distance = torch.arange(L)[:, None] - torch.arange(L)
     mask = torch.zeros(1, len(bias), L, L, dtype=torch.float64)
-    mask[:, :, 6:, :6] += bias.double()[:, None, None]
+    mask[:, :, 6:, :6] += (bias.flip(0) if several else bias).double()[:, None, None]
     mask = mask.masked_fill((distance < 0) | (distance >= window), float("-inf"))
     with torch.no_grad():
-        logits = bare(whole, attention_mask=mask, use_cache=False).logits[:, 6:]
-        with use_prefix(model, kv):
-            got = model(whole[:, 6:], use_cache=False).logits
-    torch.testing.assert_close(got, logits, **EXACT)
-    assert torch.equal(logits[0, 4:-1].argmax(-1), new[0])
+        expected = bare(whole, attention_mask=mask, use_cache=False).logits[0, 7:-1]
+    got = torch.stack([logits[-1] for logits in out.logits])
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
