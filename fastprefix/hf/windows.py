@@ -31,7 +31,9 @@ def in_window(module: nn.Module, call: Call, active: ActivePrefix | None, longes
         NotImplementedError: a window on both sides, or prompts beside learned prefixes.
     """
     window = call.sliding_window
-    if window is None or longest + call.key.shape[2] <= window:
+    if window is None:
+        return call
+    if longest + call.key.shape[2] <= window:
         return replace(call, sliding_window=None)  # everything lies within it
     if not longest:
         return call

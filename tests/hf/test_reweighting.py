@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastprefix import PrefixKV, patch_model, use_prefix
+from fastprefix import PrefixKV, patch_model, prefix_attention, use_prefix
 from fastprefix.hf import layer_shapes
 from fastprefix.hf.call import Call
 from fastprefix.hf.mass import attention_mass
@@ -274,23 +274,25 @@ def test_mass(tiny):
         torch.testing.assert_close(got, numbers.tanh(), **FLOAT32)
 
 
+@pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("backend", ["reference", "composed", "triton"])
-def test_every_backend_attends_a_prefix_alone(backend):
-    """Without keys of a text, by value and gradient."""
-    from fastprefix import prefix_attention
-
-    query = torch.randn(2, 4, 3, 16, requires_grad=True)
-    key, value = torch.randn(2, 2, 5, 16, requires_grad=True), torch.randn(2, 5, 16)
-    none = query.new_empty(2, 2, 0, 16)
-    got = prefix_attention(query, none, none, key[0], value, backend=backend)
-    repeated = (x.repeat_interleave(2, 0) for x in (key[0], value))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, *(x.expand(2, -1, -1, -1) for x in repeated)
-    )
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    ours = torch.autograd.grad(got.square().sum(), (query, key))
-    theirs = torch.autograd.grad(expected.square().sum(), (query, key))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+def test_every_backend_attends_a_prefix_alone(backend, queries):
+    """Without keys of a text, by value and gradient; a row without a prefix gets zeros."""
+    query = torch.randn(2, 4, queries, 16, requires_grad=True)
+    key, value = torch.randn(2, 2, 5, 16).unbind()
+    key.requires_grad_()
+    none, index = query.new_empty(2, 2, 0, 16), torch.tensor([1, -1])
+    several = {"prefix_index": index, "prefix_lengths": torch.tensor([2, 3])}
+    groups = query.unflatten(1, (2, 2))
+    for start, options in ((0, {}), (2, several)):
+        got = prefix_attention(query, none, none, key, value, backend=backend, **options)
+        front, front_value = key[:, None, start:], value[:, None, start:]
+        expected = (groups @ front.mT / 4).softmax(-1) @ front_value
+        expected = expected.flatten(1, 2) * (1 if start == 0 else (index >= 0).view(2, 1, 1, 1))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        found = torch.autograd.grad(got.square().sum(), (query, key))
+        wanted = torch.autograd.grad(expected.square().sum(), (query, key), retain_graph=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_refuses_what_does_not_fit(tiny):
