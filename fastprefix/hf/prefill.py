@@ -64,17 +64,23 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
 
     Raises:
         ValueError: see :func:`text_keys_values`; or an encoder-decoder, whose cross-attention sees
-            no embeddings.
+            no embeddings, or blocks whose inputs have different shapes.
     """
     ids, first = _one_text(model, input_ids), list[Tensor]()
     if is_encoder_decoder(model):
         raise ValueError(
-            f"model: got {type(model).__name__}, takes one that is a single stack: an "
-            "encoder-decoder's cross-attention has no embeddings to start from"
+            f"init: got 'embeddings' for {type(model).__name__}, takes 'text': the cross-attention "
+            "of an encoder-decoder has no embeddings to start from"
         )
 
     def from_the_start(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        first.append(args[0] if args else kwargs["hidden_states"])
+        given = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(given, Tensor) or (first and given.shape != first[0].shape):
+            raise ValueError(
+                f"init: got 'embeddings' for {type(model).__name__}, takes 'text': the input of a "
+                f"{type(module).__name__} is not like the embeddings"
+            )
+        first.append(given)
         if args:
             return (first[0], *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": first[0]}

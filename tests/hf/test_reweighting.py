@@ -234,16 +234,21 @@ def test_generates_what_it_says_in_one_forward(tiny, kind, cache):
     assert torch.equal(whole[0, 4:-1].argmax(-1), new[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "rows"])
 def test_checkpointing_and_compiling(tiny, kind):
     model = patch_model(frozen(tiny, "llama", num_hidden_layers=1))
     inputs, real = tiny.kind_inputs(model)
-    kv = ours(tiny, model, kind)
+    if kind == "rows":
+        rows, kv = ["bias", "other bias"], of_rows(tiny, model)
+        leaves = [tensor for name in rows for tensor in kv[name].tensors]
+    else:
+        rows, kv = None, ours(tiny, model, kind)
+        leaves = kv.tensors
 
     def run(forward):
-        with use_prefix(model, kv):
+        with use_prefix(model, kv, rows):
             logits = forward(**inputs, use_cache=False).logits
-        return logits[real], *torch.autograd.grad(weighted(logits, real), kv.tensors)
+        return logits[real], *torch.autograd.grad(weighted(logits, real), leaves)
 
     expected = run(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

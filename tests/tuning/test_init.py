@@ -252,5 +252,5 @@ def test_embeddings_as_though_each_layer_were_the_first(tiny, name):
 
 def test_embeddings_of_an_encoder_decoder_are_refused(tiny):
     config = PrefixConfig(4, init="embeddings", init_text=TEXT)
-    with pytest.raises(ValueError, match="takes one that is a single stack"):
+    with pytest.raises(ValueError, match="of an encoder-decoder has no embeddings"):
         PrefixTuningModel(tiny.kind("t5"), config, Letters())
