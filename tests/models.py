@@ -11,6 +11,7 @@ them to that.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from fastprefix import PrefixKV
+from fastprefix.hf.patching import query_heads
+from fastprefix.kv import Reweighting
+from fastprefix.kv.reweighting import Kind
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
 VOCAB = 101
@@ -415,18 +419,27 @@ def _textbook_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention as a textbook has it, over a module's prefix copied in front of each row's keys."""
-    _RAN.append(module)
+    if module is not None:
+        _RAN.append(module)
     rows, heads, length, size = query.shape
-    bias = query.new_zeros(rows, heads, length, key.shape[2])
+    bias, apart = query.new_zeros(rows, heads, length, key.shape[2]), 0.0
     for extra in (attention_mask, position_bias):
         bias = bias if extra is None else bias + extra
     if prefixes := getattr(module, "prefixes", None):
         # a module that several layers share has as many, which take turns
-        front, front_value = prefixes[module.ran % len(prefixes)]
+        front, front_value, what, numbers = prefixes[module.ran % len(prefixes)]
         module.ran += 1
-        key = torch.cat([front.expand(rows, -1, -1, -1), key], 2)
-        value = torch.cat([front_value.expand(rows, -1, -1, -1), value], 2)
-        bias = nn.functional.pad(bias, (front.shape[1], 0))
+        front, front_value = (x.expand(rows, -1, -1, -1) for x in (front, front_value))
+        if what == "gate" and front.shape[2]:
+            own = {"scaling": scaling, "softcap": softcap}
+            alone, _ = _textbook_attention(None, query, front, front_value, None, **own)
+            apart = alone * numbers.to(query.dtype).tanh()[:, None]
+        else:
+            key, value = torch.cat([front, key], 2), torch.cat([front_value, value], 2)
+            bias = nn.functional.pad(bias, (front.shape[2], 0))
+            if what == "bias" and front.shape[2]:
+                added = numbers.to(query.dtype)[:, None, None].expand(-1, length, front.shape[2])
+                bias = bias + nn.functional.pad(added, (0, key.shape[2] - front.shape[2]))
     key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * (size**-0.5 if scaling is None else scaling)
     if softcap is not None:
@@ -436,7 +449,7 @@ def _textbook_attention(
         sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(rows, -1, length, 1)
         scores = torch.cat([scores, sinks], -1)
     weights = scores.softmax(-1)[..., : key.shape[2]]
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    return (weights @ value).transpose(1, 2).contiguous() + apart, None
 
 
 def textbook(model: PreTrainedModel) -> PreTrainedModel:
@@ -455,8 +468,10 @@ def concatenating(model: PreTrainedModel, kv: PrefixKV, inputs: dict[str, Any]) 
         model(**inputs)
     for module in _RAN:
         module.prefixes, module.ran = [], 0
-    for module, key, value in zip(_RAN, kv.keys, kv.values, strict=True):
-        module.prefixes.append((key, value))
+    heads = kv.reweighting.heads if kv.reweighting else [None] * kv.num_layers
+    what = kv.reweighting and kv.reweighting.kind
+    for module, key, value, numbers in zip(_RAN, kv.keys, kv.values, heads, strict=True):
+        module.prefixes.append((key, value, what, numbers))
     return model
 
 
@@ -475,6 +490,21 @@ def kv_of_shapes(
         tuple(draw(shape.num_heads, shape.value_size) for shape in shapes),
         position_offset,
     )
+
+
+def reweighted(
+    model: PreTrainedModel, kv: PrefixKV, kind: Kind | None, *, seed: int = 0
+) -> PrefixKV:
+    """The prefix with numbers that differ from head to head, with gradients."""
+    if kind is None:
+        return kv
+    generator = torch.Generator().manual_seed(4000 + seed)
+    heads = tuple(
+        (2 * torch.rand(number, generator=generator) + 0.5).mul(-1 if seed % 2 else 1)
+        for number in query_heads(model)
+    )
+    heads = tuple(x.to(kv.device).requires_grad_() for x in heads)
+    return replace(kv, reweighting=Reweighting(kind, heads))
 
 
 def smollm2_tokenizer() -> PreTrainedTokenizerBase | None:

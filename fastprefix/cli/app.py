@@ -80,9 +80,9 @@ def train(
     ] = None,
     num_virtual_tokens: Annotated[int, typer.Option(min=1, help="Prefix length.")] = 32,
     prefix_projection: Annotated[bool, typer.Option(help="Train an MLP that makes it.")] = False,
-    init: Annotated[str, typer.Option(help="random, text or vocab.")] = "text",
+    init: Annotated[str, typer.Option(help="random, text, embeddings or vocab.")] = "text",
     init_text: Annotated[
-        str, typer.Option(help="The text for --init text.")
+        str, typer.Option(help="The text for --init text and embeddings.")
     ] = "Describe the item given by its attributes in one sentence.",
     steps: Annotated[int, typer.Option(min=1)] = 200,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -102,7 +102,7 @@ def train(
             num_virtual_tokens=num_virtual_tokens,
             prefix_projection=prefix_projection,
             init=init,  # type: ignore[arg-type]  # checked by PrefixConfig
-            init_text=init_text if init == "text" else None,
+            init_text=init_text if init in ("text", "embeddings") else None,
         )
         options = FitOptions(
             steps=steps,

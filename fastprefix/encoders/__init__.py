@@ -8,10 +8,12 @@ from fastprefix.encoders.init import orthogonal, resize
 from fastprefix.encoders.lstm import LSTMEncoder
 from fastprefix.encoders.mlp import MLPEncoder
 from fastprefix.encoders.network import NetworkEncoder
+from fastprefix.encoders.reweighting import HeadNumbers
 
 __all__ = [
     "DirectEncoder",
     "Encoder",
+    "HeadNumbers",
     "LSTMEncoder",
     "Layout",
     "MLPEncoder",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastprefix.encoders.flat import Layout
+from fastprefix.encoders.reweighting import HeadNumbers
 from fastprefix.kv import LayerShape, PrefixKV
 
 
@@ -34,6 +36,7 @@ class Encoder(nn.Module, ABC):
         frozen: [num_frozen_tokens, width], or None.
         trained_slots: layers that get gradients; None for all. With a network the others still
             move with what they share.
+        reweighting: biases or gates of the query heads, beside the tokens; None at first.
         any_length: whether ``load_state_dict`` takes a state of another length, and the encoder
             that length.
 
@@ -43,6 +46,7 @@ class Encoder(nn.Module, ABC):
 
     embedding: nn.Parameter
     frozen: Tensor | None
+    reweighting: HeadNumbers | None
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class Encoder(nn.Module, ABC):
         self.any_length = False
         frozen = torch.zeros(num_frozen_tokens, self.layout.width) if num_frozen_tokens else None
         self.register_buffer("frozen", frozen)
+        self.register_module("reweighting", None)
 
     @property
     def trained(self) -> Layout:
@@ -84,13 +89,31 @@ class Encoder(nn.Module, ABC):
         if self.frozen is not None:
             flat = torch.cat([self.frozen, flat])
         kv = self.layout.to_prefix_kv(flat, self.position_offset)
+        weights = None if self.reweighting is None else self.reweighting()
         if self.trained_slots is None:
-            return kv
-        keys, values = (
-            tuple(x if i in self.trained_slots else x.detach() for i, x in enumerate(tensors))
-            for tensors in (kv.keys, kv.values)
-        )
-        return PrefixKV(keys, values, kv.position_offset)
+            return replace(kv, reweighting=weights)
+        if weights is not None:
+            weights = replace(weights, heads=self._trained_alone(weights.heads))
+        keys, values = self._trained_alone(kv.keys), self._trained_alone(kv.values)
+        return replace(kv, keys=keys, values=values, reweighting=weights)
+
+    def _trained_alone(self, layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        slots = self.trained_slots or ()
+        return tuple(x if slot in slots else x.detach() for slot, x in enumerate(layers))
+
+    def start_from_prefix(self, kv: PrefixKV) -> None:
+        """Starts from a whole prefix, what reweights its heads included.
+
+        Raises:
+            ValueError: it has other layers or lengths, or other heads are reweighted.
+        """
+        self.start_from(self.layout.to_flat(kv))
+        if self.reweighting is not None:
+            self.reweighting.start_from(kv.reweighting)
+        elif kv.reweighting is not None:
+            raise ValueError(
+                f"kv: got a prefix with a {kv.reweighting.kind} for each head, takes one without"
+            )
 
     @torch.no_grad()
     def start_from(self, flat: Tensor) -> None:

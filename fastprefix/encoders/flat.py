@@ -120,6 +120,8 @@ class Layout:
     def to_flat(self, kv: PrefixKV) -> Tensor:
         """The inverse of :meth:`to_prefix_kv`: [P, width], zeros where a layer is shorter.
 
+        Of the keys and values alone: a bias or a gate of each head has no place in it.
+
         Raises:
             ValueError: kv has other layers or lengths.
         """

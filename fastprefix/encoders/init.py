@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -87,4 +88,5 @@ def resize(
         tuple(change(x, length) for x, length in zip(tensors, layout.lengths, strict=True))
         for tensors in (kv.keys, kv.values)
     )
-    return PrefixKV(keys, values, layout.num_virtual_tokens)
+    offset = layout.num_virtual_tokens
+    return replace(kv, keys=keys, values=values, position_offset=offset, in_window=False)

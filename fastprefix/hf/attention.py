@@ -2,81 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from fastprefix.attention import prefix_attention
+from fastprefix.hf.active import ActivePrefix, Recorder
+from fastprefix.hf.call import Call
 from fastprefix.hf.masks import prefix_attention_mask
-from fastprefix.kv import PackedPrefixKV, PrefixKV
+from fastprefix.hf.reweighted import attend
+from fastprefix.hf.windows import in_window, with_mask
+from fastprefix.kv import PrefixKV
 
 NAME = "fastprefix"
 SLOT = "_fastprefix_slot"
 # While models are probed: the modules that attended without a keyword argument of the forward call.
 MISSED: list[list[nn.Module]] = []
-
-
-@dataclass(frozen=True, eq=False)
-class ActivePrefix:
-    """What travels with a forward call, as its keyword argument ``fastprefix``.
-
-    Attributes:
-        kv: the prefix, or several of which a row picks one, or None for plain attention.
-        backend: of :func:`fastprefix.prefix_attention`.
-        prefix_index: with several prefixes int32 [R], which of them a row attends to, -1 for none;
-            the hook makes it [B].
-        positioned: whether the call's position_ids are already moved behind the prefix.
-        cu_seqlens: offsets [M + 1] of sequences packed in one row, which stand for any mask.
-        placement: how a windowed layer with an explicit mask learns how far a prompt slid: "end",
-            its keys end at the newest token and text_mask says which are real; "mask", its mask
-            says both (a static cache, packed sequences); "unknown", the mask is the user's own.
-        text_mask: the call's attention mask [B, L], 1 = real token, up to the newest token; None
-            for no padding.
-        prefix_bias: [Hq, Lq, P], added to the prefix's scores in a decoder's own attention.
-        turn: how often the layers at hand ran before in this call, where layers share modules.
-        turns: the same, counted for each module that several layers share.
-        masses: where each layer leaves the share of its attention that the prefix takes, by slot,
-            [B, Hq, Lq] each; None for not at all.
-    """
-
-    kv: PrefixKV | PackedPrefixKV | None
-    backend: str = "auto"
-    prefix_index: Tensor | None = None
-    positioned: bool = False
-    cu_seqlens: Tensor | None = None
-    placement: Literal["end", "mask", "unknown"] = "end"
-    text_mask: Tensor | None = None
-    prefix_bias: Tensor | None = None
-    turn: int = 0
-    turns: dict[int, int] = field(default_factory=dict)
-    masses: dict[int, Tensor] | None = None
-
-
-@dataclass(eq=False)
-class Recorder:
-    """Travels like :class:`ActivePrefix`, and keeps what each attention layer was handed.
-
-    Attributes:
-        modules: the attention modules in the order of their calls.
-        keys: [B, Hkv, L, D] of each call.
-        values: [B, Hkv, L, Dv] of each call.
-        causal: whether each call was causal.
-    """
-
-    modules: list[nn.Module] = field(default_factory=list)
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    causal: list[bool] = field(default_factory=list)
-
-    def record(self, module: nn.Module, key: Tensor, value: Tensor, causal: bool) -> None:
-        """Keeps one call."""
-        self.modules.append(module)
-        self.keys.append(key)
-        self.values.append(value)
-        self.causal.append(causal)
 
 
 def prefix_attention_forward(
@@ -141,92 +84,25 @@ def prefix_attention_forward(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    backend, prefix_key, prefix_value, in_window = "auto", None, None, False
-    prefix_index = prefix_lengths = None
-    longest = 0
-    prefix_bias = None
+    active = fastprefix if isinstance(fastprefix, ActivePrefix) else None
     if isinstance(fastprefix, Recorder):
-        fastprefix.record(module, key, value, causal)
-    elif fastprefix is not None:
-        backend = fastprefix.backend
-        if fastprefix.kv is not None:
-            slot = _slot(module, fastprefix.turn)
-            prefix_key, prefix_value = fastprefix.kv.layer(slot)
-            in_window, longest = fastprefix.kv.in_window, prefix_key.shape[1]
-            if isinstance(fastprefix.kv, PackedPrefixKV):
-                prefix_index = fastprefix.prefix_index
-                prefix_lengths = fastprefix.kv.prefix_lengths[slot]
-                longest = fastprefix.kv.longest[slot]
-            if fastprefix.prefix_bias is not None and causal and prefix_key.shape[1]:
-                prefix_bias = fastprefix.prefix_bias[..., : prefix_key.shape[1]].to(query.dtype)
-    elif MISSED:
+        fastprefix.record(module, query, key, value, causal)
+    elif active is None and MISSED:
         for missed in MISSED:
             missed.append(module)
 
-    if prefix_key is not None and prefix_value is not None:
-        prefix_key = prefix_key.to(query.device, query.dtype)
-        prefix_value = prefix_value.to(query.device, query.dtype)
-    if prefix_index is not None and prefix_lengths is not None:
-        prefix_index, prefix_lengths = (
-            prefix_index.to(query.device),
-            prefix_lengths.to(query.device),
-        )
-
-    key_padding_mask = attn_mask = cu_seqlens = None
-    B, Lk, window = key.shape[0], key.shape[2], sliding_window
-    P = longest if in_window else 0
-    if window is not None and P + Lk <= window:
-        window = None  # everything lies within it
-    in_window = P > 0 and window is not None
-    if in_window and not causal:
-        raise NotImplementedError(
-            f"{type(module).__name__} has a sliding_window of {window} on both sides, which a "
-            "prompt does not slide out of yet"
-        )
-    if in_window and isinstance(fastprefix, ActivePrefix) and not _all_slide(fastprefix):
-        raise NotImplementedError(
-            f"{type(module).__name__} has a sliding_window of {window}, out of which prompts slide "
-            "and learned prefixes do not; not supported in one batch: run them apart"
-        )
-    if isinstance(fastprefix, ActivePrefix) and fastprefix.cu_seqlens is not None:
-        cu_seqlens = fastprefix.cu_seqlens.to(query.device)
+    call = Call(query, key, value, is_causal=causal, sliding_window=sliding_window)
+    longest = _add_prefix(call, module, active) if active is not None else 0
+    call = in_window(module, call, active, longest)
+    if active is not None and active.cu_seqlens is not None:
+        call.cu_seqlens = active.cu_seqlens.to(query.device)
     elif attention_mask is not None and attention_mask.dim() == 2:
-        key_padding_mask = attention_mask
+        call.key_padding_mask = attention_mask
     elif attention_mask is not None:
-        causal = False
-        if attention_mask.dtype is torch.bool and attention_mask.shape[1:] == (1, 1, Lk):
-            key_padding_mask = attention_mask[:, 0, 0].expand(B, Lk)
-        else:
-            attn_mask = attention_mask
-        active = fastprefix if in_window and isinstance(fastprefix, ActivePrefix) else None
-        if active is None or window is None or prefix_key is None or prefix_value is None:
-            window = None  # the mask has it
-        elif active.placement == "mask" and attention_mask.dtype is torch.bool:
-            key, value, attn_mask = _in_front(
-                _tail(
-                    prefix_key,
-                    prefix_value,
-                    B,
-                    min(longest, window - 1),
-                    prefix_index,
-                    prefix_lengths,
-                ),
-                key,
-                value,
-                attention_mask,
-                window,
-            )
-            prefix_key = prefix_value = prefix_index = prefix_lengths = None
-            key_padding_mask = window = None
-            in_window = False
-        else:
-            real = _real_tokens(module, active, Lk, window)
-            # The window of the operator hides no more of the text than the mask does already; that
-            # of a single query says what is real as far as the window reaches.
-            key_padding_mask = real if attn_mask is not None else key_padding_mask
+        call = with_mask(module, call, active, attention_mask, longest)
     if position_bias is not None:
-        attn_mask = _with_bias(position_bias, attn_mask, query.dtype)
-    if attn_mask is not None and attn_mask.requires_grad:
+        call.attn_mask = _with_bias(position_bias, call.attn_mask, query.dtype)
+    if call.attn_mask is not None and call.attn_mask.requires_grad:
         raise NotImplementedError(
             f"{type(module).__name__}: a bias on the scores gets no gradient yet; freeze what "
             "makes it (requires_grad_(False)), or unpatch the model to train it"
@@ -234,29 +110,47 @@ def prefix_attention_forward(
     sinks = kwargs.get("s_aux")
     if sinks is not None and sinks.dtype is not torch.float32:
         sinks = sinks.to(query.dtype)
+    call.options = {
+        "dropout_p": dropout,
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": sinks,
+        "backend": "auto" if active is None else active.backend,
+    }
+    return attend(call).transpose(1, 2), None
 
-    out = prefix_attention(
-        query,
-        key,
-        value,
-        prefix_key,
-        prefix_value,
-        prefix_index=prefix_index,
-        prefix_lengths=prefix_lengths,
-        attn_mask=attn_mask,
-        key_padding_mask=key_padding_mask,
-        cu_seqlens=cu_seqlens,
-        is_causal=causal,
-        dropout_p=dropout,
-        scale=scaling,
-        sliding_window=window,
-        softcap=softcap,
-        sinks=sinks,
-        prefix_bias=prefix_bias,
-        prefix_in_window=in_window,
-        backend=backend,
-    )
-    return out.transpose(1, 2), None
+
+def _add_prefix(call: Call, module: nn.Module, active: ActivePrefix) -> int:
+    """Puts a layer's share of the prefixes into a call; how many tokens of one may slide."""
+    kv, query = active.kv, call.query
+    if kv is None:
+        return 0
+    slot = _slot(module, active.turn)
+    prefix_key, prefix_value = kv.layer(slot)
+    P = longest = prefix_key.shape[1]
+    call.prefix_key = prefix_key.to(query.device, query.dtype)
+    call.prefix_value = prefix_value.to(query.device, query.dtype)
+    if isinstance(kv, PrefixKV):
+        if kv.reweighting is not None and P:
+            heads = kv.reweighting.heads[slot].to(query.device)
+            call.head_bias = heads if kv.reweighting.kind == "bias" else None
+            call.gate = heads if kv.reweighting.kind == "gate" else None
+    else:
+        assert active.prefix_index is not None
+        call.prefix_index = active.prefix_index.to(query.device)
+        call.prefix_lengths = kv.prefix_lengths[slot].to(query.device)
+        longest = kv.longest[slot]
+        kinds = {kv.kinds[n] for n in active.numbers if n >= 0} if any(kv.kinds) and P else set()
+        if "bias" in kinds:
+            call.head_bias = kv.biases[slot].to(query.device)
+        if "gate" in kinds:
+            call.gate = kv.gates[slot].to(query.device)
+        if kinds:
+            call.numbers = active.numbers
+            call.gated = frozenset(n for n, kind in enumerate(kv.kinds) if kind == "gate")
+    if active.prefix_bias is not None and call.is_causal and P:
+        call.prefix_bias = active.prefix_bias[..., :P].to(query.dtype)
+    return longest if kv.in_window else 0
 
 
 def _slot(module: nn.Module, turn: int) -> int:
@@ -316,77 +210,6 @@ def _measure(
         **kwargs,
     )
     masses[_slot(module, fastprefix.turn)] = share[..., 0].transpose(1, 2).float()
-
-
-def _real_tokens(module: nn.Module, active: ActivePrefix, Lk: int, window: int) -> Tensor | None:
-    """Which of a windowed layer's keys are real, [B, Lk], where its mask is explicit."""
-    problem = None
-    if active.placement != "end":
-        problem = "an attention mask of the user's own, which does not say what is padding"
-    elif active.text_mask is not None and active.text_mask.shape[1] < Lk:
-        problem = f"an attention mask of {active.text_mask.shape[1]} tokens for {Lk}"
-    if problem is not None:
-        raise NotImplementedError(
-            f"{type(module).__name__} has a sliding_window of {window}, out of which the prompt "
-            f"slides as the text grows; not supported with {problem}"
-        )
-    if active.text_mask is None:
-        return None
-    return active.text_mask[:, active.text_mask.shape[1] - Lk :].bool()
-
-
-def _all_slide(active: ActivePrefix) -> bool:
-    """Whether all prefixes of a call slide out of windows, as prompts do."""
-    return not isinstance(active.kv, PackedPrefixKV) or all(active.kv.windowed)
-
-
-def _tail(
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    B: int,
-    length: int,
-    prefix_index: Tensor | None,
-    prefix_lengths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Copies of the last tokens of every row's prefix, aligned to the end; and which are its own.
-
-    Returns:
-        [B, Hkv, length, D], [B, Hkv, length, Dv], and bool [B, 1, 1, length], None for all.
-    """
-    if prefix_index is None or prefix_lengths is None:
-        start = prefix_key.shape[1] - length
-        key, value = (x[:, start:].expand(B, -1, -1, -1) for x in (prefix_key, prefix_value))
-        return key, value, None
-    # -1 takes the zero
-    ends, lengths = (
-        torch.cat([x, x.new_zeros(1)]) for x in (prefix_lengths.cumsum(0), prefix_lengths)
-    )
-    column = torch.arange(-length, 0, device=prefix_key.device)
-    own = column >= -lengths[prefix_index][:, None]  # [B, length]
-    place = (ends[prefix_index][:, None] + column).clamp(min=0)
-    key, value = (x[:, place].transpose(0, 1) for x in (prefix_key, prefix_value))
-    return key, value, own[:, None, None]
-
-
-def _in_front(
-    tail: tuple[Tensor, Tensor, Tensor | None],
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What of a prompt a window can hold, copied in front of every row's keys; and their mask.
-
-    For layers whose keys do not end at the newest token: a window's worth of copies, where the
-    operator would need none. The mask counts the real tokens before a query as far as the window
-    reaches, and beyond it no token of the prompt is seen.
-    """
-    tail_key, tail_value, own = tail
-    before = mask.sum(-1, keepdim=True) - 1  # [B, 1, Lq, 1]
-    gap = torch.arange(tail_key.shape[2], 0, -1, device=key.device) + before
-    seen = gap < window if own is None else (gap < window) & own
-    key, value = torch.cat([tail_key, key], 2), torch.cat([tail_value, value], 2)
-    return key, value, torch.cat([seen, mask], -1)
 
 
 def register() -> None:

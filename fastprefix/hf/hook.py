@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from fastprefix.hf.attention import NAME, ActivePrefix
+from fastprefix.hf.active import ActivePrefix
+from fastprefix.hf.attention import NAME
 from fastprefix.hf.packing import inputs_of, no_mask, refuse_packed, unpack
 from fastprefix.hf.room import check_room
 from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State

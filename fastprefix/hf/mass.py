@@ -20,6 +20,7 @@ def attention_mass(model: PreTrainedModel, kv: PrefixKV, **inputs: Any) -> tuple
 
     The mean over real tokens: the encoder's, or the decoder's in its own layers. No weights are
     formed: a layer's output is the share, when its values are 1 in the prefix and 0 in the text.
+    Of a prefix with gates that is tanh(gate): its weight beside the text's, which is 1.
 
     Args:
         model: see :func:`fastprefix.patch_model`; it is left as it was, in evaluation mode for the

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastprefix.attention.selection import BACKENDS
-from fastprefix.hf.attention import NAME, SLOT, ActivePrefix
+from fastprefix.hf.active import ActivePrefix
+from fastprefix.hf.attention import NAME, SLOT
 from fastprefix.hf.hook import (
     CACHED,
     contiguous_input,
@@ -107,6 +108,11 @@ def layer_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
     Of a tensor-parallel model with the heads of all ranks, as its prefixes have them.
     """
     return _state(model).shapes
+
+
+def query_heads(model: PreTrainedModel) -> tuple[int, ...]:
+    """How many query heads each attention layer of a patched model has, all ranks together."""
+    return _state(model).query_heads
 
 
 def sharding_of(model: PreTrainedModel) -> Sharding | None:
@@ -242,11 +248,12 @@ def activate(
             f"kv: got {type(kv).__name__}, takes a PrefixKV, or several by name (a dict or a "
             "PackedPrefixKV)"
         )
-    index = None
+    index: Tensor | None = None
+    numbers: tuple[int, ...] = ()
     if isinstance(kv, PackedPrefixKV):
         if rows is None:
             raise ValueError("rows: got None with several prefixes, takes a name for each row")
-        index = kv.index(rows).to(device)
+        index, numbers = kv.index(rows).to(device), kv.numbers(rows)
     elif rows is not None:
         raise ValueError("rows: got names with one PrefixKV, takes several by name as kv")
     if kv.num_layers != len(state.shapes):
@@ -257,6 +264,11 @@ def activate(
     for layer, (got, want) in enumerate(zip(kv.shapes, state.shapes, strict=True)):
         if got != want:
             raise ValueError(f"kv: got {got} in layer {layer}, takes {want}")
+    for layer, (heads, wanted) in enumerate(zip(_heads(kv), state.query_heads, strict=True)):
+        if heads not in (0, wanted):
+            raise ValueError(
+                f"kv: got a reweighting of {heads} query heads in layer {layer}, takes {wanted}"
+            )
     if kv.position_offset and state.placing == "fixed":
         raise ValueError(
             f"position_offset: got {kv.position_offset}, takes 0 for this {type(model).__name__}, "
@@ -270,7 +282,15 @@ def activate(
             )
         _check_prompt(model)
     kv = kv.to(device, dtype)
-    return ActivePrefix(state.sharding.narrow(kv) if state.sharding else kv, state.backend, index)
+    kv = state.sharding.narrow(kv) if state.sharding else kv
+    return ActivePrefix(kv, state.backend, index, numbers)
+
+
+def _heads(kv: PrefixKV | PackedPrefixKV) -> tuple[int, ...]:
+    """Of how many query heads each layer has numbers that reweight them."""
+    if isinstance(kv, PackedPrefixKV):
+        return kv.num_heads
+    return kv.reweighting.num_heads if kv.reweighting is not None else (0,) * kv.num_layers
 
 
 def _check_prompt(model: PreTrainedModel) -> None:
@@ -309,7 +329,9 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> 
         _restore(state.previous)
         raise
     state.shapes, state.groups = slots.shapes, slots.groups
+    state.query_heads = slots.query_heads
     if state.sharding is not None:
+        state.query_heads = tuple(total for _, _, total in state.sharding.query_heads)
         state.shapes = state.sharding.whole_shapes(slots.shapes)
     for slot, module in enumerate(slots.modules):
         setattr(module, SLOT, (*getattr(module, SLOT, ()), slot))
@@ -422,6 +444,7 @@ __all__ = [
     "layer_shapes",
     "patch_model",
     "patched",
+    "query_heads",
     "sharding_of",
     "unpatch_model",
     "use_prefix",

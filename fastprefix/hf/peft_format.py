@@ -3,9 +3,9 @@
 PEFT stores the prefix as ``prompt_embeddings`` [P, layers · 2 · Hkv · D]; an MLP is dropped when
 the adapter is saved, and a cartridge differs by its configuration alone. One head number and size
 for all layers, keys and values, and one length is all that this can hold, and text at once behind
-the prefix; of an encoder-decoder, the decoder's own attention. Any other prefix goes into a
-:class:`PrefixKV` file beside an adapter_config.json with a peft_type that PEFT does not know, so
-that it refuses the folder rather than compute something else.
+the prefix, which no head reweights; of an encoder-decoder, the decoder's own attention. Any other
+prefix goes into a :class:`PrefixKV` file beside an adapter_config.json with a peft_type that PEFT
+does not know, so that it refuses the folder rather than compute something else.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def refusal(kv: PrefixKV, groups: Sequence[Group] | None = None) -> str | None:
         kv: the prefix.
         groups: which part of the model each layer belongs to; one stack if None.
     """
+    if kv.reweighting is not None:
+        return f"its query heads have a {kv.reweighting.kind} each"
     decoder = _decoder(groups)
     if groups is not None and decoder is not None:
         others = {g for g, key in zip(groups, kv.keys, strict=True) if key.shape[1]} - {"decoder"}

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastprefix.hf.attention import Recorder
+from fastprefix.hf.active import Recorder
+from fastprefix.hf.attention import SLOT
 from fastprefix.hf.patching import layer_groups, patched, sharding_of
 from fastprefix.hf.probe import is_encoder_decoder, takes
 from fastprefix.kv import PrefixKV
@@ -49,6 +50,50 @@ def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) 
     if is_encoder_decoder(model):
         return _recorded(model, input_ids=ids, decoder_input_ids=ids)
     return _recorded(model, input_ids=ids)
+
+
+def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
+    """What every attention layer makes of a text's embeddings, as though it were the first layer.
+
+    The block around each attention module gets what the first block gets: the embeddings, with
+    positions where these are added to them. Its own norm and projections then make the keys.
+
+    Args:
+        model: see :func:`text_keys_values`; one stack.
+        input_ids: [P] or [1, P] token ids.
+
+    Raises:
+        ValueError: see :func:`text_keys_values`; or an encoder-decoder, whose cross-attention sees
+            no embeddings, or blocks whose inputs have different shapes.
+    """
+    ids, first = _one_text(model, input_ids), list[Tensor]()
+    if is_encoder_decoder(model):
+        raise ValueError(
+            f"init: got 'embeddings' for {type(model).__name__}, takes 'text': the cross-attention "
+            "of an encoder-decoder has no embeddings to start from"
+        )
+
+    def from_the_start(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        given = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(given, Tensor) or (first and given.shape != first[0].shape):
+            raise ValueError(
+                f"init: got 'embeddings' for {type(model).__name__}, takes 'text': the input of a "
+                f"{type(module).__name__} is not like the embeddings"
+            )
+        first.append(given)
+        if args:
+            return (first[0], *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": first[0]}
+
+    with patched(model):
+        names = {name for name, module in model.named_modules() if hasattr(module, SLOT)}
+        blocks = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+        handles = [x.register_forward_pre_hook(from_the_start, with_kwargs=True) for x in blocks]
+        try:
+            return _recorded(model, input_ids=ids)
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _one_text(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Tensor:

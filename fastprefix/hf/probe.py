@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastprefix.hf import attention
-from fastprefix.hf.attention import Recorder
+from fastprefix.hf.active import Recorder
 from fastprefix.kv import Group, LayerShape
 
 
@@ -32,12 +32,14 @@ class Slots:
     Attributes:
         modules: the module of each call; layers may share one.
         shapes: of the keys and values.
+        query_heads: Hq.
         groups: which part of the model the call belongs to.
         shared: modules that run once for each of several layers, by which these are told apart.
     """
 
     modules: tuple[nn.Module, ...]
     shapes: tuple[LayerShape, ...]
+    query_heads: tuple[int, ...]
     groups: tuple[Group, ...]
     shared: tuple[nn.Module, ...]
 
@@ -105,6 +107,7 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
             LayerShape(key.shape[1], key.shape[3], value.shape[3])
             for key, value in zip(recorder.keys, recorder.values, strict=True)
         ),
+        tuple(query.shape[1] for query in recorder.queries),
         _groups(model, recorder),
         shared,
     )

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
-from fastprefix.hf.attention import Recorder
+from fastprefix.hf.active import Recorder
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder
-from fastprefix.kv import LayerShape, PackedPrefixKV, PrefixKV
+from fastprefix.kv import LayerShape, PackedPrefixKV, PrefixKV, Reweighting
+
+# a rank's first head, the one behind its last, the number of heads of all ranks
+Heads = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +34,13 @@ class Sharding:
         group: the ranks that share a layer's heads.
         heads: of each layer: this rank's first head, the one behind its last, and the number of
             heads of all ranks. Layers that the plan gathers have all heads on every rank.
+        query_heads: the same of the query heads, which a rank may have some of where it has all
+            key/value heads (MQA).
     """
 
     group: Any
-    heads: tuple[tuple[int, int, int], ...]
+    heads: tuple[Heads, ...]
+    query_heads: tuple[Heads, ...]
 
     def whole_shapes(self, shapes: Sequence[LayerShape]) -> tuple[LayerShape, ...]:
         """The layers' shapes with the heads of all ranks."""
@@ -48,9 +54,34 @@ class Sharding:
 
         The gradient of the whole one is all ranks' sum.
         """
-        tensors = _Narrow.apply(self, *kv.keys, *kv.values)
+        if isinstance(kv, PackedPrefixKV):
+            reweighting = (*kv.biases, *kv.gates)
+        else:
+            reweighting = kv.reweighting.heads if kv.reweighting is not None else ()
+        tensors = _Narrow.apply(self, *kv.keys, *kv.values, *reweighting)
         count = kv.num_layers
-        return replace(kv, keys=tensors[:count], values=tensors[count:])
+        keys, values, first, second = (tensors[i * count : (i + 1) * count] for i in range(4))
+        if isinstance(kv, PackedPrefixKV):
+            return replace(kv, keys=keys, values=values, biases=first, gates=second)
+        if kv.reweighting is None:
+            return replace(kv, keys=keys, values=values)
+        narrowed = Reweighting(kv.reweighting.kind, first)
+        return replace(kv, keys=keys, values=values, reweighting=narrowed)
+
+    def places(self, tensors: Sequence[Tensor]) -> list[Heads]:
+        """Where a rank's heads of each tensor are.
+
+        Args:
+            tensors: as many as there are layers, of the keys, of the values, and then of what has
+                a row for each query head, or none at all.
+        """
+        count = len(self.heads)
+        more = len(tensors) // count - 2
+        of_queries = zip(tensors[2 * count :], self.query_heads * more, strict=True)
+        return [
+            *(self.heads * 2),
+            *(place if tensor.shape[0] else (0, 0, 0) for tensor, place in of_queries),
+        ]
 
     def gather(self, kv: PrefixKV) -> PrefixKV:
         """The whole prefix of which each rank has its own heads; not differentiable."""
@@ -62,14 +93,14 @@ class Sharding:
         """Each rank's heads at their place among all heads, in one collective.
 
         Args:
-            tensors: [local heads, P, D] of the keys of all layers, then of the values.
+            tensors: [local heads, ...], see :meth:`places`.
 
         Returns:
             The same with all heads.
         """
         first = dist.get_rank(self.group) == 0
         whole = []
-        for tensor, (start, stop, total) in zip(tensors, self.heads * 2, strict=True):
+        for tensor, (start, stop, total) in zip(tensors, self.places(tensors), strict=True):
             padded = tensor.new_zeros(total, *tensor.shape[1:])
             if stop - start < total or first:  # what every rank has counts once
                 padded[start:stop] = tensor
@@ -77,7 +108,9 @@ class Sharding:
         flat = torch.cat([tensor.flatten() for tensor in whole])
         dist.all_reduce(flat, group=self.group)
         parts = flat.split([tensor.numel() for tensor in whole])
-        return tuple(part.view_as(like) for part, like in zip(parts, whole, strict=True))
+        return tuple(
+            part.view_as(like).to(like.dtype) for part, like in zip(parts, whole, strict=True)
+        )
 
     def agreed(self, inputs: Tensor) -> Tensor:
         """The first rank's token ids or embeddings: all ranks then compute the same."""
@@ -108,7 +141,7 @@ class _Narrow(torch.autograd.Function):
         ctx.sharding = sharding
         return tuple(
             tensor[start:stop]
-            for tensor, (start, stop, _) in zip(tensors, sharding.heads * 2, strict=True)
+            for tensor, (start, stop, _) in zip(tensors, sharding.places(tensors), strict=True)
         )
 
     @staticmethod
@@ -178,21 +211,23 @@ def find_sharding(model: PreTrainedModel) -> Sharding | None:
         torch.cat([key[0].flatten(1), value[0].flatten(1)], 1).cpu()
         for key, value in zip(recorder.keys, recorder.values, strict=True)
     ]
+    own += [query[0].cpu() for query in recorder.queries]
     found: list[list[Tensor]] = [[] for _ in range(ranks)]
     dist.all_gather_object(found, own, group=group)
-    heads = []
+    heads: list[Heads] = []
     for layer in zip(*found, strict=True):
         if not any(part.any() for part in layer):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: its keys and values are zero, which do not say whose "
-                "heads they are; load its weights, then patch it"
+                f"{type(model).__name__}: its queries, keys or values are zero, which do not say "
+                "whose heads they are; load its weights, then patch it"
             )
         if all(part.shape == layer[0].shape and _alike(part, layer[0]) for part in layer):
             heads.append((0, len(layer[0]), len(layer[0])))
             continue
         start = sum(map(len, layer[:rank]))
         heads.append((start, start + len(layer[rank]), sum(map(len, layer))))
-    return Sharding(group, tuple(heads))
+    count = len(recorder.keys)
+    return Sharding(group, tuple(heads[:count]), tuple(heads[count:]))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -40,6 +40,7 @@ class State:
         blocks: how many blocks rely on the patch at the moment, in all threads.
         prefixes: how many `use_prefix` blocks with a prefix are open, in all threads.
         shapes: of the attention layers' keys and values, all ranks' heads.
+        query_heads: of these layers, all ranks'.
         groups: which part of the model each layer belongs to.
         placing: of the stack whose text a prefix moves.
         positions_known: how many positions that stack has learned, None for any.
@@ -54,6 +55,7 @@ class State:
     blocks: int = 0
     prefixes: int = 0
     shapes: tuple[LayerShape, ...] = ()
+    query_heads: tuple[int, ...] = ()
     groups: tuple[Group, ...] = ()
     placing: Placing = "argument"
     positions_known: int | None = None
@@ -67,6 +69,7 @@ class State:
         return replace(
             fresh,
             shapes=self.shapes,
+            query_heads=self.query_heads,
             groups=self.groups,
             placing=self.placing,
             positions_known=self.positions_known,

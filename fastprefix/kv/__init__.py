@@ -5,6 +5,7 @@ from fastprefix.kv.bank import PrefixBank
 from fastprefix.kv.budget import Eviction, KVBudget, KVBudgetError, KVPlan, plan_kv_bytes
 from fastprefix.kv.packed import PackedPrefixKV
 from fastprefix.kv.prefix import Group, LayerShape, PrefixKV
+from fastprefix.kv.reweighting import Reweighting
 
 __all__ = [
     "Eviction",
@@ -16,6 +17,7 @@ __all__ = [
     "PackedPrefixKV",
     "PrefixBank",
     "PrefixKV",
+    "Reweighting",
     "concatenate",
     "interpolate",
     "orthogonality_penalty",

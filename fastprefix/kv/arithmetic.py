@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastprefix.kv.prefix import PrefixKV
+from fastprefix.kv.reweighting import Kind, Reweighting
 
 Method = Literal["linear", "spherical"]
 
@@ -25,10 +27,11 @@ def interpolate(
     "linear" averages the numbers. "spherical" averages every key and value vector [D] on the
     sphere: the length linearly, the direction by the weighted spherical mean (Buss and Fillmore
     2001, "Spherical averages and applications", algorithm A1), which for two prefixes is slerp
-    (Shoemake 1985).
+    (Shoemake 1985). Biases, or gates, of the heads are averaged linearly by either method.
 
     Args:
-        kvs: at least one prefix, all with the same shapes, lengths, position_offset and in_window.
+        kvs: at least one prefix, all with the same shapes, lengths, position_offset, in_window and
+            kind of reweighting, or none.
         weights: one for each, finite, 0 or more, summing to 1 (within 1e-6).
         method: "linear" or "spherical".
 
@@ -48,18 +51,26 @@ def interpolate(
         return used[0][0]
     parts, shares = [kv for kv, _ in used], [w for _, w in used]
     mean = _linear if method == "linear" else _spherical
-    return _map_layers(parts, lambda tensors: mean(tensors, shares))
+    averaged = _map_layers(parts, lambda tensors: mean(tensors, shares))
+    reweightings = [kv.reweighting for kv in parts if kv.reweighting is not None]
+    if not reweightings:
+        return averaged
+    layers = zip(*(one.heads for one in reweightings), strict=True)
+    heads = tuple(_linear(tensors, shares) for tensors in layers)
+    return replace(averaged, reweighting=Reweighting(reweightings[0].kind, heads))
 
 
 def concatenate(kvs: Sequence[PrefixKV]) -> PrefixKV:
     """Prefixes end to end as one, e.g. a shared one and a task's own; gradients reach each.
 
-    The text starts behind all of them: position offsets add up. Meant for learned prefixes, whose
-    keys are not tied to a place. Prompts that were prefilled apart did not see each other, and
-    each begins at position 0; prefill the joined text instead.
+    The text starts behind all of them: position offsets add up. A bias or gate of each head is one
+    for the whole, so that prefixes which have any must have the same. Meant for learned prefixes,
+    whose keys are not tied to a place. Prompts that were prefilled apart did not see each other,
+    and each begins at position 0; prefill the joined text instead.
 
     Raises:
-        ValueError: no prefix, layers of different shapes, or a prompt (in_window) among them.
+        ValueError: no prefix, layers of different shapes, a prompt (in_window) among several, or
+            prefixes whose heads are reweighted differently, or by parameters of their own.
     """
     if not kvs:
         raise ValueError("kvs: got none, takes at least one prefix")
@@ -71,9 +82,14 @@ def concatenate(kvs: Sequence[PrefixKV]) -> PrefixKV:
     for i, kv in enumerate(kvs):
         if kv.shapes != kvs[0].shapes:
             raise ValueError(f"kvs[{i}]: got other layer shapes than kvs[0], takes the same")
+        if not _reweighted_alike(kv, kvs[0]):
+            raise ValueError(
+                f"kvs[{i}]: got another reweighting of its heads than kvs[0], takes the same: one "
+                "bias or gate holds for the whole prefix"
+            )
     joined = _map_layers(kvs, lambda tensors: torch.cat(tensors, dim=1))
     offset = sum(kv.position_offset for kv in kvs)
-    return PrefixKV(joined.keys, joined.values, offset, kvs[0].in_window)
+    return replace(joined, position_offset=offset, reweighting=kvs[0].reweighting)
 
 
 def orthogonality_penalty(kvs: Sequence[PrefixKV]) -> Tensor:
@@ -115,9 +131,25 @@ def _check_alike(kvs: Sequence[PrefixKV]) -> None:
             ("in_window", kv.in_window, first.in_window),
             ("dtype", kv.dtype, first.dtype),
             ("device", kv.device, first.device),
+            ("reweighting", _heads_of(kv), _heads_of(first)),
         ):
             if got != want:
                 raise ValueError(f"kvs[{i}]: got {name} {got}, takes {want} as kvs[0]")
+
+
+def _heads_of(kv: PrefixKV) -> tuple[Kind, tuple[int, ...]] | None:
+    """What kind of numbers how many query heads have."""
+    return None if kv.reweighting is None else (kv.reweighting.kind, kv.reweighting.num_heads)
+
+
+def _reweighted_alike(one: PrefixKV, other: PrefixKV) -> bool:
+    """Whether the heads have the same numbers, and no gradient that would reach but one of them."""
+    if one.reweighting is None or other.reweighting is None:
+        return one.reweighting is other.reweighting
+    return one.reweighting.kind == other.reweighting.kind and all(
+        x is y or (torch.equal(x, y) and not (x.requires_grad or y.requires_grad))
+        for x, y in zip(one.reweighting.heads, other.reweighting.heads, strict=True)
+    )
 
 
 def _map_layers(kvs: Sequence[PrefixKV], join: Callable[[list[Tensor]], Tensor]) -> PrefixKV:

@@ -393,9 +393,4 @@ def _tensor_bytes(file: Path) -> int:
 
 def _own(kv: PrefixKV) -> PrefixKV:
     """A copy in memory of its own: what a caller does to his must not change what was put."""
-    return PrefixKV(
-        tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in kv.keys),
-        tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in kv.values),
-        kv.position_offset,
-        kv.in_window,
-    )
+    return kv.map(lambda x: x.detach().clone(memory_format=torch.contiguous_format))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.kv.prefix import LayerShape, PrefixKV
+from fastprefix.kv.reweighting import Kind, kind_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,9 @@ class PackedPrefixKV:
         position_offsets: int64 [N + 1]: position of the first token behind each prefix, and 0 for
             rows without one, which -1 finds.
         windowed: [N], see ``in_window`` of :class:`PrefixKV`.
+        kinds: [N], how each reweights its heads; see :class:`Reweighting`.
+        biases: one [Hq, N] tensor a layer, 0 for prefixes without; [0, N] where no prefix has any.
+        gates: likewise.
     """
 
     names: tuple[str, ...]
@@ -36,6 +40,9 @@ class PackedPrefixKV:
     position_offset: int
     position_offsets: Tensor
     windowed: tuple[bool, ...]
+    kinds: tuple[Kind | None, ...]
+    biases: tuple[Tensor, ...]
+    gates: tuple[Tensor, ...]
 
     @classmethod
     def pack(cls, prefixes: Mapping[str, PrefixKV]) -> PackedPrefixKV:
@@ -77,6 +84,9 @@ class PackedPrefixKV:
             max(offsets),
             torch.tensor(offsets, device=first.device),
             tuple(kv.in_window for kv in members),
+            tuple(kind_of(kv.reweighting) for kv in members),
+            tuple(_heads(members, layer, "bias") for layer in layers),
+            tuple(_heads(members, layer, "gate") for layer in layers),
         )
 
     @property
@@ -93,6 +103,14 @@ class PackedPrefixKV:
         )
 
     @property
+    def num_heads(self) -> tuple[int, ...]:
+        """Query heads of the layers where any prefix reweights them; 0 elsewhere."""
+        return tuple(
+            max(bias.shape[0], gate.shape[0])
+            for bias, gate in zip(self.biases, self.gates, strict=True)
+        )
+
+    @property
     def in_window(self) -> bool:
         """Whether any of the prefixes slides out of a sliding window."""
         return any(self.windowed)
@@ -101,8 +119,8 @@ class PackedPrefixKV:
         """Key [Hkv, P_1 + ... + P_N, D] and value [Hkv, P_1 + ... + P_N, Dv] of a layer."""
         return self.keys[index], self.values[index]
 
-    def index(self, rows: Sequence[str | None]) -> Tensor:
-        """[R] int32: which prefix each row attends to, -1 for None.
+    def numbers(self, rows: Sequence[str | None]) -> tuple[int, ...]:
+        """[R]: which prefix each row attends to, -1 for None.
 
         Raises:
             ValueError: rows is empty, or has a name that is not among the prefixes.
@@ -116,8 +134,12 @@ class PackedPrefixKV:
                 raise ValueError(
                     f"rows: got {name!r}, takes one of {list(self.names)}, or None for no prefix"
                 )
+        return tuple(numbers[name] for name in rows)
+
+    def index(self, rows: Sequence[str | None]) -> Tensor:
+        """:meth:`numbers` as an int32 [R] tensor."""
         device = self.position_offsets.device
-        return torch.tensor([numbers[name] for name in rows], dtype=torch.int32, device=device)
+        return torch.tensor(self.numbers(rows), dtype=torch.int32, device=device)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -130,4 +152,24 @@ class PackedPrefixKV:
             values=tuple(tensor.to(device=device, dtype=dtype) for tensor in self.values),
             prefix_lengths=tuple(moved[id(one)] for one in self.prefix_lengths),
             position_offsets=self.position_offsets.to(device),
+            biases=tuple(tensor.to(device) for tensor in self.biases),
+            gates=tuple(tensor.to(device) for tensor in self.gates),
         )
+
+
+def _heads(members: Sequence[PrefixKV], layer: int, kind: Kind) -> Tensor:
+    """[Hq, N] biases or gates of a layer, 0 for prefixes that have none there."""
+    found = [
+        kv.reweighting.heads[layer] if kv.reweighting and kv.reweighting.kind == kind else None
+        for kv in members
+    ]
+    Hq = max(0 if x is None else x.shape[0] for x in found)
+    none = torch.zeros(Hq, device=members[0].device)
+    columns = [none if x is None or x.shape[0] == 0 else x for x in found]
+    for column in columns:
+        if column.shape[0] != Hq:
+            raise ValueError(
+                f"kv: got {column.shape[0]} query heads in layer {layer} of a prefix and {Hq} of "
+                "another, takes the same"
+            )
+    return torch.stack(columns, 1)

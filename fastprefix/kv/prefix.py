@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fastprefix.kv.reweighting import Reweighting, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,17 +58,19 @@ class PrefixKV:
             many positions as they have virtual tokens where PEFT does so, else none.
         in_window: whether the prefix slides out of a sliding window as the same text would (a
             prefilled prompt), or stays visible (a learned prefix).
+        reweighting: a bias or a gate for each query head, see :class:`Reweighting`.
 
     Raises:
         TypeError: keys or values are not sequences of floating-point tensors.
-        ValueError: their numbers, shapes, dtypes or devices do not fit together, or
-            position_offset is negative.
+        ValueError: their numbers, shapes, dtypes or devices do not fit together, position_offset is
+            negative, or gates go with a prefix that slides.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     position_offset: int
     in_window: bool = False
+    reweighting: Reweighting | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", tuple(self.keys))
@@ -93,6 +97,8 @@ class PrefixKV:
                     )
         if self.position_offset < 0:
             raise ValueError(f"position_offset: got {self.position_offset}, takes 0 or more")
+        if self.reweighting is not None:
+            self.reweighting.check(self.keys, self.in_window)
 
     @classmethod
     def prefill(cls, model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
@@ -151,26 +157,43 @@ class PrefixKV:
         return self.keys[0].device
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The keys of all layers, their values, and what reweights their heads."""
+        heads = () if self.reweighting is None else self.reweighting.heads
+        return (*self.keys, *self.values, *heads)
+
+    @property
     def requires_grad(self) -> bool:
-        """Whether a backward pass reaches any key or value."""
-        return any(tensor.requires_grad for tensor in (*self.keys, *self.values))
+        """Whether a backward pass reaches any tensor."""
+        return any(tensor.requires_grad for tensor in self.tensors)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values: all that a batch of any size needs."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        """Bytes of all tensors: all that a batch of any size needs."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Key [Hkv, P, D] and value [Hkv, P, Dv] of a layer."""
         return self.keys[index], self.values[index]
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> PrefixKV:
+        """The same prefix with every tensor changed."""
+        return replace(
+            self,
+            keys=tuple(map(change, self.keys)),
+            values=tuple(map(change, self.values)),
+            reweighting=self.reweighting and self.reweighting.map(change),
+        )
+
     def select(self, layers: Sequence[int]) -> PrefixKV:
         """The prefix of some layers alone."""
-        return PrefixKV(
-            tuple(self.keys[layer] for layer in layers),
-            tuple(self.values[layer] for layer in layers),
-            self.position_offset,
-            self.in_window,
+        weights = self.reweighting
+        return replace(
+            self,
+            keys=tuple(self.keys[layer] for layer in layers),
+            values=tuple(self.values[layer] for layer in layers),
+            reweighting=weights
+            and Reweighting(weights.kind, tuple(weights.heads[i] for i in layers)),
         )
 
     def spread(self, layers: Sequence[int], shapes: Sequence[LayerShape]) -> PrefixKV:
@@ -193,31 +216,35 @@ class PrefixKV:
         values = [like.new_empty(shape.num_heads, 0, shape.value_size) for shape in shapes]
         for layer, key, value in zip(layers, self.keys, self.values, strict=True):
             keys[layer], values[layer] = key, value
-        return PrefixKV(tuple(keys), tuple(values), self.position_offset, self.in_window)
+        weights = self.reweighting
+        if weights is not None:
+            heads = [weights.heads[0].new_empty(0) for _ in shapes]
+            for layer, tensor in zip(layers, weights.heads, strict=True):
+                heads[layer] = tensor
+            weights = Reweighting(weights.kind, tuple(heads))
+        return replace(self, keys=tuple(keys), values=tuple(values), reweighting=weights)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> PrefixKV:
-        """A copy on another device or in another dtype; itself where nothing changes."""
+        """A copy on another device or in another dtype; itself where nothing changes.
+
+        What reweights heads stays in float32.
+        """
         if (dtype is None or dtype == self.dtype) and (
             device is None or torch.device(device) == self.device
         ):
             return self
-        return PrefixKV(
-            tuple(tensor.to(device=device, dtype=dtype) for tensor in self.keys),
-            tuple(tensor.to(device=device, dtype=dtype) for tensor in self.values),
-            self.position_offset,
-            self.in_window,
+        moved = self.map(lambda tensor: tensor.to(device=device))
+        return replace(
+            moved,
+            keys=tuple(tensor.to(dtype=dtype) for tensor in moved.keys),
+            values=tuple(tensor.to(dtype=dtype) for tensor in moved.values),
         )
 
     def detach(self) -> PrefixKV:
-        """The same keys and values in contiguous memory, cut off from the graph that made them."""
-        return PrefixKV(
-            tuple(tensor.detach().contiguous() for tensor in self.keys),
-            tuple(tensor.detach().contiguous() for tensor in self.values),
-            self.position_offset,
-            self.in_window,
-        )
+        """The same numbers in contiguous memory, cut off from the graph that made them."""
+        return self.map(lambda tensor: tensor.detach().contiguous())
 
     def save(self, file: str | Path) -> None:
         """Writes a safetensors file; :meth:`load` reads it back bit for bit."""
@@ -225,6 +252,9 @@ class PrefixKV:
         for layer in range(self.num_layers):
             tensors[f"layers.{layer}.key"] = self.keys[layer].detach().contiguous()
             tensors[f"layers.{layer}.value"] = self.values[layer].detach().contiguous()
+            if self.reweighting is not None:
+                heads = self.reweighting.heads[layer]
+                tensors[f"layers.{layer}.{self.reweighting.kind}"] = heads.detach().contiguous()
         seen: set[int] = set()
         for name, tensor in tensors.items():
             storage = tensor.untyped_storage().data_ptr()
@@ -235,6 +265,7 @@ class PrefixKV:
             "num_layers": self.num_layers,
             "position_offset": self.position_offset,
             "in_window": self.in_window,
+            "reweighting": kind_of(self.reweighting),
         }
         metadata = {"format": "pt", _FORMAT: json.dumps(about)}
         partial = Path(f"{file}.partial")
@@ -258,9 +289,16 @@ class PrefixKV:
                 keys = tuple(opened.get_tensor(f"layers.{layer}.key") for layer in layers)
                 values = tuple(opened.get_tensor(f"layers.{layer}.value") for layer in layers)
                 kv = cls(keys, values, int(about["position_offset"]), bool(about["in_window"]))
+                kind = about.get("reweighting")  # older files have none
+                if kind is not None:
+                    heads = tuple(opened.get_tensor(f"layers.{layer}.{kind}") for layer in layers)
+                    kv = replace(kv, reweighting=Reweighting(kind, heads))
         except Exception as error:
             raise ValueError(f"file: {file} is not a whole PrefixKV file ({error!r})") from error
-        for name, tensors in (("key", keys), ("value", values)):
+        parts = [("key", keys), ("value", values)]
+        if kv.reweighting is not None:
+            parts.append((kv.reweighting.kind, kv.reweighting.heads))
+        for name, tensors in parts:
             for layer, tensor in enumerate(tensors):
                 if not torch.isfinite(tensor).all():
                     raise ValueError(

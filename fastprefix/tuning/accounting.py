@@ -72,7 +72,7 @@ def count_parameters(tuned: Any) -> ParameterCount:
         exported = tuned.export_embeddings().numel()
     else:
         kv = tuned.export()
-        exported = sum(tensor.numel() for tensor in (*kv.keys, *kv.values))
+        exported = sum(tensor.numel() for tensor in kv.tensors)
     with tempfile.TemporaryDirectory() as folder:
         tuned.save_pretrained(folder)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())

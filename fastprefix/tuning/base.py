@@ -217,7 +217,7 @@ def initial_ids(
     if config.init == "vocab":
         return torch.randint(embedding_weight(model).shape[0], (P,))
     if tokenizer is None:
-        raise ValueError("tokenizer: got None, init='text' needs one")
+        raise ValueError(f"tokenizer: got None, init={config.init!r} needs one")
     ids = torch.tensor(tokenizer(config.init_text)["input_ids"])
     if len(ids) == 0:
         raise ValueError(f"init_text: {config.init_text!r} has no tokens")

@@ -6,8 +6,14 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.encoders import Encoder, Layout, build_encoder, slot_lengths
-from fastprefix.hf.patching import default_offset, layer_groups, layer_shapes, sharding_of
+from fastprefix.encoders import Encoder, HeadNumbers, Layout, build_encoder, slot_lengths
+from fastprefix.hf.patching import (
+    default_offset,
+    layer_groups,
+    layer_shapes,
+    query_heads,
+    sharding_of,
+)
 from fastprefix.kv import Group
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.init import initial_prefix
@@ -29,6 +35,8 @@ def new_encoder(
     layers = config.layers if config.groups is None else _of_groups(config.groups, model)
     if offset is None and default_offset(model, P) != P:
         offset = default_offset(model, P)  # None follows a prefix that grows
+    if offset is None and config.gated:
+        offset = 0  # the text keeps its positions, so that a gate of 0 is the bare model
     lengths = slot_lengths(len(shapes), P, layers, config.layer_lengths)
     start = initial_prefix(config, model, tokenizer, Layout.make(shapes, lengths))
     encoder = build_encoder(
@@ -46,7 +54,12 @@ def new_encoder(
         dropout=config.dropout,
         num_frozen_tokens=config.num_frozen_tokens,
         init_std=config.init_std,
-    ).to(model.device)
+    )
+    if config.gated or config.prefix_bias is not None:
+        heads = [n if length else 0 for n, length in zip(query_heads(model), lengths, strict=True)]
+        fixed = None if isinstance(config.prefix_bias, str) else config.prefix_bias
+        encoder.reweighting = HeadNumbers("gate" if config.gated else "bias", heads, fixed)
+    encoder = encoder.to(model.device)
     if start is not None:
         encoder.start_from(start)
     if (sharding := sharding_of(model)) is not None:

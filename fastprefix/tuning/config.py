@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -10,7 +11,7 @@ from fastprefix.encoders.build import Reparameterization
 from fastprefix.encoders.init import Resize
 from fastprefix.kv import Group
 
-Init = Literal["random", "orthogonal", "zero", "text", "vocab", "prefix"]
+Init = Literal["random", "orthogonal", "zero", "text", "embeddings", "vocab", "prefix"]
 # PEFT's; None leaves it open, as PEFT does
 TASK_TYPES = (
     "CAUSAL_LM",
@@ -58,8 +59,10 @@ class PrefixConfig:
             deviation init_std), "orthogonal" (tokens orthogonal in every layer, of that standard
             deviation), "zero" (all tokens alike: without a network or dropout they stay so),
             "text" (the model's own keys and values for init_text, repeated or cut to P tokens),
-            "vocab" (those for tokens drawn at random from the vocabulary), "prefix" (init_prefix).
-        init_text: the text for init="text".
+            "embeddings" (what each layer's projections make of that text's input embeddings alone,
+            without what the layers before it make of them), "vocab" (the model's keys and values
+            for tokens drawn at random from the vocabulary), "prefix" (init_prefix).
+        init_text: the text for init="text" or "embeddings".
         init_prefix: the prefix for init="prefix": a file of :meth:`fastprefix.PrefixKV.save`, or an
             adapter's folder or name on the hub.
         init_resize: how init_prefix becomes P tokens long: "pad" (random tokens behind it),
@@ -67,6 +70,13 @@ class PrefixConfig:
         init_std: standard deviation of the random start.
         prefix_in_window: whether the prefix slides out of a model's sliding windows as a text
             would, which PEFT's do, or is always seen.
+        prefix_bias: added to all scores of the prefix, in every query head: a number, or "learned",
+            one for each head of each layer with a prefix, which starts at 0 and is trained with the
+            rest. A long prefix dilutes the attention to the text; a bias of -log P undoes that.
+        gated: attend to the prefix apart from the text, in a softmax of its own, and add it times
+            tanh of a gate for each head, which starts at 0: training starts from the bare model
+            (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199). The position_offset is then 0
+            unless given.
         peft_type: "PREFIX_TUNING" or "CARTRIDGE": as what PEFT loads the adapter.
 
     Raises:
@@ -96,6 +106,8 @@ class PrefixConfig:
     init_resize: Resize = "pad"
     init_std: float = 0.02
     prefix_in_window: bool = False
+    prefix_bias: Literal["learned"] | float | None = None
+    gated: bool = False
     peft_type: Literal["PREFIX_TUNING", "CARTRIDGE"] = "PREFIX_TUNING"
 
     def __post_init__(self) -> None:
@@ -114,10 +126,10 @@ class PrefixConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, takes 0 <= dropout < 1")
         self._check_choice("init", Init)
-        if (self.init == "text") != bool(self.init_text):
+        if (self.init in ("text", "embeddings")) != bool(self.init_text):
             raise ValueError(
                 f"init_text: got {self.init_text!r} with init={self.init!r}; a text goes with "
-                "init='text' and only with it"
+                "init='text' or 'embeddings' and only with them"
             )
         if (self.init == "prefix") != bool(self.init_prefix):
             raise ValueError(
@@ -127,11 +139,38 @@ class PrefixConfig:
         self._check_choice("init_resize", Resize)
         if not 0.0 <= self.init_std < float("inf"):
             raise ValueError(f"init_std: got {self.init_std}, takes 0 or more")
+        self._check_reweighting()
 
     def _check_choice(self, name: str, literal: Any) -> None:
         if getattr(self, name) not in get_args(literal):
             raise ValueError(
                 f"{name}: got {getattr(self, name)!r}, takes one of {get_args(literal)}"
+            )
+
+    def _check_reweighting(self) -> None:
+        bias = self.prefix_bias
+        if bias is not None and bias != "learned":
+            number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+            if not number or not math.isfinite(float(bias)):
+                raise ValueError(
+                    f"prefix_bias: got {bias!r}, takes a finite number, 'learned', or None"
+                )
+        if not self.gated:
+            return
+        if bias is not None:
+            raise ValueError(
+                f"prefix_bias: got {bias!r} with gated=True, takes None: a prefix that is attended "
+                "apart has a softmax of its own, in which one bias for all its tokens does nothing"
+            )
+        if self.prefix_in_window:
+            raise ValueError(
+                "prefix_in_window: got True with gated=True, takes False: attended apart, a prefix "
+                "has no place in front of the text to slide from"
+            )
+        if self.init == "zero" or (self.init in ("random", "orthogonal") and not self.init_std):
+            raise ValueError(
+                f"init: got {self.init!r} of zeros with gated=True, takes another: neither they "
+                "nor gates of 0 would get a gradient"
             )
 
     def _check_encoder(self) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Layout, orthogonal, resize
 from fastprefix.hf.peft_format import load_adapter
-from fastprefix.hf.prefill import text_keys_values
+from fastprefix.hf.prefill import embedding_keys_values, text_keys_values
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.base import initial_ids
 from fastprefix.tuning.config import PrefixConfig
@@ -45,7 +45,8 @@ def initial_prefix(
             )
         ids = initial_ids(config, model, tokenizer)
         assert ids is not None
-        kv = text_keys_values(model, ids)
+        make = embedding_keys_values if config.init == "embeddings" else text_keys_values
+        kv = make(model, ids)
         method = "pad"  # P tokens: a layer takes the first of them
     return layout.to_flat(resize(kv, layout.lengths, method, pad_std=config.init_std))
 
@@ -57,6 +58,11 @@ def _load(config: PrefixConfig, layout: Layout) -> PrefixKV:
         kv = PrefixKV.load(config.init_prefix)
     else:
         kv = load_adapter(config.init_prefix, layout.shapes).kv
+    if kv.reweighting is not None:
+        raise ValueError(
+            f"init_prefix: {config.init_prefix} has a {kv.reweighting.kind} for each query head, "
+            "takes a prefix without; from_pretrained(..., is_trainable=True) trains it further"
+        )
     if kv.shapes != layout.shapes:
         raise ValueError(
             f"init_prefix: {config.init_prefix} is a prefix of {kv.num_layers} layers "

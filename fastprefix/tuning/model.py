@@ -31,6 +31,7 @@ from fastprefix.hf.peft_base import (
 )
 from fastprefix.hf.peft_format import PREFIX_KINDS, Adapter, load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
+from fastprefix.kv.reweighting import kind_of
 from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
 from fastprefix.tuning.base import load_heads, saved_heads
 from fastprefix.tuning.build import new_encoder
@@ -244,6 +245,8 @@ class PrefixTuningModel(NamedAdapters):
                 "modules_to_save": self.head_names(),
                 "task_type": config.task_type,
             }
+            if config.prefix_bias is not None:
+                fields["prefix_bias"] = config.prefix_bias
             if config.peft_type == "PREFIX_TUNING":
                 fields["encoder_hidden_size"] = config.encoder_hidden_size
                 fields["prefix_projection"] = config.prefix_projection
@@ -289,7 +292,7 @@ class PrefixTuningModel(NamedAdapters):
             load_base_adapter(model, inside, is_trainable=is_trainable)
         load_heads(model, adapter.heads)
         tuned = cls(model, config, adapter_name=adapter_name)
-        tuned.encoder.start_from(tuned.encoder.layout.to_flat(adapter.kv))
+        tuned.encoder.start_from_prefix(adapter.kv)
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
@@ -324,7 +327,7 @@ class PrefixTuningModel(NamedAdapters):
         self.add_adapter(adapter_name, config)
         encoder = self.encoders[adapter_name]
         assert isinstance(encoder, Encoder)
-        encoder.start_from(encoder.layout.to_flat(adapter.kv))
+        encoder.start_from_prefix(adapter.kv)
         self.set_requires_grad(adapter_name, is_trainable)
 
 
@@ -332,7 +335,7 @@ def _load(name_or_folder: str | Path, model: PreTrainedModel) -> tuple[Adapter, 
     """A saved prefix for a patched model, and a configuration that trains it directly."""
     adapter = load_adapter(name_or_folder, layer_shapes(model), layer_groups(model))
     activate(model, adapter.kv)  # refuses what the model cannot run
-    kind = adapter.config["peft_type"]
+    kind, has = adapter.config["peft_type"], kind_of(adapter.kv.reweighting)
     lengths = [key.shape[1] for key in adapter.kv.keys]
     config = PrefixConfig(
         num_virtual_tokens=adapter.kv.num_virtual_tokens,
@@ -342,6 +345,8 @@ def _load(name_or_folder: str | Path, model: PreTrainedModel) -> tuple[Adapter, 
         num_frozen_tokens=adapter.config.get("num_frozen_tokens", 0),
         position_offset=adapter.kv.position_offset,
         prefix_in_window=adapter.kv.in_window,
+        prefix_bias=adapter.config.get("prefix_bias", "learned") if has == "bias" else None,
+        gated=has == "gate",
         peft_type=kind if kind in PREFIX_KINDS else "PREFIX_TUNING",
     )
     return adapter, config

@@ -180,6 +180,16 @@ def tensor_parallel(name):
         tuned(**rows(whole=True)).loss.backward()
         found[f"projection={projection}"] = gradients(tuned)
         found[f"parameters={projection}"] = tuned.state_dict()
+    for kind, fields in {"bias": {"prefix_bias": "learned"}, "gate": {"gated": True}}.items():
+        tuned = make(model, seed=RANK, position_offset=0, **fields)
+        with torch.no_grad():
+            numbers = tuned.encoder.reweighting.numbers
+            numbers.copy_(torch.linspace(-1, 2, len(numbers)))
+        batch = rows(whole=True)
+        # the first token is predicted by a pad, which sees no text at all
+        first = tiny.positions(batch["attention_mask"]) == 0
+        tuned(**{**batch, "labels": batch["labels"].masked_fill(first, -100)}).loss.backward()
+        found[kind], found[f"parameters of {kind}"] = gradients(tuned), tuned.state_dict()
     ids, mask = tiny.batch()
     kv = PrefixKV.prefill(model, tiny.prompt())
     found["prefilled"] = torch.stack([*kv.keys, *kv.values])

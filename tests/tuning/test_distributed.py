@@ -6,6 +6,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,26 @@ def test_tensor_parallel_gradients(found, make, expected, name, projection):
     for result in (first, second):
         assert result["ranks"] == 2
         torch.testing.assert_close(result[f"projection={projection}"], gradients, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["bias", "gate"])
+@pytest.mark.parametrize("name", ["llama", "olmo2"])
+def test_tensor_parallel_query_heads(tiny, folder, found, name, kind):
+    """Each rank has the numbers of its own query heads, and all get the gradient of all."""
+    results = found(f"tp_{name}")
+    model, bare = (AutoModelForCausalLM.from_pretrained(folder / name) for _ in range(2))
+    fields = {"prefix_bias": "learned"} if kind == "bias" else {"gated": True}
+    tuned = PrefixTuningModel(model, PrefixConfig(num_virtual_tokens=P, **fields))
+    tuned.load_state_dict(results[0][f"parameters of {kind}"])
+    kv = replace(tuned.encoder(), position_offset=0)
+    ids, mask = tiny.batch((7, 4, 4, 7))
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": tiny.positions(mask)}
+    labels = ids.masked_fill(inputs["position_ids"] == 0, -100)
+    tiny.concatenating(bare.eval(), kv, inputs)(**inputs, labels=labels).loss.backward()
+    gradients = {f"encoders.default.{n}": p.grad for n, p in tuned.encoder.named_parameters()}
+    assert len(gradients) == 2
+    for result in results:
+        torch.testing.assert_close(result[kind], gradients, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo2"])

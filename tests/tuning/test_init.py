@@ -218,3 +218,39 @@ def test_config_takes_lists_of_integers(value):
     for field in ("layers", "layer_lengths"):
         with pytest.raises(TypeError, match=f"^{field}: got"):
             PrefixConfig(**{field: value})
+
+
+def first_layer_alone(tiny, name, layer):
+    """The same weights in a model whose only layer is that layer of the whole model."""
+    whole = tiny.kind(name, torch.float32)
+    one = tiny.kind(name, torch.float32)
+    others = {"gpt2": "transformer.h", "opt": "model.decoder.layers", "bert": "bert.encoder.layer"}
+    stack = others.get(name, "model.layers")
+    layers = one.get_submodule(stack)
+    layers[0].load_state_dict(whole.get_submodule(stack)[layer].state_dict())
+    return one
+
+
+def hooks(model):
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "bert"])
+def test_embeddings_as_though_each_layer_were_the_first(tiny, name):
+    config = PrefixConfig(len(TEXT), init="embeddings", init_text=TEXT, position_offset=0)
+    model = tiny.kind(name, torch.float32)
+    kv = PrefixTuningModel(model, config, Letters()).export()
+    plain = PrefixConfig(len(TEXT), init="text", init_text=TEXT, position_offset=0)
+    for layer in range(2):
+        one = first_layer_alone(tiny, name, layer)
+        text = PrefixTuningModel(one, plain, Letters()).export()
+        assert hooks(model) == hooks(one)
+        torch.testing.assert_close(kv.keys[layer], text.keys[0])
+        torch.testing.assert_close(kv.values[layer], text.values[0])
+    assert not torch.allclose(kv.values[1], text.values[1], atol=1e-2), "of the layers below it"
+
+
+def test_embeddings_of_an_encoder_decoder_are_refused(tiny):
+    config = PrefixConfig(4, init="embeddings", init_text=TEXT)
+    with pytest.raises(ValueError, match="of an encoder-decoder has no embeddings"):
+        PrefixTuningModel(tiny.kind("t5"), config, Letters())

@@ -1,0 +1,57 @@
+"""A number for each query head, fixed or trained beside a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.kv import Reweighting
+from fastprefix.kv.reweighting import Kind
+
+
+class HeadNumbers(nn.Module):
+    """The biases or gates of a prefix; called, it gives a :class:`fastprefix.kv.Reweighting`.
+
+    Args:
+        kind: "bias" or "gate".
+        query_heads: Hq of each layer, 0 for a layer without a prefix.
+        fixed: the number of all heads; None for numbers that are trained, and start at 0.
+
+    Attributes:
+        numbers: [sum of query_heads], a parameter, or a buffer where they are fixed.
+    """
+
+    numbers: Tensor
+
+    def __init__(self, kind: Kind, query_heads: Sequence[int], fixed: float | None = None) -> None:
+        super().__init__()
+        self.kind: Kind = kind
+        self.query_heads = tuple(query_heads)
+        start = torch.full((sum(self.query_heads),), 0.0 if fixed is None else fixed)
+        if fixed is None:
+            self.numbers = nn.Parameter(start)
+        else:
+            self.register_buffer("numbers", start)
+
+    def forward(self) -> Reweighting:
+        """In float32, whatever the module was cast to."""
+        return Reweighting(self.kind, self.numbers.float().split(self.query_heads))
+
+    @torch.no_grad()
+    def start_from(self, reweighting: Reweighting | None) -> None:
+        """Starts from given numbers.
+
+        Raises:
+            ValueError: they are of another kind, or for other heads.
+        """
+        if reweighting is None or reweighting.kind != self.kind:
+            got = "none" if reweighting is None else f"a {reweighting.kind}"
+            raise ValueError(f"reweighting: got {got}, takes a {self.kind} for each head")
+        if reweighting.num_heads != self.query_heads:
+            raise ValueError(
+                f"reweighting: got {list(reweighting.num_heads)} heads, takes "
+                f"{list(self.query_heads)}"
+            )
+        self.numbers.copy_(torch.cat(reweighting.heads))

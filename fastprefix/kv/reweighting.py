@@ -1,0 +1,80 @@
+"""How much of a query head's attention a prefix gets, beyond what its keys say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Kind = Literal["bias", "gate"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reweighting:
+    """A number for each query head of each layer that has a prefix.
+
+    Attributes:
+        kind: "bias", added to all of the prefix's scores (after a softcap), so that its weights are
+            exp(bias) times as large beside those of the text. "gate", the prefix is attended apart:
+            out = attention(text) + tanh(gate) * attention(prefix), each with a softmax of its own
+            (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199, equations 4 to 6); sinks belong to
+            the text's. A gate of 0 is the model without the prefix.
+        heads: one float32 [Hq] tensor a layer; [0] for a layer without a prefix.
+
+    Raises:
+        TypeError: heads are not float32 tensors.
+        ValueError: unknown kind, or a tensor that is not [Hq].
+    """
+
+    kind: Kind
+    heads: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", tuple(self.heads))
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind: got {self.kind!r}, takes one of {get_args(Kind)}")
+        for layer, tensor in enumerate(self.heads):
+            if not isinstance(tensor, Tensor) or tensor.dtype is not torch.float32:
+                raise TypeError(f"heads[{layer}]: takes a float32 tensor")
+            if tensor.dim() != 1:
+                raise ValueError(f"heads[{layer}]: got shape {list(tensor.shape)}, takes [Hq]")
+
+    @property
+    def num_heads(self) -> tuple[int, ...]:
+        """Query heads, layer by layer; 0 for a layer without a prefix."""
+        return tuple(tensor.shape[0] for tensor in self.heads)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Reweighting:
+        """The same with every layer's numbers changed."""
+        return Reweighting(self.kind, tuple(map(change, self.heads)))
+
+    def check(self, keys: Sequence[Tensor], in_window: bool) -> None:
+        """Raises ValueError unless it goes with a prefix's keys, [Hkv, P, D] a layer."""
+        if len(self.heads) != len(keys):
+            raise ValueError(
+                f"reweighting: got {len(self.heads)} layers, takes {len(keys)} as the keys"
+            )
+        for layer, (tensor, key) in enumerate(zip(self.heads, keys, strict=True)):
+            Hq, Hkv = tensor.shape[0], key.shape[0]
+            if Hq % Hkv != 0 or (Hq == 0 and key.shape[1] > 0):
+                raise ValueError(
+                    f"reweighting.heads[{layer}]: got shape [{Hq}], takes [Hq], a multiple of the "
+                    f"{Hkv} key/value heads"
+                )
+            if tensor.device != key.device:
+                raise ValueError(
+                    f"reweighting.heads[{layer}]: got {tensor.device}, takes {key.device} as keys"
+                )
+        if self.kind == "gate" and in_window:
+            raise ValueError(
+                "reweighting: got gates with in_window, takes a learned prefix that stays in view: "
+                "attended apart it has no place in front of the text to slide from"
+            )
+
+
+def kind_of(reweighting: Reweighting | None) -> Kind | None:
+    """What kind it is, None for none."""
+    return None if reweighting is None else reweighting.kind
