@@ -14,7 +14,7 @@ from fastprefix.kv import LayerShape
 
 
 class MLPEncoder(NetworkEncoder):
-    """embedding -> linear (-> tanh -> linear) (Li and Liang 2021, section 4.3, equation 4).
+    """embedding -> linear (-> tanh -> linear) (Li and Liang 2021, section 4.3).
 
     Args:
         shapes: see :class:`Encoder`.

@@ -142,6 +142,8 @@ E2E: tuple[Method, ...] = (
     ),
     _prefix("prefix-shared", "prefix, one block for all layers", share_layers=True),
     _prefix("prefix-text", "prefix, started from a text", **_TEXT),
+    _prefix("prefix-bias", "prefix, learned bias", prefix_bias="learned"),
+    _prefix("prefix-gated", "prefix, gated", gated=True),
     _prefix("prefix-5", "prefix, 5 tokens", num_virtual_tokens=5),
     _prefix("prefix-10", "prefix, 10 tokens", num_virtual_tokens=10),
     _prefix("prefix-50", "prefix, 50 tokens", num_virtual_tokens=50),
