@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import logging
 
 from fastprefix.experiments.methods.plan import (
     Budget,
@@ -47,8 +48,10 @@ def known(run: Run, folder: Path, material: str) -> Result | None:
     return result if result.get("fingerprint") == run.fingerprint(material) else None
 
 
-def _one_thread() -> None:
+def _worker() -> None:
     torch.set_num_threads(1)  # the workers share the processor
+    logging.set_verbosity_error()  # every fresh classifier would be told that its head is new
+    logging.disable_progress_bar()
 
 
 def do(
@@ -81,7 +84,7 @@ def do(
     missing = [run for run in runs if run not in results]
     failures = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_worker) as pool:
         futures = {}
         for run in missing:
             file = folder / f"{run.key}.json"
