@@ -113,9 +113,7 @@ def clamp(x, high):
 
 
 @triton.jit
-def sequence_tiles(
-    q_first, q_last, Lq, Lk, window, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def sequence_tiles(q_first, q_last, Lq, Lk, window, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where the queries q_first .. q_last see sequence keys: (any, low, whole, end).
 
     Some see keys in any .. end; all of them see the whole tiles low .. whole.
