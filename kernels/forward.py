@@ -237,13 +237,16 @@ def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
 def decode_in_two_phases(problem: Problem) -> bool:
     """Whether a call runs in the two phases of :mod:`~fastprefix.kernels.decode`.
 
+    With batch_invariant the answer does not depend on the batch, and neither do the tiles of the
+    one pass, except for padding: it would move a row's keys from tile to tile.
+
     Raises:
-        ValueError: batch_invariant, and the two phases cannot do the call.
+        ValueError: batch_invariant and padding, and the two phases cannot do the call.
     """
     obstacle = decode.obstacle(problem)
     if obstacle is not None:
-        if problem.batch_invariant:
-            raise ValueError(f"batch_invariant: for decode alone; {obstacle}")
+        if problem.batch_invariant and problem.key_padding_mask is not None:
+            raise ValueError(f"batch_invariant: key_padding_mask for decode alone; {obstacle}")
         return False
     return decode_plan.two_phase_pays(decode.shape_of_problem(problem), problem.target)
 
@@ -281,7 +284,7 @@ def prefix_attention_forward(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or batch_invariant for a
-            call with a :func:`~fastprefix.kernels.decode.obstacle`.
+            call with padding and a :func:`~fastprefix.kernels.decode.obstacle`.
     """
     problem = make_problem(
         query, key, value, prefix_key, prefix_value, is_causal=is_causal, scale=scale, **options

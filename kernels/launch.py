@@ -250,7 +250,9 @@ def block_size(head_size: int) -> int:
 def choose(step: str, problem: Problem, rows: int) -> Tile:
     """The tile for a pass ("forward", "dq", "dkv", "dprefix") over runs of `rows` query rows.
 
-    Few rows (decode) shrink the tile to the next power of two that holds them. What needs registers
+    Few rows (decode) shrink the tile to the next power of two that holds them; not where `rows`
+    counts the whole batch and it must not matter (another tile may compile to other instructions).
+    What needs registers
     of its own in every score (an additive tile, dropout's random words) takes half the
     rows: with all of them ptxas spills, and gives up on dprefix with a bias altogether.
     """
@@ -265,6 +267,8 @@ def choose(step: str, problem: Problem, rows: int) -> Tile:
             tile = single if problem.query.dtype == torch.float32 else half
             if heavy and problem.target.family != "interpreter":
                 tile = tile._replace(rows=max(16, tile.rows // 2))
+            if problem.batch_invariant and problem.cu_seqlens is not None:
+                return tile
             return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
     raise ValueError(f"head size {head_size} exceeds {MAX_HEAD_SIZE}")
 
