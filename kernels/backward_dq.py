@@ -93,7 +93,7 @@ def prefix_attn_bwd_dq_kernel(
     s_dob, s_doh, s_dom,
     Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M packed rows of one KV head of one sequence, as in the forward.
@@ -135,7 +135,7 @@ def prefix_attn_bwd_dq_kernel(
     p_k = pk + i_h * s_pkh + tl.cast(i_first, tl.int64) * s_pkn
     p_v = pv + i_h * s_pvh + tl.cast(i_first, tl.int64) * s_pvn
     n_any, n_low, n_whole = prefix_tiles(
-        rank, i_b, q_first, q_last, Lq, Lk, P, window, IN_WINDOW, BLOCK_N
+        rank, i_b, q_first, q_last, Lq, Lk, P, window, IN_WINDOW, APART, BLOCK_N
     )
     b_row = None
     p_bias = None
@@ -146,20 +146,22 @@ def prefix_attn_bwd_dq_kernel(
     o_low = None
     if IN_WINDOW:
         o_low = (P - window + 1 + ranks(rank, i_b, o_q, m_r, Lq, Lk))[:, None]
+    if APART:
+        if IN_WINDOW:
+            b_dq, b_dbias = dq_sweep(
+                b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
+                p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
+                n_any, n_low, P, o_low, P, m_r, scale, softcap,
+                seed, dropped, keep, 0, o_c1, o_c2, o_d, o_dv,
+                HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, dbias is not None, PRECISION,
+            )  # fmt: skip
         b_dq, b_dbias = dq_sweep(
             b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
             p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
-            n_any, n_low, P, o_low, P, m_r, scale, softcap,
+            n_low, n_whole, P, None, P, m_r, scale, softcap,
             seed, dropped, keep, 0, o_c1, o_c2, o_d, o_dv,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, dbias is not None, PRECISION,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, dbias is not None, PRECISION,
         )  # fmt: skip
-    b_dq, b_dbias = dq_sweep(
-        b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
-        p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
-        n_low, n_whole, P, None, P, m_r, scale, softcap,
-        seed, dropped, keep, 0, o_c1, o_c2, o_d, o_dv,
-        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, dbias is not None, PRECISION,
-    )  # fmt: skip
     b_dq, b_dbias = dq_sweep(
         b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
         p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
@@ -176,25 +178,29 @@ def prefix_attn_bwd_dq_kernel(
     p_mask = None
     if mask is not None:
         p_mask = mask + (i_b * s_mb + o_head * s_mh + o_token * s_mm)[:, None]
-    n_any, n_low, n_whole, n_end = sequence_tiles(q_first, q_last, Lq, Lk, window, CAUSAL, BLOCK_N)
+    n_any, n_low, n_whole, n_end = sequence_tiles(
+        q_first, q_last, Lq, Lk, window, CAUSAL, APART, BLOCK_N
+    )
     o_high = sequence_end(o_q[:, None], Lq, Lk, window, CAUSAL)
     o_low = None
     if window is not None:
         o_low = (o_q + Lk - Lq - window + 1)[:, None]
+    if APART:
+        if window is not None:
+            b_dq, b_dbias = dq_sweep(
+                b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, None,
+                p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
+                n_any, n_low, Lk, o_low, o_high, m_r, scale, softcap,
+                seed, dropped, keep, P, o_c1, o_c2, o_d, o_dv,
+                HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, PRECISION,
+            )  # fmt: skip
         b_dq, b_dbias = dq_sweep(
             b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, None,
             p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-            n_any, n_low, Lk, o_low, o_high, m_r, scale, softcap,
+            n_low, n_whole, Lk, None, o_high, m_r, scale, softcap,
             seed, dropped, keep, P, o_c1, o_c2, o_d, o_dv,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, PRECISION,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, PRECISION,
         )  # fmt: skip
-    b_dq, b_dbias = dq_sweep(
-        b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, None,
-        p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-        n_low, n_whole, Lk, None, o_high, m_r, scale, softcap,
-        seed, dropped, keep, P, o_c1, o_c2, o_d, o_dv,
-        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, PRECISION,
-    )  # fmt: skip
     b_dq, b_dbias = dq_sweep(
         b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, None,
         p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
@@ -234,4 +240,5 @@ def dq_launch(
         "do": grad_out, "lse2": lse2, "delta": delta, "dq": grad_query, "dbias": grad_bias_rows,
         "tiles": table, "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
     }  # fmt: skip
-    return problem.launch(prefix_attn_bwd_dq_kernel, tiles * Hkv, tile, own)
+    constants = {"APART": launch.whole_apart("dq", problem)}
+    return problem.launch(prefix_attn_bwd_dq_kernel, tiles * Hkv, tile, own, constants)

@@ -113,10 +113,13 @@ def clamp(x, high):
 
 
 @triton.jit
-def sequence_tiles(q_first, q_last, Lq, Lk, window, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
+def sequence_tiles(
+    q_first, q_last, Lq, Lk, window,
+    CAUSAL: tl.constexpr, APART: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Where the queries q_first .. q_last see sequence keys: (any, low, whole, end).
 
-    Some see keys in any .. end; all of them see the whole tiles low .. whole.
+    Some see keys in any .. end; all of them see the whole tiles low .. whole, none unless APART.
     """
     past = Lk - Lq
     if CAUSAL:
@@ -136,6 +139,9 @@ def sequence_tiles(q_first, q_last, Lq, Lk, window, CAUSAL: tl.constexpr, BLOCK_
         all_low = clamp(q_last + past - window + 1, Lk)
         n_low = tl.maximum(tl.minimum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, n_whole), n_any)
         n_whole = tl.maximum(n_whole, n_low)
+    if not APART:
+        n_low = n_any
+        n_whole = n_any
     return n_any, n_low, n_whole, n_end
 
 
@@ -165,11 +171,11 @@ def ranks(rank, i_b, o_q, m_q, Lq, Lk):
 @triton.jit
 def prefix_tiles(
     rank, i_b, q_first, q_last, Lq, Lk, P, window,
-    IN_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    IN_WINDOW: tl.constexpr, APART: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Where the queries q_first .. q_last see prefix keys: (any, low, whole).
 
-    Some see keys from `any` on; all of them see the whole tiles low .. whole.
+    Some see keys from `any` on; all of them see the whole tiles low .. whole, none unless APART.
     """
     n_any = 0
     n_low = 0
@@ -180,6 +186,9 @@ def prefix_tiles(
         n_any = clamp(P - window + 1 + r_first, P) // BLOCK_N * BLOCK_N
         n_low = tl.cdiv(clamp(P - window + 1 + r_last, P), BLOCK_N) * BLOCK_N
         n_low = tl.minimum(n_low, n_whole)
+    if not APART:
+        n_low = n_any
+        n_whole = n_any
     return n_any, n_low, n_whole
 
 

@@ -99,7 +99,7 @@ def prefix_attn_fwd_kernel(
     s_pkh, s_pkn, s_pvh, s_pvn, s_pb, s_pn, s_mb, s_mh, s_mm, s_mn, s_bh, s_bm, s_bn,
     Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
-    PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
+    PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +133,7 @@ def prefix_attn_fwd_kernel(
     p_k = pk + i_h * s_pkh + tl.cast(i_first, tl.int64) * s_pkn
     p_v = pv + i_h * s_pvh + tl.cast(i_first, tl.int64) * s_pvn
     n_any, n_low, n_whole = prefix_tiles(
-        rank, i_b, q_first, q_last, Lq, Lk, P, window, IN_WINDOW, BLOCK_N
+        rank, i_b, q_first, q_last, Lq, Lk, P, window, IN_WINDOW, APART, BLOCK_N
     )
     b_row = None
     p_bias = None
@@ -144,18 +144,20 @@ def prefix_attn_fwd_kernel(
     o_low = None
     if IN_WINDOW:
         o_low = (P - window + 1 + ranks(rank, i_b, o_q, m_r, Lq, Lk))[:, None]
+    if APART:
+        if IN_WINDOW:
+            b_acc, b_max, b_sum = fwd_sweep(
+                b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
+                n_any, n_low, P, o_low, P, m_r, scale, softcap,
+                seed, dropped, 0, o_c1, o_c2, o_d, o_dv,
+                HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+            )  # fmt: skip
         b_acc, b_max, b_sum = fwd_sweep(
             b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
-            n_any, n_low, P, o_low, P, m_r, scale, softcap,
+            n_low, n_whole, P, None, P, m_r, scale, softcap,
             seed, dropped, 0, o_c1, o_c2, o_d, o_dv,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRESCALE, PRECISION,
         )  # fmt: skip
-    b_acc, b_max, b_sum = fwd_sweep(
-        b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
-        n_low, n_whole, P, None, P, m_r, scale, softcap,
-        seed, dropped, 0, o_c1, o_c2, o_d, o_dv,
-        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRESCALE, PRECISION,
-    )  # fmt: skip
     b_acc, b_max, b_sum = fwd_sweep(
         b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
         n_whole, P, P, o_low, P, m_r, scale, softcap,
@@ -172,23 +174,27 @@ def prefix_attn_fwd_kernel(
     p_mask = None
     if mask is not None:
         p_mask = mask + (i_b * s_mb + o_head * s_mh + o_token * s_mm)[:, None]
-    n_any, n_low, n_whole, n_end = sequence_tiles(q_first, q_last, Lq, Lk, window, CAUSAL, BLOCK_N)
+    n_any, n_low, n_whole, n_end = sequence_tiles(
+        q_first, q_last, Lq, Lk, window, CAUSAL, APART, BLOCK_N
+    )
     o_high = sequence_end(o_q[:, None], Lq, Lk, window, CAUSAL)
     o_low = None
     if window is not None:
         o_low = (o_q + Lk - Lq - window + 1)[:, None]
+    if APART:
+        if window is not None:
+            b_acc, b_max, b_sum = fwd_sweep(
+                b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
+                n_any, n_low, Lk, o_low, o_high, m_r, scale, softcap,
+                seed, dropped, P, o_c1, o_c2, o_d, o_dv,
+                HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+            )  # fmt: skip
         b_acc, b_max, b_sum = fwd_sweep(
             b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-            n_any, n_low, Lk, o_low, o_high, m_r, scale, softcap,
+            n_low, n_whole, Lk, None, o_high, m_r, scale, softcap,
             seed, dropped, P, o_c1, o_c2, o_d, o_dv,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRESCALE, PRECISION,
         )  # fmt: skip
-    b_acc, b_max, b_sum = fwd_sweep(
-        b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-        n_low, n_whole, Lk, None, o_high, m_r, scale, softcap,
-        seed, dropped, P, o_c1, o_c2, o_d, o_dv,
-        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRESCALE, PRECISION,
-    )  # fmt: skip
     b_acc, b_max, b_sum = fwd_sweep(
         b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
         n_whole, n_end, Lk, o_low, o_high, m_r, scale, softcap,
@@ -231,7 +237,8 @@ def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
     tile = launch.choose("forward", problem, rows=problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
     own = {"out": out, "lse": lse, "tiles": table, "keep": 1.0 - problem.dropout_p}
-    return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own)
+    constants = {"APART": launch.whole_apart("forward", problem)}
+    return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own, constants)
 
 
 def decode_in_two_phases(problem: Problem) -> bool:
