@@ -170,6 +170,12 @@ def prefix_attn_bwd_dq_kernel(
         HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, dbias is not None, PRECISION,
     )  # fmt: skip
 
+    if not APART:
+        # Where registers are few the operands are loaded again: kept past the end of the first loop
+        # they spill (RDNA, Triton 3.9). The barrier keeps the compiler from taking the first ones.
+        tl.debug_barrier()
+        b_q = load_tile(p_q[:, None] + o_d[None, :], m_r, o_d, HEAD, BLOCK_D, True)
+        b_do = load_tile(p_do[:, None] + o_dv[None, :], m_r, o_dv, HEAD_V, BLOCK_DV, True)
     p_k = k + i_b * s_kb + i_h * s_kh + tl.cast(i_start, tl.int64) * s_kn
     p_v = v + i_b * s_vb + i_h * s_vh + tl.cast(i_start, tl.int64) * s_vn
     p_pad = pad
