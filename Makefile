@@ -51,7 +51,6 @@ COMPILE := TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m fastprefix.kern
 
 kernels: $(VENV)/.test
 	$(COMPILE)
-	$(PYTEST) -m slow tests/kernels
 
 kernels-triton: export PYTHONPATH = $(CURDIR)/$(OTHER_TRITON)
 kernels-triton: $(VENV)/.test $(OTHER_TRITON)

@@ -136,7 +136,7 @@ def prefix_attn_bwd_dkv_kernel(
     s_dob, s_doh, s_dom,
     Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    APART: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one KV head of one sequence. A gradient of None is skipped."""
@@ -193,6 +193,9 @@ def prefix_attn_bwd_dkv_kernel(
         t_end = tl.maximum(t_end, t_first)
         t_all = tl.minimum(t_all, t_end)
     t_tail = tl.maximum(t_tail, t_all)
+    if not APART:
+        t_all = t_end
+        t_tail = t_end
 
     p_q = q + i_b * s_qb + i_h * GROUP * s_qh + tl.cast(i_start, tl.int64) * s_qm
     p_do = do + i_b * s_dob + i_h * GROUP * s_doh + tl.cast(i_start, tl.int64) * s_dom
@@ -217,14 +220,15 @@ def prefix_attn_bwd_dkv_kernel(
         GROUP, HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_M, True, CAUSAL,
         dk is not None, dv is not None, PRECISION,
     )  # fmt: skip
-    b_dk, b_dv = dkv_sweep(
-        b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_mask,
-        s_qh, s_qm, s_doh, s_dom, s_mh, s_mm, s_mn, s_row,
-        t_all, 0, 0, t_tail, Lq, past, window,
-        m_n, o_d, o_dv, o_n, scale, softcap, seed, dropped, keep, o_key, i_head,
-        GROUP, HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_M, False, False,
-        dk is not None, dv is not None, PRECISION,
-    )  # fmt: skip
+    if APART:
+        b_dk, b_dv = dkv_sweep(
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_mask,
+            s_qh, s_qm, s_doh, s_dom, s_mh, s_mm, s_mn, s_row,
+            t_all, 0, 0, t_tail, Lq, past, window,
+            m_n, o_d, o_dv, o_n, scale, softcap, seed, dropped, keep, o_key, i_head,
+            GROUP, HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_M, False, False,
+            dk is not None, dv is not None, PRECISION,
+        )  # fmt: skip
 
     # Padding needs no test before this point: a key's row of P^T touches only its own gradient.
     m_real = m_n
@@ -263,4 +267,5 @@ def dkv_launch(
         "do": grad_out, "lse2": lse2, "delta": delta, "dk": grad_key, "dv": grad_value,
         "tiles": table, "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
     }  # fmt: skip
-    return problem.launch(prefix_attn_bwd_dkv_kernel, tiles * Hkv, tile, own)
+    constants = {"APART": launch.whole_apart("dkv", problem)}
+    return problem.launch(prefix_attn_bwd_dkv_kernel, tiles * Hkv, tile, own, constants)

@@ -12,16 +12,16 @@ from .blocks import (
     add_mask,
     additive,
     cap,
-    clamp,
     kept,
     load_tile,
     locate,
     packed_rows,
     packed_span,
     prefix_of,
+    prefix_tiles,
     ranks,
     sequence_end,
-    sequence_range,
+    sequence_tiles,
     store_tile,
 )
 from .problem import Problem
@@ -93,7 +93,7 @@ def prefix_attn_bwd_dq_kernel(
     s_dob, s_doh, s_dom,
     Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M packed rows of one KV head of one sequence, as in the forward.
@@ -134,36 +134,34 @@ def prefix_attn_bwd_dq_kernel(
 
     p_k = pk + i_h * s_pkh + tl.cast(i_first, tl.int64) * s_pkn
     p_v = pv + i_h * s_pvh + tl.cast(i_first, tl.int64) * s_pvn
-    n_whole = P // BLOCK_N * BLOCK_N
+    n_any, n_low, n_whole = prefix_tiles(
+        rank, i_b, q_first, q_last, Lq, Lk, P, window, IN_WINDOW, APART, BLOCK_N
+    )
     b_row = None
     p_bias = None
     if BIAS_DIM == 1:
         b_row = additive(tl.load(bias + o_head * s_bh, mask=m_r, other=0.0))
     if BIAS_DIM == 3:
         p_bias = bias + (o_head * s_bh + o_token * s_bm)[:, None] + i_first * s_bn
-    n_lo = 0
     o_low = None
     if IN_WINDOW:
-        r_first = ranks(rank, i_b, q_first, None, Lq, Lk)
-        r_last = ranks(rank, i_b, q_last, None, Lq, Lk)
         o_low = (P - window + 1 + ranks(rank, i_b, o_q, m_r, Lq, Lk))[:, None]
-        n_any = clamp(P - window + 1 + r_first, P) // BLOCK_N * BLOCK_N
-        n_lo = tl.cdiv(clamp(P - window + 1 + r_last, P), BLOCK_N) * BLOCK_N
-        n_lo = tl.minimum(n_lo, n_whole)
+    if APART:
+        if IN_WINDOW:
+            b_dq, b_dbias = dq_sweep(
+                b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
+                p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
+                n_any, n_low, P, o_low, P, m_r, scale, softcap,
+                seed, dropped, keep, 0, o_c1, o_c2, o_d, o_dv,
+                HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, dbias is not None, PRECISION,
+            )  # fmt: skip
         b_dq, b_dbias = dq_sweep(
             b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
             p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
-            n_any, n_lo, P, o_low, P, m_r, scale, softcap,
+            n_low, n_whole, P, None, P, m_r, scale, softcap,
             seed, dropped, keep, 0, o_c1, o_c2, o_d, o_dv,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, dbias is not None, PRECISION,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, dbias is not None, PRECISION,
         )  # fmt: skip
-    b_dq, b_dbias = dq_sweep(
-        b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
-        p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
-        n_lo, n_whole, P, None, P, m_r, scale, softcap,
-        seed, dropped, keep, 0, o_c1, o_c2, o_d, o_dv,
-        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, dbias is not None, PRECISION,
-    )  # fmt: skip
     b_dq, b_dbias = dq_sweep(
         b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
         p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
@@ -172,6 +170,12 @@ def prefix_attn_bwd_dq_kernel(
         HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, dbias is not None, PRECISION,
     )  # fmt: skip
 
+    if not APART:
+        # Where registers are few the operands are loaded again: kept past the end of the first loop
+        # they spill (RDNA, Triton 3.9). The barrier keeps the compiler from taking the first ones.
+        tl.debug_barrier()
+        b_q = load_tile(p_q[:, None] + o_d[None, :], m_r, o_d, HEAD, BLOCK_D, True)
+        b_do = load_tile(p_do[:, None] + o_dv[None, :], m_r, o_dv, HEAD_V, BLOCK_DV, True)
     p_k = k + i_b * s_kb + i_h * s_kh + tl.cast(i_start, tl.int64) * s_kn
     p_v = v + i_b * s_vb + i_h * s_vh + tl.cast(i_start, tl.int64) * s_vn
     p_pad = pad
@@ -180,34 +184,33 @@ def prefix_attn_bwd_dq_kernel(
     p_mask = None
     if mask is not None:
         p_mask = mask + (i_b * s_mb + o_head * s_mh + o_token * s_mm)[:, None]
-    any_low, all_low, all_high, any_high = sequence_range(q_first, q_last, Lq, Lk, window, CAUSAL)
+    n_any, n_low, n_whole, n_end = sequence_tiles(
+        q_first, q_last, Lq, Lk, window, CAUSAL, APART, BLOCK_N
+    )
     o_high = sequence_end(o_q[:, None], Lq, Lk, window, CAUSAL)
     o_low = None
-    n_whole = all_high // BLOCK_N * BLOCK_N
-    n_lo = 0
     if window is not None:
         o_low = (o_q + Lk - Lq - window + 1)[:, None]
-        n_any = any_low // BLOCK_N * BLOCK_N
-        n_lo = tl.maximum(tl.minimum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, n_whole), n_any)
-        n_whole = tl.maximum(n_whole, n_lo)
+    if APART:
+        if window is not None:
+            b_dq, b_dbias = dq_sweep(
+                b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, None,
+                p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
+                n_any, n_low, Lk, o_low, o_high, m_r, scale, softcap,
+                seed, dropped, keep, P, o_c1, o_c2, o_d, o_dv,
+                HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, PRECISION,
+            )  # fmt: skip
         b_dq, b_dbias = dq_sweep(
             b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, None,
             p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-            n_any, n_lo, Lk, o_low, o_high, m_r, scale, softcap,
+            n_low, n_whole, Lk, None, o_high, m_r, scale, softcap,
             seed, dropped, keep, P, o_c1, o_c2, o_d, o_dv,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, PRECISION,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, PRECISION,
         )  # fmt: skip
     b_dq, b_dbias = dq_sweep(
         b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, None,
         p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-        n_lo, n_whole, Lk, None, o_high, m_r, scale, softcap,
-        seed, dropped, keep, P, o_c1, o_c2, o_d, o_dv,
-        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, PRECISION,
-    )  # fmt: skip
-    b_dq, b_dbias = dq_sweep(
-        b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, None,
-        p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-        n_whole, any_high, Lk, o_low, o_high, m_r, scale, softcap,
+        n_whole, n_end, Lk, o_low, o_high, m_r, scale, softcap,
         seed, dropped, keep, P, o_c1, o_c2, o_d, o_dv,
         HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, PRECISION,
     )  # fmt: skip
@@ -243,4 +246,5 @@ def dq_launch(
         "do": grad_out, "lse2": lse2, "delta": delta, "dq": grad_query, "dbias": grad_bias_rows,
         "tiles": table, "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
     }  # fmt: skip
-    return problem.launch(prefix_attn_bwd_dq_kernel, tiles * Hkv, tile, own)
+    constants = {"APART": launch.whole_apart("dq", problem)}
+    return problem.launch(prefix_attn_bwd_dq_kernel, tiles * Hkv, tile, own, constants)

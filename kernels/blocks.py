@@ -113,28 +113,36 @@ def clamp(x, high):
 
 
 @triton.jit
-def sequence_range(q_first, q_last, Lq, Lk, window, CAUSAL: tl.constexpr):
-    """Keys seen by all of the queries q_first .. q_last, and by any.
+def sequence_tiles(
+    q_first, q_last, Lq, Lk, window,
+    CAUSAL: tl.constexpr, APART: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Where the queries q_first .. q_last see sequence keys: (any, low, whole, end).
 
-    Returns (any_low, all_low, all_high, any_high): all see [all_low, all_high).
+    Some see keys in any .. end; all of them see the whole tiles low .. whole, none unless APART.
     """
     past = Lk - Lq
     if CAUSAL:
         all_high = clamp(q_first + past + 1, Lk)
-        any_high = clamp(q_last + past + 1, Lk)
+        n_end = clamp(q_last + past + 1, Lk)
     elif window is not None:
         all_high = clamp(q_first + past + window, Lk)
-        any_high = clamp(q_last + past + window, Lk)
+        n_end = clamp(q_last + past + window, Lk)
     else:
         all_high = Lk
-        any_high = Lk
+        n_end = Lk
+    n_any = 0
+    n_low = 0
+    n_whole = all_high // BLOCK_N * BLOCK_N
     if window is not None:
-        any_low = clamp(q_first + past - window + 1, Lk)
+        n_any = clamp(q_first + past - window + 1, Lk) // BLOCK_N * BLOCK_N
         all_low = clamp(q_last + past - window + 1, Lk)
-    else:
-        any_low = 0
-        all_low = 0
-    return any_low, all_low, all_high, any_high
+        n_low = tl.maximum(tl.minimum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, n_whole), n_any)
+        n_whole = tl.maximum(n_whole, n_low)
+    if not APART:
+        n_low = n_any
+        n_whole = n_any
+    return n_any, n_low, n_whole, n_end
 
 
 @triton.jit
@@ -158,6 +166,30 @@ def ranks(rank, i_b, o_q, m_q, Lq, Lk):
             return tl.load(rank + i_b * Lq + o_q)
     else:
         return tl.maximum(o_q + Lk - Lq, 0)
+
+
+@triton.jit
+def prefix_tiles(
+    rank, i_b, q_first, q_last, Lq, Lk, P, window,
+    IN_WINDOW: tl.constexpr, APART: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Where the queries q_first .. q_last see prefix keys: (any, low, whole).
+
+    Some see keys from `any` on; all of them see the whole tiles low .. whole, none unless APART.
+    """
+    n_any = 0
+    n_low = 0
+    n_whole = P // BLOCK_N * BLOCK_N
+    if IN_WINDOW:
+        r_first = ranks(rank, i_b, q_first, None, Lq, Lk)
+        r_last = ranks(rank, i_b, q_last, None, Lq, Lk)
+        n_any = clamp(P - window + 1 + r_first, P) // BLOCK_N * BLOCK_N
+        n_low = tl.cdiv(clamp(P - window + 1 + r_last, P), BLOCK_N) * BLOCK_N
+        n_low = tl.minimum(n_low, n_whole)
+    if not APART:
+        n_low = n_any
+        n_whole = n_any
+    return n_any, n_low, n_whole
 
 
 @triton.jit

@@ -17,16 +17,16 @@ from .blocks import (
     add_mask,
     additive,
     cap,
-    clamp,
     kept,
     load_tile,
     locate,
     packed_rows,
     packed_span,
     prefix_of,
+    prefix_tiles,
     ranks,
     sequence_end,
-    sequence_range,
+    sequence_tiles,
     store_tile,
 )
 from .problem import Problem, make_problem
@@ -99,7 +99,7 @@ def prefix_attn_fwd_kernel(
     s_pkh, s_pkn, s_pvh, s_pvn, s_pb, s_pn, s_mb, s_mh, s_mm, s_mn, s_bh, s_bm, s_bn,
     Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
-    PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
+    PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -132,34 +132,32 @@ def prefix_attn_fwd_kernel(
     # Prefix: whole tiles, then its tail. Nothing is causal and nothing is padding here.
     p_k = pk + i_h * s_pkh + tl.cast(i_first, tl.int64) * s_pkn
     p_v = pv + i_h * s_pvh + tl.cast(i_first, tl.int64) * s_pvn
-    n_whole = P // BLOCK_N * BLOCK_N
+    n_any, n_low, n_whole = prefix_tiles(
+        rank, i_b, q_first, q_last, Lq, Lk, P, window, IN_WINDOW, APART, BLOCK_N
+    )
     b_row = None
     p_bias = None
     if BIAS_DIM == 1:
         b_row = additive(tl.load(bias + o_head * s_bh, mask=m_r, other=0.0))
     if BIAS_DIM == 3:
         p_bias = bias + (o_head * s_bh + o_token * s_bm)[:, None] + i_first * s_bn
-    n_lo = 0
     o_low = None
     if IN_WINDOW:
-        r_first = ranks(rank, i_b, q_first, None, Lq, Lk)
-        r_last = ranks(rank, i_b, q_last, None, Lq, Lk)
         o_low = (P - window + 1 + ranks(rank, i_b, o_q, m_r, Lq, Lk))[:, None]
-        n_any = clamp(P - window + 1 + r_first, P) // BLOCK_N * BLOCK_N
-        n_lo = tl.cdiv(clamp(P - window + 1 + r_last, P), BLOCK_N) * BLOCK_N
-        n_lo = tl.minimum(n_lo, n_whole)
+    if APART:
+        if IN_WINDOW:
+            b_acc, b_max, b_sum = fwd_sweep(
+                b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
+                n_any, n_low, P, o_low, P, m_r, scale, softcap,
+                seed, dropped, 0, o_c1, o_c2, o_d, o_dv,
+                HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+            )  # fmt: skip
         b_acc, b_max, b_sum = fwd_sweep(
             b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
-            n_any, n_lo, P, o_low, P, m_r, scale, softcap,
+            n_low, n_whole, P, None, P, m_r, scale, softcap,
             seed, dropped, 0, o_c1, o_c2, o_d, o_dv,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRESCALE, PRECISION,
         )  # fmt: skip
-    b_acc, b_max, b_sum = fwd_sweep(
-        b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
-        n_lo, n_whole, P, None, P, m_r, scale, softcap,
-        seed, dropped, 0, o_c1, o_c2, o_d, o_dv,
-        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRESCALE, PRECISION,
-    )  # fmt: skip
     b_acc, b_max, b_sum = fwd_sweep(
         b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
         n_whole, P, P, o_low, P, m_r, scale, softcap,
@@ -176,31 +174,30 @@ def prefix_attn_fwd_kernel(
     p_mask = None
     if mask is not None:
         p_mask = mask + (i_b * s_mb + o_head * s_mh + o_token * s_mm)[:, None]
-    any_low, all_low, all_high, any_high = sequence_range(q_first, q_last, Lq, Lk, window, CAUSAL)
+    n_any, n_low, n_whole, n_end = sequence_tiles(
+        q_first, q_last, Lq, Lk, window, CAUSAL, APART, BLOCK_N
+    )
     o_high = sequence_end(o_q[:, None], Lq, Lk, window, CAUSAL)
     o_low = None
-    n_whole = all_high // BLOCK_N * BLOCK_N
-    n_lo = 0
     if window is not None:
         o_low = (o_q + Lk - Lq - window + 1)[:, None]
-        n_any = any_low // BLOCK_N * BLOCK_N
-        n_lo = tl.maximum(tl.minimum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, n_whole), n_any)
-        n_whole = tl.maximum(n_whole, n_lo)
+    if APART:
+        if window is not None:
+            b_acc, b_max, b_sum = fwd_sweep(
+                b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
+                n_any, n_low, Lk, o_low, o_high, m_r, scale, softcap,
+                seed, dropped, P, o_c1, o_c2, o_d, o_dv,
+                HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+            )  # fmt: skip
         b_acc, b_max, b_sum = fwd_sweep(
             b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-            n_any, n_lo, Lk, o_low, o_high, m_r, scale, softcap,
+            n_low, n_whole, Lk, None, o_high, m_r, scale, softcap,
             seed, dropped, P, o_c1, o_c2, o_d, o_dv,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRESCALE, PRECISION,
         )  # fmt: skip
     b_acc, b_max, b_sum = fwd_sweep(
         b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-        n_lo, n_whole, Lk, None, o_high, m_r, scale, softcap,
-        seed, dropped, P, o_c1, o_c2, o_d, o_dv,
-        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRESCALE, PRECISION,
-    )  # fmt: skip
-    b_acc, b_max, b_sum = fwd_sweep(
-        b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-        n_whole, any_high, Lk, o_low, o_high, m_r, scale, softcap,
+        n_whole, n_end, Lk, o_low, o_high, m_r, scale, softcap,
         seed, dropped, P, o_c1, o_c2, o_d, o_dv,
         HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
     )  # fmt: skip
@@ -240,19 +237,23 @@ def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
     tile = launch.choose("forward", problem, rows=problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
     own = {"out": out, "lse": lse, "tiles": table, "keep": 1.0 - problem.dropout_p}
-    return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own)
+    constants = {"APART": launch.whole_apart("forward", problem)}
+    return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own, constants)
 
 
 def decode_in_two_phases(problem: Problem) -> bool:
     """Whether a call runs in the two phases of :mod:`~fastprefix.kernels.decode`.
 
+    With batch_invariant the answer does not depend on the batch, and neither do the tiles of the
+    one pass, except for padding: it would move a row's keys from tile to tile.
+
     Raises:
-        ValueError: batch_invariant, and the two phases cannot do the call.
+        ValueError: batch_invariant and padding, and the two phases cannot do the call.
     """
     obstacle = decode.obstacle(problem)
     if obstacle is not None:
-        if problem.batch_invariant:
-            raise ValueError(f"batch_invariant: for decode alone; {obstacle}")
+        if problem.batch_invariant and problem.key_padding_mask is not None:
+            raise ValueError(f"batch_invariant: key_padding_mask for decode alone; {obstacle}")
         return False
     return decode_plan.two_phase_pays(decode.shape_of_problem(problem), problem.target)
 
@@ -290,7 +291,7 @@ def prefix_attention_forward(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or batch_invariant for a
-            call with a :func:`~fastprefix.kernels.decode.obstacle`.
+            call with padding and a :func:`~fastprefix.kernels.decode.obstacle`.
     """
     problem = make_problem(
         query, key, value, prefix_key, prefix_value, is_causal=is_causal, scale=scale, **options

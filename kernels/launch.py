@@ -16,6 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .problem import Problem
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 
@@ -86,7 +87,9 @@ AMPERE_SMALL: Passes = {
     ]
     for step, rows in AMPERE.items()
 }
-# Ptxas for sm_12x spills at Ampere's dprefix tiles; these are the next smaller.
+# Ptxas for sm_12x spills at Ampere's dprefix tiles; these are the next smaller. Triton 3.9 spills 8
+# bytes at its forward tile for D 64; twice the warps cost 9 % more instructions.
+AMPERE_SMALL["forward"][0] = (64, Tile(128, 64, 8, 2), AMPERE["forward"][0][2])
 AMPERE_SMALL["dprefix"][:2] = [
     (64, Tile(32, 128, 8, 2), AMPERE["dprefix"][0][2]),
     (128, Tile(64, 64, 8, 2), AMPERE["dprefix"][1][2]),
@@ -111,9 +114,19 @@ HOPPER: Passes = {
         AMPERE["dkv"][2],
     ],
     "dprefix": [
-        # 128 rows: one iteration pays once for the arithmetic that finds its sequence and head
-        (64, Tile(128, 64, 4, 2), AMPERE["dprefix"][0][2]),
-        (128, Tile(64, 128, 8, 2), AMPERE["dprefix"][1][2]),
+        # 128 rows: one iteration pays once for the arithmetic that finds its sequence and head.
+        # Triton 3.9 spills 80 and 64 bytes there; what it does not spill costs earlier ones 14 and
+        # 40 % more instructions.
+        (
+            64,
+            Tile(64, 128, 8, 2) if TRITON >= (3, 9) else Tile(128, 64, 4, 2),
+            AMPERE["dprefix"][0][2],
+        ),
+        (
+            128,
+            Tile(32, 128, 8, 2) if TRITON >= (3, 9) else Tile(64, 128, 8, 2),
+            AMPERE["dprefix"][1][2],
+        ),
         AMPERE["dprefix"][2],
     ],
 }
@@ -132,7 +145,11 @@ BLACKWELL: Passes = {
         (256, Tile(64, 32, 8, 1), AMPERE["dq"][2][2]),
     ],
     "dkv": [*HOPPER["dkv"][:2], (256, Tile(32, 64, 8, 1), AMPERE["dkv"][2][2])],
-    "dprefix": [*HOPPER["dprefix"][:2], (256, Tile(32, 64, 8, 1), AMPERE["dprefix"][2][2])],
+    "dprefix": [
+        HOPPER["dprefix"][0],
+        (128, Tile(64, 128, 8, 2), AMPERE["dprefix"][1][2]),
+        (256, Tile(32, 64, 8, 1), AMPERE["dprefix"][2][2]),
+    ],
 }
 # gfx9: waves of 64 and 64 KiB of LDS; loads go through registers, so one stage.
 CDNA: Passes = {
@@ -169,7 +186,7 @@ RDNA: Passes = {
     ],
     "dq": [
         (64, Tile(64, 32, 8, 1), Tile(16, 16, 8, 1)),
-        (128, Tile(32, 16, 4, 1), Tile(16, 16, 16, 1)),
+        (128, Tile(16, 16, 8, 1), Tile(16, 16, 16, 1)),
         (256, Tile(32, 16, 8, 1), Tile(16, 16, 16, 1)),
     ],
     "dkv": [
@@ -250,7 +267,9 @@ def block_size(head_size: int) -> int:
 def choose(step: str, problem: Problem, rows: int) -> Tile:
     """The tile for a pass ("forward", "dq", "dkv", "dprefix") over runs of `rows` query rows.
 
-    Few rows (decode) shrink the tile to the next power of two that holds them. What needs registers
+    Few rows (decode) shrink the tile to the next power of two that holds them; not where `rows`
+    counts the whole batch and it must not matter (another tile may compile to other instructions).
+    What needs registers
     of its own in every score (an additive tile, dropout's random words) takes half the
     rows: with all of them ptxas spills, and gives up on dprefix with a bias altogether.
     """
@@ -265,6 +284,8 @@ def choose(step: str, problem: Problem, rows: int) -> Tile:
             tile = single if problem.query.dtype == torch.float32 else half
             if heavy and problem.target.family != "interpreter":
                 tile = tile._replace(rows=max(16, tile.rows // 2))
+            if problem.batch_invariant and problem.cu_seqlens is not None:
+                return tile
             return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
     raise ValueError(f"head size {head_size} exceeds {MAX_HEAD_SIZE}")
 
@@ -282,6 +303,19 @@ def together(
     if apart and first is not None and second is not None:
         return [(first, None), (None, second)]
     return [(first, second)]
+
+
+def whole_apart(step: str, problem: Problem) -> bool:
+    """Whether tiles that need no test of bounds, causality or window get a loop of their own.
+
+    Not where FMA units do the products: they are unrolled, the tests cost next to nothing beside
+    them, and half the loops compile in half the time. Not where RDNA spills around the loops.
+    """
+    family, dtype = problem.target.family, problem.query.dtype
+    fma = dtype == torch.float32 and dot_precision(dtype) == "ieee"
+    if fma and family not in ("cdna", "interpreter"):
+        return False
+    return not (family == "rdna" and step in ("dq", "dkv"))
 
 
 def splits(step_tiles: int, row_tiles: int, target: Target) -> int:

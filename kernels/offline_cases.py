@@ -88,20 +88,21 @@ FEATURES: dict[str, Callable[[Case], dict[str, Any]]] = {
     "negative_scale": lambda c: {"scale": -0.125},
     "batch_invariant": lambda c: {"batch_invariant": True},
 }
-# All of them at least once, in kernels that are few because features meet in them.
+# All of them at least once, in kernels that are as few as can be: two kinds of masks exclude each
+# other, and cu_seqlens both.
 MEETINGS = (
-    ("padding", "sinks", "negative_scale", "packed"),
-    ("attn_mask", "prefix_bias", "sliding_window"),
-    ("bool_mask", "prefix_bias_columns", "prefix_in_window"),
-    ("cu_seqlens", "softcap", "dropout"),
+    ("attn_mask", "prefix_bias", "sliding_window", "padding", "sinks", "negative_scale"),
+    ("bool_mask", "prefix_bias_columns", "prefix_in_window", "softcap"),
+    ("cu_seqlens", "packed", "dropout"),
 )
 DECODE_MEETINGS = (
     ("padding", "sliding_window", "softcap", "sinks", "prefix_bias"),
     ("padding", "sliding_window", "packed", "batch_invariant"),
 )
-# Queries that fill a tile of 32 rows: most of a feature's code stands in every score, so with whole
-# tiles the features would take longer to compile than all the rows of the tables.
-SHORT = {"query_length": 32, "group": 1}
+# Queries that fill a tile of 32 rows, and heads that allow few keys: most of a feature's code
+# stands in every score, so with whole tiles the features would take longer to compile than all the
+# rows of the tables.
+SHORT = {"query_length": 32, "length": 32, "group": 1, "head_size": 128, "value_head_size": 64}
 # A step of decoding, whose odd lengths nothing may specialise on.
 DECODE = {"batch": 33, "query_length": 1, "length": 2047, "prefix": 4097}
 
@@ -216,7 +217,7 @@ def table_jobs(target: str) -> list[Job]:
     """Every kernel at every row of the launch tables that a target can pick, and every feature.
 
     A call picks a row by the block of its head size and by whether it is fp32; the largest head of
-    a block needs most. Features at one small head size, whose value is smaller still.
+    a block needs most. Features at one head size, whose value is smaller.
     """
     passes = launch.TABLE[launch_target(target).family]
     blocks = sorted({largest for rows in passes.values() for largest, _, _ in rows})
@@ -224,10 +225,10 @@ def table_jobs(target: str) -> list[Job]:
     for dtype, block in itertools.product(("bf16", "fp32"), blocks):
         jobs += plain_jobs(target, block, dtype)
     for features in MEETINGS:
-        case = Case(target, 32, "bf16", features, value_head_size=16, **SHORT)
+        case = Case(target, dtype="bf16", features=features, **SHORT)
         jobs.append(Job(case, code=False))
     for features in DECODE_MEETINGS:
-        case = Case(target, 32, "fp16", features, value_head_size=16, **DECODE)
+        case = Case(target, 128, "fp16", features, value_head_size=64, **DECODE)
         jobs.append(Job(case, "decode", code=False))
     return jobs
 

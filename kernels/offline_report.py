@@ -54,6 +54,12 @@ LOOPS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "prefix_attn_bwd_dkv_kernel": (("rows, masked", ()), ("rows", ())),
     "prefix_attn_bwd_dprefix_kernel": (("rows", ()),),
 }
+# The same where tiles that need no test have no loop of their own: see `launch.whole_apart`.
+TOGETHER = {
+    "prefix_attn_fwd_kernel": ("prefix", "sequence"),
+    "prefix_attn_bwd_dq_kernel": ("prefix", "sequence"),
+    "prefix_attn_bwd_dkv_kernel": ("rows",),
+}
 # Products per tile of scores, as (over the key's head size, over the value's).
 PRODUCTS = {
     "prefix_attn_fwd_kernel": (1, 1),
@@ -212,13 +218,15 @@ def costs(compiled: Any, warps: int, code: bool = True) -> dict[str, Any]:
     return found
 
 
-def loop_names(kernel: str, features: tuple[str, ...], count: int) -> list[str]:
-    """What the `count` loops of a kernel sweep."""
+def loop_names(kernel: str, features: tuple[str, ...], count: int, apart: bool = True) -> list[str]:
+    """What the `count` loops of a kernel sweep; `apart` as `launch.whole_apart`."""
     names = [
         name
         for name, brought_by in LOOPS.get(kernel, ())
         if not brought_by or set(brought_by) & set(features)
     ]
+    if not apart:
+        names = list(TOGETHER[kernel])
     return names if len(names) == count else [f"{i} of {count}" for i in range(1, count + 1)]
 
 
@@ -227,7 +235,7 @@ def named_loops(
 ) -> tuple[NamedLoop, ...]:
     """The loops of a kernel with what they sweep and their share of the source's work."""
     kernel, constants = step.kernel.__name__, step.constants
-    names = loop_names(kernel, case.features, len(loops))
+    names = loop_names(kernel, case.features, len(loops), constants.get("APART", True))
     work = None
     if kernel in PRODUCTS:
         over_key, over_value = PRODUCTS[kernel]

@@ -42,7 +42,7 @@ class Problem:
         prefix_in_window: the window reaches over the prefix too, padding not counted.
         dropout_p: probability that a weight is dropped.
         dropout_seed: [1] int64, the Philox key.
-        batch_invariant: a row's output has the same bits whatever the other rows are.
+        batch_invariant: a sequence's output has the same bits whatever the others are.
     """
 
     query: Tensor
@@ -293,3 +293,5 @@ def check(problem: Problem) -> None:
         raise ValueError(f"softcap: got {softcap}, takes a positive number")
     if problem.dropout_p and problem.dropout_seed is None:
         raise ValueError("dropout_p needs a dropout_seed")
+    if problem.dropout_p and problem.batch_invariant:
+        raise ValueError("batch_invariant does not go with dropout_p, which numbers the rows")

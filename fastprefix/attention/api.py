@@ -37,6 +37,7 @@ def prefix_attention(
     sinks: Tensor | None = ...,
     prefix_bias: Tensor | None = ...,
     prefix_in_window: bool = ...,
+    batch_invariant: bool = ...,
     return_lse: Literal[False] = ...,
     backend: str = ...,
 ) -> Tensor: ...
@@ -61,6 +62,7 @@ def prefix_attention(
     sinks: Tensor | None = ...,
     prefix_bias: Tensor | None = ...,
     prefix_in_window: bool = ...,
+    batch_invariant: bool = ...,
     return_lse: Literal[True],
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -84,6 +86,7 @@ def prefix_attention(
     sinks: Tensor | None = None,
     prefix_bias: Tensor | None = None,
     prefix_in_window: bool = False,
+    batch_invariant: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -129,6 +132,11 @@ def prefix_attention(
         prefix_in_window: for a prefix that is text (a prefilled prompt): it slides out of the
             sliding_window as the same text would. Token j of a row's P tokens stands P - j + r_i
             before query i, where r_i counts the row's real tokens before p_i.
+        batch_invariant: a row (with cu_seqlens a sequence) has the same bits of output and
+            log-sum-exp alone and in any batch, whatever the prefixes of the others. With up to 16
+            queries also wherever padding puts its keys; with more, key_padding_mask is refused
+            (use cu_seqlens). Not with dropout_p. Gradients are promised no bits. Some rows take
+            longer: how many programs share a row no longer follows the size of the batch.
         return_lse: also return the log-sum-exp of the scores.
         backend: "auto", "reference", "composed" or "triton"; see
             :mod:`fastprefix.attention.selection`. A named backend never falls back.
@@ -180,6 +188,7 @@ def prefix_attention(
         and sinks is None
         and prefix_bias is None
         and not prefix_in_window
+        and not batch_invariant
     ):
         options = Options(bool(is_causal), float(scale), key_padding_mask=key_padding_mask)
         features = _ONLY_D_DV if Dv != D else _NONE
@@ -198,6 +207,7 @@ def prefix_attention(
             softcap=softcap or None,
             prefix_in_window=bool(prefix_in_window),
             dropout_p=dropout_p,
+            batch_invariant=bool(batch_invariant),
         )
         checks.check_options(options, query, key, prefix_key.shape[1], has_prefix)
         features = features_of(options, D, Dv)

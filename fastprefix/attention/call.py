@@ -28,6 +28,7 @@ class Options(NamedTuple):
         prefix_in_window: the prefix slides out of the window as text would.
         dropout_p: share of the weights that is dropped.
         dropout_seed: [1] int64 on the query's device; there if and only if dropout_p is.
+        batch_invariant: a sequence's output has the same bits whatever the others are.
     """
 
     is_causal: bool
@@ -44,6 +45,7 @@ class Options(NamedTuple):
     prefix_in_window: bool = False
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
+    batch_invariant: bool = False
 
     def keywords(self) -> dict[str, Any]:
         """is_causal, scale and what else the call uses, by name: the launchers' keywords."""
@@ -60,5 +62,5 @@ SCHEMA = (
     "bool is_causal, float scale, Tensor? sinks, Tensor? prefix_bias, Tensor? key_padding_mask, "
     "Tensor? attn_mask, Tensor? prefix_index, Tensor? prefix_lengths, Tensor? cu_seqlens, "
     "SymInt? sliding_window, float? softcap, bool prefix_in_window, float dropout_p, "
-    "Tensor? dropout_seed"
+    "Tensor? dropout_seed, bool batch_invariant"
 )

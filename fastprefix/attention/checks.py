@@ -216,7 +216,7 @@ def _check_prefix_bias(bias: Tensor | None, query: Tensor, P: int) -> None:
 
 
 def _check_numbers(options: Options, query: Tensor, key: Tensor) -> None:
-    """sliding_window, prefix_in_window, softcap and dropout_p."""
+    """sliding_window, prefix_in_window, softcap, dropout_p and batch_invariant."""
     window = options.sliding_window
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
@@ -236,6 +236,8 @@ def _check_numbers(options: Options, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"softcap: got {softcap}, takes a finite number above 0, or None")
     if not 0.0 <= options.dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {options.dropout_p}, takes 0 <= dropout_p < 1")
+    if options.dropout_p and options.batch_invariant:
+        raise ValueError("batch_invariant, dropout_p: got both, takes one of them")
 
 
 def _check_values(options: Options, query: Tensor, P: int) -> None:

@@ -16,11 +16,13 @@
 | prefix_bias [Hq, Lq, P] | yes                 | yes                 | yes                     |
 | softcap                 | yes                 | no                  | yes                     |
 | dropout_p               | yes                 | no                  | yes                     |
+| batch_invariant         | no                  | no                  | yes                     |
 
 Every backend takes key_padding_mask, is_causal, scale, GQA and MQA. ``auto`` runs the first backend
 of its device's list in :data:`AUTO` that can do all that the call needs: on CUDA and ROCm triton;
 on the CPU composed, and reference for what composed cannot (softcap, dropout_p), whose memory grows
-with Lq x (P + Lk). A backend asked for by name never falls back.
+with Lq x (P + Lk). A backend asked for by name never falls back. Only triton fixes the order of its
+sums (batch_invariant); what PyTorch's own products do depends on the size of the batch.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ FEATURES: tuple[str, ...] = (
     "prefix_bias [Hq, Lq, P]",
     "softcap",
     "dropout_p",
+    "batch_invariant",
 )
 
 
@@ -69,8 +72,12 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend(None, _ALL, frozenset(FEATURES)),
-    "composed": Backend(frozenset({"cpu"}), _ALL, frozenset(FEATURES) - {"softcap", "dropout_p"}),
+    "reference": Backend(None, _ALL, frozenset(FEATURES) - {"batch_invariant"}),
+    "composed": Backend(
+        frozenset({"cpu"}),
+        _ALL,
+        frozenset(FEATURES) - {"softcap", "dropout_p", "batch_invariant"},
+    ),
     "triton": Backend(
         frozenset({"cuda"}), _ALL - {torch.float64}, frozenset(FEATURES), max_head_size=256
     ),
@@ -95,6 +102,7 @@ def features_of(options: Options, head_size: int, value_head_size: int) -> froze
         "prefix_bias [Hq, Lq, P]": bias is not None and bias.dim() == 3,
         "softcap": options.softcap is not None,
         "dropout_p": options.dropout_p > 0.0,
+        "batch_invariant": options.batch_invariant,
     }
     return frozenset(name for name, need in needed.items() if need)
 

@@ -266,6 +266,9 @@ class TestMoreNumbers:
     def test_dropout_p(self, p):
         refuses(ValueError, "dropout_p", dropout_p=p)
 
+    def test_batch_invariant(self):
+        refuses(ValueError, "batch_invariant, dropout_p", dropout_p=0.5, batch_invariant=True)
+
     @pytest.mark.parametrize("window", [0, -1])
     def test_sliding_window(self, window):
         refuses(ValueError, "sliding_window", f"{window}", sliding_window=window)

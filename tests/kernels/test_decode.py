@@ -634,9 +634,16 @@ def test_what_is_left_to_the_one_pass_kernel(changes, message):
     operands = operands_that_fit() | changes
     with pytest.raises(ValueError, match=message):
         decode_forward(**operands)
-    with pytest.raises(ValueError, match="batch_invariant: for decode alone; " + message):
-        prefix_attention_forward(**operands, batch_invariant=True)
     prefix_attention_forward(**operands)
+    if "dropout_p" in changes:
+        with pytest.raises(ValueError, match="batch_invariant does not go with dropout_p"):
+            prefix_attention_forward(**operands, batch_invariant=True)
+        return
+    prefix_attention_forward(**operands, batch_invariant=True)
+    operands["key_padding_mask"] = torch.ones(2, 7, dtype=torch.bool)
+    message = "batch_invariant: key_padding_mask for decode alone; " + message
+    with pytest.raises(ValueError, match=message):
+        prefix_attention_forward(**operands, batch_invariant=True)
 
 
 def operands_that_fit() -> dict:

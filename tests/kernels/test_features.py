@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastprefix.kernels import launch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +58,21 @@ def test_feature(problem, agree, feature, is_causal, dtype):
     torch.manual_seed(0)
     shape = {"P": 40, "D": 16, "B": 1, "Hq": 2, "Hkv": 1, **FEATURES[feature]}
     agree(problem(**shape, is_causal=is_causal, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "feature",
+    ["cu_seqlens and packed prefixes", "broadcast mask", "padded prefix in window", "dropout"],
+)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_where_whole_tiles_have_no_loop_of_their_own(
+    problem, agree, monkeypatch, feature, is_causal
+):
+    """As with fp32 on most targets, and on RDNA."""
+    monkeypatch.setattr(launch, "whole_apart", lambda step, problem: False)
+    torch.manual_seed(0)
+    shape = {"P": 40, "D": 16, "B": 1, "Hq": 2, "Hkv": 1, **FEATURES[feature]}
+    agree(problem(**shape, is_causal=is_causal))
 
 
 @st.composite
