@@ -34,7 +34,7 @@ class _Step:
 
     def __init__(self, task: TaskName, method: Method, source: Source, budget: Budget) -> None:
         data = material_of(source, task, budget)
-        self._built, _ = fresh(task, method, 0, source, data)
+        self._built, _ = fresh(task, method, 0, source, data, budget)
         collator = InfixCollator(data.collator) if self._built.infix else data.collator
         self._batch = collator([data.train[i] for i in range(budget.batch_size)])
         parameters = [p for p in self._built.model.parameters() if p.requires_grad]

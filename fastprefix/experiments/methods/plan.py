@@ -63,7 +63,7 @@ class Budget:
         test_size: held-out examples that are reported; of E2E meaning representations.
         max_length: tokens of an example; longer news are cut, longer records left out.
         max_new_tokens: of a generated description.
-        bf16: compute in bfloat16 by autocast; parameters are always float32.
+        bf16: compute in bfloat16 by autocast; what is trained is float32 all the same.
     """
 
     steps: int
@@ -77,7 +77,7 @@ class Budget:
 
 
 BUDGETS: dict[TaskName, Budget] = {
-    "e2e": Budget(32, 4, 640, 32, 48, 160, max_new_tokens=48, bf16=True),
+    "e2e": Budget(24, 4, 640, 24, 40, 160, max_new_tokens=48, bf16=True),
     "news": Budget(60, 16, 800, 200, 200, 48),
 }
 

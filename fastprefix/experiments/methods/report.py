@@ -211,7 +211,8 @@ def report(comparisons: Sequence[Comparison], about: Mapping[str, str]) -> str:
         f"Written by `{about['command']}`: {about['where']}.",
         "",
         "Every method gets the same budget, once for each seed: AdamW without weight decay, linear "
-        "schedule, a tenth of the steps to warm up, gradients clipped to 1. Learning rates are "
+        "schedule, a tenth of the steps to warm up, gradients clipped to 1; on E2E bfloat16, but "
+        "float32 for what is trained. Learning rates are "
         "chosen with the first seed from those listed, by the loss on held-out examples that are "
         "not reported; methods without a list take that of their nearest relative. ± is the "
         "farthest of three seeds (two for embeddings alone and infix); no ±, one seed. Trained "

@@ -37,7 +37,7 @@ class Source:
     """Where a task's model and data are.
 
     Attributes:
-        model: a folder or a name on the hub, of a model in float32.
+        model: a folder or a name on the hub.
         data: of E2E the files to train with and held out; of news one folder.
     """
 
@@ -48,14 +48,14 @@ class Source:
         """The model's."""
         return AutoTokenizer.from_pretrained(self.model)
 
-    def load(self, task: TaskName, classes: int) -> PreTrainedModel:
+    def load(self, task: TaskName, classes: int, dtype: torch.dtype) -> PreTrainedModel:
         """A fresh model, in evaluation mode."""
         model: Any
         if task == "e2e":
-            model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(
-                self.model, dtype=torch.float32, num_labels=classes
+                self.model, dtype=dtype, num_labels=classes
             )
         return model.eval()
 
@@ -70,12 +70,17 @@ TASK_TYPES: dict[TaskName, str] = {"e2e": "CAUSAL_LM", "news": "SEQ_CLS"}
 
 
 def fresh(
-    task: TaskName, method: Method, seed: int, source: Source, data: Material
+    task: TaskName, method: Method, seed: int, source: Source, data: Material, b: Budget
 ) -> tuple[Built, PreTrainedTokenizerBase]:
-    """The method's model before training; all that starts at random depends on the seed."""
+    """The method's model before training; all that starts at random depends on the seed.
+
+    What is trained is float32 always, what is frozen in the dtype of the computation.
+    """
     tokenizer = source.tokenizer()
     torch.manual_seed(seed)
-    model = source.load(task, len(data.classes))
+    frozen = b.bf16 and method.kind != "full"
+    dtype = torch.bfloat16 if frozen else torch.float32
+    model = source.load(task, len(data.classes), dtype)
     return build(method, model, tokenizer, TASK_TYPES[task]), tokenizer
 
 
@@ -89,7 +94,7 @@ def train(run: Run, source: Source) -> dict[str, Any]:
     began = time.perf_counter()
     b = run.budget
     data = material_of(source, run.task, b)
-    built, tokenizer = fresh(run.task, run.method, run.seed, source, data)
+    built, tokenizer = fresh(run.task, run.method, run.seed, source, data, b)
     collator = InfixCollator(data.collator) if built.infix else data.collator
     known = len(data.train) if run.method.train_size is None else run.method.train_size
     items: Subset[Any] = Subset(data.train, range(min(known, len(data.train))))

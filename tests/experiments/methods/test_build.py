@@ -115,6 +115,6 @@ def test_what_a_model_lacks_is_refused(tiny, kind):
 
 @pytest.mark.parametrize("method", METHODS["e2e"], ids=lambda m: m.name)
 def test_every_method_of_e2e_can_be_built(source, method):
-    built = build(method, source.load("e2e", 0), source.tokenizer(), "CAUSAL_LM")
+    built = build(method, source.load("e2e", 0, torch.float32), source.tokenizer(), "CAUSAL_LM")
     assert (built.trainable > 0) == (method.kind != "none")
     assert built.infix == (method.options.get("placement") == "infix")
