@@ -76,6 +76,20 @@ def e2e_files(given: list[Path] | None) -> tuple[Path, Path]:
     return shipped / "descriptions-train.jsonl", shipped / "descriptions-heldout.jsonl"
 
 
+def write(comparisons: list[Comparison], about: dict[str, str], folder: Path) -> None:
+    """All figures, the report and its pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {
+        c.task: {"results": c.results, "rates": c.rates, "costs": c.costs} for c in comparisons
+    }
+    (folder / "methods.json").write_text(json.dumps(about | found, indent=1))
+    (folder / "methods.md").write_text(report(comparisons, about), encoding="utf-8")
+    compared(comparisons, folder / "methods.png")
+    for c in comparisons:
+        if c.task == "e2e":
+            stability(c, folder / "stability.png")
+
+
 def main() -> None:
     """The comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -87,8 +101,16 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--tasks", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--again", action="store_true", help="write report and pictures of methods.json once more"
+    )
     options = parser.parse_args()
     console = Console()
+    if options.again:
+        found = json.loads((options.output / "methods.json").read_text())
+        about = {name: found.pop(name) for name in ("command", "where")}
+        write([Comparison(task, **fields) for task, fields in found.items()], about, options.output)
+        return
     train, heldout = e2e_files(options.data_files)
     console.print(f"E2E: {train}, {heldout}")
     options.cache.mkdir(parents=True, exist_ok=True)
@@ -129,16 +151,7 @@ def main() -> None:
         f"{train.name} and {heldout.name}; {minutes:.0f} minutes this time, "
         f"{computed / options.jobs:.0f} for all runs on {options.jobs} workers",
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    found = {
-        c.task: {"rates": c.rates, "costs": c.costs, "results": c.results} for c in comparisons
-    }
-    (options.output / "methods.json").write_text(json.dumps(about | found, indent=1))
-    (options.output / "methods.md").write_text(report(comparisons, about), encoding="utf-8")
-    compared(comparisons, options.output / "methods.png")
-    for c in comparisons:
-        if c.task == "e2e":
-            stability(c, options.output / "stability.png")
+    write(comparisons, about, options.output)
     console.print(f"wrote {options.output / 'methods.md'} in {minutes:.1f} minutes")
 
 

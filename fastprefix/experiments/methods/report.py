@@ -148,10 +148,11 @@ def claims(c: Comparison) -> list[Claim]:
     start = c.figure("none", "dev_loss").mean
     stable = {name: _stability(c, name, start) for name in ("prefix", "prefix-mlp2")}
     (direct_bad, direct_gap), (mlp_bad, mlp_gap) = stable["prefix"], stable["prefix-mlp2"]
-    if mlp_bad == direct_bad and mlp_gap > direct_gap:
-        helps = "does not hold here"
+    gains = (direct_bad - mlp_bad, direct_gap - mlp_gap)
+    if min(gains) < 0 < max(gains) or gains == (0, 0):
+        helps = "not decided"
     else:
-        helps = "holds here" if mlp_bad <= direct_bad else "does not hold here"
+        helps = "holds here" if min(gains) >= 0 else "does not hold here"
     return [
         Claim(
             "A prefix in every layer beats virtual tokens in the embeddings alone (Li and Liang "

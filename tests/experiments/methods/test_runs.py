@@ -96,12 +96,12 @@ def test_costs_are_measured_for_every_method(source, budget):
 
 
 def synthetic(losses):
-    """Results in which every method has the loss given, and seeds differ by 0.01."""
+    """Results in which methods have the losses given, at a rate or at all; seeds differ by 0.01."""
     results, rates = [], {}
     for method in METHODS["e2e"]:
-        loss = losses.get(method.name, 2.0)
         rates[method.name] = (method.rates or BY_NAME[method.like or "prefix"].rates)[0]
         for rate in method.rates or (rates[method.name],):
+            loss = losses.get((method.name, rate), losses.get(method.name, 2.0))
             for seed in method.seeds:
                 results.append(
                     {
@@ -115,15 +115,11 @@ def synthetic(losses):
 
 
 def test_claims_follow_the_figures(tmp_path):
-    won = {"none": 3.0, "prefix": 1.0, "small-text": 1.5, "infix": 2.5}
-    assert [c.verdict for c in claims(synthetic(won))] == [
-        "holds here", "holds here", "holds here", "holds here"
-    ]  # fmt: skip
-    lost = {"none": 3.0, "prefix": 2.5, "small-text": 2.5, "prefix-mlp2": 4.0}
-    assert [c.verdict for c in claims(synthetic(lost))] == ["does not hold here"] * 2 + [
-        "does not hold here", "does not hold here"
-    ]  # fmt: skip
-    assert claims(synthetic({"none": 3.0}))[0].verdict == "not decided"
+    won = {"none": 3.0, "prefix": 1.0, ("prefix", 3e-2): 4.0, "small-text": 1.5, "infix": 2.5}
+    assert [c.verdict for c in claims(synthetic(won))] == ["holds here"] * 4
+    lost = {"none": 3.0, "prefix": 2.5, "small-text": 2.5, ("prefix-mlp2", 3e-3): 4.0}
+    assert [c.verdict for c in claims(synthetic(lost))] == ["does not hold here"] * 4
+    assert [c.verdict for c in claims(synthetic({"none": 3.0}))] == ["not decided"] * 4
 
 
 def test_the_report_and_its_pictures(tmp_path):
