@@ -89,8 +89,8 @@ def build(
             head alone where there is none, an architecture that LORA_TARGETS does not know.
     """
     if method.kind == "prefix":
-        return _ours(PrefixTuningModel(model, PrefixConfig(task_type=task_type, **method.options),
-                                       tokenizer))  # fmt: skip
+        config = PrefixConfig(task_type=task_type, **method.options)
+        return _ours(PrefixTuningModel(model, config, tokenizer))
     if method.kind == "prompt":
         prompt = PromptConfig(task_type=task_type, **method.options)
         return _ours(PromptTuningModel(model, prompt, tokenizer), prompt.placement == "infix")
