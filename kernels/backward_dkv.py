@@ -18,17 +18,21 @@ def key_gradients(
     scale, softcap, seed, dropped, keep, o_key, o_query, o_head,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BOUND: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRECISION: tl.constexpr,
+    CLAMPED: tl.constexpr = False,
 ):  # fmt: skip
     """Add the gradients that one tile of query rows sends to one tile of keys and values.
 
     Everything is transposed, keys down and queries across: P^T and dS^T then feed the products
     with dO and Q as they are. Rows outside m_m (tested if BOUND) get an lse2 of infinity, hence
     P = 0. Row i sees the keys o_low[i] <= o_n < o_high[i]; None: no such limit. p_mask [1, BM] are
-    the rows' first columns of an additive mask; b_shift is added to all the scores.
+    the rows' first columns of an additive mask; b_shift is added to all the scores. CLAMPED: the
+    pointers of rows outside m_m are those of a row that exists.
     """
-    b_q = load_tile(p_q, m_m, o_d, HEAD, BLOCK_D, BOUND)  # [BM, BD]
-    b_do = load_tile(p_do, m_m, o_dv, HEAD_V, BLOCK_DV, BOUND)  # [BM, BDV]
-    if BOUND:
+    b_q = load_tile(p_q, m_m, o_d, HEAD, BLOCK_D, BOUND and not CLAMPED)  # [BM, BD]
+    b_do = load_tile(p_do, m_m, o_dv, HEAD_V, BLOCK_DV, BOUND and not CLAMPED)  # [BM, BDV]
+    if CLAMPED:
+        b_lse2 = tl.where(m_m, tl.load(p_lse2), float("inf"))
+    elif BOUND:
         b_lse2 = tl.load(p_lse2, mask=m_m, other=float("inf"))
     else:
         b_lse2 = tl.load(p_lse2)
@@ -58,7 +62,7 @@ def key_gradients(
             b_w = b_pt * b_kept
         b_dv = tl.dot(b_w.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)  # [BN, BDV]
     if NEED_DK:
-        if BOUND:
+        if BOUND and not CLAMPED:
             b_delta = tl.load(p_delta, mask=m_m, other=0.0)
         else:
             b_delta = tl.load(p_delta)
@@ -82,6 +86,7 @@ def dkv_sweep(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BOUND: tl.constexpr, CAUSAL: tl.constexpr,
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRECISION: tl.constexpr,
+    CLAMPED: tl.constexpr = False,
 ):  # fmt: skip
     """Add what query tiles first .. end of every head send; those from `turn` on move by `gap`.
 
@@ -99,6 +104,11 @@ def dkv_sweep(
         if BOUND:
             i_m += tl.where(i_x < turn, 0, gap * BLOCK_M)
         o_start = tl.cast(i_m, tl.int64)
+        o_r = o_m
+        if CLAMPED:
+            o_r = tl.minimum(o_m, Lq - 1 - i_m)
+            o_q = o_r[:, None] * s_qm + o_d[None, :]  # [BM, BD]
+            o_do = o_r[:, None] * s_dom + o_dv[None, :]  # [BM, BDV]
         o_head = tl.cast(i_g, tl.int64)
         o_row = i_g * s_row + i_m
         o_low = None
@@ -117,10 +127,10 @@ def dkv_sweep(
             b_dk, b_dv, b_k, b_v,
             p_q + (o_head * s_qh + o_start * s_qm) + o_q,
             p_do + (o_head * s_doh + o_start * s_dom) + o_do,
-            p_lse2 + o_row + o_m, p_delta + o_row + o_m, p_rows, s_mn, None,
+            p_lse2 + o_row + o_r, p_delta + o_row + o_r, p_rows, s_mn, None,
             i_m + o_m < Lq, m_n, o_d, o_dv, o_n, o_low, o_high,
             scale, softcap, seed, dropped, keep, o_key, i_m + o_m, i_head + i_g,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BOUND, NEED_DK, NEED_DV, PRECISION,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BOUND, NEED_DK, NEED_DV, PRECISION, CLAMPED,
         )  # fmt: skip
         i_x += 1
         if GROUP > 1:
@@ -136,8 +146,8 @@ def prefix_attn_bwd_dkv_kernel(
     s_dob, s_doh, s_dom,
     Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
-    APART: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    APART: tl.constexpr, CLAMPED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one KV head of one sequence. A gradient of None is skipped."""
     s_row = Lq
@@ -218,7 +228,7 @@ def prefix_attn_bwd_dkv_kernel(
         t_first, t_all, t_tail - t_all, t_all + t_end - t_tail, Lq, past, window,
         m_n, o_d, o_dv, o_n, scale, softcap, seed, dropped, keep, o_key, i_head,
         GROUP, HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_M, True, CAUSAL,
-        dk is not None, dv is not None, PRECISION,
+        dk is not None, dv is not None, PRECISION, CLAMPED,
     )  # fmt: skip
     if APART:
         b_dk, b_dv = dkv_sweep(
@@ -267,5 +277,8 @@ def dkv_launch(
         "do": grad_out, "lse2": lse2, "delta": delta, "dk": grad_key, "dv": grad_value,
         "tiles": table, "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
     }  # fmt: skip
-    constants = {"APART": launch.whole_apart("dkv", problem)}
+    constants = {
+        "APART": launch.whole_apart("dkv", problem),
+        "CLAMPED": launch.rows_clamped(problem),
+    }
     return problem.launch(prefix_attn_bwd_dkv_kernel, tiles * Hkv, tile, own, constants)

@@ -318,6 +318,14 @@ def whole_apart(step: str, problem: Problem) -> bool:
     return not (family == "rdna" and step in ("dq", "dkv"))
 
 
+def rows_clamped(problem: Problem) -> bool:
+    """Whether query rows past the end repeat the last one, so that loads need no mask.
+
+    With Triton 3.6 masked loads of dK's rows spill 350 bytes on RDNA, whatever the tile.
+    """
+    return problem.target.family == "rdna"
+
+
 def splits(step_tiles: int, row_tiles: int, target: Target) -> int:
     """Into how many parts a reduction over `row_tiles` is cut when `step_tiles` programs exist.
 

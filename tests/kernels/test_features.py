@@ -64,12 +64,13 @@ def test_feature(problem, agree, feature, is_causal, dtype):
     "feature",
     ["cu_seqlens and packed prefixes", "broadcast mask", "padded prefix in window", "dropout"],
 )
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("is_causal", "clamped"), [(True, True), (True, False), (False, True)])
 def test_where_whole_tiles_have_no_loop_of_their_own(
-    problem, agree, monkeypatch, feature, is_causal
+    problem, agree, monkeypatch, feature, is_causal, clamped
 ):
-    """As with fp32 on most targets, and on RDNA."""
+    """As with fp32 on most targets, and on RDNA, where rows past the end repeat the last one."""
     monkeypatch.setattr(launch, "whole_apart", lambda step, problem: False)
+    monkeypatch.setattr(launch, "rows_clamped", lambda problem: clamped)
     torch.manual_seed(0)
     shape = {"P": 40, "D": 16, "B": 1, "Hq": 2, "Hkv": 1, **FEATURES[feature]}
     agree(problem(**shape, is_causal=is_causal))
