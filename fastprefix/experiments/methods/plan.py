@@ -163,18 +163,18 @@ E2E: tuple[Method, ...] = (
         like="prompt", seeds=(0, 1),
     ),
     Method("bottleneck", "bottleneck adapters, width 16", "bottleneck", {"width": 16}, like="lora"),
-    Method("full", "full fine-tuning", "full", rates=(3e-5, 1e-4, 3e-4)),
+    Method("full", "full fine-tuning", "full", rates=(3e-5, 1e-4)),
     Method(
         "small-random", f"prefix, random start, {SMALL} records", "prefix",
-        {"num_virtual_tokens": 20}, like="prefix", seeds=SEEDS, train_size=SMALL,
+        {"num_virtual_tokens": 20}, like="prefix", seeds=(0, 1), train_size=SMALL,
     ),
     Method(
         "small-text", f"prefix, started from a text, {SMALL} records", "prefix", _TEXT,
-        like="prefix", seeds=SEEDS, train_size=SMALL,
+        like="prefix", seeds=(0, 1), train_size=SMALL,
     ),
 )  # fmt: skip
 
-_HEADS = (3e-3, 1e-2, 3e-2)
+_HEADS = (1e-2, 3e-2)
 NEWS: tuple[Method, ...] = (
     Method("head", "the head alone", "head", rates=_HEADS, seeds=SEEDS),
     Method(
@@ -183,19 +183,19 @@ NEWS: tuple[Method, ...] = (
     ),
     Method(
         "prefix-mlp2", "prefix, MLP of 2 layers", "prefix", _MLP | {"encoder_num_layers": 2},
-        rates=(1e-3, 3e-3, 1e-2), seeds=SEEDS,
+        rates=(1e-3, 3e-3), seeds=SEEDS,
     ),
     Method(
         "prompt", "prompt tuning", "prompt", {"num_virtual_tokens": 20, "init": "vocab"},
         rates=_HEADS, seeds=SEEDS,
     ),
-    Method("lora", "LoRA, rank 8", "lora", {"r": 8}, rates=(1e-3, 3e-3, 1e-2), seeds=SEEDS),
-    Method("bitfit", "BitFit", "bitfit", rates=(1e-3, 3e-3, 1e-2), seeds=SEEDS),
+    Method("lora", "LoRA, rank 8", "lora", {"r": 8}, rates=(1e-3, 3e-3), seeds=SEEDS),
+    Method("bitfit", "BitFit", "bitfit", rates=(3e-3, 1e-2), seeds=SEEDS),
     Method(
         "bottleneck", "bottleneck adapters, width 16", "bottleneck", {"width": 16},
-        rates=(1e-3, 3e-3, 1e-2), seeds=SEEDS,
+        rates=(1e-3, 3e-3), seeds=SEEDS,
     ),
-    Method("full", "full fine-tuning", "full", rates=(3e-5, 1e-4, 3e-4), seeds=SEEDS),
+    Method("full", "full fine-tuning", "full", rates=(1e-4, 3e-4), seeds=SEEDS),
 )  # fmt: skip
 
 METHODS: dict[TaskName, tuple[Method, ...]] = {"e2e": E2E, "news": NEWS}

@@ -216,7 +216,8 @@ def report(comparisons: Sequence[Comparison], about: Mapping[str, str]) -> str:
         "float32 for what is trained. Learning rates are "
         "chosen with the first seed from those listed, by the loss on held-out examples that are "
         "not reported; methods without a list take that of their nearest relative. ± is the "
-        "farthest of three seeds (two for embeddings alone and infix); no ±, one seed. Trained "
+        "farthest of the seeds: three, two for embeddings alone, infix and little data; no ±, one "
+        "seed. Trained "
         "counts a classifier's head, stored is what a task needs beside the base. A step's "
         "seconds are medians on all cores, of all methods in turn and back in one process; its "
         "memory is the peak above the loaded model.",
