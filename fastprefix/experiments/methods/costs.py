@@ -56,7 +56,7 @@ def measure(
     methods: Sequence[Method],
     source: Source,
     budget: Budget,
-    repeats: int = 2,
+    repeats: int = 1,
 ) -> dict[str, float]:
     """Medians by method's name, of steps after a first one that does not count.
 
