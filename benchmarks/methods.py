@@ -33,11 +33,10 @@ from rich.progress import (
 )
 
 from fastprefix.cli.loading import DEFAULT_MODEL, load
-from fastprefix.experiments.methods.costs import measured
 from fastprefix.experiments.methods.pictures import compared, stability
 from fastprefix.experiments.methods.plan import BUDGETS, METHODS, Run, TaskName
 from fastprefix.experiments.methods.report import Comparison, report
-from fastprefix.experiments.methods.runs import compare, number_of_runs
+from fastprefix.experiments.methods.runs import compare, costs, number_of_runs
 from fastprefix.experiments.methods.train import Source
 
 # Where E2E's valid.txt and test.txt are looked for.
@@ -139,9 +138,9 @@ def main() -> None:
             )
             progress.update(bar, description=f"{task}: cost of a step")
             trained = [m for m in methods if m.kind != "none" and m.train_size is None]
-            costs = measured(task, trained, source, budget)
+            spent = costs(task, trained, source, budget, options.cache / "runs")
             progress.update(bar, description=task)
-            comparisons.append(Comparison(task, [r for _, r in results], rates, costs))
+            comparisons.append(Comparison(task, [r for _, r in results], rates, spent))
     minutes = (time.perf_counter() - started) / 60
     computed = sum(r["seconds"] for c in comparisons for r in c.results) / 60
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))

@@ -43,6 +43,9 @@ def keep(seed: Tensor, dropout_p: float, column: Tensor, row: Tensor, head: Tens
 
 
 def _multiply(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of the product, in halves of 16 bits: no sum exceeds 63 bits."""
-    high, low = factor * (word >> 16), factor * (word & 0xFFFF)
-    return (high + (low >> 16)) >> 16, ((high << 16) + low) & _MASK
+    """High and low word of the product.
+
+    It may wrap around 64 bits, which changes neither of its words: they are read as bits.
+    """
+    product = factor * word
+    return (product >> 32) & _MASK, product & _MASK

@@ -21,7 +21,11 @@ from torch import Tensor
 from fastprefix.attention.call import Options
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_flash_backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+# PyTorch's half-precision backward takes up to nine times as long as its float32 one where queries
+# or keys are fewer than this (2.13, a processor with AMX), and as long from here on.
+_SHORT = 256
 
 # Masked scores get this instead of -inf: the kernel reports lse = 0 for a row whose scores are
 # all -inf, which a merge would take for a real weight. A finite floor drops out of every merge by
@@ -97,6 +101,28 @@ def backward(
     from fastprefix.attention.backends import composed_features  # which builds on this file
 
     return composed_features.backward(*inputs, out, lse, options, needs)
+
+
+def flash_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    is_causal: bool,
+    attn_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's gradients of query, key and value; float32 where it is faster in float32."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if half and min(query.shape[-2], key.shape[-2]) < _SHORT:
+        grad_out, query, key, value, out = (x.float() for x in (grad_out, query, key, value, out))
+        attn_mask = None if attn_mask is None else attn_mask.float()
+    return _flash_backward_kernel(
+        grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+    )
 
 
 def _plain(options: Options) -> bool:
@@ -231,29 +257,27 @@ def _plain_backward(
     dv = torch.zeros_like(value) if need_value else None
     if Lk > 0 and (need_query or need_key or need_value):
         part = _SequencePart(query, key, key_padding_mask, attn_mask, is_causal)
-        dq, dk, dv = _flash_backward(
+        dq, dk, dv = flash_backward(
             part.fold(grad_out), part.fold(query), part.keys(key), part.keys(value),
-            part.fold(out), part.fold(lse), 0.0, part.is_causal,
-            attn_mask=part.bias, scale=scale,
+            part.fold(out), part.fold(lse),
+            is_causal=part.is_causal, attn_mask=part.bias, scale=scale,
         )  # fmt: skip
         dq, dk, dv = part.unfold(dq), part.sum_keys(dk), part.sum_keys(dv)
     dpk = torch.zeros_like(prefix_key) if need_prefix_key else None
     dpv = torch.zeros_like(prefix_value) if need_prefix_value else None
     if P > 0 and (need_query or need_prefix_key or need_prefix_value):
         Hkv = prefix_key.shape[0]
-        dq_prefix, dpk, dpv = _flash_backward(
+        dq_prefix, dpk, dpv = flash_backward(
             _rows(grad_out, Hkv), _rows(query, Hkv), prefix_key[None], prefix_value[None],
-            _rows(out, Hkv), _rows(lse, Hkv), 0.0, False, scale=scale,
+            _rows(out, Hkv), _rows(lse, Hkv), is_causal=False, attn_mask=None, scale=scale,
         )  # fmt: skip
         dq_prefix = _unrows(dq_prefix, query.shape)
         dq = dq_prefix if dq is None else dq + dq_prefix
         dpk, dpv = dpk[0], dpv[0]
-    return (
-        dq[..., :D] if need_query and dq is not None else None,
-        dk[..., :D] if need_key and dk is not None else None,
-        dv[..., :Dv] if need_value and dv is not None else None,
-        dpk[..., :D] if need_prefix_key and dpk is not None else None,
-        dpv[..., :Dv] if need_prefix_value and dpv is not None else None,
+    widths = (D, D, Dv, D, Dv)
+    return tuple(
+        grad[..., :width].to(query.dtype) if need and grad is not None else None
+        for grad, width, need in zip((dq, dk, dv, dpk, dpv), widths, needs, strict=True)
     )
 
 

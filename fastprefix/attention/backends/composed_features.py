@@ -21,10 +21,10 @@ from fastprefix.attention.backends.composed import (
     _additive,
     _equal_head_sizes,
     _flash,
-    _flash_backward,
     _rows,
     _SequencePart,
     _unrows,
+    flash_backward,
 )
 from fastprefix.attention.call import Options
 
@@ -97,11 +97,11 @@ def backward(
     if needs[0] or needs[1] or needs[2]:
         for piece in _pieces(query, key, options):
             part = piece.part(query, key, options)
-            part_dq, part_dk, part_dv = _flash_backward(
+            part_dq, part_dk, part_dv = flash_backward(
                 part.fold(piece.of_queries(grad_out)), part.fold(piece.of_queries(query)),
                 part.keys(piece.of_keys(key)), part.keys(piece.of_keys(value)),
                 part.fold(piece.of_queries(out)), part.fold(piece.of_queries(lse)),
-                0.0, part.is_causal, attn_mask=part.bias, scale=options.scale,
+                is_causal=part.is_causal, attn_mask=part.bias, scale=options.scale,
             )  # fmt: skip
             piece.of_queries(dq).copy_(part.unfold(part_dq))
             piece.of_keys(dk).copy_(part.sum_keys(part_dk))
@@ -110,11 +110,11 @@ def backward(
         for group in _groups(query, key, prefix_key, options):
             Hkv, columns = prefix_key.shape[0], group.columns
             rows_query, rows_lse = group.take(query), group.take(lse)
-            part_dq, part_dk, part_dv = _flash_backward(
+            part_dq, part_dk, part_dv = flash_backward(
                 _rows(group.take(grad_out), Hkv), _rows(rows_query, Hkv),
                 prefix_key[None, :, columns], prefix_value[None, :, columns],
                 _rows(group.take(out), Hkv), _rows(rows_lse - _head_bias(options, lse), Hkv),
-                0.0, False, attn_mask=group.mask(query, Hkv, options), scale=options.scale,
+                is_causal=False, attn_mask=group.mask(query, Hkv, options), scale=options.scale,
             )  # fmt: skip
             group.add(dq, _unrows(part_dq, rows_query.shape))
             dpk[:, columns] += part_dk[0]
@@ -218,7 +218,7 @@ class _Group(NamedTuple):
         if self.rows is None:
             whole += part
         else:
-            whole.index_add_(2 if self.tokens else 0, self.rows, part)
+            whole.index_add_(2 if self.tokens else 0, self.rows, part.to(whole.dtype))
 
     def mask(self, query: Tensor, Hkv: int, options: Options) -> Tensor | None:
         """What is added to the scores, [1, 1 or Hkv, rows, columns] in the order of `_rows`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["prefix", "prompt", "lora", "bottleneck", "bitfit", "full", "head", "none"]
@@ -50,6 +50,11 @@ class Method:
         if bool(self.rates) == (self.like is not None):
             raise ValueError(f"{self.name}: takes rates or like, one of them")
 
+    @property
+    def built_from(self) -> tuple[str, Mapping[str, Any]]:
+        """All that its model depends on; what it is called and what is tried with it are not."""
+        return self.kind, dict(self.options)
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -78,7 +83,7 @@ class Budget:
 
 BUDGETS: dict[TaskName, Budget] = {
     "e2e": Budget(24, 4, 640, 24, 40, 160, max_new_tokens=48, bf16=True),
-    "news": Budget(60, 16, 800, 200, 200, 48),
+    "news": Budget(40, 16, 640, 200, 200, 48),
 }
 
 
@@ -103,9 +108,14 @@ class Run:
         Args:
             material: what identifies the model and the data.
         """
-        what = {"run": asdict(replace(self, method=replace(self.method, title="")))}
-        text = json.dumps(what | {"material": material}, sort_keys=True, default=list)
-        return hashlib.sha256(text.encode()).hexdigest()
+        what = [self.task, self.method.built_from, self.method.train_size, self.learning_rate]
+        return fingerprint(*what, self.seed, asdict(self.budget), material)
+
+
+def fingerprint(*what: Any) -> str:
+    """Of anything that JSON can hold: equal for equal things, here and in other processes."""
+    text = json.dumps(what, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _prefix(name: str, title: str, like: str | None = "prefix", **options: Any) -> Method:
@@ -123,7 +133,7 @@ E2E: tuple[Method, ...] = (
     Method("none", "no tuning", "none", rates=(0.0,)),
     Method(
         "prefix", "prefix, direct", "prefix", {"num_virtual_tokens": 20},
-        rates=(3e-3, 1e-2, 3e-2), seeds=SEEDS, every_rate=True,
+        rates=(3e-2, 1e-1, 3e-1), seeds=SEEDS, every_rate=True,
     ),
     Method(
         "prefix-mlp2", "prefix, MLP of 2 layers", "prefix", _MLP | {"encoder_num_layers": 2},
@@ -131,9 +141,9 @@ E2E: tuple[Method, ...] = (
     ),
     Method(
         "prompt", "prompt tuning", "prompt", {"num_virtual_tokens": 20, "init": "vocab"},
-        rates=(3e-3, 1e-2, 5e-2), seeds=SEEDS,
+        rates=(5e-2, 2e-1, 5e-1), seeds=SEEDS,
     ),
-    Method("lora", "LoRA, rank 8", "lora", {"r": 8}, rates=(1e-3, 3e-3, 1e-2), seeds=SEEDS),
+    Method("lora", "LoRA, rank 8", "lora", {"r": 8}, rates=(3e-3, 1e-2, 3e-2), seeds=SEEDS),
     _prefix("prefix-mlp1", "prefix, MLP of 1 layer", "prefix-mlp2", **_MLP, encoder_num_layers=1),
     _prefix("prefix-mlp3", "prefix, MLP of 3 layers", "prefix-mlp2", **_MLP, encoder_num_layers=3),
     _prefix(
@@ -155,7 +165,7 @@ E2E: tuple[Method, ...] = (
     Method(
         "p-tuning", "P-tuning v1, LSTM", "prompt",
         {"num_virtual_tokens": 20, "encoder_reparameterization_type": "LSTM"},
-        rates=(3e-3, 1e-2),
+        rates=(3e-3, 1e-2, 3e-2),
     ),
     Method(
         "infix", "infix, embeddings", "prompt",
@@ -163,7 +173,7 @@ E2E: tuple[Method, ...] = (
         like="prompt", seeds=(0, 1),
     ),
     Method("bottleneck", "bottleneck adapters, width 16", "bottleneck", {"width": 16}, like="lora"),
-    Method("full", "full fine-tuning", "full", rates=(3e-5, 1e-4)),
+    Method("full", "full fine-tuning", "full", rates=(1e-4, 3e-4, 1e-3)),
     Method(
         "small-random", f"prefix, random start, {SMALL} records", "prefix",
         {"num_virtual_tokens": 20}, like="prefix", seeds=(0, 1), train_size=SMALL,
@@ -174,28 +184,28 @@ E2E: tuple[Method, ...] = (
     ),
 )  # fmt: skip
 
-_HEADS = (1e-2, 3e-2)
+_HIGH = (3e-2, 1e-1, 3e-1)
 NEWS: tuple[Method, ...] = (
-    Method("head", "the head alone", "head", rates=_HEADS, seeds=SEEDS),
+    Method("head", "the head alone", "head", rates=_HIGH),
     Method(
         "p-tuning-v2", "P-tuning v2 (deep prefix)", "prefix", {"num_virtual_tokens": 20},
-        rates=_HEADS, seeds=SEEDS,
+        rates=_HIGH, seeds=SEEDS,
     ),
     Method(
         "prefix-mlp2", "prefix, MLP of 2 layers", "prefix", _MLP | {"encoder_num_layers": 2},
-        rates=(1e-3, 3e-3), seeds=SEEDS,
+        rates=(3e-4, 1e-3, 3e-3),
     ),
     Method(
         "prompt", "prompt tuning", "prompt", {"num_virtual_tokens": 20, "init": "vocab"},
-        rates=_HEADS, seeds=SEEDS,
+        rates=_HIGH, seeds=SEEDS,
     ),
-    Method("lora", "LoRA, rank 8", "lora", {"r": 8}, rates=(1e-3, 3e-3), seeds=SEEDS),
-    Method("bitfit", "BitFit", "bitfit", rates=(3e-3, 1e-2), seeds=SEEDS),
+    Method("lora", "LoRA, rank 8", "lora", {"r": 8}, rates=(3e-3, 1e-2, 3e-2), seeds=SEEDS),
+    Method("bitfit", "BitFit", "bitfit", rates=(1e-2, 3e-2, 1e-1)),
     Method(
         "bottleneck", "bottleneck adapters, width 16", "bottleneck", {"width": 16},
-        rates=(1e-3, 3e-3), seeds=SEEDS,
+        rates=(3e-3, 1e-2, 3e-2),
     ),
-    Method("full", "full fine-tuning", "full", rates=(1e-4, 3e-4), seeds=SEEDS),
+    Method("full", "full fine-tuning", "full", rates=(1e-4, 3e-4, 1e-3), seeds=SEEDS),
 )  # fmt: skip
 
 METHODS: dict[TaskName, tuple[Method, ...]] = {"e2e": E2E, "news": NEWS}

@@ -5,24 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import logging
 
+from fastprefix.experiments.methods.costs import measured
 from fastprefix.experiments.methods.plan import (
     Budget,
     Method,
     Run,
     TaskName,
     best_rates,
+    fingerprint,
     first_runs,
     further_runs,
 )
-from fastprefix.experiments.methods.train import Source, train_to_file
+from fastprefix.experiments.methods.train import Source, train_to_file, write_whole
 
 Result = dict[str, Any]
 
@@ -39,19 +44,27 @@ def digest_of(source: Source) -> str:
     return digest.hexdigest()
 
 
-def known(run: Run, folder: Path, material: str) -> Result | None:
-    """The result of a run that was made before with the same budget, model and data."""
-    file = folder / f"{run.key}.json"
+def known(file: Path, fingerprint: str) -> Result | None:
+    """What was found before, if it was found with the same budget, model and data."""
     if not file.is_file():
         return None
     result = json.loads(file.read_text())
-    return result if result.get("fingerprint") == run.fingerprint(material) else None
+    return result if result.get("fingerprint") == fingerprint else None
 
 
 def _worker() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # the workers share the processor
     logging.set_verbosity_error()  # every fresh classifier would be told that its head is new
     logging.disable_progress_bar()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would otherwise train on, for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def do(
@@ -77,7 +90,7 @@ def do(
     material = digest_of(source)
     results: dict[Run, Result] = {}
     for run in runs:
-        result = known(run, folder, material)
+        result = known(folder / f"{run.key}.json", run.fingerprint(material))
         if result is not None:
             results[run] = result
             done(run, True)
@@ -121,6 +134,28 @@ def compare(
     rates = best_rates({run: result["dev_loss"] for run, result in first}, methods)
     further = further_runs(task, rates, methods, budget)
     return [*first, *do(further, source, folder, jobs, done)], rates
+
+
+def costs(
+    task: TaskName, methods: Sequence[Method], source: Source, budget: Budget, folder: Path
+) -> dict[str, dict[str, float]]:
+    """What :func:`fastprefix.experiments.methods.costs.measured` says, measured once.
+
+    Args:
+        task: see `measured`, like methods, source and budget.
+        methods: see task.
+        source: see task.
+        budget: see task.
+        folder: where the figures are kept, as those of runs.
+    """
+    file = folder / f"{task}-costs.json"
+    built = {method.name: method.built_from for method in methods}
+    mark = fingerprint(task, built, asdict(budget), digest_of(source))
+    result = known(file, mark)
+    if result is None:
+        result = measured(task, methods, source, budget) | {"fingerprint": mark}
+        write_whole(file, result)
+    return {what: result[what] for what in ("seconds", "megabytes")}
 
 
 def number_of_runs(task: TaskName, methods: Iterable[Method], budget: Budget) -> int:

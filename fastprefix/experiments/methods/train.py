@@ -182,7 +182,11 @@ def _of_classes(built: Built, data: Material, collator: Any) -> dict[str, float]
 
 def train_to_file(run: Run, source: Source, file: Path, fingerprint: str) -> None:
     """A worker's job: what :func:`train` returns, whole or not at all."""
-    result = train(run, source) | {"fingerprint": fingerprint}
+    write_whole(file, train(run, source) | {"fingerprint": fingerprint})
+
+
+def write_whole(file: Path, result: dict[str, Any]) -> None:
+    """As JSON; who reads the file never sees a part of it."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1))
     partial.replace(file)

@@ -59,13 +59,16 @@ def test_a_method_has_rates_or_a_relative():
 def test_a_fingerprint_changes_with_all_that_matters_and_nothing_else():
     method = METHODS["e2e"][1]
     run = Run("e2e", method, 1e-2, 0, BUDGETS["e2e"])
-    same = replace(run, method=replace(method, title="other words"))
+    told = replace(method, title="other words", rates=(1.0,), seeds=(5,), every_rate=False)
+    same = replace(run, method=told)
     assert same.fingerprint("x") == run.fingerprint("x")
     others = [
         replace(run, seed=1),
         replace(run, learning_rate=2e-2),
         replace(run, budget=replace(run.budget, steps=1)),
         replace(run, method=replace(method, options={"num_virtual_tokens": 21})),
+        replace(run, method=replace(method, kind="prompt")),
+        replace(run, method=replace(method, train_size=3)),
     ]
     prints = {run.fingerprint("x"), run.fingerprint("y"), *(o.fingerprint("x") for o in others)}
-    assert len(prints) == 6
+    assert len(prints) == 8

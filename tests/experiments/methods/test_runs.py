@@ -1,11 +1,15 @@
 """A whole comparison on a tiny model: run, stopped, gone on with, reported."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
-from fastprefix.experiments.methods import costs, train
+from fastprefix.experiments.methods import runs, train
 from fastprefix.experiments.methods.material import InfixCollator, e2e
 from fastprefix.experiments.methods.pictures import compared, stability
 from fastprefix.experiments.methods.plan import METHODS, Run
@@ -88,11 +92,39 @@ def test_an_infix_stands_where_the_description_begins(source, budget):
         assert batch["labels"][row, start] != -100
 
 
-def test_costs_are_measured_for_every_method(source, budget):
+def test_costs_are_measured_for_every_method_and_once(source, budget, tmp_path, monkeypatch):
     methods = [BY_NAME["prefix"], BY_NAME["full"]]
-    found = costs.measured("e2e", methods, source, budget)
-    assert [set(values) for values in found.values()] == [{"prefix", "full"}] * 2
+    found = runs.costs("e2e", methods, source, budget, tmp_path)
+    assert {what: set(values) for what, values in found.items()} == {
+        "seconds": {"prefix", "full"},
+        "megabytes": {"prefix", "full"},
+    }
     assert all(value > 0 for value in found["seconds"].values())
+    monkeypatch.setattr(runs, "measured", lambda *_: pytest.fail("measured again"))
+    assert runs.costs("e2e", methods, source, budget, tmp_path) == found
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        runs.costs("e2e", methods[:1], source, budget, tmp_path)
+
+
+def test_a_worker_ends_with_its_parent():
+    """Also where the parent had no time to say so."""
+    code = (
+        "import multiprocessing, os, time; from concurrent.futures import ProcessPoolExecutor; "
+        "from fastprefix.experiments.methods.runs import _worker; "
+        "context = multiprocessing.get_context('spawn'); "
+        "pool = ProcessPoolExecutor(1, mp_context=context, initializer=_worker); "
+        "print(pool.submit(os.getpid).result(), flush=True); "
+        "pool.submit(time.sleep, 600); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    try:
+        parent.communicate(timeout=30)  # waits for all that hold its output, as the worker does
+    except subprocess.TimeoutExpired:
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("the worker lives on")
 
 
 def synthetic(losses):
@@ -115,7 +147,7 @@ def synthetic(losses):
 
 
 def test_claims_follow_the_figures(tmp_path):
-    won = {"none": 3.0, "prefix": 1.0, ("prefix", 3e-2): 4.0, "small-text": 1.5, "infix": 2.5}
+    won = {"none": 3.0, "prefix": 1.0, ("prefix", 3e-1): 4.0, "small-text": 1.5, "infix": 2.5}
     assert [c.verdict for c in claims(synthetic(won))] == ["holds here"] * 4
     lost = {"none": 3.0, "prefix": 2.5, "small-text": 2.5, ("prefix-mlp2", 3e-3): 4.0}
     assert [c.verdict for c in claims(synthetic(lost))] == ["does not hold here"] * 4
@@ -126,7 +158,7 @@ def test_the_report_and_its_pictures(tmp_path):
     c = synthetic({"none": 3.0, "prefix": 1.234})
     text = report([c], {"command": "here", "where": "somewhere"})
     assert (
-        "| prefix, direct | 0.003 | 1.244 ± 0.010 | 30.0 ± 0.0 | 10 | 10 | 40 | 1.00 | – |" in text
+        "| prefix, direct | 0.03 | 1.244 ± 0.010 | 30.0 ± 0.0 | 10 | 10 | 40 | 1.00 | – |" in text
     )
     assert all(method.title in text for method in METHODS["e2e"])
     compared([c], tmp_path / "a.png")
