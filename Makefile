@@ -18,7 +18,7 @@ help:
 	@echo "make bench  set up and run the benchmarks behind the README's figures"
 	@echo "make experiments  every way to tune, compared on real models and data (an hour or more)"
 	@echo "make kernels  compile every kernel for every GPU, head size, dtype and feature (hours the first time)"
-	@echo "make kernels-triton VERSION=3.6.0  the same and the kernels' tests with another Triton"
+	@echo "make kernels-triton VERSION=3.6.0  the kernels' tests, tables of all GPUs included, with another Triton"
 	@echo "make models  tests on a real model, on the CPU (some minutes)"
 	@echo "make gpu    tests and timings on this machine's GPU"
 	@echo "make clean  remove what the targets above made"
@@ -47,15 +47,12 @@ experiments-methods: $(VENV)/.bench $(VENV)/.test
 
 experiments: experiments-methods
 
-COMPILE := TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m fastprefix.kernels.offline --full --jobs 2
-
 kernels: $(VENV)/.test
-	$(COMPILE)
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m fastprefix.kernels.offline --full --jobs 2
 
 kernels-triton: export PYTHONPATH = $(CURDIR)/$(OTHER_TRITON)
 kernels-triton: $(VENV)/.test $(OTHER_TRITON)
 	$(PYTEST) tests/kernels
-	$(COMPILE)
 
 # Triton alone: everything else is the environment's. --target needs no second copy of PyTorch.
 $(OTHER_TRITON): | $(VENV)

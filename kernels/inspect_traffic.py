@@ -3,7 +3,8 @@
 Every operand tile that a program loads or stores is counted, program by program, from the grid;
 the least is each operand once. What caches catch in between is not modelled, nor what a sliding
 window or a mask lets a program skip. Packed prefixes and packed sequences count as equally long,
-and packed sequences as if they were not causal.
+and packed sequences as if they were not causal. How packed prefixes are cut for decoding is known
+on the device alone: no model.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ def traffic(step: launch.Launch) -> Traffic | None:
         return None
     tensors = {n: x for n, x in step.arguments.items() if isinstance(x, Tensor)}
     times = REREADS[name](step, tensors)
+    if times is None:
+        return None
     operands = {}
     for n, x in tensors.items():
         size = x.numel() * x.element_size()
         # Partial sums between two launches are no operand of the problem.
-        partial = n.startswith("partial") or (n in ("dpk", "dpv") and x.dim() == 4)
+        partial = n.startswith("part") or (n in ("dpk", "dpv") and x.dim() == 4)
         operands[n] = (round(size * times.get(n, 1.0)), 0 if partial else size)
     requested, least = (sum(pair[i] for pair in operands.values()) for i in (0, 1))
     return Traffic(requested, least, operands)
@@ -86,6 +89,22 @@ def _prefix_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, 
     return dict.fromkeys(ROWS, tiles / prefixes) | dict.fromkeys(PREFIX, splits)
 
 
+def _decode(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float] | None:
+    """Both phases: tiles of all rows read the prefix, tiles of a sequence's rows its keys."""
+    if "units" in tensors:
+        return None
+    a, rows = step.arguments, step.constants["GROUP"] * tensors["q"].shape[2]
+    Lk, splits = tensors["k"].shape[2], a["n_splits"]
+    tiles = -(-rows // step.constants["BLOCK_R"])
+    visible = (Lk - a["first_key"]) / Lk if Lk else 0.0
+    return (
+        dict.fromkeys(PREFIX, a["n_units"] / splits if splits else 0.0)
+        | dict.fromkeys(KEYS, tiles * visible)
+        # every split reads its rows, and the padding twice: what to skip, what to see
+        | {"q": splits + a["n_sequence_splits"], "pad": 2 * a["Hkv"] * tiles * visible}
+    )
+
+
 def _parts(boundaries: Tensor) -> int:
     """How many prefixes or sequences lie between the boundaries; they count as equally long."""
     return boundaries.shape[0] - 1
@@ -104,6 +123,8 @@ REREADS: dict[str, Any] = {
     "prefix_attn_bwd_dkv_kernel": _key_sweep,
     "prefix_attn_bwd_dprefix_kernel": _prefix_sweep,
     "prefix_attn_bwd_dprefix_reduce_kernel": _once,
+    "prefix_attn_decode_kernel": _decode,
+    "prefix_attn_decode_merge_kernel": lambda step, tensors: None if "rows" in tensors else {},
 }
 
 

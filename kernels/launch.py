@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,6 +36,8 @@ class Target:
 
     family: str  # a key of TABLE
     multiprocessors: int
+    # by `row_name`: what :mod:`.tune` found faster on this device than the table's tiles
+    tuned: Mapping[str, Tile] = field(default_factory=dict, compare=False)
 
 
 # Passes of a family: [(largest block of the head size, tile for 16-bit types, tile for fp32)], the
@@ -248,20 +250,39 @@ def target_of(device: torch.device) -> Target:
 @functools.lru_cache
 def _device_target(device: torch.device) -> Target:
     """The target of a device; anything that is no GPU is Triton's interpreter."""
+    from .tune_store import load  # which builds on this file
+
+    tuned = load(device_name(device))
     if device.type != "cuda":
         # Few, so that small test shapes still split their reductions.
-        return Target("interpreter", 4)
+        return Target("interpreter", 4, tuned)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         family = family_of_amd(properties.gcnArchName)
     else:
         family = family_of_capability(properties.major, properties.minor)
-    return Target(family, properties.multi_processor_count)
+    return Target(family, properties.multi_processor_count, tuned)
+
+
+def device_name(device: torch.device) -> str:
+    """As its driver says it."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).name if on_gpu else "interpreter"
+
+
+def forget_devices() -> None:
+    """Makes the next launch look at the device, and for tiles tuned on it, again."""
+    _device_target.cache_clear()
 
 
 def block_size(head_size: int) -> int:
     """The power of two, 16 at least, that holds a head: the shape of a tensor-core operand."""
     return max(16, triton.next_power_of_2(head_size))
+
+
+def row_name(step: str, largest: int, dtype: torch.dtype) -> str:
+    """A tile's place in the tables: pass, largest block of the head size, 16 or 32 bits."""
+    return f"{step} {largest} {32 if dtype == torch.float32 else 16}"
 
 
 def choose(step: str, problem: Problem, rows: int) -> Tile:
@@ -282,6 +303,8 @@ def choose(step: str, problem: Problem, rows: int) -> Tile:
     for largest, half, single in TABLE[problem.target.family][step]:
         if block <= largest:
             tile = single if problem.query.dtype == torch.float32 else half
+            name = row_name(step, largest, problem.query.dtype)
+            tile = problem.target.tuned.get(name, tile)
             if heavy and problem.target.family != "interpreter":
                 tile = tile._replace(rows=max(16, tile.rows // 2))
             if problem.batch_invariant and problem.cu_seqlens is not None:

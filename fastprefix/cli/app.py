@@ -210,6 +210,24 @@ def inspect(
         )
 
 
+@app.command()
+def tune(
+    head_dim: Annotated[list[int] | None, typer.Option(help="1 to 256; repeatable.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp16, fp32; repeatable.")] = None,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 8,
+    group: Annotated[int, typer.Option(min=1, help="Query heads per KV head.")] = 4,
+    batch: Annotated[int, typer.Option(min=1)] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 2048,
+    prefix: Annotated[int, typer.Option(min=1, help="Prefix length.")] = 1024,
+) -> None:
+    """Time the kernels' tiles on this GPU and keep the fastest on disk, for later processes."""
+    from fastprefix.cli.tune import run_tuning
+
+    sizes = {"kv_heads": kv_heads, "group": group, "batch": batch, "length": length}
+    with _clear_errors():
+        run_tuning(head_dim or [64, 128], dtype or ["bf16"], sizes | {"prefix": prefix})
+
+
 class _clear_errors:  # noqa: N801  # reads as a statement
     """Turns the library's own errors into one line and exit code 1."""
 

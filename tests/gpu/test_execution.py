@@ -121,3 +121,12 @@ def test_offsets_beyond_32_bits(cuda):
             query[b : b + 1, :, -64:], key[b : b + 1], value[b : b + 1], prefix[0], prefix[1]
         )
         torch.testing.assert_close(out[b : b + 1, :, -64:], one, rtol=0, atol=2e-2)
+
+
+def test_tuning_finds_a_tile_no_slower_than_the_tables(cuda):
+    from fastprefix.kernels import launch, tune
+
+    found = tune.tune(tune.Shape(length=512, prefix=256), "forward", cuda)
+    assert found.tried > 1
+    assert found.best_ms <= found.table_ms
+    assert found.table in [row[1] for row in launch.TABLE[launch.target_of(cuda).family]["forward"]]

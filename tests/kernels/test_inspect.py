@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastprefix.kernels import inspect_code, inspect_device, inspect_traffic, launch
+from fastprefix.kernels import (
+    inspect_code,
+    inspect_device,
+    inspect_traffic,
+    launch,
+    prefix_attention_forward,
+)
 
 
 def sass(*lines: str) -> list[inspect_code.Instruction]:
@@ -201,6 +207,49 @@ def test_packed_prefixes_and_sequences_are_read_in_part():
     found = inspect_traffic.traffic(forward)
     assert found.operands["pk"] == (8 // 2 * 1024, 1024)
     assert found.operands["k"] == (8 // 4 * 2048, 2048)
+
+
+def decoding(**options):
+    """Both launches of a step of 8 sequences, 2 KV heads of 4 query heads each."""
+    q, k = (torch.empty(8, heads, 1 if heads == 8 else 1024, 64, device="meta") for heads in (8, 2))
+    p = torch.empty(2, 2048, 64, device="meta")
+    with launch.collected(launch.Target("hopper", 132)) as launches:
+        prefix_attention_forward(
+            *(x.bfloat16() for x in (q, k, k, p, p)), is_causal=True, scale=1.0, **options
+        )
+    assert [step.kernel.__name__[12:] for step in launches] == [
+        "decode_kernel",
+        "decode_merge_kernel",
+    ]
+    return [inspect_traffic.traffic(step) for step in launches]
+
+
+def test_decoding_reads_the_prefix_once_for_all_sequences():
+    attend, merge = decoding()
+    for name in ("pk", "pv"):
+        assert attend.operands[name] == (2 * 2048 * 64 * 2,) * 2  # 32 rows of a KV head: one tile
+    for name in ("k", "v"):
+        assert attend.operands[name] == (8 * 2 * 1024 * 64 * 2,) * 2
+    requested, least = attend.operands["q"]
+    assert least == 8 * 8 * 64 * 2
+    assert requested % least == 0 < requested - least  # once for each split
+    # what one launch leaves is what the other takes, and no operand of the problem
+    assert attend.operands["part_out"] == merge.operands["part_out"]
+    assert merge.operands["part_out"][1] == 0 < merge.operands["part_out"][0]
+    assert merge.operands["out"] == (8 * 8 * 64 * 2,) * 2
+
+
+def test_a_window_and_padding_of_decoding():
+    padding = torch.ones(8, 1024, dtype=torch.bool, device="meta")
+    attend, _ = decoding(sliding_window=256, key_padding_mask=padding)
+    assert attend.operands["k"][0] == attend.operands["k"][1] // 4
+    assert attend.operands["pad"] == (2 * 2 * 8 * 256, 8 * 1024)
+
+
+def test_decoding_of_packed_prefixes_has_no_model():
+    index = torch.zeros(8, dtype=torch.int32, device="meta")
+    lengths = torch.zeros(2, dtype=torch.int32, device="meta")
+    assert decoding(prefix_index=index, prefix_lengths=lengths) == [None, None]
 
 
 def test_a_kernel_without_a_model_has_no_bytes():

@@ -155,6 +155,9 @@ class Compiled:
 class Lean:
     """Loops cost no more than the best known ones, masked loops at most 5% more."""
 
+    @pytest.mark.skipif(
+        launch.TRITON >= (3, 9), reason="tiles are chosen with 3.7; see kernels/README.md for 3.9"
+    )
     @pytest.mark.parametrize("head_size", [64, 128])
     def test_loops_are_as_lean_as_the_best_known(self, found: Found, head_size: int) -> None:
         unmasked, masked, dkv, dq = BASELINES[found[0]["case"]["target"], head_size]

@@ -1,0 +1,68 @@
+"""``fastprefix tune``."""
+
+from __future__ import annotations
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastprefix.cli.console import console
+
+
+def run_tuning(
+    head_sizes: list[int],
+    dtypes: list[str],
+    sizes: dict[str, int],
+    device: torch.device | None = None,
+) -> None:
+    """Tunes every pass for each head size and dtype, keeps the tiles, prints what was found.
+
+    Args:
+        head_sizes: D, 1 to 256 each.
+        dtypes: "bf16", "fp16", "fp32".
+        sizes: the other fields of :class:`fastprefix.kernels.tune.Shape`.
+        device: where; the current GPU if None.
+
+    Raises:
+        ValueError: no GPU, or a head size or dtype that the kernels do not take.
+    """
+    if device is None:
+        if not torch.cuda.is_available():
+            raise ValueError("device: no GPU here, and tiles are tuned on the one they are for")
+        device = torch.device("cuda", torch.cuda.current_device())
+    from fastprefix.kernels import launch, tune, tune_store
+    from fastprefix.kernels.offline_cases import DTYPES
+
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: got {dtype!r}, takes one of {', '.join(DTYPES)}")
+    for size in head_sizes:
+        if not 1 <= size <= launch.MAX_HEAD_SIZE:
+            raise ValueError(f"head_dim: got {size}, takes 1 to {launch.MAX_HEAD_SIZE}")
+    name_of_device = launch.device_name(device)
+    jobs = [(D, dtype, step) for D in head_sizes for dtype in dtypes for step in tune.STEPS]
+    table = Table(
+        "pass, head size, bits",
+        "tile before",
+        "ms",
+        "tile now",
+        "ms",
+        "tried",
+        title=name_of_device,
+    )
+    columns = TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task("", total=len(jobs))
+        for D, dtype, step in jobs:
+            progress.update(bar, description=f"{step} {D} {dtype}")
+            found = tune.tune(tune.Shape(D, DTYPES[dtype], **sizes), step, device)
+            # kept one by one, so that what was found outlives an interruption
+            file = tune_store.save(name_of_device, {found.name: found.best})
+            table.add_row(
+                found.name, str(tuple(found.table)), f"{found.table_ms:.3f}",
+                str(tuple(found.best)), f"{found.best_ms:.3f}", str(found.tried),
+            )  # fmt: skip
+            progress.advance(bar)
+    launch.forget_devices()
+    console.print(table)
+    console.print(f"rows, keys, warps, stages; kept in {file}", soft_wrap=True)

@@ -1,0 +1,71 @@
+"""Tiles that were tuned on a device, kept in Triton's own cache on disk (TRITON_CACHE_DIR).
+
+Keyed by the device's name, Triton's version and the source of this package: after an update of
+either, the tables of :mod:`.launch` hold again until somebody tunes anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.runtime.cache import get_cache_manager
+
+from .launch import Tile
+
+_FILE = "fastprefix-tiles.json"
+
+
+def _cache(device: str) -> Any:
+    digest = hashlib.sha256(f"{device}\n{triton.__version__}\n".encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return get_cache_manager(digest.hexdigest())
+
+
+def load(device: str) -> dict[str, Tile]:
+    """Tiles by :func:`~fastprefix.kernels.launch.row_name`, none if the device was never tuned.
+
+    Args:
+        device: its name, as the driver says it.
+
+    Raises:
+        ValueError: the file does not hold tiles.
+    """
+    try:
+        file = _cache(device).get_file(_FILE)
+    except OSError:  # no such folder, and none can be made: nothing was kept
+        file = None
+    if file is None:
+        return {}
+    try:
+        found = json.loads(Path(file).read_text())
+        tiles = {str(name): Tile(*numbers) for name, numbers in found.items()}
+        sound = all(_sound(tile) for tile in tiles.values())
+    except (ValueError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"{file}: no tiles (rows, keys, warps and stages of each) in it; delete it, or tune "
+            "again"
+        )
+    return tiles
+
+
+def _sound(tile: Tile) -> bool:
+    powers = all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in tile[:3])
+    return powers and min(tile.rows, tile.keys) >= 16 and isinstance(tile.stages, int)
+
+
+def save(device: str, tiles: Mapping[str, Tile]) -> Path:
+    """Keeps tiles for a device, those of earlier that have other names too.
+
+    Returns:
+        The file that holds them.
+    """
+    kept = load(device) | dict(tiles)
+    return Path(_cache(device).put(json.dumps(kept, indent=1), _FILE, binary=False))

@@ -1,0 +1,49 @@
+"""``fastprefix tune``: tiles timed, kept and taken up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fastprefix.kernels import launch, tune_store
+from typer.testing import CliRunner
+
+from fastprefix.cli.app import app
+from fastprefix.cli.tune import run_tuning
+
+CPU = torch.device("cpu")
+SIZES = {"batch": 1, "kv_heads": 1, "group": 1, "length": 16, "prefix": 16}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    yield
+    monkeypatch.undo()
+    launch.forget_devices()
+
+
+def test_tiles_are_kept_and_later_launches_take_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the interpreter, where whichever tile is fastest is as good as any."""
+    run_tuning([16], ["fp32"], SIZES, CPU)
+    kept = tune_store.load("interpreter")
+    assert set(kept) == {f"{step} 256 32" for step in ("forward", "dq", "dkv", "dprefix")}
+    assert launch.target_of(CPU).tuned == kept
+    printed = capsys.readouterr().out
+    assert all(f"{step} 256 32" in printed for step in ("forward", "dprefix"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    result = CliRunner().invoke(app, ["tune"])
+    assert result.exit_code == 1
+    assert "no GPU here" in result.output
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtypes", "said"), [([0], ["bf16"], "head_dim"), ([64], ["f"], "dtype")]
+)
+def test_what_the_kernels_do_not_take_is_named(sizes, dtypes, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        run_tuning(sizes, dtypes, SIZES, CPU)

@@ -1,0 +1,159 @@
+"""Tuning: in the interpreter, where a stopwatch that is told the times stands for the GPU's."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from fastprefix.kernels import (
+    launch,
+    prefix_attention_backward,
+    prefix_attention_forward,
+    tune,
+    tune_store,
+)
+
+CPU = torch.device("cpu")
+SHAPE = tune.Shape(16, torch.float32, batch=1, kv_heads=1, group=1, length=24, prefix=20)
+HOPPER = launch.Target("hopper", 132)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def told(times):
+    """A stopwatch that says what `times` makes of the tile."""
+    return lambda launches, device: times(launches[0].tile)
+
+
+@pytest.mark.parametrize("step", tune.STEPS)
+def test_the_fastest_tile_is_found_and_runs_right(step):
+    """All tiles really run; one that is best from all sides is where the search ends."""
+    best = launch.Tile(16, 64, 4, 2)
+
+    def times(tile):
+        apart = abs(tile.keys / best.keys - 1) + abs(tile.stages - best.stages)
+        return 1.0 + apart + abs(tile.rows - best.rows) + abs(tile.warps - best.warps)
+
+    found = tune.tune(SHAPE, step, CPU, timer=told(times))
+    assert found.best == best
+    assert found.table == launch.TABLE["interpreter"][step][0][2]
+    assert found.best_ms == 1.0 < found.table_ms
+    assert found.tried >= 5
+    assert found.name == f"{step} 256 32"
+
+
+def test_nothing_faster_leaves_the_tables_tile():
+    found = tune.tune(SHAPE, "forward", CPU, timer=told(lambda tile: 1.0))
+    assert found.best == found.table
+
+
+def test_a_tile_with_other_results_is_not_taken(monkeypatch):
+    """As from a miscompiled kernel, however fast."""
+    run = launch.Launch.run
+
+    def broken(self):
+        run(self)
+        if self.tile.keys == 64 and "out" in self.arguments:
+            self.arguments["out"][..., 0] = float("nan")
+
+    monkeypatch.setattr(launch.Launch, "run", broken)
+    found = tune.tune(SHAPE, "forward", CPU, timer=told(lambda tile: 1.0 / tile.keys))
+    assert found.best.keys < 64
+
+
+def test_a_tile_that_does_not_fit_is_passed_over(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    run = launch.Launch.run
+
+    def full(self):
+        if self.tile.stages > 1:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        run(self)
+
+    monkeypatch.setattr(launch.Launch, "run", full)
+    found = tune.tune(SHAPE, "dq", CPU, timer=told(lambda tile: 1.0 / tile.stages))
+    assert found.best.stages == 1
+
+
+def test_neighbours_stay_within_what_kernels_take():
+    for tile in (launch.Tile(16, 16, 1, 1), launch.Tile(256, 256, 16, 4)):
+        for other in tune.neighbours(tile):
+            assert 16 <= min(other.rows, other.keys) <= max(other.rows, other.keys) <= 256
+            assert 1 <= other.warps <= 16
+            assert 1 <= other.stages <= 4
+            assert sum(a != b for a, b in zip(tile, other, strict=True)) == 1
+
+
+def test_tuned_tiles_are_what_launches_take():
+    """For their own row alone, and with all that a launch does to the table's tile."""
+    q = torch.empty(1, 1, 4096, 64, device="meta", dtype=torch.bfloat16)
+    k, p = q, q[0, :, :128]
+    tuned = {"forward 64 16": launch.Tile(64, 32, 2, 4)}
+    for dtype, length, tile in (
+        (torch.bfloat16, 4096, tuned["forward 64 16"]),
+        (torch.bfloat16, 20, launch.Tile(32, 32, 2, 4)),
+        (torch.float32, 4096, launch.TABLE["hopper"]["forward"][0][2]),
+    ):
+        q, k, p = (x.to(dtype) for x in (q, k, p))
+        with launch.collected(replace(HOPPER, tuned=tuned)) as launches:
+            prefix_attention_forward(q[:, :, :length], k, k, p, p, is_causal=False, scale=1.0)
+        assert launches[0].tile == tile
+
+
+def test_the_whole_operator_with_tuned_tiles(monkeypatch):
+    """Forward and backward agree with those of the table's tiles."""
+    torch.manual_seed(0)
+    q, g = torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
+    k, v, pk, pv = (torch.randn(*s, 16) for s in ((2, 1, 40), (2, 1, 40), (1, 33), (1, 33)))
+    options = {"is_causal": True, "scale": 0.25}
+
+    def both():
+        out, lse = prefix_attention_forward(q, k, v, pk, pv, **options)
+        needs = (True,) * 5 + (False, False)
+        grads = prefix_attention_backward(g, q, k, v, pk, pv, out, lse, needs=needs, **options)
+        return [out, lse, *grads[:5]]
+
+    plain = both()
+    tuned = {f"{step} 256 32": launch.Tile(16, 64, 2, 3) for step in tune.STEPS}
+    target = replace(launch.target_of(CPU), tuned=tuned)
+    monkeypatch.setattr(launch, "_device_target", lambda device: target)
+    for a, b in zip(both(), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_is_kept_is_loaded_for_that_device_alone():
+    first, second = launch.Tile(64, 32, 4, 2), launch.Tile(16, 16, 8, 1)
+    assert tune_store.load("GPU A") == {}
+    tune_store.save("GPU A", {"forward 64 16": first})
+    tune_store.save("GPU A", {"dq 64 16": second})
+    assert tune_store.load("GPU A") == {"forward 64 16": first, "dq 64 16": second}
+    assert tune_store.load("GPU B") == {}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"a": 1}', '{"a": [64, 64, 4]}', '{"a": [64, 48, 4, 2]}', '{"a": [8, 64, 4, 2]}'],
+)
+def test_a_broken_file_is_named(content):
+    file = tune_store.save("GPU", {"a": launch.Tile(64, 32, 4, 2)})
+    assert json.loads(file.read_text()) == {"a": [64, 32, 4, 2]}
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"{file.name}: no tiles"):
+        tune_store.load("GPU")
+
+
+def test_a_cache_that_cannot_be_made_holds_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
+    assert tune_store.load("GPU") == {}
+
+
+def test_steps_and_sizes_that_do_not_exist():
+    with pytest.raises(ValueError, match="step: got 'middle'"):
+        tune.tune(SHAPE, "middle", CPU)
+    with pytest.raises(ValueError, match="256"):
+        tune.tune(replace(SHAPE, head_size=300), "forward", CPU)
