@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
 Kind = Literal["prefix", "prompt", "lora", "bottleneck", "bitfit", "full", "head", "none"]
@@ -29,9 +30,10 @@ class Method:
         title: for tables.
         kind: what builds it; "none" trains nothing.
         options: of PrefixConfig, PromptConfig, peft's LoraConfig or the bottleneck's size.
-        rates: learning rates tried with the first seed; the best of them is used from then on.
+        rates: learning rates tried first; the best of them is used from then on.
         like: the method whose learning rate it takes, in place of rates of its own.
-        seeds: with which it runs; all of them at every rate where `every_rate` is set.
+        seeds: with which it runs; where `every_rate` is set all of them at every rate, otherwise
+            the first.
         every_rate: see seeds.
         train_size: training examples it may see; None for the budget's.
     """
@@ -225,7 +227,7 @@ def first_runs(
 
 
 def best_rates(dev_losses: Mapping[Run, float], methods: Sequence[Method]) -> dict[str, float]:
-    """The learning rate of each method, chosen by held-out loss with its first seed.
+    """The learning rate of each method, chosen by held-out loss, the mean over seeds.
 
     Args:
         dev_losses: of the first runs; not a number counts as infinite.
@@ -236,17 +238,16 @@ def best_rates(dev_losses: Mapping[Run, float], methods: Sequence[Method]) -> di
     """
     chosen: dict[str, float] = {}
     for method in methods:
-        tried = {
-            run.learning_rate: loss
-            for run, loss in dev_losses.items()
-            if run.method.name == method.name and run.seed == method.seeds[0]
-        }
+        tried: dict[float, list[float]] = {}
+        for run, loss in dev_losses.items():
+            if run.method.name == method.name:
+                tried.setdefault(run.learning_rate, []).append(
+                    loss if loss == loss else float("inf")
+                )
         if method.rates:
             if set(tried) != set(method.rates):
                 raise ValueError(f"{method.name}: ran at {sorted(tried)}, not at {method.rates}")
-            chosen[method.name] = min(
-                tried, key=lambda rate: tried[rate] if tried[rate] == tried[rate] else float("inf")
-            )
+            chosen[method.name] = min(tried, key=lambda rate: fmean(tried[rate]))
     for method in methods:
         if method.like is not None:
             if method.like not in chosen:

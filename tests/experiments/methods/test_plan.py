@@ -34,13 +34,13 @@ def test_four_methods_have_three_seeds_and_two_have_them_at_every_rate():
         assert sum(run.method.name == name for run in runs) == 9
 
 
-def test_the_best_rate_is_that_of_the_lowest_loss_and_never_of_a_nan():
+def test_the_best_rate_is_that_of_the_lowest_mean_loss_and_never_of_a_nan():
     a = Method("a", "A", "full", rates=(1.0, 2.0, 3.0), seeds=(5, 6))
     b = Method("b", "B", "full", like="a")
     losses = {
         Run("e2e", a, rate, seed, BUDGETS["e2e"]): loss
         for rate, seed, loss in [
-            (1.0, 5, float("nan")), (2.0, 5, 0.7), (3.0, 5, 0.4), (1.0, 6, 0.1)
+            (1.0, 5, float("nan")), (2.0, 5, 0.3), (3.0, 5, 0.4), (1.0, 6, 0.1), (2.0, 6, 0.9)
         ]
     }  # fmt: skip
     assert best_rates(losses, [a, b]) == {"a": 3.0, "b": 3.0}
