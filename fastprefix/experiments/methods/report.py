@@ -211,18 +211,17 @@ def report(comparisons: Sequence[Comparison], about: Mapping[str, str]) -> str:
         "",
         f"Written by `{about['command']}`: {about['where']}.",
         "",
-        "Every method gets the same budget, once for each seed: AdamW without weight decay, linear "
-        "schedule, a tenth of the steps to warm up, gradients clipped to 1; on E2E bfloat16, but "
-        "float32 for what is trained. Learning rates are "
-        "chosen from those listed by the loss on held-out examples that are not reported, with the "
-        "first seed or, for the direct prefix and the MLP of 2 layers on E2E, the mean of all; "
-        "methods without a list take that of their nearest relative. Where the best is the first or "
-        "the last of a list, a better one may lie beyond. ± is the "
-        "farthest of the seeds: three, two for embeddings alone, infix and little data; no ±, one "
-        "seed. Trained "
-        "counts a classifier's head, stored is what a task needs beside the base. A step's "
-        "seconds are medians on all cores, of all methods in turn and back in one process; its "
-        "memory is the peak above the loaded model.",
+        "Every method gets the same budget, once for each seed: AdamW without weight decay, "
+        "linear schedule, a tenth of the steps to warm up, gradients clipped to 1; on E2E "
+        "bfloat16, but float32 for what is trained. Learning rates are chosen from those listed "
+        "by the loss on held-out examples that are not reported, with the first seed or, for "
+        "the direct prefix and the MLP of 2 layers on E2E, the mean of all; methods without a "
+        "list take that of their nearest relative. Where the best is the first or the last of a "
+        "list, a better one may lie beyond. ± is the farthest of the seeds: three, two for "
+        "embeddings alone, infix and little data; no ±, one seed. Trained counts a classifier's "
+        "head, stored is what a task needs beside the base. A step's seconds are medians on all "
+        "cores, of all methods in turn and back in one process; its memory is the peak above "
+        "the loaded model.",
     ]
     for task, title in (
         ("e2e", "E2E: attributes to a sentence, SmolLM2-135M-Instruct"),
