@@ -147,8 +147,10 @@ def claims(c: Comparison) -> list[Claim]:
 
     start = c.figure("none", "dev_loss").mean
     stable = {name: _stability(c, name, start) for name in ("prefix", "prefix-mlp2")}
-    (direct_bad, direct_gap), (mlp_bad, mlp_gap) = stable["prefix"], stable["prefix-mlp2"]
-    gains = (direct_bad - mlp_bad, direct_gap - mlp_gap)
+    direct, mlp = stable["prefix"], stable["prefix-mlp2"]
+    gain = direct.gap - mlp.gap
+    clear = abs(gain) > max(direct.spread, mlp.spread)
+    gains = (direct.worse - mlp.worse, gain if clear else 0.0)
     if min(gains) < 0 < max(gains) or gains == (0, 0):
         helps = "not decided"
     else:
@@ -172,10 +174,10 @@ def claims(c: Comparison) -> list[Claim]:
             "An MLP makes training stable (Li and Liang 2021, section 4.3)",
             helps,
             "; ".join(
-                f"{title}: {bad} of {len(_runs(c, name))} runs (three rates, three seeds) ended "
-                f"above the untuned model's {start:.2f}, and the worst rate's mean loss lies "
-                f"{gap:.2f} above the best's"
-                for (name, (bad, gap)), title in zip(
+                f"{title}: {found.worse} of {len(_runs(c, name))} runs (three rates, three seeds) "
+                f"ended above the untuned model's {start:.2f}, the worst rate's mean loss lies "
+                f"{found.gap:.2f} above the best's, seeds up to {found.spread:.2f} from the mean"
+                for (name, found), title in zip(
                     stable.items(), ("direct", "MLP of 2 layers"), strict=True
                 )
             ),
@@ -193,14 +195,32 @@ def _runs(c: Comparison, method: str) -> list[Mapping[str, Any]]:
     return [result for result in c.results if result["method"] == method]
 
 
-def _stability(c: Comparison, method: str, start: float) -> tuple[int, float]:
-    """How many runs ended worse than they would have begun; worst rate's mean less the best's."""
+@dataclass(frozen=True)
+class _Stability:
+    """A method's runs at all rates with all seeds, by held-out loss.
+
+    Attributes:
+        worse: how many ended worse than they would have begun.
+        gap: the worst rate's mean less the best's.
+        spread: how far any seed lies from its rate's mean.
+    """
+
+    worse: int
+    gap: float
+    spread: float
+
+
+def _stability(c: Comparison, method: str, start: float) -> _Stability:
     by_rate: dict[float, list[float]] = {}
     for result in _runs(c, method):
         by_rate.setdefault(result["learning_rate"], []).append(result["dev_loss"])
-    means = [statistics.fmean(losses) for losses in by_rate.values()]
-    worse = sum(not result["dev_loss"] < start for result in _runs(c, method))
-    return worse, max(means) - min(means)
+    figures = [Figure.of(losses) for losses in by_rate.values()]
+    means = [figure.mean for figure in figures]
+    return _Stability(
+        worse=sum(not result["dev_loss"] < start for result in _runs(c, method)),
+        gap=max(means) - min(means),
+        spread=max(figure.spread for figure in figures),
+    )
 
 
 def report(comparisons: Sequence[Comparison], about: Mapping[str, str]) -> str:

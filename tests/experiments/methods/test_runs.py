@@ -152,6 +152,8 @@ def test_claims_follow_the_figures(tmp_path):
     lost = {"none": 3.0, "prefix": 2.5, "small-text": 2.5, ("prefix-mlp2", 3e-3): 4.0}
     assert [c.verdict for c in claims(synthetic(lost))] == ["does not hold here"] * 4
     assert [c.verdict for c in claims(synthetic({"none": 3.0}))] == ["not decided"] * 4
+    near = {"none": 3.0, ("prefix", 3e-1): 2.005}  # within what seeds vary
+    assert claims(synthetic(near))[2].verdict == "not decided"
 
 
 def test_the_report_and_its_pictures(tmp_path):
