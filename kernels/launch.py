@@ -290,9 +290,9 @@ def choose(step: str, problem: Problem, rows: int) -> Tile:
 
     Few rows (decode) shrink the tile to the next power of two that holds them; not where `rows`
     counts the whole batch and it must not matter (another tile may compile to other instructions).
-    What needs registers
-    of its own in every score (an additive tile, dropout's random words) takes half the
-    rows: with all of them ptxas spills, and gives up on dprefix with a bias altogether.
+    What needs registers of its own in every score (an additive tile, dropout's random words) takes
+    half the table's rows: with all of them ptxas spills, and gives up on dprefix with a bias
+    altogether. Everything else takes the tile that was tuned on the device, if one was.
     """
     head_size = max(problem.query.shape[-1], problem.value.shape[-1])
     block = block_size(head_size)
@@ -303,9 +303,10 @@ def choose(step: str, problem: Problem, rows: int) -> Tile:
     for largest, half, single in TABLE[problem.target.family][step]:
         if block <= largest:
             tile = single if problem.query.dtype == torch.float32 else half
-            name = row_name(step, largest, problem.query.dtype)
-            tile = problem.target.tuned.get(name, tile)
-            if heavy and problem.target.family != "interpreter":
+            if not heavy:
+                name = row_name(step, largest, problem.query.dtype)
+                tile = problem.target.tuned.get(name, tile)
+            elif problem.target.family != "interpreter":
                 tile = tile._replace(rows=max(16, tile.rows // 2))
             if problem.batch_invariant and problem.cu_seqlens is not None:
                 return tile

@@ -5,7 +5,9 @@ with the tile of its row and, from the best so far, with the tiles beside it (ha
 rows, the keys, the warps, one stage less or more) until none of them is faster. What is found is
 kept on disk (:mod:`.tune_store`) and used from the next process on.
 
-A tile whose results differ from those of the table's by more than rounding is never taken.
+A tile whose results differ from those of the table's by more than rounding is never taken, nor one
+that some call could not run with. Calls whose tiles are halved (additive masks, dropout) keep the
+table's.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -78,9 +81,13 @@ class Choice:
 
 
 class _Passes:
-    """A problem's forward and backward, each pass with the tile that one names."""
+    """A problem's forward and backward, each pass with the tile that one names.
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
+    `featured` adds what calls may ask for without smaller tiles: padding, a window, a soft cap, a
+    sink and a bias for each head.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device, featured: bool = False) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def random(*size: int) -> Tensor:
@@ -88,9 +95,15 @@ class _Passes:
 
         B, Hkv, L, P, D = shape.batch, shape.kv_heads, shape.length, shape.prefix, shape.head_size
         query = random(B, Hkv * shape.group, L, D)
+        heads = torch.zeros(query.shape[1], device=device)
+        options: dict[str, Any] = {}
+        if featured:
+            padding = torch.ones(B, L, dtype=torch.bool, device=device)
+            options = {"key_padding_mask": padding, "sliding_window": L // 2 + 1, "softcap": 30.0}
+            options |= {"sinks": heads, "prefix_bias": heads}
         self.problem = make_problem(
             query, random(B, Hkv, L, D), random(B, Hkv, L, D), random(Hkv, P, D),
-            random(Hkv, P, D), is_causal=True, scale=D**-0.5,
+            random(Hkv, P, D), is_causal=True, scale=D**-0.5, **options,
         )  # fmt: skip
         self._grad_out = random(*query.shape)
         self._out = torch.empty_like(query)
@@ -199,6 +212,15 @@ def tune(
         except (CompilationError, OutOfResources, PTXASError):
             return math.inf
 
+    def fits_with_features(tile: Tile) -> bool:
+        passes = _Passes(shape, device, featured=True)
+        try:
+            for one in passes.with_tile(step, name, tile)[0]:
+                one.run()
+        except (CompilationError, OutOfResources, PTXASError):
+            return False
+        return True
+
     for one in launches:
         one.run()
     times = {first: timer(launches, device)}
@@ -210,7 +232,10 @@ def tune(
         faster = min(times, key=lambda tile: times[tile])
         if times[faster] >= times[best] * (1 - GAIN):
             return Choice(name, first, times[first], best, times[best], len(times))
-        best = faster
+        if fits_with_features(faster):
+            best = faster
+        else:
+            times[faster] = math.inf
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:

@@ -79,6 +79,34 @@ def test_a_tile_that_does_not_fit_is_passed_over(monkeypatch):
     assert found.best.stages == 1
 
 
+def test_a_tile_that_some_calls_could_not_run_is_passed_over(monkeypatch):
+    """Whatever a plain call gains from it."""
+    from triton.runtime.errors import OutOfResources
+
+    run = launch.Launch.run
+
+    def full(self):
+        if self.arguments.get("softcap") is not None and self.tile.stages > 2:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        run(self)
+
+    monkeypatch.setattr(launch.Launch, "run", full)
+    found = tune.tune(SHAPE, "dkv", CPU, timer=told(lambda tile: 1.0 / tile.stages))
+    assert found.best.stages == 2
+
+
+def test_calls_with_halved_tiles_keep_the_tables():
+    q = torch.empty(1, 1, 4096, 64, device="meta", dtype=torch.bfloat16)
+    mask = torch.empty(1, 1, 4096, 4096, device="meta")
+    tuned = {"forward 64 16": launch.Tile(64, 32, 2, 4)}
+    with launch.collected(replace(HOPPER, tuned=tuned)) as launches:
+        prefix_attention_forward(
+            q, q, q, q[0, :, :128], q[0, :, :128], is_causal=False, scale=1.0, attn_mask=mask
+        )
+    table = launch.TABLE["hopper"]["forward"][0][1]
+    assert launches[0].tile == table._replace(rows=table.rows // 2)
+
+
 def test_neighbours_stay_within_what_kernels_take():
     for tile in (launch.Tile(16, 16, 1, 1), launch.Tile(256, 256, 16, 4)):
         for other in tune.neighbours(tile):
