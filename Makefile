@@ -16,7 +16,7 @@ help:
 	@echo "make demo   set up and run the demonstration, figures in demo.json (5 to 8 minutes)"
 	@echo "make test   set up, lint, type-check and run all tests"
 	@echo "make bench  set up and run the benchmarks behind the README's figures"
-	@echo "make experiments  every way to tune, compared on real models and data (under an hour)"
+	@echo "make experiments  every way to tune, compared on real models and data (about an hour)"
 	@echo "make kernels  compile every kernel for every GPU, head size, dtype and feature (hours the first time)"
 	@echo "make kernels-triton VERSION=3.6.0  the kernels' tests, tables of all GPUs included, with another Triton"
 	@echo "make models  tests on a real model, on the CPU (some minutes)"

@@ -285,6 +285,19 @@ def row_name(step: str, largest: int, dtype: torch.dtype) -> str:
     return f"{step} {largest} {32 if dtype == torch.float32 else 16}"
 
 
+def row(step: str, family: str, head_size: int, dtype: torch.dtype) -> tuple[str, Tile]:
+    """The tables' tile for a pass, and its :func:`row_name`.
+
+    Raises:
+        ValueError: no row holds the head size.
+    """
+    for largest, half, single in TABLE[family][step]:
+        if block_size(head_size) <= largest:
+            tile = single if dtype == torch.float32 else half
+            return row_name(step, largest, dtype), tile
+    raise ValueError(f"head size {head_size} exceeds {MAX_HEAD_SIZE}")
+
+
 def choose(step: str, problem: Problem, rows: int) -> Tile:
     """The tile for a pass ("forward", "dq", "dkv", "dprefix") over runs of `rows` query rows.
 
@@ -294,24 +307,19 @@ def choose(step: str, problem: Problem, rows: int) -> Tile:
     half the table's rows: with all of them ptxas spills, and gives up on dprefix with a bias
     altogether. Everything else takes the tile that was tuned on the device, if one was.
     """
-    head_size = max(problem.query.shape[-1], problem.value.shape[-1])
-    block = block_size(head_size)
-    bias = problem.prefix_bias
+    bias, family = problem.prefix_bias, problem.target.family
     heavy = bool(
         problem.attn_mask is not None or problem.dropout_p or (bias is not None and bias.dim() == 3)
     )
-    for largest, half, single in TABLE[problem.target.family][step]:
-        if block <= largest:
-            tile = single if problem.query.dtype == torch.float32 else half
-            if not heavy:
-                name = row_name(step, largest, problem.query.dtype)
-                tile = problem.target.tuned.get(name, tile)
-            elif problem.target.family != "interpreter":
-                tile = tile._replace(rows=max(16, tile.rows // 2))
-            if problem.batch_invariant and problem.cu_seqlens is not None:
-                return tile
-            return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
-    raise ValueError(f"head size {head_size} exceeds {MAX_HEAD_SIZE}")
+    head_size = max(problem.query.shape[-1], problem.value.shape[-1])
+    name, tile = row(step, family, head_size, problem.query.dtype)
+    if not heavy:
+        tile = problem.target.tuned.get(name, tile)
+    elif family != "interpreter":
+        tile = tile._replace(rows=max(16, tile.rows // 2))
+    if problem.batch_invariant and problem.cu_seqlens is not None:
+        return tile
+    return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
 
 
 def together(

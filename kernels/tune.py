@@ -6,8 +6,8 @@ rows, the keys, the warps, one stage less or more) until none of them is faster.
 kept on disk (:mod:`.tune_store`) and used from the next process on.
 
 A tile whose results differ from those of the table's by more than rounding is never taken, nor one
-that some call could not run with. Calls whose tiles are halved (additive masks, dropout) keep the
-table's.
+with which a call with padding, a window, a cap, sinks and a bias does not run. Calls whose tiles
+are halved (additive masks, dropout) keep the table's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .backward_dprefix import dprefix_launches
 from .backward_dq import dq_launch
 from .forward import forward_launch
 from .launch import Launch, Tile
-from .problem import Problem, make_problem
+from .problem import make_problem
 
 STEPS = ("forward", "dq", "dkv", "dprefix")
 # A neighbour must be faster by more than timings of the same code differ.
@@ -136,17 +136,6 @@ class _Passes:
         return launches, grads
 
 
-def _row(problem: Problem, step: str) -> tuple[str, Tile]:
-    """The row of the tables that holds for a problem without special features."""
-    block = launch.block_size(problem.query.shape[-1])
-    single = problem.query.dtype == torch.float32
-    for largest, half, fp32 in launch.TABLE[problem.target.family][step]:
-        if block <= largest:
-            name = launch.row_name(step, largest, problem.query.dtype)
-            return name, fp32 if single else half
-    raise ValueError(f"head_size: got {problem.query.shape[-1]}, takes 1 to {launch.MAX_HEAD_SIZE}")
-
-
 def neighbours(tile: Tile) -> Iterator[Tile]:
     """Tiles one step away: 16 to 256 rows and keys, 1 to 16 warps, 1 to 4 stages."""
     limits = {"rows": (16, 256), "keys": (16, 256), "warps": (1, 16)}
@@ -198,7 +187,8 @@ def tune(
     if step not in STEPS:
         raise ValueError(f"step: got {step!r}, takes one of {', '.join(STEPS)}")
     passes = _Passes(shape, device)
-    name, first = _row(passes.problem, step)
+    family = passes.problem.target.family
+    name, first = launch.row(step, family, shape.head_size, shape.dtype)
     launches, wanted = passes.with_tile(step, name, first)
 
     def measure(tile: Tile) -> float:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastprefix.attention.backends import composed
+
 FACTORS: dict[str, tuple[Any, ...]] = {
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "heads": ((3, 3), (4, 2), (6, 2), (3, 1)),  # MHA, GQA, MQA
@@ -68,6 +70,16 @@ def test_forward_lse_and_gradients(masking_backend, case, make_problem, assert_a
     problem = build(make_problem, case)
     fused = masking_backend != "reference"
     assert_accurate(problem, problem.by(masking_backend), fused=fused)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case["dtype"] is not torch.float32], ids=name_of
+)
+def test_composed_in_half_precision_throughout(case, make_problem, assert_accurate, monkeypatch):
+    """As for long texts; the backward of short ones, as here, is float32 otherwise."""
+    monkeypatch.setattr(composed, "_SHORT", 0)
+    problem = build(make_problem, case)
+    assert_accurate(problem, problem.by("composed"))
 
 
 @pytest.mark.parametrize("case", FEWER, ids=name_of)

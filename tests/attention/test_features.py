@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastprefix.attention.backends import composed
 from fastprefix.attention.selection import BACKENDS, FEATURES
 
 HALF = [torch.bfloat16, torch.float16]
@@ -56,6 +57,17 @@ def test_backends_are_reference(backend, dtype, sizes, feature, feature_calls, a
         pytest.skip(f"{backend} cannot")
     call = feature_calls.build(features={feature}, dtype=dtype, **SIZES[sizes])
     assert_as_reference(call, backend)
+
+
+@pytest.mark.parametrize("feature", sorted(BACKENDS["composed"].features))
+@pytest.mark.parametrize("dtype", HALF)
+def test_composed_is_reference_in_half_precision_throughout(
+    dtype, feature, feature_calls, assert_as_reference, monkeypatch
+):
+    """As for long texts; the backward of short ones, as here, is float32 otherwise."""
+    monkeypatch.setattr(composed, "_SHORT", 0)
+    call = feature_calls.build(features={feature}, dtype=dtype, **SIZES["prefill"])
+    assert_as_reference(call, "composed")
 
 
 @pytest.mark.parametrize("backend", HELD)
