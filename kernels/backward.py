@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, tilings
 from .backward_dkv import dkv_launch
 from .backward_dprefix import dprefix_launches
 from .backward_dq import dq_launch
@@ -55,7 +55,7 @@ def delta_launch(
 ) -> launch.Launch:
     """The launch that fills `delta` and `lse2` [B, H, Lq]."""
     B, H, Lq, Dv = out.shape
-    block = launch.block_size(Dv)
+    block = tilings.block_size(Dv)
     rows = min(DELTA_ELEMENTS // block, 64, triton.next_power_of_2(Lq))
     return launch.Launch(
         prefix_attn_bwd_delta_kernel,
@@ -71,7 +71,7 @@ def delta_launch(
             Lq=Lq,
         ),
         {"HEAD": Dv, "BLOCK_M": rows, "BLOCK_D": block},
-        launch.Tile(rows=rows, keys=1, warps=4, stages=1),
+        tilings.Tile(rows=rows, keys=1, warps=4, stages=1),
     )
 
 
@@ -151,10 +151,10 @@ def prefix_attention_backward(
         if rows is not None and dbias is not None:
             dbias.copy_(rows.sum((0, 2)))
     if key.numel() and (dk is not None or dv is not None):
-        for grads in launch.together(problem, dk, dv):
+        for grads in tilings.together(problem, dk, dv):
             dkv_launch(problem, grad_out, lse2, delta, *grads).run()
     if prefix_key.numel() and (dpk is not None or dpv is not None):
-        for grads in launch.together(problem, dpk, dpv):
+        for grads in tilings.together(problem, dpk, dpv):
             for step in dprefix_launches(problem, grad_out, lse2, delta, *grads):
                 step.run()
     if dsinks is not None and sinks is not None:

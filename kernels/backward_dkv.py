@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, tables
+from . import launch, tables, tilings
 from .blocks import LOG2E, add_mask, cap, kept, load_tile, prefix_of, store_tile
 from .problem import Problem
 
@@ -268,7 +268,7 @@ def dkv_launch(
 ) -> launch.Launch:
     """The launch that fills the contiguous `grad_key` and `grad_value`, if not None."""
     B, _, Hkv, Lq, Lk, _ = problem.sizes
-    tile = launch.choose("dkv", problem, rows=Lq)
+    tile = tilings.choose("dkv", problem, rows=Lq)
     table, tiles = None, B * triton.cdiv(Lk, tile.keys)
     if problem.cu_seqlens is not None:
         table = tables.ragged_tiles(problem.cu_seqlens, Lk, tile.keys)
@@ -278,7 +278,7 @@ def dkv_launch(
         "tiles": table, "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
     }  # fmt: skip
     constants = {
-        "APART": launch.whole_apart("dkv", problem),
-        "CLAMPED": launch.rows_clamped(problem),
+        "APART": tilings.whole_apart("dkv", problem),
+        "CLAMPED": tilings.rows_clamped(problem),
     }
     return problem.launch(prefix_attn_bwd_dkv_kernel, tiles * Hkv, tile, own, constants)

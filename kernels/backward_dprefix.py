@@ -3,7 +3,7 @@
 Two deterministic stages and no atomics. The first cuts the query tiles of a KV head (all
 sequences, all heads of the group) into a few parts; each program sums its part in registers and
 stores one partial tile in fp32. The second adds the partials in a fixed order. The partials
-[splits, Hkv, P, D] do not grow with the batch: see `launch.splits`.
+[splits, Hkv, P, D] do not grow with the batch: see `tilings.splits`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, tables
+from . import launch, tables, tilings
 from .backward_dkv import key_gradients
 from .blocks import additive, load_tile, ranks, store_tile
 from .problem import Problem
@@ -193,7 +193,7 @@ def dprefix_launches(
 ) -> list[launch.Launch]:
     """The launches that fill the (contiguous) prefix gradients that are not None, in order."""
     B, _, Hkv, Lq, _, P = problem.sizes
-    tile = launch.choose("dprefix", problem, rows=Lq)
+    tile = tilings.choose("dprefix", problem, rows=Lq)
     own: dict[str, Any] = {}
     if problem.prefix_lengths is None and problem.cu_seqlens is None:
         key_tiles = triton.cdiv(P, tile.keys)
@@ -210,7 +210,7 @@ def dprefix_launches(
         row_tiles = own["query_tiles"].shape[0]
         even = False
     programs = Hkv * key_tiles
-    splits = launch.splits(programs, row_tiles, problem.target)
+    splits = tilings.splits(programs, row_tiles, problem.target)
     split_tiles = triton.cdiv(row_tiles, splits)
     splits = triton.cdiv(row_tiles, split_tiles)
     results = [grad_prefix_key, grad_prefix_value]
@@ -241,7 +241,7 @@ def dprefix_launches(
             (triton.cdiv(grad.numel(), REDUCE_BLOCK),),
             {"partial": partial, "grad": grad, "numel": grad.numel()},
             {"SPLITS": splits, "BLOCK": REDUCE_BLOCK},
-            launch.Tile(rows=1, keys=REDUCE_BLOCK, warps=4, stages=1),
+            tilings.Tile(rows=1, keys=REDUCE_BLOCK, warps=4, stages=1),
         )
         for partial, grad in zip(sums, results, strict=True)
         if grad is not None

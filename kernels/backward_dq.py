@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, tilings
 from .blocks import (
     LOG2E,
     add_mask,
@@ -240,11 +240,11 @@ def dq_launch(
     And `grad_bias_rows` [B, Hq, Lq] fp32: the sums of each row's gradients of prefix scores.
     """
     _, _, Hkv, Lq, _, _ = problem.sizes
-    tile = launch.choose("dq", problem, rows=problem.group * Lq)
+    tile = tilings.choose("dq", problem, rows=problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
     own = {
         "do": grad_out, "lse2": lse2, "delta": delta, "dq": grad_query, "dbias": grad_bias_rows,
         "tiles": table, "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
     }  # fmt: skip
-    constants = {"APART": launch.whole_apart("dq", problem)}
+    constants = {"APART": tilings.whole_apart("dq", problem)}
     return problem.launch(prefix_attn_bwd_dq_kernel, tiles * Hkv, tile, own, constants)

@@ -19,8 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import launch
-from .launch import Row, Tile
+from . import tilings
+from .tilings import Row, Tile
 
 MAX_QUERY_LENGTH = 16
 
@@ -79,7 +79,7 @@ TABLE: dict[str, list[Row]] = {
     "interpreter": [(256, Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))],
 }
 
-# Programs per multiprocessor that each phase aims at: as in `launch.splits`.
+# Programs per multiprocessor that each phase aims at: as in `tilings.splits`.
 WAVES = 2
 # Keys per split, at least. A split of 256 keys reads 256 * (D + Dv) * 2 bytes and leaves
 # 4 * Dv + 4 per row: below, the merge of 64 rows would move a quarter of what the tiles read.
@@ -194,22 +194,22 @@ class DecodePlan:
     """A layout, and tables if the prefixes are packed. Serves every layer of equal shape."""
 
     shape: Shape
-    target: launch.Target
+    target: tilings.Target
     layout: Layout
     tables: PrefixTables | None
 
 
-def split_lengths(target: launch.Target) -> tuple[int, int]:
+def split_lengths(target: tilings.Target) -> tuple[int, int]:
     """MIN_SPLIT and FIXED_SPLIT; shorter in the interpreter, so that small problems are split."""
     return (32, 64) if target.family == "interpreter" else (MIN_SPLIT, FIXED_SPLIT)
 
 
-def choose(shape: Shape, target: launch.Target) -> Tile:
+def choose(shape: Shape, target: tilings.Target) -> Tile:
     """The tile for a shape; prefix rows shrink to what the rows of a prefix fill on average.
 
     Not with batch_invariant: another tile may compile to other instructions.
     """
-    block = launch.block_size(max(shape.D, shape.Dv))
+    block = tilings.block_size(max(shape.D, shape.Dv))
     for largest, half, single in TABLE[target.family]:
         if block <= largest:
             tile = single if shape.dtype == torch.float32 else half
@@ -218,7 +218,7 @@ def choose(shape: Shape, target: launch.Target) -> Tile:
             prefixes = 1 if shape.N is None else max(1, min(shape.N, shape.B))
             rows = triton.cdiv(shape.B * (shape.Hq // shape.Hkv) * shape.Lq, prefixes)
             return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
-    raise ValueError(f"head size {max(shape.D, shape.Dv)} exceeds {launch.MAX_HEAD_SIZE}")
+    raise ValueError(f"head size {max(shape.D, shape.Dv)} exceeds {tilings.MAX_HEAD_SIZE}")
 
 
 def round_up(length: int, step: int) -> int:
@@ -226,7 +226,7 @@ def round_up(length: int, step: int) -> int:
     return triton.cdiv(length, step) * step
 
 
-def cut_prefixes(shape: Shape, target: launch.Target, tile: Tile, wanted: int) -> PrefixCut:
+def cut_prefixes(shape: Shape, target: tilings.Target, tile: Tile, wanted: int) -> PrefixCut:
     """Units of a KV head: its tiles of rows, split along P until there are `wanted`."""
     packed = shape.Hq // shape.Hkv * shape.Lq
     shortest, fixed = split_lengths(target)
@@ -254,7 +254,7 @@ def cut_prefixes(shape: Shape, target: launch.Target, tile: Tile, wanted: int) -
 
 
 @functools.lru_cache(maxsize=1024)
-def layout_of(shape: Shape, target: launch.Target) -> Layout:
+def layout_of(shape: Shape, target: tilings.Target) -> Layout:
     """Tiles and splits of a shape on a target.
 
     Each phase is cut until it has `WAVES` programs per multiprocessor or its splits reach
@@ -281,14 +281,14 @@ def layout_of(shape: Shape, target: launch.Target) -> Layout:
         splits = max(1, min(wanted // max(1, programs), triton.cdiv(seen, shortest)))
         length = max(shortest, round_up(triton.cdiv(seen, splits), tile.keys))
         splits = triton.cdiv(seen, length)
-    value_block = launch.block_size(shape.Dv)
+    value_block = tilings.block_size(shape.Dv)
     merged = min(16, max(1, triton.next_power_of_2(cut.packed)))
     # A warp for every four rows of 128: enough threads for 16-byte loads, enough programs.
     merge_tile = Tile(merged, 1, max(1, min(4, merged * value_block // 512)), 1)
     sequences = shape.B * shape.Hkv
     return Layout(
         tile=tile,
-        block=launch.block_size(shape.D),
+        block=tilings.block_size(shape.D),
         value_block=value_block,
         prefix=cut,
         sequence_rows=rows,
@@ -450,7 +450,7 @@ def shape_of(
 
 def decode_plan(
     shape: Shape,
-    target: launch.Target,
+    target: tilings.Target,
     prefix_index: Tensor | None,
     prefix_lengths: Tensor | None,
     *,
@@ -465,7 +465,7 @@ def decode_plan(
     return DecodePlan(shape, target, layout, tables)
 
 
-def two_phase_pays(shape: Shape, target: launch.Target) -> bool:
+def two_phase_pays(shape: Shape, target: tilings.Target) -> bool:
     """Whether decode runs in two phases rather than in the one-pass forward kernel.
 
     The model: every multiprocessor reads at the same rate, so a kernel takes as long as the bytes

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import decode, decode_plan, launch
+from . import decode, decode_plan, launch, tilings
 from .blocks import (
     LN2,
     LOG2E,
@@ -234,10 +234,10 @@ def prefix_attn_fwd_kernel(
 def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
     """The launch that fills the contiguous `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
     _, _, Hkv, Lq, _, _ = problem.sizes
-    tile = launch.choose("forward", problem, rows=problem.group * Lq)
+    tile = tilings.choose("forward", problem, rows=problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
     own = {"out": out, "lse": lse, "tiles": table, "keep": 1.0 - problem.dropout_p}
-    constants = {"APART": launch.whole_apart("forward", problem)}
+    constants = {"APART": tilings.whole_apart("forward", problem)}
     return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own, constants)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import launch
+from . import launch, tilings
 from .backward import prefix_attention_backward
 from .forward import prefix_attention_forward
 from .problem import Problem
@@ -130,8 +130,8 @@ def check_case(case: Case) -> None:
             )
     for name in ("head_size", "value_head_size"):
         size = getattr(case, name)
-        if size is not None and not 1 <= size <= launch.MAX_HEAD_SIZE:
-            raise ValueError(f"{name}: got {size}, takes 1 to {launch.MAX_HEAD_SIZE}")
+        if size is not None and not 1 <= size <= tilings.MAX_HEAD_SIZE:
+            raise ValueError(f"{name}: got {size}, takes 1 to {tilings.MAX_HEAD_SIZE}")
     taken = {field.name for field in dataclasses.fields(Problem)}
     for name in case.features:
         if name not in FEATURES:
@@ -149,12 +149,12 @@ def gpu_target(name: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
-def launch_target(name: str) -> launch.Target:
+def launch_target(name: str) -> tilings.Target:
     """The entry of the launch table for the same name."""
     backend, arch = name.split(":")
     if backend == "cuda":
-        return launch.Target(launch.family_of_capability(*divmod(int(arch), 10)), MULTIPROCESSORS)
-    return launch.Target(launch.family_of_amd(arch), MULTIPROCESSORS)
+        return tilings.Target(tilings.family_of_capability(*divmod(int(arch), 10)), MULTIPROCESSORS)
+    return tilings.Target(tilings.family_of_amd(arch), MULTIPROCESSORS)
 
 
 def launches(case: Case) -> list[launch.Launch]:
@@ -219,7 +219,7 @@ def table_jobs(target: str) -> list[Job]:
     A call picks a row by the block of its head size and by whether it is fp32; the largest head of
     a block needs most. Features at one head size, whose value is smaller.
     """
-    passes = launch.TABLE[launch_target(target).family]
+    passes = tilings.TABLE[launch_target(target).family]
     blocks = sorted({largest for rows in passes.values() for largest, _, _ in rows})
     jobs = []
     for dtype, block in itertools.product(("bf16", "fp32"), blocks):

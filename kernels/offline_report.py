@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 
-from . import inspect_code, inspect_device, inspect_traffic, launch
+from . import inspect_code, inspect_device, inspect_traffic, launch, tilings
 from .offline_cases import DTYPES, Case, Job, gpu_target, is_main, launch_target, launches
 
 POINTERS = {
@@ -54,7 +54,7 @@ LOOPS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "prefix_attn_bwd_dkv_kernel": (("rows, masked", ()), ("rows", ())),
     "prefix_attn_bwd_dprefix_kernel": (("rows", ()),),
 }
-# The same where tiles that need no test have no loop of their own: see `launch.whole_apart`.
+# The same where tiles that need no test have no loop of their own: see `tilings.whole_apart`.
 TOGETHER = {
     "prefix_attn_fwd_kernel": ("prefix", "sequence"),
     "prefix_attn_bwd_dq_kernel": ("prefix", "sequence"),
@@ -92,7 +92,7 @@ class Report:
 
     case: Case
     kernel: str
-    tile: launch.Tile
+    tile: tilings.Tile
     programs: int
     registers: int
     spill_bytes: int
@@ -219,7 +219,7 @@ def costs(compiled: Any, warps: int, code: bool = True) -> dict[str, Any]:
 
 
 def loop_names(kernel: str, features: tuple[str, ...], count: int, apart: bool = True) -> list[str]:
-    """What the `count` loops of a kernel sweep; `apart` as `launch.whole_apart`."""
+    """What the `count` loops of a kernel sweep; `apart` as `tilings.whole_apart`."""
     names = [
         name
         for name, brought_by in LOOPS.get(kernel, ())
@@ -268,7 +268,7 @@ def report(case: Case, step: launch.Launch, code: bool = True, save: Path | None
         tile=step.tile,
         programs=math.prod(step.grid),
         shared_bytes=metadata.shared,
-        shared_limit=launch.SHARED_MEMORY[launch_target(case.target).family],
+        shared_limit=tilings.SHARED_MEMORY[launch_target(case.target).family],
         loops=loops,
         occupancy=inspect_device.occupancy(
             inspect_device.LIMITS[case.target],

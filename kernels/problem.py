@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import launch, tables
+from . import launch, tables, tilings
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Problem:
     prefix_value: Tensor
     is_causal: bool
     scale: float
-    target: launch.Target
+    target: tilings.Target
     key_padding_mask: Tensor | None = None
     attn_mask: Tensor | None = None
     prefix_index: Tensor | None = None
@@ -146,15 +146,15 @@ class Problem:
             "PRESCALE": not plain,
             "BIAS_DIM": 0 if bias is None else bias.dim(),
             "IN_WINDOW": self.prefix_in_window,
-            "PRECISION": launch.dot_precision(self.query.dtype),
-            "BLOCK_D": launch.block_size(D), "BLOCK_DV": launch.block_size(Dv),
+            "PRECISION": tilings.dot_precision(self.query.dtype),
+            "BLOCK_D": tilings.block_size(D), "BLOCK_DV": tilings.block_size(Dv),
         }  # fmt: skip
 
     def launch(
         self,
         kernel: Any,
         programs: int,
-        tile: launch.Tile,
+        tile: tilings.Tile,
         arguments: dict[str, Any],
         constants: dict[str, Any] | None = None,
     ) -> launch.Launch:
@@ -243,10 +243,10 @@ def check(problem: Problem) -> None:
                 f"{name} is {tensor.dtype} on {tensor.device}, "
                 f"the query is {query.dtype} on {query.device}"
             )
-    if query.dtype not in launch.DTYPES:
-        raise ValueError(f"the kernels support {launch.DTYPES}, not {query.dtype}")
-    if not (1 <= D <= launch.MAX_HEAD_SIZE and 1 <= Dv <= launch.MAX_HEAD_SIZE):
-        raise ValueError(f"head sizes {D} and {Dv} are outside 1 .. {launch.MAX_HEAD_SIZE}")
+    if query.dtype not in tilings.DTYPES:
+        raise ValueError(f"the kernels support {tilings.DTYPES}, not {query.dtype}")
+    if not (1 <= D <= tilings.MAX_HEAD_SIZE and 1 <= Dv <= tilings.MAX_HEAD_SIZE):
+        raise ValueError(f"head sizes {D} and {Dv} are outside 1 .. {tilings.MAX_HEAD_SIZE}")
     if Hkv == 0 or Hq % Hkv:
         raise ValueError(f"{Hq} query heads are not a multiple of {Hkv} key heads")
 

@@ -1,6 +1,6 @@
 """Tiles chosen by timing, on the GPU at hand.
 
-The tables of :mod:`.launch` were chosen by static figures, without a GPU. Here each pass is timed
+The tables of :mod:`.tilings` were chosen by static figures, without a GPU. Here each pass is timed
 with the tile of its row and, from the best so far, with the tiles beside it (half or twice the
 rows, the keys, the warps, one stage less or more) until none of them is faster. What is found is
 kept on disk (:mod:`.tune_store`) and used from the next process on.
@@ -26,14 +26,15 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from . import launch
+from . import tilings
 from .backward import delta_launch
 from .backward_dkv import dkv_launch
 from .backward_dprefix import dprefix_launches
 from .backward_dq import dq_launch
 from .forward import forward_launch
-from .launch import Launch, Tile
+from .launch import Launch
 from .problem import make_problem
+from .tilings import Tile
 
 STEPS = ("forward", "dq", "dkv", "dprefix")
 # A neighbour must be faster by more than timings of the same code differ.
@@ -64,7 +65,7 @@ class Choice:
     """What was found for a row of the tables.
 
     Attributes:
-        name: :func:`~fastprefix.kernels.launch.row_name`.
+        name: :func:`~fastprefix.kernels.tilings.row_name`.
         table: the table's tile.
         table_ms: its time, in milliseconds.
         best: the fastest tile.
@@ -128,7 +129,7 @@ class _Passes:
         inputs = (p.key, p.value) if sequence else (p.prefix_key, p.prefix_value)
         grads = [torch.empty_like(x) for x in inputs]
         launches: list[Launch] = []
-        for pair in launch.together(p, *grads):
+        for pair in tilings.together(p, *grads):
             if sequence:
                 launches.append(dkv_launch(p, *saved, *pair))
             else:
@@ -188,7 +189,7 @@ def tune(
         raise ValueError(f"step: got {step!r}, takes one of {', '.join(STEPS)}")
     passes = _Passes(shape, device)
     family = passes.problem.target.family
-    name, first = launch.row(step, family, shape.head_size, shape.dtype)
+    name, first = tilings.row(step, family, shape.head_size, shape.dtype)
     launches, wanted = passes.with_tile(step, name, first)
 
     def measure(tile: Tile) -> float:

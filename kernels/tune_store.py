@@ -1,7 +1,7 @@
 """Tiles that were tuned on a device, kept in Triton's own cache on disk (TRITON_CACHE_DIR).
 
 Keyed by the device's name, Triton's version and the source of this package: after an update of
-either, the tables of :mod:`.launch` hold again until somebody tunes anew.
+either, the tables of :mod:`.tilings` hold again until somebody tunes anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import triton
 from triton.runtime.cache import get_cache_manager
 
-from .launch import Tile
+from .tilings import Tile
 
 _FILE = "fastprefix-tiles.json"
 
@@ -28,7 +28,7 @@ def _cache(device: str) -> Any:
 
 
 def load(device: str) -> dict[str, Tile]:
-    """Tiles by :func:`~fastprefix.kernels.launch.row_name`, none if the device was never tuned.
+    """Tiles by :func:`~fastprefix.kernels.tilings.row_name`, none if the device was never tuned.
 
     Args:
         device: its name, as the driver says it.

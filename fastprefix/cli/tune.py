@@ -30,15 +30,15 @@ def run_tuning(
         if not torch.cuda.is_available():
             raise ValueError("device: no GPU here, and tiles are tuned on the one they are for")
         device = torch.device("cuda", torch.cuda.current_device())
-    from fastprefix.kernels import launch, tune, tune_store
+    from fastprefix.kernels import launch, tilings, tune, tune_store
     from fastprefix.kernels.offline_cases import DTYPES
 
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"dtype: got {dtype!r}, takes one of {', '.join(DTYPES)}")
     for size in head_sizes:
-        if not 1 <= size <= launch.MAX_HEAD_SIZE:
-            raise ValueError(f"head_dim: got {size}, takes 1 to {launch.MAX_HEAD_SIZE}")
+        if not 1 <= size <= tilings.MAX_HEAD_SIZE:
+            raise ValueError(f"head_dim: got {size}, takes 1 to {tilings.MAX_HEAD_SIZE}")
     name_of_device = launch.device_name(device)
     jobs = [(D, dtype, step) for D in head_sizes for dtype in dtypes for step in tune.STEPS]
     table = Table(

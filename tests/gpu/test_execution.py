@@ -124,9 +124,11 @@ def test_offsets_beyond_32_bits(cuda):
 
 
 def test_tuning_finds_a_tile_no_slower_than_the_tables(cuda):
-    from fastprefix.kernels import launch, tune
+    from fastprefix.kernels import launch, tilings, tune
 
     found = tune.tune(tune.Shape(length=512, prefix=256), "forward", cuda)
     assert found.tried > 1
     assert found.best_ms <= found.table_ms
-    assert found.table in [row[1] for row in launch.TABLE[launch.target_of(cuda).family]["forward"]]
+    assert found.table in [
+        row[1] for row in tilings.TABLE[launch.target_of(cuda).family]["forward"]
+    ]

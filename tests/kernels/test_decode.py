@@ -19,7 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETER, reason="needs Triton's interpreter")
 if INTERPRETER:
-    from fastprefix.kernels import decode_kernels, decode_plan, launch, prefix_attention_forward
+    from fastprefix.kernels import (
+        decode_kernels,
+        decode_plan,
+        launch,
+        prefix_attention_forward,
+        tilings,
+    )
     from fastprefix.kernels.decode import decode_forward
 
 HALF = [torch.bfloat16, torch.float16]
@@ -412,8 +418,8 @@ def test_no_buffer_grows_with_the_prefix():
     assert seen[0] == {(10, 8, 1, 16), (10, 8, 1), (rows, 16), (rows,)}
 
 
-def hopper() -> launch.Target:
-    return launch.Target("hopper", 132)
+def hopper() -> tilings.Target:
+    return tilings.Target("hopper", 132)
 
 
 def shape(**changes: object) -> decode_plan.Shape:
@@ -442,7 +448,7 @@ def test_tables_cover_every_row_and_key_once(data):
     lengths = draw(st.lists(st.integers(0, 3000), min_size=1, max_size=6))
     index = draw(st.lists(st.integers(-1, len(lengths) - 1), min_size=1, max_size=70))
     Lq, group = draw(st.integers(1, 16)), draw(st.sampled_from([1, 4, 7]))
-    P, target = sum(lengths), draw(st.sampled_from([hopper(), launch.Target("interpreter", 4)]))
+    P, target = sum(lengths), draw(st.sampled_from([hopper(), tilings.Target("interpreter", 4)]))
     chosen = shape(
         B=len(index), Hq=2 * group, Hkv=2, Lq=Lq, P=P, N=len(lengths),
         batch_invariant=draw(st.booleans()),

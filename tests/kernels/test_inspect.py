@@ -10,6 +10,7 @@ from fastprefix.kernels import (
     inspect_traffic,
     launch,
     prefix_attention_forward,
+    tilings,
 )
 
 
@@ -171,7 +172,7 @@ def step(name, grid, tile, causal, **shapes):
 def test_bytes_of_a_forward():
     # 2 sequences, 2 KV heads with 2 query heads each: 64 packed rows in 2 tiles of 32.
     shapes = {"q": (2, 4, 32, 16), "k": (2, 2, 32, 16), "pk": (2, 8, 16), "out": (2, 4, 32, 16)}
-    forward = step("prefix_attn_fwd_kernel", (8,), launch.Tile(32, 16, 4, 1), True, **shapes)
+    forward = step("prefix_attn_fwd_kernel", (8,), tilings.Tile(32, 16, 4, 1), True, **shapes)
     found = inspect_traffic.traffic(forward)
     assert found.operands["q"] == (8192, 8192)
     assert found.operands["pk"] == (4 * 512, 512)  # 4 programs read each head's prefix
@@ -181,14 +182,14 @@ def test_bytes_of_a_forward():
 
 def test_causal_tiles_read_fewer_keys():
     shapes = {"q": (1, 1, 64, 16), "k": (1, 1, 64, 16), "pk": (1, 0, 16)}
-    forward = step("prefix_attn_fwd_kernel", (2,), launch.Tile(32, 16, 4, 1), True, **shapes)
+    forward = step("prefix_attn_fwd_kernel", (2,), tilings.Tile(32, 16, 4, 1), True, **shapes)
     # 32 keys for the first tile and 64 for the second.
     assert inspect_traffic.traffic(forward).operands["k"] == (96 * 32, 64 * 32)
 
 
 def test_partial_sums_are_no_operand():
     shapes = {"q": (1, 1, 64, 16), "pk": (1, 32, 16), "dpk": (3, 1, 32, 16)}
-    sums = step("prefix_attn_bwd_dprefix_kernel", (6,), launch.Tile(16, 16, 4, 1), False, **shapes)
+    sums = step("prefix_attn_bwd_dprefix_kernel", (6,), tilings.Tile(16, 16, 4, 1), False, **shapes)
     found = inspect_traffic.traffic(sums)
     assert found.operands["dpk"] == (3 * 1024, 0)
     assert found.operands["q"] == (2 * 2048, 2048)  # two tiles of prefix positions
@@ -203,7 +204,7 @@ def test_packed_prefixes_and_sequences_are_read_in_part():
         "cu": (5,),
         "starts": (3,),
     }
-    forward = step("prefix_attn_fwd_kernel", (8,), launch.Tile(8, 16, 4, 1), True, **shapes)
+    forward = step("prefix_attn_fwd_kernel", (8,), tilings.Tile(8, 16, 4, 1), True, **shapes)
     found = inspect_traffic.traffic(forward)
     assert found.operands["pk"] == (8 // 2 * 1024, 1024)
     assert found.operands["k"] == (8 // 4 * 2048, 2048)
@@ -213,7 +214,7 @@ def decoding(**options):
     """Both launches of a step of 8 sequences, 2 KV heads of 4 query heads each."""
     q, k = (torch.empty(8, heads, 1 if heads == 8 else 1024, 64, device="meta") for heads in (8, 2))
     p = torch.empty(2, 2048, 64, device="meta")
-    with launch.collected(launch.Target("hopper", 132)) as launches:
+    with launch.collected(tilings.Target("hopper", 132)) as launches:
         prefix_attention_forward(
             *(x.bfloat16() for x in (q, k, k, p, p)), is_causal=True, scale=1.0, **options
         )
@@ -253,4 +254,4 @@ def test_decoding_of_packed_prefixes_has_no_model():
 
 
 def test_a_kernel_without_a_model_has_no_bytes():
-    assert inspect_traffic.traffic(step("other", (1,), launch.Tile(1, 1, 1, 1), False)) is None
+    assert inspect_traffic.traffic(step("other", (1,), tilings.Tile(1, 1, 1, 1), False)) is None

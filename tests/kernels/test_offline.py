@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from fastprefix.kernels import launch
+from fastprefix.kernels import launch, tilings
 from fastprefix.kernels.offline import main
 from fastprefix.kernels.offline_cases import (
     FEATURES,
@@ -97,8 +97,8 @@ def test_launches_are_listed_for_the_target_and_not_run():
     steps = launches(Case("hip:gfx942", features=("padding",)))
     assert {step.kernel.__name__ for step in steps} == KERNELS
     assert launch.target_of(torch.device("cpu")).family == "interpreter"
-    with launch.collected(launch.Target("hopper", 132)) as outer:
-        with launch.collected(launch.Target("cdna", 304)):
+    with launch.collected(tilings.Target("hopper", 132)) as outer:
+        with launch.collected(tilings.Target("cdna", 304)):
             steps[0].run()
             assert launch.target_of(torch.device("cpu")).family == "cdna"
         assert not outer
@@ -150,7 +150,7 @@ def report(**changes) -> Report:
     limits = {"shared_bytes": 1024, "shared_limit": 2048, "programs": 1, "registers": 64}
     counts = {"spill_bytes": 0, "spill_instructions": 0, "tensor_core_instructions": 8}
     found = {
-        "case": case, "kernel": "prefix_attn_fwd_kernel", "tile": launch.Tile(64, 64, 4, 2),
+        "case": case, "kernel": "prefix_attn_fwd_kernel", "tile": tilings.Tile(64, 64, 4, 2),
         "instructions": 100, "loops": (), "occupancy": None, "traffic": None,
     }  # fmt: skip
     return Report(**(found | limits | counts | changes))

@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from fastprefix.kernels import decode_plan, launch
+from fastprefix.kernels import decode_plan, tilings
 from fastprefix.kernels.offline_cases import FEATURES, launch_target
 
 SHARED_LIMIT = {
@@ -90,7 +90,7 @@ def main_path(found: Found) -> Found:
 def rows_of(target: str) -> Iterator[tuple[str, str, int, tuple[int, ...]]]:
     """(kernel, dtype, largest head, tile) of every row that a target can pick."""
     family = launch_target(target).family
-    tables = launch.TABLE[family] | {"decode": decode_plan.TABLE[family]}
+    tables = tilings.TABLE[family] | {"decode": decode_plan.TABLE[family]}
     for kernel, step in PASSES.items():
         for largest, half, single in tables[step]:
             yield kernel, "bf16", largest, half
@@ -156,7 +156,7 @@ class Lean:
     """Loops cost no more than the best known ones, masked loops at most 5% more."""
 
     @pytest.mark.skipif(
-        launch.TRITON >= (3, 9), reason="tiles are chosen with 3.7; see kernels/README.md for 3.9"
+        tilings.TRITON >= (3, 9), reason="tiles are chosen with 3.7; see kernels/README.md for 3.9"
     )
     @pytest.mark.parametrize("head_size", [64, 128])
     def test_loops_are_as_lean_as_the_best_known(self, found: Found, head_size: int) -> None:

@@ -9,13 +9,14 @@ from fastprefix.kernels import (
     launch,
     prefix_attention_backward,
     prefix_attention_forward,
+    tilings,
     tune,
     tune_store,
 )
 
 CPU = torch.device("cpu")
 SHAPE = tune.Shape(16, torch.float32, batch=1, kv_heads=1, group=1, length=24, prefix=20)
-HOPPER = launch.Target("hopper", 132)
+HOPPER = tilings.Target("hopper", 132)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def told(times):
 @pytest.mark.parametrize("step", tune.STEPS)
 def test_the_fastest_tile_is_found_and_runs_right(step):
     """All tiles really run; one that is best from all sides is where the search ends."""
-    best = launch.Tile(16, 64, 4, 2)
+    best = tilings.Tile(16, 64, 4, 2)
 
     def times(tile):
         apart = abs(tile.keys / best.keys - 1) + abs(tile.stages - best.stages)
@@ -39,7 +40,7 @@ def test_the_fastest_tile_is_found_and_runs_right(step):
 
     found = tune.tune(SHAPE, step, CPU, timer=told(times))
     assert found.best == best
-    assert found.table == launch.TABLE["interpreter"][step][0][2]
+    assert found.table == tilings.TABLE["interpreter"][step][0][2]
     assert found.best_ms == 1.0 < found.table_ms
     assert found.tried >= 5
     assert found.name == f"{step} 256 32"
@@ -98,17 +99,17 @@ def test_a_tile_that_some_calls_could_not_run_is_passed_over(monkeypatch):
 def test_calls_with_halved_tiles_keep_the_tables():
     q = torch.empty(1, 1, 4096, 64, device="meta", dtype=torch.bfloat16)
     mask = torch.empty(1, 1, 4096, 4096, device="meta")
-    tuned = {"forward 64 16": launch.Tile(64, 32, 2, 4)}
+    tuned = {"forward 64 16": tilings.Tile(64, 32, 2, 4)}
     with launch.collected(replace(HOPPER, tuned=tuned)) as launches:
         prefix_attention_forward(
             q, q, q, q[0, :, :128], q[0, :, :128], is_causal=False, scale=1.0, attn_mask=mask
         )
-    table = launch.TABLE["hopper"]["forward"][0][1]
+    table = tilings.TABLE["hopper"]["forward"][0][1]
     assert launches[0].tile == table._replace(rows=table.rows // 2)
 
 
 def test_neighbours_stay_within_what_kernels_take():
-    for tile in (launch.Tile(16, 16, 1, 1), launch.Tile(256, 256, 16, 4)):
+    for tile in (tilings.Tile(16, 16, 1, 1), tilings.Tile(256, 256, 16, 4)):
         for other in tune.neighbours(tile):
             assert 16 <= min(other.rows, other.keys) <= max(other.rows, other.keys) <= 256
             assert 1 <= other.warps <= 16
@@ -120,11 +121,11 @@ def test_tuned_tiles_are_what_launches_take():
     """For their own row alone, and with all that a launch does to the table's tile."""
     q = torch.empty(1, 1, 4096, 64, device="meta", dtype=torch.bfloat16)
     k, p = q, q[0, :, :128]
-    tuned = {"forward 64 16": launch.Tile(64, 32, 2, 4)}
+    tuned = {"forward 64 16": tilings.Tile(64, 32, 2, 4)}
     for dtype, length, tile in (
         (torch.bfloat16, 4096, tuned["forward 64 16"]),
-        (torch.bfloat16, 20, launch.Tile(32, 32, 2, 4)),
-        (torch.float32, 4096, launch.TABLE["hopper"]["forward"][0][2]),
+        (torch.bfloat16, 20, tilings.Tile(32, 32, 2, 4)),
+        (torch.float32, 4096, tilings.TABLE["hopper"]["forward"][0][2]),
     ):
         q, k, p = (x.to(dtype) for x in (q, k, p))
         with launch.collected(replace(HOPPER, tuned=tuned)) as launches:
@@ -146,7 +147,7 @@ def test_the_whole_operator_with_tuned_tiles(monkeypatch):
         return [out, lse, *grads[:5]]
 
     plain = both()
-    tuned = {f"{step} 256 32": launch.Tile(16, 64, 2, 3) for step in tune.STEPS}
+    tuned = {f"{step} 256 32": tilings.Tile(16, 64, 2, 3) for step in tune.STEPS}
     target = replace(launch.target_of(CPU), tuned=tuned)
     monkeypatch.setattr(launch, "_device_target", lambda device: target)
     for a, b in zip(both(), plain, strict=True):
@@ -154,7 +155,7 @@ def test_the_whole_operator_with_tuned_tiles(monkeypatch):
 
 
 def test_what_is_kept_is_loaded_for_that_device_alone():
-    first, second = launch.Tile(64, 32, 4, 2), launch.Tile(16, 16, 8, 1)
+    first, second = tilings.Tile(64, 32, 4, 2), tilings.Tile(16, 16, 8, 1)
     assert tune_store.load("GPU A") == {}
     tune_store.save("GPU A", {"forward 64 16": first})
     tune_store.save("GPU A", {"dq 64 16": second})
@@ -167,7 +168,7 @@ def test_what_is_kept_is_loaded_for_that_device_alone():
     ["", "[]", '{"a": 1}', '{"a": [64, 64, 4]}', '{"a": [64, 48, 4, 2]}', '{"a": [8, 64, 4, 2]}'],
 )
 def test_a_broken_file_is_named(content):
-    file = tune_store.save("GPU", {"a": launch.Tile(64, 32, 4, 2)})
+    file = tune_store.save("GPU", {"a": tilings.Tile(64, 32, 4, 2)})
     assert json.loads(file.read_text()) == {"a": [64, 32, 4, 2]}
     file.write_text(content)
     with pytest.raises(ValueError, match=f"{file.name}: no tiles"):
