@@ -24,7 +24,8 @@ def run_tuning(
         device: where; the current GPU if None.
 
     Raises:
-        ValueError: no GPU, or a head size or dtype that the kernels do not take.
+        ValueError: no GPU, a head size or dtype that the kernels do not take, or two that share
+            their tiles, so that only the last would be kept.
     """
     if device is None:
         if not torch.cuda.is_available():
@@ -39,6 +40,7 @@ def run_tuning(
     for size in head_sizes:
         if not 1 <= size <= tilings.MAX_HEAD_SIZE:
             raise ValueError(f"head_dim: got {size}, takes 1 to {tilings.MAX_HEAD_SIZE}")
+    _no_tiles_shared(head_sizes, dtypes, device)
     name_of_device = launch.device_name(device)
     jobs = [(D, dtype, step) for D in head_sizes for dtype in dtypes for step in tune.STEPS]
     table = Table(
@@ -66,3 +68,21 @@ def run_tuning(
     launch.forget_devices()
     console.print(table)
     console.print(f"rows, keys, warps, stages; kept in {file}", soft_wrap=True)
+
+
+def _no_tiles_shared(head_sizes: list[int], dtypes: list[str], device: torch.device) -> None:
+    """Refuses head sizes and dtypes that lie in one row of the tables."""
+    from fastprefix.kernels import launch, tilings
+    from fastprefix.kernels.offline_cases import DTYPES
+
+    family = launch.target_of(device).family
+    first: dict[str, str] = {}
+    for size in head_sizes:
+        for dtype in dtypes:
+            name, _ = tilings.row("forward", family, size, DTYPES[dtype])
+            now = f"{size} {dtype}"
+            if name in first:
+                raise ValueError(
+                    f"head_dim, dtype: {first[name]} and {now} share their tiles; name one"
+                )
+            first[name] = now

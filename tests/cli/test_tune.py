@@ -42,8 +42,14 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtypes", "said"), [([0], ["bf16"], "head_dim"), ([64], ["f"], "dtype")]
+    ("sizes", "dtypes", "said"),
+    [
+        ([0], ["bf16"], "head_dim"),
+        ([64], ["f"], "dtype"),
+        ([96, 128], ["bf16"], "96 bf16 and 128 bf16 share"),
+        ([64], ["bf16", "fp16"], "64 bf16 and 64 fp16 share"),
+    ],
 )
-def test_what_the_kernels_do_not_take_is_named(sizes, dtypes, said) -> None:
+def test_what_it_cannot_tune_is_named(sizes, dtypes, said) -> None:
     with pytest.raises(ValueError, match=said):
         run_tuning(sizes, dtypes, SIZES, CPU)
