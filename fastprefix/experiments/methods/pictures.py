@@ -20,15 +20,13 @@ _COLOURS = {
 }
 
 
-def _figure(rows: int, columns: int, height: float) -> tuple[Any, Any]:
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(
-        rows, columns, figsize=(5.2 * columns, height * rows), constrained_layout=True
-    )
+    return plt
 
 
 def _lengths(c: Comparison) -> list[Method]:
@@ -44,26 +42,35 @@ def _lengths(c: Comparison) -> list[Method]:
     return sorted(chosen, key=lambda method: method.options["num_virtual_tokens"])
 
 
+def _trained(c: Comparison) -> list[Method]:
+    """Methods that learn from all the records, the worst first."""
+    chosen = [
+        method
+        for method in METHODS[c.task]
+        if method.name in c.rates and method.kind != "none" and not method.train_size
+    ]
+    return sorted(chosen, key=lambda m: c.figure(m.name, "test_loss").mean, reverse=True)
+
+
 def compared(comparisons: Sequence[Comparison], file: Path) -> None:
-    """Held-out loss by what must be stored, for each task, and by the length of a prefix."""
-    figure, axes = _figure(1, len(comparisons) + 1, 4.2)
-    for c, ax in zip(comparisons, axes, strict=False):
-        for method in METHODS[c.task]:
-            if method.name not in c.rates or method.kind == "none" or method.train_size:
-                continue
-            one, loss = c.of(method.name)[0], c.figure(method.name, "test_loss")
-            ax.errorbar(one["stored"], loss.mean, loss.spread, fmt="o", color=_COLOURS[method.kind])
-            ax.annotate(
-                method.title,
-                (one["stored"], loss.mean),
-                fontsize=6,
-                xytext=(4, 3),
-                textcoords="offset points",
-            )
-        ax.set(xscale="log", xlabel="numbers stored for the task", ylabel="held-out loss")
-        ax.set_title(c.task)
-        ax.margins(x=0.25)
-    c, ax = comparisons[0], axes[-1]
+    """Held-out loss of each method, a line for each, for each task; and by a prefix's length."""
+    rows = [_trained(c) for c in comparisons]
+    figure = _pyplot().figure(figsize=(13, 5.6), constrained_layout=True)
+    # The first task beside all others, which share a column with the lengths.
+    left, right = figure.add_gridspec(1, 2)
+    below = right.subgridspec(len(rows), 1, height_ratios=[*map(len, rows[1:]), 6])
+    places = [left, *(below[i] for i in range(len(rows)))]
+    for c, methods, place in zip(comparisons, rows, places, strict=False):
+        ax = figure.add_subplot(place)
+        for row, method in enumerate(methods):
+            loss = c.figure(method.name, "test_loss")
+            colour = _COLOURS[method.kind]
+            ax.errorbar(loss.mean, row, xerr=loss.spread, fmt="o", color=colour, capsize=2)
+        titles = [f"{m.title}  ({_short(c.of(m.name)[0]['stored'])})" for m in methods]
+        ax.set_yticks(range(len(methods)), titles, fontsize=8)
+        ax.set(xlabel="held-out loss", title=f"{c.task}: method (numbers stored)")
+        ax.grid(axis="y", alpha=0.3)
+    c, ax = comparisons[0], figure.add_subplot(places[-1])
     methods = _lengths(c)
     losses = [c.figure(method.name, "test_loss") for method in methods]
     ax.errorbar(
@@ -72,14 +79,24 @@ def compared(comparisons: Sequence[Comparison], file: Path) -> None:
         [loss.spread for loss in losses],
         fmt="o-",
         color=_COLOURS["prefix"],
+        capsize=2,
     )
     ax.set(xlabel="prefix length", ylabel="held-out loss", title=f"{c.task}: direct prefix")
     figure.savefig(file, dpi=120)
 
 
+def _short(count: int) -> str:
+    """230,400 as 230 K."""
+    for size, letter in ((10**6, "M"), (10**3, "K")):
+        if count >= size:
+            number = count / size
+            return f"{number:.1f} {letter}" if number < 10 else f"{number:.0f} {letter}"
+    return str(count)
+
+
 def stability(c: Comparison, file: Path) -> None:
     """The training loss of every step, seed and rate, direct beside the MLP."""
-    figure, axes = _figure(1, 2, 4.0)
+    figure, axes = _pyplot().subplots(1, 2, figsize=(10.4, 4.0), constrained_layout=True)
     for ax, name in zip(axes, ("prefix", "prefix-mlp2"), strict=True):
         method = next(m for m in METHODS[c.task] if m.name == name)
         for colour, rate in enumerate(method.rates):

@@ -266,7 +266,7 @@ def report(comparisons: Sequence[Comparison], about: Mapping[str, str]) -> str:
                 "",
                 "SmolLM2 has no biases, so BitFit has nothing to train there.",
                 "",
-                "![Loss by numbers stored and by prefix length](methods.png)",
+                "![Loss of every method with what it stores, and by prefix length](methods.png)",
                 "",
                 "## What the literature claims",
                 "",
