@@ -125,6 +125,9 @@ def generate(
     system_prompt: Annotated[
         str | None, typer.Option(help="Text that all prompts share, kept in one copy.")
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Prompts as they are: no chat template around them.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.0,
     dtype: DTypeOption = DType.bfloat16,
@@ -137,8 +140,10 @@ def generate(
         if adapter is not None and system_prompt is not None:
             raise ValueError("--adapter, --system-prompt: got both, takes one of them")
         run_generation(
-            model, dtype.value, prompt, adapter, system_prompt, max_new_tokens, temperature, seed
-        )
+            model_name=model, dtype=dtype.value, prompts=prompt, adapter=adapter,
+            system_prompt=system_prompt, raw=raw, max_new_tokens=max_new_tokens,
+            temperature=temperature, seed=seed,
+        )  # fmt: skip
 
 
 @app.command()

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, set_seed
 
 from fastprefix.cli.console import TrainingProgress, console
 from fastprefix.cli.loading import load
+from fastprefix.cli.prompts import save_template
 from fastprefix.experiments.versus_peft import Workload, compare
 from fastprefix.hf import unpatch_model
 from fastprefix.tasks import Collator, DescriptionDataset, Record, load_descriptions
@@ -67,6 +68,7 @@ def run_demo(
     with torch.no_grad():
         logits = tuned(**probe).logits
     tuned.save_pretrained(output)
+    save_template(tokenizer, output)
     unpatch_model(model)
     reloaded = PrefixTuningModel.from_pretrained(model, output)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from transformers import set_seed
 
 from fastprefix.cli.console import console
 from fastprefix.cli.loading import load
+from fastprefix.cli.prompts import encode, shared, template_of
 from fastprefix.hf import use_prefix
 from fastprefix.hf.peft_files import read_config
 from fastprefix.hf.peft_format import OWN_KIND, PREFIX_KINDS
@@ -25,31 +26,48 @@ def run_generation(
     prompts: Sequence[str],
     adapter: str | None,
     system_prompt: str | None,
+    raw: bool,
     max_new_tokens: int,
     temperature: float,
     seed: int,
 ) -> None:
-    """Loads, generates one batch, prints what came after each prompt."""
+    """Loads, generates one batch, prints what came after each prompt.
+
+    Prompts are turns of a chat if the model has a template for one, or an adapter a template that
+    it was trained with; `raw` takes them as they are.
+    """
     set_seed(seed)
     with console.status(f"loading {model_name}"):
         model, tokenizer = load(model_name, getattr(torch, dtype))
         kv = None
+        template = None if raw else template_of(adapter, tokenizer)
         if adapter is not None:
             kind = read_config(adapter, (*PREFIX_KINDS, OWN_KIND, *PROMPT_KINDS))[0]["peft_type"]
             tuned = PromptTuningModel if kind in PROMPT_KINDS else PrefixTuningModel
             kv = tuned.from_pretrained(model, adapter).export()
-        elif system_prompt is not None:
+            rows = encode(prompts, tokenizer, template)
+        elif system_prompt is None:
+            rows = encode(prompts, tokenizer, template)
+        elif template is None:
             kv = PrefixKV.from_text(model, tokenizer, system_prompt)
+            # the system prompt starts the sequence, so that these get no token for its beginning
+            rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        else:
+            # beside an empty turn, so that even one prompt shares no more than what precedes it
+            *rows, empty = encode([*prompts, ""], tokenizer, template, system_prompt)
+            count = shared([*rows, empty])
+            if not count:
+                raise ValueError("--system-prompt: the chat template does not begin with it; --raw")
+            kv = PrefixKV.prefill(model, rows[0][:count])
+            rows = [row[count:] for row in rows]
+    if not all(rows):
+        raise ValueError("prompt: got an empty one, takes a token at least")
     if kv is not None:
         console.print(
             f"prefix of {kv.num_virtual_tokens} tokens, one copy for all {len(prompts)} prompts: "
             f"{kv.nbytes / 1e6:.2f} MB"
         )
-    # behind a prefix the text is no sequence start: no beginning-of-sequence token of its own
-    batch = tokenizer(
-        list(prompts), return_tensors="pt", padding=True, add_special_tokens=kv is None
-    )
-    batch = batch.to(model.device)
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     generate = getattr(model, "generate", None)
     if generate is None:

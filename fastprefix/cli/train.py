@@ -9,6 +9,7 @@ from transformers import set_seed
 
 from fastprefix.cli.console import TrainingProgress, console
 from fastprefix.cli.loading import load
+from fastprefix.cli.prompts import save_template
 from fastprefix.tasks import Collator, DescriptionDataset, load_descriptions, load_records
 from fastprefix.tuning import PrefixConfig, PrefixTuningModel
 from fastprefix.tuning.trainer import FitOptions, fit
@@ -33,6 +34,7 @@ def run_training(
     tuned.print_trainable_parameters()
     losses = fit(tuned, items, Collator(tokenizer), options, [TrainingProgress()])
     tuned.save_pretrained(output)
+    save_template(tokenizer, output)
     console.print(
         f"training loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; "
         f"adapter saved in {output}"

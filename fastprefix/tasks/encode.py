@@ -18,16 +18,36 @@ IGNORED = -100  # the label that torch's and transformers' cross entropy leave o
 Encoded = dict[str, list[int]]
 
 
+def encode_start(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a text that goes on.
+
+    The ids begin with the tokenizer's beginning-of-sequence token if it puts one by itself. Only
+    the start: some tokenizers would also end the text.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [tokenizer.bos_token_id, *ids] if _puts_bos(tokenizer) else list(ids)
+
+
 def encode_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids of the prompt and its line break: what generation starts from.
 
-    The ids begin with the tokenizer's beginning-of-sequence token if it puts one by itself.
+    They are those of :func:`encode_start`.
     """
-    ids = tokenizer(record.prompt + "\n", add_special_tokens=False)["input_ids"]
-    # Only the start: some tokenizers would also end the prompt, and the target goes on from it.
+    return encode_start(record.prompt + "\n", tokenizer)
+
+
+def prompt_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the chat template that makes of a user's turn what training made of a prompt.
+
+    A turn with the text of ``record.prompt`` gets the ids of ``encode_prompt``.
+    """
+    start = "{{ bos_token }}" if _puts_bos(tokenizer) else ""
+    return start + "{{ messages[0]['content'] + '\\n' }}"
+
+
+def _puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     bos = tokenizer.bos_token_id
-    starts = tokenizer("")["input_ids"]
-    return [bos, *ids] if bos is not None and starts[:1] == [bos] else list(ids)
+    return bos is not None and tokenizer("")["input_ids"][:1] == [bos]
 
 
 def encode_record(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:

@@ -1,16 +1,19 @@
 """The command line, run as a user runs it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from fastprefix import PromptConfig, PromptTuningModel
+from fastprefix import PrefixTuningModel, PromptConfig, PromptTuningModel
 from fastprefix.attention.selection import BACKENDS, FEATURES
 from fastprefix.cli.app import app
+from fastprefix.tasks import Record, encode_prompt
 
 
 def run(*arguments: str) -> Result:
@@ -75,8 +78,94 @@ def test_a_tuned_prompt_generates_as_its_model_does(tiny_folder: str, tmp_path: 
     assert result.output.rstrip().endswith(expected.rstrip())
 
 
+def test_an_adapter_gets_prompts_as_it_was_trained(adapter: Path, tiny_folder: str) -> None:
+    result = run(
+        *("generate", "--model", tiny_folder, "--max-new-tokens", "6", "--dtype", "float32"),
+        *("--adapter", str(adapter), "name: Fenwick House | type: hostel"),
+    )
+    assert result.exit_code == 0, result.output
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tuned = PrefixTuningModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_folder), adapter
+    )
+    record = Record({"name": "Fenwick House", "type": "hostel"}, "")
+    ids = torch.tensor([encode_prompt(record, tokenizer)])
+    new = tuned.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert shown(result) == words(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def words(text: str) -> str:
+    """Without what wrapping changes."""
+    return "".join(text.split())
+
+
+def shown(result: Result) -> str:
+    """What was generated for the only prompt, or the last."""
+    prompt = "name: Fenwick House | type: hostel"
+    return words(result.output.rpartition(prompt)[2])
+
+
+@pytest.mark.parametrize(
+    "questions", [["What is ice?"], ["What is ice?", "What is it, fog or dew?"]]
+)
+@pytest.mark.parametrize("system", ["Answer briefly. ", None])
+def test_a_chat_model_gets_whole_conversations(
+    tiny_folder: str, system: str | None, questions: list[str]
+) -> None:
+    """The same as the model's generate() on the conversations that its template makes."""
+    given = () if system is None else ("--system-prompt", system)
+    result = run(
+        *("generate", "--model", tiny_folder, "--max-new-tokens", "8", "--dtype", "float32"),
+        *(*given, *questions),
+    )
+    assert result.exit_code == 0, result.output
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, padding_side="left")
+    first = [] if system is None else [{"role": "system", "content": system}]
+    batch = tokenizer.apply_chat_template(
+        [[*first, {"role": "user", "content": question}] for question in questions],
+        add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    ids = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    expected = "".join(question + text for question, text in zip(questions, texts, strict=True))
+    assert words(result.output).endswith(words(expected))
+    if system is not None:
+        # its turn and "<|im_start|>user\n", nothing of the questions
+        turn = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+        assert f"prefix of {len(tokenizer(turn)['input_ids'])} tokens" in result.output
+
+
+@pytest.fixture
+def without_system(tiny_folder: str, tmp_path: Path) -> str:
+    """The tiny model with a chat template like Gemma 2's, which knows no system prompt."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ messages[0]['content'] }}"
+    )
+    return str(folder)
+
+
+def test_a_template_that_takes_no_system_prompt_says_so(without_system: str) -> None:
+    common = ("generate", "--model", without_system, "--max-new-tokens", "2", "--dtype", "float32")
+    assert run(*common, "Hello").exit_code == 0
+    result = run(*common, "--system-prompt", "Be brief.", "Hello")
+    assert result.exit_code == 1
+    assert "--system-prompt: the chat template refuses it (no system role)" in result.output
+    assert run(*common, "--system-prompt", "Be brief.", "--raw", " Hello").exit_code == 0
+
+
+def test_an_empty_prompt_is_named(tiny_folder: str) -> None:
+    result = run("generate", "--model", tiny_folder, "--raw", "Hello", "")
+    assert result.exit_code == 1
+    assert "prompt: got an empty one" in result.output
+
+
 def test_a_system_prompt_gives_what_the_concatenated_prompt_gives(tiny_folder: str) -> None:
     common = ("generate", "--model", tiny_folder, "--max-new-tokens", "8", "--dtype", "float32")
+    common = (*common, "--raw")
     whole = run(*common, "Answer briefly. What is ice?")
     shared = run(*common, "--system-prompt", "Answer briefly.", " What is ice?")
     assert whole.exit_code == shared.exit_code == 0

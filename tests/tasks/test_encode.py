@@ -23,6 +23,7 @@ from fastprefix.tasks import (
     encode_record,
     load_descriptions,
 )
+from fastprefix.tasks.encode import prompt_template
 
 RECORD = Record({"name": "The Café", "seats": "8"}, "The Café is an eight-seat café.")
 
@@ -88,6 +89,21 @@ def test_a_tokenizer_that_adds_special_tokens_keeps_only_the_first_one():
     assert ids[-1] == 1
     # Having the token is not enough: SmolLM2's tokenizer has one and does not put it.
     assert 0 not in encode_prompt(RECORD, byte_tokenizer(bos_token="<bos>", eos_token="<eos>"))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_the_chat_template_gives_the_ids_of_training(bos):
+    """Also where a prompt ends in white space or looks like a template."""
+    both = byte_tokenizer(bos=bos, bos_token="<bos>", eos_token="<eos>")
+    for name in ("The Café", "The Inn \n", "{{ bos_token }}"):
+        record = Record({"name": name}, "An inn.")
+        ids = both.apply_chat_template(
+            [{"role": "user", "content": record.prompt}],
+            chat_template=prompt_template(both),
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        assert ids == encode_prompt(record, both)
 
 
 def test_too_long_is_an_error_that_names_the_record(tokenizer):
