@@ -15,8 +15,8 @@ from fastprefix.kv.reweighting import Kind, Reweighting
 
 Method = Literal["linear", "spherical"]
 
-# Newton-like steps of the spherical mean; each squares the error, so that few are needed.
-_STEPS = 32
+# Steps of the spherical mean. The error falls by a factor each, less where vectors lie far apart.
+_STEPS = 2000
 
 
 def interpolate(
@@ -37,7 +37,7 @@ def interpolate(
 
     Raises:
         ValueError: the prefixes differ in shape or meaning, the weights are not as above, or the
-            spherical mean is not unique (opposite vectors).
+            spherical mean is not unique (opposite vectors) or not found.
     """
     if method not in get_args(Method):
         raise ValueError(f"method: got {method!r}, takes one of {get_args(Method)}")
@@ -181,14 +181,15 @@ def _spherical(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     unit = x / length.clamp(min=torch.finfo(torch.float64).tiny)
     mean = (voice * unit).sum(0)
     norm = mean.norm(dim=-1, keepdim=True)
-    if bool(((norm < 1e-9) & (voice.sum(0) > 0)).any()):
-        raise ValueError(
-            "kvs: two vectors point in opposite directions, between which no mean direction is "
-            "nearest; use method='linear'"
-        )
     mean = mean / norm.clamp(min=torch.finfo(torch.float64).tiny)
+    lost = (norm < 1e-9) & (voice.sum(0) > 0)
     for _ in range(_STEPS):
         cosine = (unit * mean).sum(-1, keepdim=True).clamp(-1, 1)
+        if bool((lost | ((cosine < -1 + 1e-12) & (voice > 0))).any()):
+            raise ValueError(
+                "kvs: two vectors point in opposite directions, between which no mean direction is "
+                "nearest; use method='linear'"
+            )
         across = unit - cosine * mean
         sine = across.norm(dim=-1, keepdim=True)
         angle = torch.atan2(sine, cosine)
@@ -200,4 +201,9 @@ def _spherical(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         mean = mean / mean.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         if not bool((far > 1e-12).any()):
             break
+    else:
+        raise ValueError(
+            f"kvs: some vectors lie so far apart that {_STEPS} steps do not find their mean "
+            "direction; use method='linear'"
+        )
     return (mean * (w * length).sum(0)).to(tensors[0].dtype)

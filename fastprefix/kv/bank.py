@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequenc
 from pathlib import Path
 
 from fastprefix.kv.arithmetic import Method, concatenate, interpolate
-from fastprefix.kv.budget import KVBudget, file_name, names_in
-from fastprefix.kv.prefix import LayerShape, PrefixKV
+from fastprefix.kv.budget import KVBudget, check_name, file_name, names_in
+from fastprefix.kv.prefix import PrefixKV
 
 
 class PrefixBank(MutableMapping[str, PrefixKV]):
@@ -29,28 +29,26 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
     def __init__(self, budget: KVBudget | None = None) -> None:
         self.budget = budget
         self._held: dict[str, PrefixKV] = {}
-        self._shapes: tuple[LayerShape, ...] | None = None
         self._lock = threading.RLock()
 
     def add(self, name: str, kv: PrefixKV, *, priority: int = 0, pinned: bool = False) -> None:
         """Adds a prefix, or replaces the one of this name.
 
         Args:
-            name: any text but the empty one.
+            name: any text but the empty one that :func:`fastprefix.kv.budget.file_name` takes.
             kv: for the same layers as the others; finished where the bank has a budget.
             priority: see :meth:`KVBudget.put`.
             pinned: see :meth:`KVBudget.put`.
 
         Raises:
-            TypeError: kv is not a PrefixKV.
-            ValueError: no name, other layer shapes than the bank's, or priority or pinned without
-                a budget that heeds them.
+            TypeError: kv is not a PrefixKV, or name not text.
+            ValueError: no name or too long a one, other layer shapes than the bank's, or priority
+                or pinned without a budget that heeds them.
             KVBudgetError: see :meth:`KVBudget.put`.
         """
         if not isinstance(kv, PrefixKV):
             raise TypeError(f"kv: got {type(kv).__name__}, takes a PrefixKV")
-        if not name:
-            raise ValueError("name: got an empty one")
+        check_name(name)
         with self._lock:
             self._check(name, kv)
             if self.budget is not None:
@@ -59,19 +57,14 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
                 raise ValueError("priority, pinned: this bank has no budget that would heed them")
             else:
                 self._held[name] = kv
-            self._shapes = kv.shapes
 
     def select(self, rows: Iterable[str | None]) -> Mapping[str, PrefixKV]:
-        """The prefixes that the rows of a batch name, each once; all if none of them names one.
+        """The prefixes that the rows of a batch name, each once; any one if none names one.
 
         Raises:
             ValueError: a name that is not here.
         """
-        names = [name for name in dict.fromkeys(rows) if name is not None]
-        for name in names:
-            if name not in self:
-                raise ValueError(f"rows: got {name!r}, takes one of {sorted(self)}, or None")
-        return {name: self[name] for name in names} or self
+        return asked_for(self, rows)
 
     def interpolate(self, weights: Mapping[str, float], method: Method = "linear") -> PrefixKV:
         """A weighted mean of prefixes; see :func:`fastprefix.kv.interpolate`.
@@ -92,7 +85,10 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
         return concatenate([self[name] for name in names])
 
     def save(self, folder: str | Path) -> None:
-        """Writes each prefix as a file of its own, which :meth:`load` and a KVBudget read."""
+        """Writes each prefix as a file of its own, which :meth:`load` and a KVBudget read.
+
+        Files of other prefixes that lie in the folder stay there.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in self:
@@ -155,11 +151,28 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
             return len(self._held if self.budget is None else self.budget)
 
     def _check(self, name: str, kv: PrefixKV) -> None:
-        others = len(self) - (name in self)
-        if self._shapes is None or not others:
-            self._shapes = kv.shapes
-        elif kv.shapes != self._shapes:
+        other = next((one for one in self if one != name), None)
+        if other is None:
+            return
+        shapes = self._held[other].shapes if self.budget is None else self.budget.shapes(other)
+        if kv.shapes != shapes:
             raise ValueError(
-                f"kv: {name!r} has layers {list(kv.shapes)}, takes {list(self._shapes)} as the "
-                "bank's others"
+                f"kv: {name!r} has layers {list(kv.shapes)}, takes {list(shapes)} as {other!r}"
             )
+
+
+def asked_for(
+    prefixes: Mapping[str, PrefixKV], rows: Iterable[str | None]
+) -> Mapping[str, PrefixKV]:
+    """The prefixes that the rows of a batch name, each once; any one if none names one.
+
+    The others need not fit beside these, and of a bank they may lie on a disk.
+
+    Raises:
+        ValueError: a name that is not here.
+    """
+    names = [name for name in dict.fromkeys(rows) if name is not None]
+    for name in names:
+        if name not in prefixes:
+            raise ValueError(f"rows: got {name!r}, takes one of {sorted(prefixes)}, or None")
+    return {name: prefixes[name] for name in names or [*prefixes][:1]}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import quote, unquote
 
 import torch
 
-from fastprefix.kv.prefix import LayerShape, PrefixKV
+from fastprefix.kv.prefix import PARTIAL, LayerShape, PrefixKV, measure
 
 _SUFFIX = ".safetensors"
 _INDEX = "index.json"
@@ -45,6 +46,7 @@ class _Entry:
 
     Attributes:
         nbytes: that it takes on the device.
+        shapes: of its layers.
         priority: the lowest leaves first.
         pinned: never leaves.
         used: when it was last asked for, in a count of all such questions.
@@ -53,6 +55,7 @@ class _Entry:
     """
 
     nbytes: int
+    shapes: tuple[LayerShape, ...]
     priority: int
     pinned: bool
     used: int
@@ -81,7 +84,8 @@ class KVBudget:
         evictions: all of them so far, oldest first.
 
     Raises:
-        ValueError: max_bytes is below 0, or no folder for device "cpu".
+        ValueError: max_bytes is below 0, no folder for device "cpu", or a file in the folder is
+            not whole.
         KVBudgetError: what is pinned in the folder does not fit.
     """
 
@@ -123,7 +127,8 @@ class KVBudget:
         """Adds a prefix, or replaces the one of this name.
 
         Args:
-            name: any text but the empty one.
+            name: any text but the empty one, in a folder as long as names of files may be (see
+                :func:`file_name`).
             kv: a finished prefix; with gradients it would not be one.
             priority: the lowest are evicted first.
             pinned: whether it is never evicted.
@@ -132,11 +137,11 @@ class KVBudget:
             What was evicted for it. An unpinned prefix larger than the budget goes home at once.
 
         Raises:
-            ValueError: no name, or kv requires gradients.
+            TypeError: name is not text.
+            ValueError: no name or too long a one, kv requires gradients, or is not all finite.
             KVBudgetError: pinned, and it does not fit beside the other pinned ones.
         """
-        if not name:
-            raise ValueError("name: got an empty one")
+        check_name(name)
         if kv.requires_grad:
             raise ValueError("kv: got a prefix that requires gradients; put kv.detach()")
         with self._lock:
@@ -148,15 +153,16 @@ class KVBudget:
                 )
             home: PrefixKV | Path
             if self.folder is None:
-                home = _own(kv.to("cpu"))
+                home = kv.to("cpu").detach()
             else:
                 home = self.folder / file_name(name)
                 kv.save(home)
             self._entries.pop(name, None)
-            entry = _Entry(kv.nbytes, priority, pinned, self._tick(), None, home)
+            entry = _Entry(kv.nbytes, kv.shapes, priority, pinned, self._tick(), None, home)
             self._entries[name] = entry
             self._write_index()
-            return self._admit(name, entry, _own(kv.to(self.device)))
+            # a copy: what a caller does to his must not change what was put
+            return self._admit(name, entry, kv.to(self.device).detach())
 
     def get(self, name: str) -> PrefixKV:
         """A prefix on the device, brought back if it had been evicted.
@@ -179,6 +185,15 @@ class KVBudget:
                 self._admit(name, entry, kv)
                 return kv
             return entry.resident
+
+    def shapes(self, name: str) -> tuple[LayerShape, ...]:
+        """Of a prefix's layers; loads nothing.
+
+        Raises:
+            KeyError: no prefix of this name.
+        """
+        with self._lock:
+            return self._entry(name).shapes
 
     def remove(self, name: str) -> None:
         """Forgets a prefix, its file included.
@@ -299,14 +314,13 @@ class KVBudget:
     def _open(self, folder: Path) -> None:
         """Finds what an earlier budget put here; files it was still writing are not among it."""
         index = folder / _INDEX
-        about = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-        for leftover in folder.glob("*.partial"):
-            leftover.unlink()
+        about = _read_index(index) if index.is_file() else {}
+        for leftover in folder.glob("*".join(PARTIAL)):
+            shutil.rmtree(leftover)
         for name, file in names_in(folder).items():
-            known = {"priority": 0, "pinned": False, **about.get(name, {})}
-            entry = _Entry(
-                _tensor_bytes(file), known["priority"], known["pinned"], self._tick(), None, file
-            )
+            nbytes, shapes = measure(file)
+            priority, stays = about.get(name, (0, False))
+            entry = _Entry(nbytes, shapes, priority, stays, self._tick(), None, file)
             self._entries[name] = entry
         pinned = {name: entry for name, entry in self._entries.items() if entry.pinned}
         needed = sum(entry.nbytes for entry in pinned.values())
@@ -322,14 +336,54 @@ class KVBudget:
         if self.folder is None:
             return
         about = {n: {"priority": e.priority, "pinned": e.pinned} for n, e in self._entries.items()}
-        partial = self.folder / f"{_INDEX}.partial"
-        partial.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(partial, self.folder / _INDEX)
+        prefix, suffix = PARTIAL
+        with TemporaryDirectory(prefix=prefix, suffix=suffix, dir=self.folder) as apart:
+            partial = Path(apart) / _INDEX
+            partial.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            partial.replace(self.folder / _INDEX)
+
+
+def _read_index(file: Path) -> dict[str, tuple[int, bool]]:
+    """Priority, and whether it is pinned, by name."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {n: (int(e["priority"]), bool(e["pinned"])) for n, e in found.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"folder: {file} does not hold priorities and pins ({error!r}); without this file all "
+            "prefixes have priority 0"
+        ) from error
+
+
+def check_name(name: str) -> None:
+    """Whether a prefix can have this name.
+
+    Raises:
+        TypeError: not text.
+        ValueError: empty, or too long or strange for a file; see :func:`file_name`.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {type(name).__name__}, takes text")
+    if not name:
+        raise ValueError("name: got an empty one")
+    file_name(name)
 
 
 def file_name(name: str) -> str:
-    """What the file of a prefix is called, whatever characters its name has."""
-    return quote(name, safe=" ") + _SUFFIX
+    """What the file of a prefix is called, whatever characters its name has.
+
+    Letters and digits of ASCII stay, a byte of anything else (in UTF-8) takes three.
+
+    Raises:
+        ValueError: longer than file systems take, 255 bytes, or not to be written in UTF-8.
+    """
+    try:
+        file = quote(name, safe=" ") + _SUFFIX
+    except UnicodeEncodeError as error:
+        raise ValueError(f"name: {name!r} cannot be written in UTF-8") from error
+    if len(file) > 255:
+        raise ValueError(f"name: {name!r} makes a file name of {len(file)} bytes, takes 255")
+    return file
 
 
 def names_in(folder: Path) -> dict[str, Path]:
@@ -382,15 +436,3 @@ def plan_kv_bytes(
     token = sum(shape.width for shape in shapes) * dtype.itemsize
     nbytes = {name: length * token for name, length in num_virtual_tokens.items()}
     return KVPlan(nbytes, {name: n * batch_size for name, n in nbytes.items()})
-
-
-def _tensor_bytes(file: Path) -> int:
-    """Bytes of a safetensors file's tensors: all but its header and the header's length."""
-    with file.open("rb") as opened:
-        header = int.from_bytes(opened.read(8), "little")
-    return file.stat().st_size - 8 - header
-
-
-def _own(kv: PrefixKV) -> PrefixKV:
-    """A copy in memory of its own: what a caller does to his must not change what was put."""
-    return kv.map(lambda x: x.detach().clone(memory_format=torch.contiguous_format))

@@ -53,11 +53,14 @@ class PackedPrefixKV:
 
         Raises:
             TypeError: a value is not a PrefixKV.
-            ValueError: none are given, or their layers, dtypes or devices differ.
+            ValueError: none are given, one is named None, or their layers, dtypes or devices
+                differ.
         """
         if not prefixes:
             raise ValueError("kv: got no prefixes, takes at least one by name")
         for name, kv in prefixes.items():
+            if name is None:
+                raise ValueError("kv: got a prefix named None, which in rows stands for none")
             if not isinstance(kv, PrefixKV):
                 raise TypeError(f"kv: got {type(kv).__name__} for {name!r}, takes a PrefixKV")
         (first_name, first), *others = prefixes.items()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 Group = Literal["encoder", "decoder", "cross"]
 
 _FORMAT = "fastprefix-kv"
+# Beginning and end of the folders in which files are written; a killed process may leave one.
+PARTIAL = (".fastprefix-", ".partial")
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class PrefixKV:
         reweighting: a bias or a gate for each query head, see :class:`Reweighting`.
 
     Raises:
-        TypeError: keys or values are not sequences of floating-point tensors.
+        TypeError: keys or values are not sequences of floating-point tensors, or position_offset
+            is no whole number.
         ValueError: their numbers, shapes, dtypes or devices do not fit together, position_offset is
             negative, or gates go with a prefix that slides.
     """
@@ -95,6 +100,12 @@ class PrefixKV:
                         f"{name}[{layer}]: got {tensor.dtype} on {tensor.device}, "
                         f"takes {first.dtype} on {first.device} as keys[0]"
                     )
+        try:
+            object.__setattr__(self, "position_offset", operator.index(self.position_offset))
+        except TypeError:
+            raise TypeError(
+                f"position_offset: got {self.position_offset!r}, takes a whole number"
+            ) from None
         if self.position_offset < 0:
             raise ValueError(f"position_offset: got {self.position_offset}, takes 0 or more")
         if self.reweighting is not None:
@@ -243,11 +254,23 @@ class PrefixKV:
         )
 
     def detach(self) -> PrefixKV:
-        """The same numbers in contiguous memory, cut off from the graph that made them."""
-        return self.map(lambda tensor: tensor.detach().contiguous())
+        """The same numbers in memory of their own, cut off from the graph that made them.
+
+        What becomes of this prefix afterwards, training steps say, does not change them.
+        """
+        return self.map(lambda x: x.detach().clone(memory_format=torch.contiguous_format))
 
     def save(self, file: str | Path) -> None:
-        """Writes a safetensors file; :meth:`load` reads it back bit for bit."""
+        """Writes a safetensors file; :meth:`load` reads it back bit for bit.
+
+        The file is whole or, where writing fails or the process is killed, as it was before; a
+        kill can leave a folder ``.fastprefix-*.partial`` beside it.
+
+        Raises:
+            OSError: it cannot be written.
+            ValueError: the values are not all finite; no file could be loaded again.
+        """
+        self._check_finite("kv")
         tensors = {}
         for layer in range(self.num_layers):
             tensors[f"layers.{layer}.key"] = self.keys[layer].detach().contiguous()
@@ -268,13 +291,16 @@ class PrefixKV:
             "reweighting": kind_of(self.reweighting),
         }
         metadata = {"format": "pt", _FORMAT: json.dumps(about)}
-        partial = Path(f"{file}.partial")
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(file)  # never half a file under the real name
+        prefix, suffix = PARTIAL
+        folder = Path(file).parent
+        with TemporaryDirectory(prefix=prefix, suffix=suffix, dir=folder) as apart:
+            partial = Path(apart) / "kv.safetensors"
+            save_file(tensors, partial, metadata=metadata)
+            partial.replace(file)  # never half a file under the real name
 
     @classmethod
     def load(cls, file: str | Path, device: torch.device | str = "cpu") -> PrefixKV:
-        """Reads a file that :meth:`save` wrote.
+        """Reads a file that :meth:`save` wrote, into memory of its own.
 
         Raises:
             FileNotFoundError: no such file.
@@ -286,22 +312,52 @@ class PrefixKV:
             with safe_open(file, framework="pt", device=str(device)) as opened:
                 about: dict[str, Any] = json.loads((opened.metadata() or {})[_FORMAT])
                 layers = range(about["num_layers"])
-                keys = tuple(opened.get_tensor(f"layers.{layer}.key") for layer in layers)
-                values = tuple(opened.get_tensor(f"layers.{layer}.value") for layer in layers)
+
+                def read(what: str) -> tuple[Tensor, ...]:
+                    # on the CPU a tensor is the mapped file, and would change with it
+                    found = (opened.get_tensor(f"layers.{layer}.{what}") for layer in layers)
+                    return tuple(x.clone() if x.device.type == "cpu" else x for x in found)
+
+                keys, values = read("key"), read("value")
                 kv = cls(keys, values, int(about["position_offset"]), bool(about["in_window"]))
                 kind = about.get("reweighting")  # older files have none
                 if kind is not None:
-                    heads = tuple(opened.get_tensor(f"layers.{layer}.{kind}") for layer in layers)
-                    kv = replace(kv, reweighting=Reweighting(kind, heads))
+                    kv = replace(kv, reweighting=Reweighting(kind, read(kind)))
         except Exception as error:
             raise ValueError(f"file: {file} is not a whole PrefixKV file ({error!r})") from error
-        parts = [("key", keys), ("value", values)]
-        if kv.reweighting is not None:
-            parts.append((kv.reweighting.kind, kv.reweighting.heads))
+        kv._check_finite(f"file: {file}")
+        return kv
+
+    def _check_finite(self, what: str) -> None:
+        parts = [("key", self.keys), ("value", self.values)]
+        if self.reweighting is not None:
+            parts.append((self.reweighting.kind, self.reweighting.heads))
         for name, tensors in parts:
             for layer, tensor in enumerate(tensors):
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(
-                        f"file: {file} holds a NaN or infinity in layers.{layer}.{name}"
-                    )
-        return kv
+                # isfinite does not know every type of 8 bits
+                wide = tensor.float() if tensor.element_size() == 1 else tensor
+                if not torch.isfinite(wide).all():
+                    raise ValueError(f"{what} holds a NaN or infinity in layers.{layer}.{name}")
+
+
+def measure(file: Path) -> tuple[int, tuple[LayerShape, ...]]:
+    """Bytes and layers of a file that :meth:`PrefixKV.save` wrote, from its header alone.
+
+    Raises:
+        ValueError: not a whole PrefixKV file.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about: dict[str, Any] = json.loads((opened.metadata() or {})[_FORMAT])
+            shapes = []
+            for layer in range(about["num_layers"]):
+                key, value = (
+                    opened.get_slice(f"layers.{layer}.{what}").get_shape()
+                    for what in ("key", "value")
+                )
+                shapes.append(LayerShape(key[0], key[2], value[2]))
+    except Exception as error:
+        raise ValueError(f"file: {file} is not a whole PrefixKV file ({error!r})") from error
+    with file.open("rb") as raw:
+        header = int.from_bytes(raw.read(8), "little")
+    return file.stat().st_size - 8 - header, tuple(shapes)

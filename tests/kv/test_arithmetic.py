@@ -77,8 +77,22 @@ def test_a_vector_without_length_has_no_direction():
 def test_opposite_vectors_have_no_mean_direction():
     a = make(0)
     b = PrefixKV(tuple(-x for x in a.keys), a.values, a.position_offset)
-    with pytest.raises(ValueError, match="opposite directions"):
-        interpolate([a, b], [0.5, 0.5], "spherical")
+    for weights in ([0.5, 0.5], [0.7, 0.3]):
+        with pytest.raises(ValueError, match="opposite directions"):
+            interpolate([a, b], weights, "spherical")
+
+
+def test_spherical_of_vectors_far_apart_is_found_all_the_same():
+    """Eight of four dimensions lie all over the sphere: some means take hundreds of steps."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 1, 40, 4, generator=generator, dtype=torch.float64)
+    kvs = [PrefixKV((one,), (one,), 0) for one in x]
+    mean = interpolate(kvs, [1 / 8] * 8, "spherical").keys[0]
+    unit, points = mean / mean.norm(dim=-1, keepdim=True), x / x.norm(dim=-1, keepdim=True)
+    cosine = (points * unit).sum(-1, keepdim=True)
+    across = points - cosine * unit
+    pull = (torch.acos(cosine) * across / across.norm(dim=-1, keepdim=True)).mean(0)
+    assert pull.abs().max() < 1e-9
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,35 @@ def test_all_prefixes_fit_one_model(bank):
         bank[""] = make()
 
 
+def test_refused_prefixes_leave_no_trace(bank):
+    bank["a"] = make(0)
+    wrong = {"pinned": True} if bank.budget is None else {"pinned": True, "priority": 1}
+    with pytest.raises((ValueError, RuntimeError)):  # no budget, or one that it does not fit
+        bank.add("a", make(1, heads=4), **wrong)
+    bank["b"] = make(2)
+    assert bank["a"].shapes == bank["b"].shapes
+    with pytest.raises(ValueError, match="'c' has layers"):
+        bank["c"] = make(1, heads=4)
+
+
+def test_what_lies_in_a_budget_already_is_heeded(tmp_path):
+    KVBudget(10**6, tmp_path).put("a", make(0))
+    bank = PrefixBank(KVBudget(10**6, tmp_path))
+    with pytest.raises(ValueError, match="'b' has layers"):
+        bank["b"] = make(1, heads=4)
+    assert list(bank) == ["a"]
+
+
+def test_rows_load_what_they_name_and_at_most_one_where_they_name_none(tmp_path):
+    bank = PrefixBank(KVBudget(make().nbytes, tmp_path))
+    for seed, name in enumerate("abc"):
+        bank[name] = make(seed)
+    assert set(bank.select(["b", None, "b"])) == {"b"}
+    before = len(bank.budget.evictions)
+    assert len(bank.select([None, None])) == 1
+    assert len(bank.budget.evictions) <= before + 1
+
+
 def test_combinations(bank):
     bank["a"], bank["b"] = make(0), make(1)
     mixed = bank.interpolate({"a": 0.25, "b": 0.75}, "spherical")

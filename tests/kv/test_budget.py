@@ -169,6 +169,51 @@ def test_errors(tmp_path):
     assert len(budget) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        (b"x", TypeError, "name: got bytes"),
+        ("x" * 244, ValueError, "255"),
+        ("\N{CJK UNIFIED IDEOGRAPH-4E00}" * 28, ValueError, "255"),
+        ("\ud800", ValueError, "UTF-8"),
+    ],
+)
+def test_names_that_no_file_can_have_are_refused(tmp_path, name, error, said):
+    budget = KVBudget(ONE, tmp_path)
+    with pytest.raises(error, match=said):
+        budget.put(name, make())
+    budget.put("x" * 243, make(1))  # and nothing is amiss afterwards
+    assert same(KVBudget(ONE, tmp_path).get("x" * 243), make(1))
+
+
+def test_what_could_not_be_loaded_is_not_put(tmp_path):
+    budget = KVBudget(ONE, tmp_path)
+    budget.put("a", make())
+    bad = make(1)
+    bad.values[0][0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        budget.put("a", bad)
+    budget.evict("a")
+    assert same(budget.get("a"), make())
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": null}', '{"a": {}}', "\xff"])
+def test_an_index_that_is_none_is_named(tmp_path, text):
+    KVBudget(ONE, tmp_path).put("a", make())
+    (tmp_path / "index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"index\.json does not hold"):
+        KVBudget(ONE, tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 40, -1])
+def test_a_file_cut_short_is_named_when_the_folder_is_opened(tmp_path, keep):
+    KVBudget(ONE, tmp_path).put("a", make())
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"a\.safetensors is not a whole PrefixKV file"):
+        KVBudget(ONE, tmp_path)
+
+
 _KILLED = """
     import sys, torch
     from fastprefix.kv import KVBudget, PrefixKV
@@ -200,6 +245,7 @@ def test_a_killed_process_loses_nothing_that_it_had_put(tmp_path, round_):
     process.send_signal(signal.SIGKILL)
     last = max([last, *map(int, process.stdout.read().split())])
     process.wait()
+    (tmp_path / "holiday.zip.partial").write_bytes(b"somebody else's")
     budget = KVBudget(200_000, tmp_path)
     assert sorted(budget) == [f"p{j}" for j in range(7)]
     for j in range(7):
@@ -210,7 +256,8 @@ def test_a_killed_process_loses_nothing_that_it_had_put(tmp_path, round_):
         assert kv.position_offset in {newest, *following}
         assert (kv.keys[0] == kv.position_offset).all()
         assert (kv.values[0] == -kv.position_offset).all()
-    assert not list(tmp_path.glob("*.partial"))
+    files = {f"p{j}.safetensors" for j in range(7)}
+    assert {one.name for one in tmp_path.iterdir()} == files | {"index.json", "holiday.zip.partial"}
 
 
 def test_threads_share_a_budget(tmp_path):

@@ -1,7 +1,11 @@
 """PrefixKV: what it refuses, what it says of itself, and its files."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastprefix import PrefixKV
@@ -67,6 +71,7 @@ T = torch.zeros(2, 5, 4)
         ([T], [None], 0, TypeError, r"values\[0\]"),
         ([[1.0]], [T], 0, TypeError, r"keys\[0\]"),
         ([T], [T], -1, ValueError, "position_offset: got -1"),
+        ([T], [T], 2.5, TypeError, r"position_offset: got 2\.5"),
     ],
 )
 def test_refusals_name_what_is_wrong(keys, values, offset, error, message):
@@ -130,7 +135,6 @@ def test_saving_over_a_file_replaces_it(tmp_path):
 
 
 def test_saving_over_the_file_it_was_loaded_from(tmp_path):
-    """The tensors may be mapped from the very file that is replaced."""
     file = tmp_path / "kv.safetensors"
     kv = make()
     kv.save(file)
@@ -166,16 +170,50 @@ def test_another_safetensors_file(tmp_path):
 def test_numbers_that_are_none(tmp_path, name, value):
     file = tmp_path / "kv.safetensors"
     kv = make()
+    kv.save(file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
     layer = int(name.split(".")[1])
     (kv.keys if name.endswith("key") else kv.values)[layer][1, 2, 3] = value
-    kv.save(file)
+    with pytest.raises(ValueError, match=f"kv holds a NaN or infinity in {name}"):
+        kv.save(file)
+    assert torch.isfinite(PrefixKV.load(file).keys[1]).all()  # what was there before stayed
+    tensors = load_file(file)
+    tensors[name][1, 2, 3] = value
+    save_file(tensors, file, metadata=metadata)
     with pytest.raises(ValueError, match=rf"kv\.safetensors.*{name}"):
         PrefixKV.load(file)
 
 
-def test_tensors_that_do_not_fit_name_the_file(tmp_path):
-    from safetensors import safe_open
+def test_numbers_of_8_bits_round_trip(tmp_path):
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        kv = make(dtype)
+        kv.save(tmp_path / "kv.safetensors")
+        again = PrefixKV.load(tmp_path / "kv.safetensors")
+        assert torch.equal(again.keys[0].float(), kv.keys[0].float())
 
+
+def test_a_loaded_prefix_is_not_the_file(tmp_path):
+    file = tmp_path / "kv.safetensors"
+    kv = make()
+    kv.save(file)
+    loaded = PrefixKV.load(file)
+    with file.open("r+b") as opened:  # in place: the same file, other bytes
+        opened.seek(-200, os.SEEK_END)
+        opened.write(bytes(200))
+    assert_same(loaded, kv)
+
+
+def test_threads_may_save_to_one_file(tmp_path):
+    file = tmp_path / "kv.safetensors"
+    kvs = [make(P=P) for P in range(1, 9)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda kv: kv.save(file), kvs * 4))
+    assert PrefixKV.load(file).num_virtual_tokens in range(1, 9)
+    assert [one.name for one in tmp_path.iterdir()] == [file.name]
+
+
+def test_tensors_that_do_not_fit_name_the_file(tmp_path):
     file = tmp_path / "kv.safetensors"
     make().save(file)
     with safe_open(file, framework="pt") as opened:
