@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastprefix.hf.peft_base import freeze
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.prompt_config import PromptConfig
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 # PEFT's choice of what is trained beside a prompt: the layer on top, which is new with every task
 _HEADS = {
@@ -108,6 +111,23 @@ class TunedModel(nn.Module):
         """The base model's generation configuration."""
         return self.base_model.generation_config
 
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.base_model.generation_config = config
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base model's module that embeds tokens."""
+        embeddings: nn.Module = self.base_model.get_input_embeddings()
+        return embeddings
+
+    def _get_name(self) -> str:
+        """The base's, by which the Trainer knows that a smoothed loss is the next token's."""
+        return self.base_model._get_name()
+
+    def __repr__(self) -> str:
+        """As of any module, under its own name."""
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
     @property
     def device(self) -> torch.device:
         """The base model's device."""
@@ -161,6 +181,32 @@ class TunedModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """The older name of :meth:`activation_checkpointing_disable`."""
         self.activation_checkpointing_disable()
+
+
+# What bases take beside what every wrapper's forward names.
+_INPUTS = (
+    "token_type_ids",
+    "pixel_values",
+    "input_features",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "decoder_inputs_embeds",
+    "start_positions",
+    "end_positions",
+)
+
+
+def with_inputs_of_bases(forward: _Forward) -> _Forward:
+    """Makes the signature of a forward name what its ``**kwargs`` take for the base.
+
+    transformers.Trainer drops every column of a data set that the signature does not name.
+    """
+    signature = inspect.signature(forward)
+    *named, rest = signature.parameters.values()
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in _INPUTS]
+    told: Any = forward
+    told.__signature__ = signature.replace(parameters=[*named, *more, rest])
+    return forward
 
 
 def load_heads(model: PreTrainedModel, heads: Mapping[str, Tensor]) -> None:

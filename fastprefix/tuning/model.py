@@ -33,7 +33,7 @@ from fastprefix.hf.peft_format import PREFIX_KINDS, Adapter, load_adapter, save_
 from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
 from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
-from fastprefix.tuning.base import load_heads, saved_heads
+from fastprefix.tuning.base import load_heads, saved_heads, with_inputs_of_bases
 from fastprefix.tuning.build import new_encoder
 from fastprefix.tuning.config import PrefixConfig
 
@@ -101,6 +101,12 @@ class PrefixTuningModel(NamedAdapters):
         """
         self._insert(adapter_name, config, new_encoder(self.base_model, config, tokenizer))
 
+    @property
+    def loss_type(self) -> str | None:
+        """The base's: for which labels the Trainer counts the tokens that the loss averages."""
+        return getattr(self.base_model, "loss_type", None)
+
+    @with_inputs_of_bases
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -139,7 +145,8 @@ class PrefixTuningModel(NamedAdapters):
                 return self.base_model(**kwargs)
             active = activate(self.base_model, self._prefix(self.active_adapter))
         else:
-            self._check_rows(prefix_names, _batch_size(kwargs))
+            if not _may_be_packed(kwargs):  # rows of packed sequences are counted where they run
+                self._check_rows(prefix_names, _batch_size(kwargs))
             named = {name: self._prefix(name) for name in _distinct(prefix_names)}
             if not named:
                 return self.base_model(**kwargs)
@@ -373,6 +380,12 @@ def _batch_size(inputs: dict[str, Any]) -> int | None:
         if isinstance(inputs.get(name), Tensor):
             return inputs[name].shape[0]
     return None
+
+
+def _may_be_packed(inputs: dict[str, Any]) -> bool:
+    """Whether one row may hold several sequences."""
+    told = any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
+    return _batch_size(inputs) == 1 and (told or inputs.get("position_ids") is not None)
 
 
 def _has_windows(model: PreTrainedModel) -> bool:

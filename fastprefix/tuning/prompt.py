@@ -11,6 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.hf.patching import UnsupportedModelError, use_prefix
+from fastprefix.hf.peft_base import (
+    find_base_adapter,
+    load_base_adapter,
+    save_base_adapter,
+    unwrap,
+)
 from fastprefix.hf.peft_prompts import INFIX_KIND, load_prompt, save_prompt
 from fastprefix.hf.prefill import prefill_embeddings
 from fastprefix.kv import PrefixKV
@@ -20,6 +26,7 @@ from fastprefix.tuning.base import (
     initial_ids,
     load_heads,
     saved_heads,
+    with_inputs_of_bases,
 )
 from fastprefix.tuning.prompt_config import PromptConfig
 from fastprefix.tuning.prompt_encoder import PromptEncoder
@@ -63,6 +70,7 @@ class PromptTuningModel(TunedModel):
         config: PromptConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        model = unwrap(model)
         taken = inspect.signature(model.forward).parameters
         if "inputs_embeds" not in taken:
             raise ValueError(f"model: {type(model).__name__} takes no inputs_embeds")
@@ -71,7 +79,9 @@ class PromptTuningModel(TunedModel):
         self.prompt_config = config
         self.encoder = PromptEncoder(config, embedding_weight(model).shape[1]).to(model.device)
         if start is not None:
-            self.encoder.start_from(embedding_weight(model)[start.to(model.device)])
+            with torch.no_grad():  # by the module, which may scale what it looks up
+                embeddings = model.get_input_embeddings()(start.to(model.device))
+            self.encoder.start_from(embeddings)
         self.train_heads(config.modules_to_save, config.task_type)
         self._takes_positions = "position_ids" in taken
         self._is_causal = not model.config.is_encoder_decoder and (
@@ -79,6 +89,7 @@ class PromptTuningModel(TunedModel):
             or any(getattr(module, "is_causal", False) for module in model.modules())
         )
 
+    @with_inputs_of_bases
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -174,6 +185,9 @@ class PromptTuningModel(TunedModel):
         layout = self._layout(attention_mask, input_ids.shape[1], after)
         fed = self._fed(layout, embeds, attention_mask, None, after)
         fed.pop("position_ids", None)  # generate() makes them of the mask
+        # without one generate() would make one for the text alone
+        whole = fed["inputs_embeds"].shape[:2]
+        fed.setdefault("attention_mask", torch.ones(whole, dtype=torch.long, device=embeds.device))
         if self._is_encoder_decoder:
             return generate(**fed, **kwargs)
         settings = kwargs.get("generation_config")
@@ -214,7 +228,11 @@ class PromptTuningModel(TunedModel):
         """Writes the prompt, and heads trained beside it, in PEFT's format.
 
         A network is dropped, as PEFT does. An infix, which PEFT does not know, gets a peft_type
-        of ours, so that PEFT refuses it.
+        of ours, so that PEFT refuses it. An adapter inside the base is written beside it, into
+        the sub-folder "base_model".
+
+        Raises:
+            ValueError: see :func:`fastprefix.hf.peft_base.save_base_adapter`.
         """
         config, base = self.prompt_config, self.base_model.config.get_text_config()
         kind = "P_TUNING" if config.encoder_reparameterization_type else "PROMPT_TUNING"
@@ -232,6 +250,7 @@ class PromptTuningModel(TunedModel):
             fields["encoder_hidden_size"] = config.encoder_hidden_size or self._width
             fields["encoder_num_layers"] = config.encoder_num_layers
             fields["encoder_dropout"] = config.encoder_dropout
+        save_base_adapter(Path(folder), self.base_model)
         save_prompt(folder, self.export_embeddings(), fields, kind=kind, heads=self.heads())
 
     @classmethod
@@ -239,6 +258,8 @@ class PromptTuningModel(TunedModel):
         cls, model: PreTrainedModel, name_or_folder: str | Path, *, is_trainable: bool = False
     ) -> PromptTuningModel:
         """Loads a PROMPT_TUNING or P_TUNING adapter that fastprefix or PEFT saved.
+
+        With it comes the adapter inside the base that was saved beside it.
 
         Args:
             model: the base; frozen. Heads that were trained beside the prompt replace its own.
@@ -249,6 +270,7 @@ class PromptTuningModel(TunedModel):
             FileNotFoundError: a file is missing.
             ValueError: not an input-level prompt for this model.
         """
+        model = unwrap(model)
         prompt = load_prompt(name_or_folder, embedding_weight(model).shape[1])
         config = PromptConfig(
             num_virtual_tokens=prompt.embeddings.shape[0],
@@ -256,6 +278,9 @@ class PromptTuningModel(TunedModel):
             modules_to_save=saved_heads(prompt.config, prompt.heads),
             placement="infix" if prompt.config["peft_type"] == INFIX_KIND else "prefix",
         )
+        inside = find_base_adapter(name_or_folder)
+        if inside is not None:
+            load_base_adapter(model, inside, is_trainable=is_trainable)
         load_heads(model, prompt.heads)
         tuned = cls(model, config)
         tuned.encoder.start_from(prompt.embeddings)

@@ -16,6 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils.generic import find_labels
 
 from fastprefix.tuning.model import PrefixTuningModel
 
@@ -62,6 +63,8 @@ class _SavesTheAdapter(_Base):
         super().__init__(model, args, **options)
         if use_cache is not None:
             model.config.use_cache = use_cache
+        if args.label_names is None:  # those of the base: a wrapper's class does not tell them
+            self.label_names = find_labels(type(model.base_model))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See ``transformers.Trainer.train``."""

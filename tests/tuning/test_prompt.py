@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from peft import PromptEncoder, PromptEncoderConfig
+from peft import LoraConfig, PromptEncoder, PromptEncoderConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BloomConfig,
+    Gemma2Config,
     LlamaForSequenceClassification,
     MistralConfig,
     T5Config,
@@ -191,6 +192,12 @@ def test_infixes_in_generate(tiny, model, bare):
     behind = tiny.generate(tuned, ids, mask)
     at = torch.tensor([2, 1, 0])
     within = tiny.generate(tuned, ids, mask, infix_positions=at)
+    full = tuned.generate(ids[:1, -3:], max_new_tokens=8, do_sample=False, pad_token_id=tiny.PAD)
+    masked = tuned.generate(
+        ids[:1, -3:], mask[:1, -3:], max_new_tokens=8, do_sample=False, pad_token_id=tiny.PAD
+    )
+    assert mask[:1, -3:].all()
+    assert torch.equal(full, masked)
     longest = tuned.generate(ids, mask, max_length=ids.shape[1] + 8, pad_token_id=tiny.PAD)
     assert torch.equal(longest[:, ids.shape[1] :], behind)
     for row, text in enumerate(rows(ids, mask)):
@@ -368,6 +375,32 @@ def test_starts_from_embeddings_of_tokens(tiny, kind, init):
         found = [(table == row).all(1).nonzero() for row in prompt]
         assert all(len(places) == 1 for places in found)
     assert all(p.requires_grad for p in tuned.encoder.parameters())
+
+
+def test_a_start_is_scaled_as_the_base_scales_its_embeddings(tiny):
+    """Gemma's module multiplies what it looks up by the root of the width."""
+    model = tiny.from_config(Gemma2Config(**tiny.GROUPED))
+    start = PromptConfig(num_virtual_tokens=3, init="text", init_text="abc")
+    tuned = PromptTuningModel(model, start, lambda text: {"input_ids": [5, 6, 7]})
+    looked_up = model.get_input_embeddings()(torch.tensor([5, 6, 7]))
+    assert torch.equal(tuned.export_embeddings(), looked_up)
+    assert not torch.allclose(looked_up, model.get_input_embeddings().weight[5:8])
+
+
+def test_a_lora_in_the_base_is_saved_and_loaded_with_it(tiny, tmp_path):
+    ids, mask = tiny.batch()
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    tuned = PromptTuningModel(
+        get_peft_model(tiny.build(), lora), PromptConfig(num_virtual_tokens=P, init_std=1.0)
+    ).eval()
+    assert any("lora" in name for name, p in tuned.named_parameters() if p.requires_grad)
+    tuned.save_pretrained(tmp_path)
+    again = PromptTuningModel.from_pretrained(tiny.build(), tmp_path)
+    with torch.no_grad():
+        expected = tuned(ids, attention_mask=mask).logits
+        assert torch.equal(again(ids, attention_mask=mask).logits, expected)
+        again.base_model.disable_adapters()
+        assert (again(ids, attention_mask=mask).logits - expected).abs().max() > 1e-3
 
 
 def test_it_learns_and_the_base_does_not(tiny, model, bare, kind):

@@ -72,6 +72,8 @@ class ProgressiveLength(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Grows where the losses since the last growth ask for it."""
+        if control.should_training_stop and state.global_step < state.max_steps:
+            return  # another callback stopped a run that went wrong; what it restored stays
         if "loss" not in kwargs["logs"] or not self._stalled(state):
             return
         for encoder in trained_encoders(kwargs["model"]):

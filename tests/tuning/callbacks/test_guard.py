@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from fastprefix.tuning.callbacks import StopOnCollapse
+from fastprefix.tuning.callbacks import ProgressiveLength, StopOnCollapse
 
 
 class Break(TrainerCallback):
@@ -66,6 +66,18 @@ def test_collapse_of_the_loss(make_trainer, patience):
     assert trainer.state.global_step == 4 + patience
     assert "loss" in guard.reason
     assert same(trainer.model.export(), brk.states[3])
+
+
+@pytest.mark.parametrize(("what", "left"), [("loss", 3), ("nan", 2)])
+def test_growth_leaves_alone_what_was_restored(make_trainer, what, left):
+    """The loss that collapsed has stalled as well, and growth comes after the restoring."""
+    brk, guard = Break(4, what), StopOnCollapse(factor=1.2, patience=1)
+    growth = ProgressiveLength(step=3, maximum=12, threshold=0.0, patience=1)
+    trainer = make_trainer({}, [brk, guard, growth], max_steps=9, batch=8)
+    trainer.train()
+    assert guard.reason is not None
+    assert trainer.state.global_step < 9
+    assert same(trainer.model.export(), brk.states[left])
 
 
 def test_sound_training_is_left_alone(make_trainer):
