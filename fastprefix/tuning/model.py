@@ -125,8 +125,8 @@ class PrefixTuningModel(NamedAdapters):
             position_ids: [B, L], counted from 0 at the text's first token.
             inputs_embeds: [B, L, hidden], in place of input_ids.
             labels: [B, L], -100 where no loss is wanted.
-            prefix_names: B adapters by name, each row's own, or None for a row without a prefix.
-                The active one for all rows if None.
+            prefix_names: B adapters by name, each row's own (each sequence's, if they are packed),
+                or None for a row without a prefix. The active one for all rows if None.
             kwargs: whatever else the base model's forward takes.
 
         Raises:
@@ -145,8 +145,8 @@ class PrefixTuningModel(NamedAdapters):
                 return self.base_model(**kwargs)
             active = activate(self.base_model, self._prefix(self.active_adapter))
         else:
-            if not _may_be_packed(kwargs):  # rows of packed sequences are counted where they run
-                self._check_rows(prefix_names, _batch_size(kwargs))
+            # packed sequences are counted where they run
+            self._check_rows(prefix_names, None if _may_be_packed(kwargs) else _batch_size(kwargs))
             named = {name: self._prefix(name) for name in _distinct(prefix_names)}
             if not named:
                 return self.base_model(**kwargs)

@@ -199,6 +199,21 @@ def test_gradients_of_all_that_are_named(tiny, tuned, bare, batch, frozen):
 
 
 @pytest.mark.parametrize("architecture", ["llama"])
+def test_each_packed_sequence_has_its_own_prefix(tiny, tuned, bare):
+    lengths, names = [4, 6, 3], ["b", None, "default"]
+    ids = torch.randint(3, tiny.VOCAB, (1, sum(lengths)))
+    packed = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+    got = tuned(ids, **packed, prefix_names=names).logits[0].split(lengths)
+    for logits, text, name in zip(got, ids[0].split(lengths), names, strict=True):
+        row = {"input_ids": text[None], "attention_mask": torch.ones_like(text)[None]}
+        kv = tuned.export(name) if name else None
+        torch.testing.assert_close(logits, expected_logits(tiny, bare, kv, row)[0], **CLOSE)
+    with pytest.raises(ValueError, match="got 2 names, takes one for each"):
+        tuned(ids, **packed, prefix_names=names[:2])
+    with pytest.raises(ValueError, match="prefix_names: got 'c'"):
+        tuned(ids, **packed, prefix_names=["c", None, None])
+
+
 def test_prefix_names_that_do_not_fit(tuned, batch):
     calls = [lambda rows: tuned(**batch, prefix_names=rows)]
     calls += [lambda rows: tuned.generate(**batch, prefix_names=rows, max_new_tokens=1)]

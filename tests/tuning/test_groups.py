@@ -1,5 +1,7 @@
 """Which layers get a prefix: the groups of encoder-decoders, and encoders."""
 
+import json
+
 import pytest
 import torch
 
@@ -138,3 +140,19 @@ def test_groups_are_saved_and_loaded(tiny, groups, tmp_path):
     inputs, _ = tiny.kind_inputs(tuned.base_model)
     with torch.no_grad():
         assert torch.equal(tuned(**inputs).logits, loaded(**inputs).logits)
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+def test_training_starts_from_a_saved_prefix(tiny, tmp_path, groups):
+    """Also from PEFT's format, which holds a decoder's prefix alone."""
+    config = {"num_virtual_tokens": 3, "task_type": "SEQ_2_SEQ_LM", "groups": groups}
+    if groups == ("decoder",):
+        config["position_offset"] = 3  # as PEFT's
+    saved = PrefixTuningModel(tiny.kind("t5", torch.float32), PrefixConfig(**config))
+    saved.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["peft_type"] == "PREFIX_TUNING") == (groups == ("decoder",))
+    start = PrefixConfig(**config, init="prefix", init_prefix=str(tmp_path))
+    tuned = PrefixTuningModel(tiny.kind("t5", torch.float32), start)
+    for got, want in zip(tuned.export().tensors, saved.export().tensors, strict=True):
+        assert torch.equal(got, want)
