@@ -100,6 +100,28 @@ def find_base_adapter(name_or_folder: str | Path) -> Path | None:
     return Path(config).parent
 
 
+def is_base_adapter(model: PreTrainedModel, folder: Path) -> bool:
+    """Whether the active adapter inside a model is, in its numbers, the one that was saved.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no {WEIGHTS_FILE} in this folder")
+    if not has_base_adapters(model) or len(_active(model)) != 1:
+        return False
+    from peft import get_peft_model_state_dict
+
+    saved = load_file(file)
+    found = get_peft_model_state_dict(model, adapter_name=_active(model)[0])
+    found = {f"{_PREFIX}{name}": x.detach().cpu() for name, x in found.items()}
+    return saved.keys() == found.keys() and all(
+        x.shape == found[name].shape and torch.equal(x.to(found[name].dtype), found[name])
+        for name, x in saved.items()
+    )
+
+
 def load_base_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool) -> None:
     """Puts a saved adapter into a model, under the name "default".
 

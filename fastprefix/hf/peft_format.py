@@ -107,7 +107,7 @@ def save_adapter(
     if why_not is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         kv.save(Path(folder) / KV_FILE)
-        fields = {**_common(kv), "peft_type": OWN_KIND, "not_peft": why_not, **config}
+        fields = {**_common(kv), "peft_type": OWN_KIND, "not_peft": why_not, "kind": kind, **config}
         write_adapter(folder, fields, None, heads)
         return
     submodules, decoder = 1, _decoder(groups)
@@ -122,11 +122,15 @@ def save_adapter(
         "peft_type": kind,
         "token_dim": shape.num_heads * shape.key_size,
     }
+    about = {"in_window": kv.in_window}
     if kind == "CARTRIDGE":
         fields["num_frozen_tokens"] = 0
     else:
         fields.update(encoder_hidden_size=None, init_weights=None, prefix_projection=False)
-    write_adapter(folder, {**fields, **config}, to_flat(kv), heads, {"in_window": kv.in_window})
+        # of which PEFT's configuration for this kind has no field
+        about["num_frozen_tokens"] = config.get("num_frozen_tokens", 0)
+        config = {name: value for name, value in config.items() if name != "num_frozen_tokens"}
+    write_adapter(folder, {**fields, **config}, to_flat(kv), heads, about)
 
 
 def load_adapter(
@@ -192,6 +196,7 @@ def load_adapter(
         kv = _unfolded(kv, len(decoder)).spread(decoder, shapes)
     slides = groups is None or set(groups) == {"decoder"}
     kv = replace(kv, in_window=bool(files.about.get("in_window", slides)))
+    config.setdefault("num_frozen_tokens", files.about.get("num_frozen_tokens", 0))
     return Adapter(kv, config, files.heads)
 
 

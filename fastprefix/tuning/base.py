@@ -56,7 +56,8 @@ class TunedModel(nn.Module):
             task_type: of the task, where names is None.
 
         Raises:
-            ValueError: the base has no module of a given name.
+            ValueError: the base has no module of a given name, or one whose parameters another
+                module shares (tied embeddings).
         """
         wanted = _HEADS.get(task_type or "", ()) if names is None else tuple(names)
         found = {
@@ -68,6 +69,14 @@ class TunedModel(nn.Module):
             if not any(name.rpartition(".")[2] == want for name in found):
                 raise ValueError(
                     f"modules_to_save: got {want!r}, which {type(self.base_model).__name__} lacks"
+                )
+        trained = {id(p): name for name, m in found.items() for p in m.parameters()}
+        for name, parameter in self.base_model.named_parameters(remove_duplicate=False):
+            inside = any(name.startswith(f"{head}.") for head in found)
+            if id(parameter) in trained and not inside:
+                raise ValueError(
+                    f"modules_to_save: got {trained[id(parameter)]!r}, whose numbers are those of "
+                    f"{name!r} too, which would be trained with it; takes modules of their own"
                 )
         for module in found.values():
             module.requires_grad_(True)

@@ -24,7 +24,7 @@ from fastprefix.hf.patching import (
 )
 from fastprefix.hf.peft_base import (
     find_base_adapter,
-    has_base_adapters,
+    is_base_adapter,
     load_base_adapter,
     save_base_adapter,
     unwrap,
@@ -250,6 +250,7 @@ class PrefixTuningModel(NamedAdapters):
             fields = {
                 "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
                 "modules_to_save": self.head_names(),
+                "num_frozen_tokens": config.num_frozen_tokens,
                 "task_type": config.task_type,
             }
             if config.prefix_bias is not None:
@@ -257,8 +258,6 @@ class PrefixTuningModel(NamedAdapters):
             if config.peft_type == "PREFIX_TUNING":
                 fields["encoder_hidden_size"] = config.encoder_hidden_size
                 fields["prefix_projection"] = config.prefix_projection
-            else:
-                fields["num_frozen_tokens"] = config.num_frozen_tokens
             save_base_adapter(place, self.base_model)
             save_adapter(
                 place,
@@ -317,8 +316,8 @@ class PrefixTuningModel(NamedAdapters):
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: the name is in use or cannot be one, or not a prefix-tuning adapter for
-                this model, or one that was trained with an adapter inside the base, of which
-                this base has none.
+                this model, or one that was trained with an adapter inside the base that is not
+                this base's.
         """
         adapter, config = _load(name_or_folder, self.base_model)
         if adapter.heads:
@@ -326,10 +325,11 @@ class PrefixTuningModel(NamedAdapters):
                 f"{name_or_folder}: holds {sorted(adapter.heads)} besides, which all adapters of "
                 "a model share; load it by from_pretrained"
             )
-        if find_base_adapter(name_or_folder) is not None and not has_base_adapters(self.base_model):
+        inside = find_base_adapter(name_or_folder)
+        if inside is not None and not is_base_adapter(self.base_model, inside):
             raise ValueError(
-                f"{name_or_folder}: holds an adapter inside the base, too, which this base lacks; "
-                "load both by from_pretrained"
+                f"{name_or_folder}: holds an adapter inside the base, too, which this base lacks "
+                "or has other numbers in; load both by from_pretrained"
             )
         self.add_adapter(adapter_name, config)
         encoder = self.encoders[adapter_name]
@@ -342,7 +342,8 @@ def _load(name_or_folder: str | Path, model: PreTrainedModel) -> tuple[Adapter, 
     """A saved prefix for a patched model, and a configuration that trains it directly."""
     adapter = load_adapter(name_or_folder, layer_shapes(model), layer_groups(model))
     activate(model, adapter.kv)  # refuses what the model cannot run
-    kind, has = adapter.config["peft_type"], kind_of(adapter.kv.reweighting)
+    kind = adapter.config.get("kind", adapter.config["peft_type"])
+    has = kind_of(adapter.kv.reweighting)
     lengths = [key.shape[1] for key in adapter.kv.keys]
     config = PrefixConfig(
         num_virtual_tokens=adapter.kv.num_virtual_tokens,

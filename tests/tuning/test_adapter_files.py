@@ -57,6 +57,22 @@ def test_is_trainable(tiny, folder, is_trainable):
     assert trainable == (["encoders.default.embedding"] if is_trainable else [])
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "CARTRIDGE"])
+def test_frozen_tokens_stay_frozen(tiny, tmp_path, peft_type, gated):
+    """Also where a format of ours holds what PEFT's cannot, and after a second saving."""
+    config = PrefixConfig(P, num_frozen_tokens=2, peft_type=peft_type, gated=gated)
+    tuned = PrefixTuningModel(tiny.build(), config)
+    for i in range(2):
+        tuned.save_pretrained(tmp_path / str(i))
+        tuned = PrefixTuningModel.from_pretrained(
+            tiny.build(), tmp_path / str(i), is_trainable=True
+        )
+        assert tuned.prefix_config.num_frozen_tokens == 2
+        assert tuned.prefix_config.peft_type == peft_type
+        assert tuned.encoder.embedding.shape[0] == P - 2
+
+
 def test_bfloat16_adapters_load(tiny, folder):
     weights = load_file(folder / WEIGHTS)
     save_file({n: t.bfloat16() for n, t in weights.items()}, folder / WEIGHTS)

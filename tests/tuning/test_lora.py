@@ -241,6 +241,18 @@ def test_a_prefix_without_its_lora_is_refused(tiny, folder):
 
 
 @ONE
+def test_a_prefix_beside_another_lora_is_refused(tiny, folder, lora):
+    """The base has one, and of the same shapes, but not the numbers that it was trained with."""
+    model = tiny.build()
+    torch.manual_seed(8)
+    model.add_adapter(lora)
+    tuned = PrefixTuningModel(model, CONFIG)
+    with pytest.raises(ValueError, match="other numbers"):
+        tuned.load_adapter(folder, "b")
+    assert list(tuned.encoders) == ["default"]
+
+
+@ONE
 def test_a_second_lora_is_refused(tiny, folder, lora):
     model = tiny.build()
     model.add_adapter(lora, "mine")
