@@ -138,7 +138,8 @@ class KVBudget:
 
         Raises:
             TypeError: name is not text.
-            ValueError: no name or too long a one, kv requires gradients, or is not all finite.
+            ValueError: no name or too long a one, kv requires gradients, or, with a folder, is not
+                all finite.
             KVBudgetError: pinned, and it does not fit beside the other pinned ones.
         """
         check_name(name)
