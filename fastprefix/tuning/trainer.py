@@ -18,6 +18,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.generic import find_labels
 
+from fastprefix.tuning.callbacks import PrefixMonitor, ProgressiveLayers, ProgressiveLength
 from fastprefix.tuning.model import PrefixTuningModel
 
 
@@ -77,6 +78,17 @@ class _SavesTheAdapter(_Base):
         finally:
             if use_cache is not None:
                 model.config.use_cache = use_cache
+            # an interrupted run does not end by itself, and what these did would outlast it
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, (ProgressiveLayers, PrefixMonitor)):
+                    callback.on_train_end(self.args, self.state, self.control, model=model)
+
+    def add_callback(self, callback: Any) -> None:
+        """See ``transformers.Trainer.add_callback``."""
+        super().add_callback(callback)
+        added = self.callback_handler.callbacks[-1]
+        if isinstance(added, ProgressiveLength):  # too late for what tells those given at first
+            added.on_init_end(self.args, self.state, self.control, model=self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter alone, for ``from_pretrained`` and PEFT.

@@ -126,6 +126,16 @@ def test_resumed_training_ends_where_uninterrupted_training_does(make_trainer):
         torch.testing.assert_close(one, other)
 
 
+def test_a_callback_that_is_added_later_resumes_too(make_trainer):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer({}, [ProgressiveLength(3, 8, 0.5, 1)], **options)
+    whole.train()
+    resumed = make_trainer({}, **options)
+    resumed.add_callback(ProgressiveLength(3, 8, 0.5, 1))
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
+    assert resumed.model.export().num_virtual_tokens == whole.model.export().num_virtual_tokens == 8
+
+
 def test_the_best_checkpoint_may_be_a_shorter_one(make_trainer):
     """Best by the highest loss here, which comes early."""
     every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from fastprefix.tuning.callbacks import ProgressiveLayers
+from fastprefix.tuning.callbacks import PrefixMonitor, ProgressiveLayers
 
 
 class Watch(TrainerCallback):
@@ -72,3 +72,18 @@ def test_refusals(make_trainer):
             ProgressiveLayers(**{"steps": 1, name: value})
     with pytest.raises(ValueError, match=r"weight_decay: got 0\.1"):
         make_trainer({}, [ProgressiveLayers(1)], weight_decay=0.1).train()
+
+
+class Interrupt(TrainerCallback):
+    """The user's Ctrl+C."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_leaves_no_layer_frozen(make_trainer):
+    trainer = make_trainer({}, [ProgressiveLayers(steps=4), PrefixMonitor(), Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.model.encoder.trained_slots is None
+    assert not trainer.model.encoder._forward_hooks
