@@ -30,6 +30,11 @@ def new_encoder(
         ValueError: the config does not fit the model, or init="text" without a tokenizer.
         FileNotFoundError: config.init_prefix does not exist.
     """
+    if config.prefix_in_window and set(layer_groups(model)) != {"decoder"}:
+        raise ValueError(
+            f"prefix_in_window: got True, takes False for this {type(model).__name__}; prefixes "
+            "slide in decoder-only models alone"
+        )
     shapes = layer_shapes(model)
     P, offset = config.num_virtual_tokens, config.position_offset
     layers = config.layers if config.groups is None else _of_groups(config.groups, model)

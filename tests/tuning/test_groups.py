@@ -156,3 +156,11 @@ def test_training_starts_from_a_saved_prefix(tiny, tmp_path, groups):
     tuned = PrefixTuningModel(tiny.kind("t5", torch.float32), start)
     for got, want in zip(tuned.export().tensors, saved.export().tensors, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_a_prefix_that_slides_is_refused_before_anything_changes(tiny, kind):
+    model = tiny.kind(kind, torch.float32)
+    with pytest.raises(ValueError, match="prefix_in_window: got True"):
+        PrefixTuningModel(model, PrefixConfig(3, prefix_in_window=True))
+    assert all(p.requires_grad for p in model.parameters())
