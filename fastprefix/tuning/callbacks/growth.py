@@ -19,11 +19,12 @@ class ProgressiveLength(TrainerCallback):
     """Adds virtual tokens whenever the training loss stops falling.
 
     The start is the model's own ``num_virtual_tokens``. At the moment of growing the present tokens
-    stay what they are, to the bit, and the optimizer keeps what it knows of them; new ones come
-    behind, drawn as at a random start (the optimizer knows nothing of them yet). The function of
-    the model changes: it is that of the longer prefix. No choice of keys and values could avoid
-    that, as a token always takes some of the attention. The text's positions move with the length,
-    unless ``position_offset`` is set: then they stay where they are.
+    stay what they are, to the bit (but not those of an LSTM, which reads the new ones too), and the
+    optimizer keeps what it knows of them; new ones come behind, drawn as at a random start (the
+    optimizer knows nothing of them yet). The function of the model changes: it is that of the
+    longer prefix. No choice of keys and values could avoid that, as a token always takes some of
+    the attention. The text's positions move with the length, unless ``position_offset`` is set:
+    then they stay where they are.
 
     Training resumes from checkpoints of any length, and the best of them may be loaded at the end.
 
