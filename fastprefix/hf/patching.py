@@ -34,8 +34,7 @@ from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe
 from fastprefix.hf.room import positions_known
 from fastprefix.hf.sharding import Sharding, find_sharding, refuse_split_heads
 from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Placing, State
-from fastprefix.kv import Group, LayerShape, PackedPrefixKV, PrefixKV
-from fastprefix.kv.bank import asked_for
+from fastprefix.kv import Group, LayerShape, PackedPrefixKV, PrefixBank, PrefixKV
 
 # One prefix for all rows, or several by name.
 Prefixes = PrefixKV | PackedPrefixKV | Mapping[str, PrefixKV]
@@ -238,7 +237,8 @@ def activate(
         return ActivePrefix(None, state.backend)
     device, dtype = model.device, model.dtype  # converted once here, not in every layer
     if isinstance(kv, Mapping):
-        named = kv if rows is None else asked_for(kv, rows)
+        # of a bank, those alone that a row asks for: the others may lie on a disk
+        named = kv.select(rows) if isinstance(kv, PrefixBank) and rows is not None else kv
         fitting = {
             n: x.to(device, dtype) if isinstance(x, PrefixKV) else x for n, x in named.items()
         }

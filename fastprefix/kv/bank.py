@@ -64,7 +64,11 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
         Raises:
             ValueError: a name that is not here.
         """
-        return asked_for(self, rows)
+        names = [name for name in dict.fromkeys(rows) if name is not None]
+        for name in names:
+            if name not in self:
+                raise ValueError(f"rows: got {name!r}, takes one of {sorted(self)}, or None")
+        return {name: self[name] for name in names or [*self][:1]}
 
     def interpolate(self, weights: Mapping[str, float], method: Method = "linear") -> PrefixKV:
         """A weighted mean of prefixes; see :func:`fastprefix.kv.interpolate`.
@@ -159,20 +163,3 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
             raise ValueError(
                 f"kv: {name!r} has layers {list(kv.shapes)}, takes {list(shapes)} as {other!r}"
             )
-
-
-def asked_for(
-    prefixes: Mapping[str, PrefixKV], rows: Iterable[str | None]
-) -> Mapping[str, PrefixKV]:
-    """The prefixes that the rows of a batch name, each once; any one if none names one.
-
-    The others need not fit beside these, and of a bank they may lie on a disk.
-
-    Raises:
-        ValueError: a name that is not here.
-    """
-    names = [name for name in dict.fromkeys(rows) if name is not None]
-    for name in names:
-        if name not in prefixes:
-            raise ValueError(f"rows: got {name!r}, takes one of {sorted(prefixes)}, or None")
-    return {name: prefixes[name] for name in names or [*prefixes][:1]}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastprefix.kernels import launch
+from fastprefix.kernels import tilings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -69,8 +69,8 @@ def test_where_whole_tiles_have_no_loop_of_their_own(
     problem, agree, monkeypatch, feature, is_causal, clamped
 ):
     """As with fp32 on most targets, and on RDNA, where rows past the end repeat the last one."""
-    monkeypatch.setattr(launch, "whole_apart", lambda step, problem: False)
-    monkeypatch.setattr(launch, "rows_clamped", lambda problem: clamped)
+    monkeypatch.setattr(tilings, "whole_apart", lambda step, problem: False)
+    monkeypatch.setattr(tilings, "rows_clamped", lambda problem: clamped)
     torch.manual_seed(0)
     shape = {"P": 40, "D": 16, "B": 1, "Hq": 2, "Hkv": 1, **FEATURES[feature]}
     agree(problem(**shape, is_causal=is_causal))
