@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastprefix.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE
+from fastprefix.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE, find
 
 BASE_FOLDER = "base_model"
 _PREFIX = "base_model.model."  # of PEFT's names, which count from its wrapper
@@ -64,17 +64,12 @@ def save_base_adapter(folder: Path, model: PreTrainedModel) -> None:
                 "another folder"
             )
         return
-    from peft import get_peft_model_state_dict
-
     names = _active(model)
     if len(names) != 1:
         raise ValueError(
             f"base_model: got {names} as active PEFT adapters inside it, takes one to be saved"
         )
-    state = get_peft_model_state_dict(model, adapter_name=names[0])
-    weights = {
-        f"{_PREFIX}{name}": x.detach().cpu().clone().contiguous() for name, x in state.items()
-    }
+    weights = {name: x.clone().contiguous() for name, x in _weights(model, names[0]).items()}
     config = copy.copy(model.peft_config[names[0]])
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,16 +101,10 @@ def is_base_adapter(model: PreTrainedModel, folder: Path) -> bool:
     Raises:
         FileNotFoundError: a file is missing.
     """
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no {WEIGHTS_FILE} in this folder")
+    file = find(folder, WEIGHTS_FILE)
     if not has_base_adapters(model) or len(_active(model)) != 1:
         return False
-    from peft import get_peft_model_state_dict
-
-    saved = load_file(file)
-    found = get_peft_model_state_dict(model, adapter_name=_active(model)[0])
-    found = {f"{_PREFIX}{name}": x.detach().cpu() for name, x in found.items()}
+    saved, found = load_file(file), _weights(model, _active(model)[0])
     return saved.keys() == found.keys() and all(
         x.shape == found[name].shape and torch.equal(x.to(found[name].dtype), found[name])
         for name, x in saved.items()
@@ -135,9 +124,7 @@ def load_base_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: boo
             f"model: got one with PEFT adapters {list(model.peft_config)} inside, and {folder} "
             "holds another; pass the model without"
         )
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no {WEIGHTS_FILE} in this folder")
+    file = find(folder, WEIGHTS_FILE)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         if not all(torch.isfinite(x).all() for x in load_file(file).values()):
@@ -152,6 +139,14 @@ def load_base_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: boo
         for parameter in trained:
             parameter.requires_grad_(True)
         raise ValueError(f"{file}: {error}") from error
+
+
+def _weights(model: PreTrainedModel, adapter_name: str) -> dict[str, Tensor]:
+    """An adapter's tensors by PEFT's names in a file."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {f"{_PREFIX}{name}": x.detach().cpu() for name, x in state.items()}
 
 
 def _take_out(model: PreTrainedModel) -> None:

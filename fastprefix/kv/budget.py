@@ -8,12 +8,11 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from urllib.parse import quote, unquote
 
 import torch
 
-from fastprefix.kv.prefix import PARTIAL, LayerShape, PrefixKV, measure
+from fastprefix.kv.prefix import PARTIAL, LayerShape, PrefixKV, measure, written_apart
 
 _SUFFIX = ".safetensors"
 _INDEX = "index.json"
@@ -337,11 +336,9 @@ class KVBudget:
         if self.folder is None:
             return
         about = {n: {"priority": e.priority, "pinned": e.pinned} for n, e in self._entries.items()}
-        prefix, suffix = PARTIAL
-        with TemporaryDirectory(prefix=prefix, suffix=suffix, dir=self.folder) as apart:
-            partial = Path(apart) / _INDEX
-            partial.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            partial.replace(self.folder / _INDEX)
+        text = json.dumps(about, indent=2, sort_keys=True) + "\n"
+        with written_apart(self.folder / _INDEX) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def _read_index(file: Path) -> dict[str, tuple[int, bool]]:

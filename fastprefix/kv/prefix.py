@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -291,12 +292,8 @@ class PrefixKV:
             "reweighting": kind_of(self.reweighting),
         }
         metadata = {"format": "pt", _FORMAT: json.dumps(about)}
-        prefix, suffix = PARTIAL
-        folder = Path(file).parent
-        with TemporaryDirectory(prefix=prefix, suffix=suffix, dir=folder) as apart:
-            partial = Path(apart) / "kv.safetensors"
+        with written_apart(Path(file)) as partial:
             save_file(tensors, partial, metadata=metadata)
-            partial.replace(file)  # never half a file under the real name
 
     @classmethod
     def load(cls, file: str | Path, device: torch.device | str = "cpu") -> PrefixKV:
@@ -338,6 +335,19 @@ class PrefixKV:
                 wide = tensor.float() if tensor.element_size() == 1 else tensor
                 if not torch.isfinite(wide).all():
                     raise ValueError(f"{what} holds a NaN or infinity in layers.{layer}.{name}")
+
+
+@contextlib.contextmanager
+def written_apart(file: Path) -> Iterator[Path]:
+    """Where to write a file that takes its name when the block ends: never half of it there.
+
+    In a folder of its own, since what writes it may leave files beside it when it is killed.
+    """
+    prefix, suffix = PARTIAL
+    with TemporaryDirectory(prefix=prefix, suffix=suffix, dir=file.parent) as folder:
+        partial = Path(folder) / file.name
+        yield partial
+        partial.replace(file)
 
 
 def measure(file: Path) -> tuple[int, tuple[LayerShape, ...]]:

@@ -194,3 +194,19 @@ def test_heads_whose_numbers_others_share_are_refused(tiny):
     tuned = PrefixTuningModel(tiny.build(tie_word_embeddings=False), config)
     assert tuned.base_model.lm_head.weight.requires_grad
     assert not tuned.get_input_embeddings().weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_virtual_tokens": 1}, {"prefix_bias": "learned"}, {"gated": True}],
+    ids=["one token", "bias", "gate"],
+)
+def test_what_was_exported_stays_while_training_goes_on(tiny, options):
+    tuned = PrefixTuningModel(tiny.build(), PrefixConfig(**{"num_virtual_tokens": 4, **options}))
+    kv = tuned.export()
+    before = [tensor.clone() for tensor in kv.tensors]
+    with torch.no_grad():
+        for parameter in tuned.encoder.parameters():
+            parameter += 1.0
+    assert all(map(torch.equal, kv.tensors, before))
+    assert not torch.equal(tuned.export().keys[0], before[0])

@@ -25,8 +25,6 @@ from fastprefix.tuning.trainer import (
     PrefixTrainingArguments,
 )
 
-datasets = pytest.importorskip("datasets")
-
 KINDS = {"prefix": (PrefixTuningModel, PrefixConfig), "prompt": (PromptTuningModel, PromptConfig)}
 
 
@@ -54,19 +52,22 @@ def arguments(folder, kind=PrefixTrainingArguments, **options):
 
 
 def data_of(**columns):
-    ids = torch.randint(3, 97, (4, 6)).tolist()
-    return datasets.Dataset.from_dict({"input_ids": ids, **columns}).with_format("torch")
+    """Four rows, and all of them as one batch."""
+    ids = torch.randint(3, 97, (4, 6))
+    batch = {"input_ids": ids} | {name: torch.tensor(column) for name, column in columns.items()}
+    return [{name: column[row] for name, column in batch.items()} for row in range(4)], batch
 
 
 def test_columns_that_the_base_takes_reach_it(wrap, tmp_path):
     tuned = wrap(bert(BertForSequenceClassification), "SEQ_CLS")
     types = [[0, 0, 0, 1, 1, 1]] * 4
-    data = data_of(token_type_ids=types, labels=[0, 1, 0, 1], unknown=[0] * 4)
+    data, batch = data_of(token_type_ids=types, labels=[0, 1, 0, 1], unknown=[0] * 4)
     trainer = Trainer(tuned, arguments(tmp_path), eval_dataset=data)
     got = torch.from_numpy(trainer.predict(data).predictions)
-    batch = {name: data[:][name] for name in ("input_ids", "token_type_ids")}
     with torch.no_grad():
-        expected = tuned.eval()(**batch).logits
+        expected = tuned.eval()(
+            input_ids=batch["input_ids"], token_type_ids=batch["token_type_ids"]
+        ).logits
         without = tuned(input_ids=batch["input_ids"]).logits
     torch.testing.assert_close(got, expected)
     assert (expected - without).abs().max() > 1e-3
@@ -74,12 +75,12 @@ def test_columns_that_the_base_takes_reach_it(wrap, tmp_path):
 
 def test_question_answering_is_trained_and_evaluated(wrap, tmp_path):
     tuned = wrap(bert(BertForQuestionAnswering), "QUESTION_ANS")
-    data = data_of(start_positions=[0, 1, 2, 3], end_positions=[1, 2, 3, 4])
+    data, batch = data_of(start_positions=[0, 1, 2, 3], end_positions=[1, 2, 3, 4])
     trainer = PrefixTrainer(tuned, arguments(tmp_path), train_dataset=data, eval_dataset=data)
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]
     with torch.no_grad():
-        assert loss == pytest.approx(tuned.eval()(**data[:]).loss.item(), rel=1e-5)
+        assert loss == pytest.approx(tuned.eval()(**batch).loss.item(), rel=1e-5)
     assert len(trainer.predict(data).label_ids) == 2
 
 
