@@ -14,11 +14,11 @@ from fastprefix.hf.attention import NAME
 from fastprefix.hf.packing import inputs_of, no_mask, refuse_packed, unpack
 from fastprefix.hf.room import check_room
 from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
+from fastprefix.hf.versions import cache_of, cached_name, length_of
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 
 # Behind a state's key: by how much the stack at hand moves its text, at most and by row.
 OFFSET = "_offset"
-CACHED = "past_key_values_length"  # what transformers calls it where embeddings place the text
 
 
 def inject(
@@ -150,7 +150,8 @@ def shift(
             f"rows: {type(module).__name__} cannot be told of positions that differ by row; takes "
             "prefixes with a position_offset of 0"
         )
-    cached = kwargs.get(CACHED, 0)
+    argument = cached_name(module)
+    cached = 0 if argument is None else kwargs.get(argument, 0)
     positions, reach = kwargs.get("position_ids"), 0
     if positions is not None:
         positions = positions + offset
@@ -172,7 +173,8 @@ def shift(
         inputs = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         reach = offset + cached + (inputs.shape[1] if isinstance(inputs, Tensor) else 0)
-        kwargs[CACHED] = cached + offset
+        assert argument is not None
+        kwargs[argument] = cached + offset
     if positions is not None:
         kwargs["position_ids"] = positions
     check_room(state.positions_known, most, reach, positions)
@@ -247,8 +249,7 @@ def _positions(kwargs: dict[str, Any], offset: int | Tensor) -> Tensor:
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         positions = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -length:]
     else:
-        cache = kwargs.get("past_key_values")
-        seen = cache.get_seq_length() if cache is not None else 0
+        seen = length_of(cache_of(kwargs))
         positions = (torch.arange(length, device=inputs.device) + seen)[None]
     return positions + offset
 
@@ -264,8 +265,7 @@ def relative_biases(stack: nn.Module) -> list[nn.Module]:
 
 def _distances(stack: nn.Module, kwargs: dict[str, Any], kv: PrefixKV) -> Tensor:
     """[Hq, Lq, P]: the bias that a decoder has for the prefix as the first tokens of its text."""
-    tokens, cache = inputs_of(kwargs), kwargs.get("past_key_values")
-    seen = cache.get_seq_length() if cache is not None else 0
+    tokens, seen = inputs_of(kwargs), length_of(cache_of(kwargs))
     module: Any
     (module,) = relative_biases(stack)
     bias: Tensor = module.compute_bias(
@@ -285,14 +285,13 @@ def _distances(stack: nn.Module, kwargs: dict[str, Any], kv: PrefixKV) -> Tensor
 def _reach(kwargs: dict[str, Any]) -> int:
     """How many positions the text takes at most, what is in the cache included."""
     length = inputs_of(kwargs).shape[1]
-    cache = kwargs.get("past_key_values")
-    seen = cache.get_seq_length() if cache is not None else 0
+    seen = length_of(cache_of(kwargs))
     return length + (seen if isinstance(seen, int) else 0)  # a static cache keeps a tensor
 
 
 def _text(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Where the call's text lies in the layers' keys: `placement` and `text_mask`."""
-    attention_mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    attention_mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
     if any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ())):
         return {"placement": "mask"}
     if attention_mask is None:
@@ -305,8 +304,7 @@ def _text(kwargs: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return {"placement": "unknown"}
     length = inputs_of(kwargs).shape[1]
-    seen = cache.get_seq_length() if cache is not None else 0
-    return {"text_mask": attention_mask[:, : seen + length]}
+    return {"text_mask": attention_mask[:, : length_of(cache) + length]}
 
 
 def _check_checkpointing(module: nn.Module, state: State) -> None:

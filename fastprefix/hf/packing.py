@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprefix.hf.versions import CACHE_NAMES, cache_of, length_of
+
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -79,7 +81,7 @@ def _starts_anew(kwargs: dict[str, Any]) -> bool:
     positions = kwargs.get("position_ids")
     if positions is None or positions.dim() != 2 or positions.shape[1] < 2:
         return False
-    if _given(kwargs, "attention_mask", "past_key_values") or torch.compiler.is_compiling():
+    if _given(kwargs, "attention_mask", *CACHE_NAMES) or torch.compiler.is_compiling():
         return False  # transformers takes them for packed in no other case; not while compiling
     return bool((positions.diff(dim=-1) < 1).any())
 
@@ -91,8 +93,7 @@ def _offsets(name: str, kwargs: dict[str, Any]) -> Tensor:
         raise ValueError(f"{name}: got a batch of {rows}, takes packed sequences in a single row")
     if _given(kwargs, "attention_mask"):
         raise ValueError(f"{name}, attention_mask: got both, takes one of them")
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
+    if length_of(cache_of(kwargs)) > 0:
         raise ValueError(f"{name}, past_key_values: got both, takes packed sequences without cache")
     given: Tensor = kwargs[name]
     if name == "seq_idx":

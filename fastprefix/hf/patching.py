@@ -9,7 +9,6 @@ so that gradient checkpointing replays it and several forwards before a backward
 from __future__ import annotations
 
 import contextlib
-import inspect
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.active import ActivePrefix
 from fastprefix.hf.attention import NAME, SLOT
 from fastprefix.hf.hook import (
-    CACHED,
     contiguous_input,
     inject,
     relative_biases,
@@ -34,6 +32,7 @@ from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe
 from fastprefix.hf.room import positions_known
 from fastprefix.hf.sharding import Sharding, find_sharding, refuse_split_heads
 from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Placing, State
+from fastprefix.hf.versions import cached_name, parameters
 from fastprefix.kv import Group, LayerShape, PackedPrefixKV, PrefixBank, PrefixKV
 
 # One prefix for all rows, or several by name.
@@ -353,11 +352,11 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> 
     embeddings = _position_embeddings(stack) if state.placing == "embedding" else []
     state.positions_known = positions_known(model, stack)
     for module, placing in hooked.items():
-        hook = partial(inject, names=_parameters(module), placing=placing)
+        hook = partial(inject, names=parameters(module), placing=placing)
         state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         setattr(module, HOOKED, state)
     for module in embeddings:
-        hook = partial(shift, names=_parameters(module))
+        hook = partial(shift, names=parameters(module))
         state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         setattr(module, HOOKED, state)
     head = model.get_output_embeddings()
@@ -379,11 +378,7 @@ def _placing(model: PreTrainedModel, *, causal: bool) -> Placing:
 
 def _position_embeddings(stack: nn.Module) -> list[nn.Module]:
     """The modules that place a text behind the keys that are in the cache."""
-    return [module for module in stack.modules() if takes(module, CACHED)]
-
-
-def _parameters(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)
+    return [module for module in stack.modules() if cached_name(module) is not None]
 
 
 def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:

@@ -6,7 +6,6 @@ Where layers share a module (ALBERT) each call is a slot of its own.
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf import attention
 from fastprefix.hf.active import Recorder
+from fastprefix.hf.versions import parameters
 from fastprefix.kv import Group, LayerShape
 
 
@@ -46,7 +46,7 @@ class Slots:
 
 def takes(module: nn.Module, argument: str) -> bool:
     """Whether a module's forward has a parameter of this name."""
-    return argument in inspect.signature(module.forward).parameters
+    return argument in parameters(module)
 
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:

@@ -19,6 +19,7 @@ from fastprefix.hf.peft_base import (
 )
 from fastprefix.hf.peft_prompts import INFIX_KIND, load_prompt, save_prompt
 from fastprefix.hf.prefill import prefill_embeddings
+from fastprefix.hf.versions import cache_of, length_of
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.base import (
     TunedModel,
@@ -307,8 +308,7 @@ class PromptTuningModel(TunedModel):
             raise ValueError(
                 f"attention_mask: got {mask.dim()} dimensions, takes [B, L] with a prompt"
             )
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() and not self._is_encoder_decoder:
+        if length_of(cache_of(kwargs)) and not self._is_encoder_decoder:
             raise ValueError(
                 "past_key_values: got a cache that holds tokens, behind which the prompt would "
                 "come again; use generate(), or export() and use_prefix"
