@@ -58,6 +58,7 @@ class Recorder:
         values: [B, Hkv, L, Dv] of each call.
         causal: whether each call was causal.
         queries: [B, Hq, D] of the last token of each call.
+        windows: the sliding window of each call, or None.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
@@ -65,9 +66,16 @@ class Recorder:
     values: list[Tensor] = field(default_factory=list)
     causal: list[bool] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
+    windows: list[int | None] = field(default_factory=list)
 
     def record(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, causal: bool
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        causal: bool,
+        window: int | None = None,
     ) -> None:
         """Keeps one call."""
         self.modules.append(module)
@@ -75,3 +83,4 @@ class Recorder:
         self.values.append(value)
         self.causal.append(causal)
         self.queries.append(query[:, :, -1].clone())  # a view would keep all of them
+        self.windows.append(window)

@@ -86,7 +86,7 @@ def prefix_attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     active = fastprefix if isinstance(fastprefix, ActivePrefix) else None
     if isinstance(fastprefix, Recorder):
-        fastprefix.record(module, query, key, value, causal)
+        fastprefix.record(module, query, key, value, causal, sliding_window)
     elif active is None and MISSED:
         for missed in MISSED:
             missed.append(module)

@@ -67,7 +67,7 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
             known that it could be run on.
     """
     kind = type(model).__name__
-    inputs = dict(example) if example is not None else _inputs(model)
+    inputs = dict(example) if example is not None else shortest_inputs(model)
     if takes(model, "use_cache"):
         inputs["use_cache"] = False
 
@@ -113,7 +113,7 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
     )
 
 
-def _inputs(model: PreTrainedModel) -> dict[str, Any]:
+def shortest_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """The shortest input that the model takes, by its main input's name and its config."""
     config, main = model.config, model.main_input_name
     text = config.get_text_config()
@@ -183,4 +183,11 @@ def _shared(
     return tuple(found)
 
 
-__all__ = ["Slots", "UnsupportedModelError", "is_encoder_decoder", "probe", "takes"]
+__all__ = [
+    "Slots",
+    "UnsupportedModelError",
+    "is_encoder_decoder",
+    "probe",
+    "shortest_inputs",
+    "takes",
+]
