@@ -47,9 +47,8 @@ PREFIX, TEXT = 3, 3
 # ways to round differ by, and far below what a lost token or a wrong position changes.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
 _TF32, _COARSE = 5e-3, 3e-2
-# In half precision rounding adds up over the layers of a run that is not held to another. What is
-# lost of a prompt is then told from rounding by the effect that the whole prompt has.
-_SHARE_OF_EFFECT = 0.25
+# The output of a whole block is mostly what went into it, and so is exact to fewer roundings.
+_BLOCK_SHARE = 0.3
 _OFF = "check=False switches this check off"
 
 _LOGGER = logging.getLogger("fastprefix")
@@ -228,37 +227,55 @@ def compare_prefix(
 
 
 def compare_prompt(
-    model: PreTrainedModel, prefilled: Callable[[Tensor], PrefixKV], behind: Callable[..., Any]
+    model: PreTrainedModel,
+    slots: Slots,
+    prefilled: Callable[[Tensor], PrefixKV],
+    behind: Callable[..., Any],
 ) -> tuple[str, float]:
     """Whether a text behind a prefilled prompt gets the outputs of both in one sequence.
 
+    All blocks of the stack are held to that sequence, those without attention among them.
+
     Args:
         model: patched, a decoder.
+        slots: its attention layers.
         prefilled: makes a prefix of token ids [1, P].
         behind: runs the model on keyword arguments with a prefix, or with None.
 
     Returns:
-        What is wrong, or "", and the relative error.
+        What is wrong, or "", and the largest relative error.
     """
-    kind = type(model).__name__
     ids: Tensor = tokens(model, 1, PREFIX + TEXT)["input_ids"]
-    text = ids[:, PREFIX:]
-    got = result_of(behind(prefilled(ids[:, :PREFIX]), input_ids=text))
-    want = _last(result_of(behind(None, input_ids=ids)), TEXT)
-    judge = _Judge(model, Trace(), {})
-    judge.final(got, want)
-    if judge.worst > judge.tolerance and judge.tolerance > _TF32:
-        without = _Judge(model, Trace(), {})
-        without.final(result_of(behind(None, input_ids=text)), want)
-        if judge.worst < _SHARE_OF_EFFECT * without.worst:
-            return "", judge.worst
-    if judge.worst > judge.tolerance:
+    kv = prefilled(ids[:, :PREFIX])
+    with recorded(_blocks(model, slots)) as trace:
+        want = result_of(behind(None, input_ids=ids))
+    judge = _Judge(model, trace, {})
+    with held_to(trace, lambda _: PREFIX, judge.compare):
+        got = result_of(behind(kv, input_ids=ids[:, PREFIX:]))
+    tolerance = judge.tolerance * (_BLOCK_SHARE if judge.judged else 1.0)
+    judge.final(got, _last(want, TEXT))
+    if judge.worst > max(tolerance, _TOLERANCES[torch.float32]):
         return (
-            f"{kind}: a prompt's keys and values are not all that it keeps of a prompt: the text "
-            "behind them gets other outputs than prompt and text in one sequence (relative error "
-            f"{judge.worst:.1e}); put the prompt into input_ids. {_OFF}"
+            f"{type(model).__name__}: a prompt's keys and values are not all that it keeps of a "
+            f"prompt: behind them {judge.where} computes something else than with prompt and text "
+            f"in one sequence (relative error {judge.worst:.1e}); put the prompt into input_ids. "
+            f"{_OFF}"
         ), judge.worst
     return "", judge.worst
+
+
+def _blocks(model: PreTrainedModel, slots: Slots) -> list[nn.Module]:
+    """The blocks of the stacks that the attention layers are in, in any order."""
+    names = {module: name for name, module in model.named_modules()}
+    stacks = []
+    for module in dict.fromkeys(slots.modules):
+        parts = names[module].split(".")
+        numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+        if numbers:
+            stacks.append(".".join(parts[: numbers[0]]))
+    return [
+        block for stack in dict.fromkeys(stacks) for block in model.get_submodule(stack).children()
+    ]
 
 
 class _Judge:

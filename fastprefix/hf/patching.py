@@ -143,6 +143,15 @@ def default_offset(model: PreTrainedModel, num_virtual_tokens: int) -> int:
     return num_virtual_tokens if moves else 0
 
 
+def check_prefix(model: PreTrainedModel) -> None:
+    """Checks, once, that each layer of a patched model sees its own share of a prefix.
+
+    Raises:
+        UnsupportedModelError: one does not.
+    """
+    ask_prefix(model, state_of(model))
+
+
 @contextlib.contextmanager
 def use_prefix(
     model: PreTrainedModel,
@@ -464,6 +473,7 @@ def _set_implementation(model: PreTrainedModel) -> None:
 __all__ = [
     "UnsupportedModelError",
     "activate",
+    "check_prefix",
     "default_offset",
     "is_patched",
     "layer_groups",

@@ -147,7 +147,9 @@ def _check_prompt(model: PreTrainedModel) -> None:
             model,
             known,
             "prompt",
-            lambda: compare_prompt(model, lambda ids: _prompt(model, input_ids=ids), behind),
+            lambda: compare_prompt(
+                model, known.slots, lambda ids: _prompt(model, input_ids=ids), behind
+            ),
         )
 
 

@@ -135,6 +135,9 @@ def shortest_inputs(model: PreTrainedModel) -> dict[str, Any]:
             "patch_model an example of the model's inputs"
         )
     inputs = {main: made.to(model.device)}
+    if main == "input_ids" and model.device.type == "meta":
+        # without a mask transformers looks at values, which there are none of
+        inputs["attention_mask"] = torch.ones_like(inputs[main])
     if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = torch.tensor([[last]], device=model.device)
     return inputs
