@@ -81,7 +81,7 @@ def prefix_attention_forward(
             position_bias=position_bias,
             **kwargs,
         )
-    if torch.is_autocast_enabled(query.device.type):
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     active = fastprefix if isinstance(fastprefix, ActivePrefix) else None

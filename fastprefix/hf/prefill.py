@@ -124,9 +124,10 @@ def _as_prompt(model: PreTrainedModel, check: bool, **inputs: Tensor) -> PrefixK
                 f"model: got {type(model).__name__}, takes a decoder-only model; an encoder's "
                 "prompt sees the text, so its keys are not the same for every text"
             )
+        kv = _prompt(model, **inputs)
         if check:
-            _check_prompt(model)
-        return _prompt(model, **inputs)
+            _check_prompt(model, kv)
+        return kv
 
 
 def _prompt(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
@@ -134,8 +135,12 @@ def _prompt(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
     return PrefixKV(kv.keys, kv.values, position_offset=kv.num_virtual_tokens, in_window=True)
 
 
-def _check_prompt(model: PreTrainedModel) -> None:
+def _check_prompt(model: PreTrainedModel, kv: PrefixKV) -> None:
     """Compares, once per model, a text behind a prompt's prefix with both in one sequence."""
+    try:
+        activate(model, kv, check=False)
+    except NotImplementedError:
+        return  # refused by name wherever it is used
 
     def behind(kv: PrefixKV | None, **inputs: Tensor) -> Any:
         return model(**inputs, fastprefix=activate(model, kv, check=False))
