@@ -66,6 +66,10 @@ def prefix_attention_forward(
             bias among them.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if query.is_meta:  # a model without weights, which is patched before they are loaded
+        if isinstance(fastprefix, Recorder):
+            fastprefix.record(module, query, key, value, causal, sliding_window)
+        return query.new_empty(*query.shape[:-1], value.shape[-1]).transpose(1, 2), None
     if isinstance(fastprefix, ActivePrefix) and fastprefix.masses is not None:
         _measure(
             module,
@@ -81,7 +85,7 @@ def prefix_attention_forward(
             position_bias=position_bias,
             **kwargs,
         )
-    if not query.is_meta and torch.is_autocast_enabled(query.device.type):
+    if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     active = fastprefix if isinstance(fastprefix, ActivePrefix) else None
