@@ -47,8 +47,6 @@ PREFIX, TEXT = 3, 3
 # ways to round differ by, and far below what a lost token or a wrong position changes.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
 _TF32, _COARSE = 5e-3, 3e-2
-# The output of a whole block is mostly what went into it, and so is exact to fewer roundings.
-_BLOCK_SHARE = 0.3
 _OFF = "check=False switches this check off"
 
 _LOGGER = logging.getLogger("fastprefix")
@@ -252,9 +250,8 @@ def compare_prompt(
     judge = _Judge(model, trace, {})
     with held_to(trace, lambda _: PREFIX, judge.compare):
         got = result_of(behind(kv, input_ids=ids[:, PREFIX:]))
-    tolerance = judge.tolerance * (_BLOCK_SHARE if judge.judged else 1.0)
     judge.final(got, _last(want, TEXT))
-    if judge.worst > max(tolerance, _TOLERANCES[torch.float32]):
+    if judge.worst > judge.tolerance:
         return (
             f"{type(model).__name__}: a prompt's keys and values are not all that it keeps of a "
             f"prompt: behind them {judge.where} computes something else than with prompt and text "
