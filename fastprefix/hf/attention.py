@@ -62,8 +62,7 @@ def prefix_attention_forward(
 
     Raises:
         ValueError: the module has no slot for the prefix.
-        NotImplementedError: the call needs what the operator does not have yet, the gradient of a
-            bias among them.
+        NotImplementedError: the call needs what the operator does not have yet.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if isinstance(fastprefix, ActivePrefix) and fastprefix.masses is not None:
@@ -101,12 +100,8 @@ def prefix_attention_forward(
     elif attention_mask is not None:
         call = with_mask(module, call, active, attention_mask, longest)
     if position_bias is not None:
-        call.attn_mask = _with_bias(position_bias, call.attn_mask, query.dtype)
-    if call.attn_mask is not None and call.attn_mask.requires_grad:
-        raise NotImplementedError(
-            f"{type(module).__name__}: a bias on the scores gets no gradient yet; freeze what "
-            "makes it (requires_grad_(False)), or unpatch the model to train it"
-        )
+        bias = _without_needless_gradient(module, position_bias)
+        call.attn_mask = _with_bias(bias, call.attn_mask, query.dtype)
     sinks = kwargs.get("s_aux")
     if sinks is not None and sinks.dtype is not torch.float32:
         sinks = sinks.to(query.dtype)
@@ -169,10 +164,19 @@ def _slot(module: nn.Module, turn: int) -> int:
     )
 
 
+def _without_needless_gradient(module: nn.Module, bias: Tensor) -> Tensor:
+    """T5 makes zeros where it has no bias, and asks for their gradient when it checkpoints.
+
+    Zeros alone: what reentrant checkpointing hands to a layer is a leaf as well, and may be real.
+    """
+    if not (torch.is_grad_enabled() and bias.requires_grad and bias.is_leaf):
+        return bias
+    zeros = getattr(module, "has_relative_attention_bias", None) is False and not bias.any()
+    return bias.detach() if zeros else bias
+
+
 def _with_bias(bias: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """An additive mask [1 or B, Hq, Lq, Lk] that holds both."""
-    if bias.is_leaf and not isinstance(bias, nn.Parameter):
-        bias = bias.detach()  # T5 asks for the gradient of zeros when it checkpoints
     if bias.dtype is not torch.float32:
         bias = bias.to(dtype)
     if mask is None:

@@ -274,11 +274,6 @@ def _distances(stack: nn.Module, kwargs: dict[str, Any], kv: PrefixKV) -> Tensor
         device=tokens.device,
         past_seen_tokens=seen + kv.position_offset,
     )
-    if bias.requires_grad:
-        raise NotImplementedError(
-            f"{type(stack).__name__}: a bias on the prefix's scores gets no gradient yet; freeze "
-            "what makes it (requires_grad_(False))"
-        )
     return bias[0]
 
 

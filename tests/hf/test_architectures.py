@@ -174,11 +174,69 @@ def test_compiled_without_graph_breaks(tiny, name):
             torch.testing.assert_close(compiled(**inputs).logits, expected, **EXACT)
 
 
-def test_a_trainable_position_bias_is_refused(tiny):
-    """The operator has no gradient for it; dropping that silently would train T5 wrongly."""
-    model = patch_model(tiny.kind("t5"))
-    inputs, _ = tiny.kind_inputs(model)
-    with pytest.raises(NotImplementedError, match=r"no gradient.*requires_grad_\(False\)"):
-        model(**inputs)
+BIASED = ["t5", "mt5", "t5 encoder"]
+CHECKPOINTING = {
+    "whole": None,
+    "checkpointed": {"use_reentrant": False},
+    "reentrant": {"use_reentrant": True},
+}
+
+
+def parameter_gradients(model, inputs, real):
+    names, leaves = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(weighted(model(**inputs).logits, real), leaves, allow_unused=True)
+    return dict(zip(names, grads, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING.values(), ids=CHECKPOINTING)
+@pytest.mark.parametrize("name", BIASED)
+def test_a_position_bias_is_trained_with_the_rest(tiny, name, checkpointing):
+    """Patching alone leaves every parameter's gradient what it was."""
+    model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
+    inputs, real = tiny.kind_inputs(model)
+    if checkpointing is not None:
+        if not model.supports_gradient_checkpointing:
+            pytest.skip("transformers does not checkpoint it")
+        for each in (model, bare):
+            each.train().gradient_checkpointing_enable(checkpointing)
+    if checkpointing == {"use_reentrant": True}:
+        # transformers' own detaches nothing but its layers' inputs: gradients by backward alone
+        found = []
+        for each in (model, bare):
+            weighted(each(**inputs).logits, real).backward()
+            found.append({n: p.grad for n, p in each.named_parameters()})
+        got, expected = found
+    else:
+        got, expected = (parameter_gradients(each, inputs, real) for each in (model, bare))
+    biases = [n for n in expected if "relative_attention_bias" in n or "rel_pos" in n]
+    assert biases
+    assert all(expected[n].abs().max() > 1e-6 for n in biases)
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5", "t5 encoder"])
+def test_a_position_bias_is_trained_beside_a_prefix(tiny, name):
+    model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
+    inputs, real = tiny.kind_inputs(model)
+    kv = tiny.kv_of_shapes(layer_shapes(model))
+    expected = parameter_gradients(tiny.concatenating(bare, kv, inputs), inputs, real)
+    with use_prefix(model, kv):
+        got = parameter_gradients(model, inputs, real)
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+def test_a_frozen_position_bias_costs_nothing(tiny, monkeypatch):
+    """Neither without gradients nor when checkpointing asks for those of zeros."""
+    from fastprefix.attention.backends import reference
+
+    model = patch_model(frozen(tiny, "t5"))
+    inputs, real = tiny.kind_inputs(model)
+    kv = tiny.kv_of_shapes(layer_shapes(model))
+    monkeypatch.setattr(reference, "forward", None)
+    with use_prefix(model, kv):
+        run(model, kv, inputs, real)
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run(model, kv, inputs, real)
     with torch.no_grad():
-        model(**inputs)
+        patch_model(tiny.kind("t5"))(**inputs)

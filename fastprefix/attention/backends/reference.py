@@ -1,8 +1,9 @@
 """The yardstick: prefix attention in plain PyTorch, scores materialised, any floating dtype.
 
 Half-precision inputs are computed on in float32, as the fused backends' sums are, and only the
-output and the gradients are rounded. Every feature, every gradient by autograd. Packed prefixes and packed sequences are masks over all
-columns here: each query is scored against everything, and what is not its own is hidden.
+output and the gradients are rounded. Every feature, every gradient by autograd. Packed prefixes and
+packed sequences are masks over all columns here: each query is scored against everything, and what
+is not its own is hidden.
 """
 
 from __future__ import annotations
