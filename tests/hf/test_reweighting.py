@@ -131,7 +131,7 @@ def test_a_trained_bias_in_a_decoder_that_counts_distances(tiny):
     leaves += [p for n, p in model.named_parameters() if "relative_attention_bias" in n]
     assert len(leaves) == 4
     for leaf, grad in zip(leaves, torch.autograd.grad(loss(), leaves), strict=True):
-        step = 1e-2 / grad.norm()
+        step = 1e-3 / grad.norm()
         with torch.no_grad():
             ends = []
             for sign in (1, -2, 1):  # and back
