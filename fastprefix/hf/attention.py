@@ -11,13 +11,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from fastprefix.hf.active import ActivePrefix, Recorder
 from fastprefix.hf.call import Call
-from fastprefix.hf.masks import prefix_attention_mask
+from fastprefix.hf.masks import made_causal, prefix_attention_mask
 from fastprefix.hf.reweighted import attend
 from fastprefix.hf.windows import in_window, with_mask
 from fastprefix.kv import PrefixKV
 
 NAME = "fastprefix"
 SLOT = "_fastprefix_slot"
+# On modules whose masks are other than they say: whether a mask left out is causal, by what a call
+# is told as ``is_causal``.
+CAUSAL = "_fastprefix_causal"
 # While models are probed: the modules that attended without a keyword argument of the forward call.
 MISSED: list[list[nn.Module]] = []
 
@@ -65,6 +68,13 @@ def prefix_attention_forward(
         NotImplementedError: the call needs what the operator does not have yet.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if attention_mask is None:
+        causal = getattr(module, CAUSAL, {}).get(is_causal, causal)
+    elif attention_mask.dim() == 2:
+        causal = True
+    if isinstance(fastprefix, ActivePrefix) and fastprefix.attended is not None:
+        call_number, fastprefix.attended[0] = fastprefix.attended[0], fastprefix.attended[0] + 1
+        fastprefix = replace(fastprefix, turn=fastprefix.turn + call_number, attended=None)
     if isinstance(fastprefix, ActivePrefix) and fastprefix.masses is not None:
         _measure(
             module,
@@ -85,7 +95,9 @@ def prefix_attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     active = fastprefix if isinstance(fastprefix, ActivePrefix) else None
     if isinstance(fastprefix, Recorder):
-        fastprefix.record(module, query, key, value, causal)
+        made = made_causal(attention_mask)
+        causal = causal if made is None else made
+        fastprefix.record(module, query, key, value, causal, is_causal)
     elif active is None and MISSED:
         for missed in MISSED:
             missed.append(module)

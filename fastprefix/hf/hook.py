@@ -193,6 +193,25 @@ def take_turn(
     return args, {**kwargs, NAME: replace(active, turn=turn)}
 
 
+def count_calls(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, each: int
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of a module that attends several times: counts from 0 whenever it runs.
+
+    Gradient checkpointing runs it again, and its calls take the same places again.
+
+    Args:
+        module: which attends.
+        args: of its forward.
+        kwargs: of its forward.
+        each: how often it attends in a run.
+    """
+    active = kwargs.get(NAME)
+    if not isinstance(active, ActivePrefix):
+        return None
+    return args, {**kwargs, NAME: replace(active, turn=active.turn * each, attended=[0])}
+
+
 def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Pre-hook of the head: generate() hands it the last token of each row, a strided view.
 

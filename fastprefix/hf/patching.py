@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.active import ActivePrefix
-from fastprefix.hf.attention import NAME, SLOT
+from fastprefix.hf.attention import CAUSAL, NAME, SLOT
 from fastprefix.hf.hook import (
     contiguous_input,
+    count_calls,
     inject,
     relative_biases,
     shift,
@@ -88,7 +89,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
         for handle in state.handles:
             handle.remove()
         for module in model.modules():
-            for name in (SLOT, HOOKED):
+            for name in (SLOT, HOOKED, CAUSAL):
                 if hasattr(module, name):
                     delattr(module, name)
         delattr(model, STATE)
@@ -336,6 +337,11 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> 
         setattr(module, SLOT, (*getattr(module, SLOT, ()), slot))
     for module in slots.shared:
         state.handles.append(module.register_forward_pre_hook(take_turn, with_kwargs=True))
+    for module, each in slots.several.items():  # behind the hook above, where it has both
+        hook = partial(count_calls, each=each)
+        state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    for module, causal in slots.causal.items():
+        setattr(module, CAUSAL, causal)
     # Inner models get the hook too: calling one alone, as generate() calls an encoder, must not
     # silently run without the prefix.
     hooked: dict[nn.Module, Placing] = {}

@@ -44,9 +44,10 @@ def forward(
     """
     dtype = query.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    inputs = (x.to(wide) for x in (query, key, value, prefix_key, prefix_value))
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    prefix_key, prefix_value = prefix_key.to(wide), prefix_value.to(wide)
     with torch.autocast(query.device.type, enabled=False):  # which would round the products
-        out, lse = _attend(*inputs, options)
+        out, lse = _attend(query, key, value, prefix_key, prefix_value, options)
     return out.to(dtype), lse
 
 
