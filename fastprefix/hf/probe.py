@@ -94,6 +94,8 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
             f"{kind}: its forward does not pass keyword arguments down to the attention layers "
             f"({error})"
         ) from error
+    except NotImplementedError as error:
+        raise UnsupportedModelError(f"{kind}: {error}") from error
     finally:
         # by identity: lists of the same length may be equal
         attention.MISSED[:] = [other for other in attention.MISSED if other is not missed]
