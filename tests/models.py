@@ -364,6 +364,13 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
          "layer_types": ["sliding_attention", "full_attention"] * 2, "altup_num_inputs": 2,
          "activation_sparsity_pattern": None},
     ),
+    # attends twice in each layer, with the same keys and other values
+    "diffllama": ("DiffLlamaForCausalLM", {**_KV, "num_key_value_heads": 4, "head_dim": 8}),
+    # decoders whose modules say that they are not causal
+    "bigbird_pegasus": (
+        "BigBirdPegasusForCausalLM",
+        {**_BART, "max_position_embeddings": 48, "is_decoder": True, "is_encoder_decoder": False},
+    ),
 }  # fmt: skip
 
 

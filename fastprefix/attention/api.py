@@ -110,7 +110,7 @@ def prefix_attention(
         prefix_lengths: int32 or int64 [N], lengths of several prefixes, which add up to P.
         attn_mask: bool (True = attend) or additive (in the query's dtype or float32),
             broadcastable to [B, Hq, Lq, Lk]; for the sequence part only. Additive values of
-            -1e30 or less hide the key. No gradient.
+            -1e30 or less hide the key. Its gradient is the reference backend's alone.
         key_padding_mask: bool [B, Lk], True = real token; any pattern.
         cu_seqlens: int32 or int64 [M + 1], offsets of M sequences that lie end to end in a batch
             of 1, with Lq = Lk. Tokens attend inside their own sequence (and to its prefix). Not
@@ -127,8 +127,8 @@ def prefix_attention(
         sinks: [Hq], in the query's dtype or float32: each softmax denominator gets another
             exp(sinks[h]), which carries no value. The log-sum-exp includes it.
         prefix_bias: added to the prefix part's scores after the cap, in the query's dtype or
-            float32: [Hq] per head, or [Hq, Lq, P] by packed column (without a gradient). -1e30 or
-            less hides the key.
+            float32: [Hq] per head, or [Hq, Lq, P] by packed column, whose gradient is the
+            reference backend's alone. -1e30 or less hides the key.
         prefix_in_window: for a prefix that is text (a prefilled prompt): it slides out of the
             sliding_window as the same text would. Token j of a row's P tokens stands P - j + r_i
             before query i, where r_i counts the row's real tokens before p_i.

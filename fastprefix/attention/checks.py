@@ -140,8 +140,6 @@ def _check_attn_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
             f"attn_mask: got {mask.dtype}, takes torch.bool (True = attend), torch.float32 or "
             f"the query's {query.dtype}"
         )
-    if mask.requires_grad:
-        raise ValueError("attn_mask: got a tensor that requires a gradient; none is computed")
     _same_device("attn_mask", mask, query)
 
 
@@ -197,7 +195,7 @@ def _check_sinks(sinks: Tensor | None, query: Tensor) -> None:
 
 
 def _check_prefix_bias(bias: Tensor | None, query: Tensor, P: int) -> None:
-    """prefix_bias: [Hq], or [Hq, Lq, P] without a gradient, in the query's dtype or float32."""
+    """prefix_bias: [Hq] or [Hq, Lq, P], in the query's dtype or float32."""
     if bias is None:
         return
     _is_tensor("prefix_bias", bias)
@@ -208,11 +206,6 @@ def _check_prefix_bias(bias: Tensor | None, query: Tensor, P: int) -> None:
             f"[Hq, Lq, P] = {[Hq, Lq, P]}"
         )
     _check_added("prefix_bias", bias, query)
-    if bias.dim() == 3 and bias.requires_grad:
-        raise ValueError(
-            "prefix_bias: got a [Hq, Lq, P] tensor that requires a gradient; none is computed, "
-            "other than for [Hq]"
-        )
 
 
 def _check_numbers(options: Options, query: Tensor, key: Tensor) -> None:

@@ -6,6 +6,7 @@
 | dtypes                  | fp64 fp32 bf16 fp16 | fp64 fp32 bf16 fp16 | fp32 bf16 fp16          |
 | largest head size       | any                 | any                 | 256                     |
 | attn_mask               | yes                 | yes                 | yes                     |
+| attn_mask gradient      | yes                 | no                  | no                      |
 | D != Dv                 | yes                 | yes                 | yes                     |
 | packed prefixes         | yes                 | yes                 | yes                     |
 | cu_seqlens              | yes                 | yes                 | yes                     |
@@ -14,6 +15,7 @@
 | sinks                   | yes                 | yes                 | yes                     |
 | prefix_bias [Hq]        | yes                 | yes                 | yes                     |
 | prefix_bias [Hq, Lq, P] | yes                 | yes                 | yes                     |
+| prefix_bias 3D gradient | yes                 | no                  | no                      |
 | softcap                 | yes                 | no                  | yes                     |
 | dropout_p               | yes                 | no                  | yes                     |
 | batch_invariant         | no                  | no                  | yes                     |
@@ -21,7 +23,9 @@
 Every backend takes key_padding_mask, is_causal, scale, GQA and MQA. ``auto`` runs the first backend
 of its device's list in :data:`AUTO` that can do all that the call needs: on CUDA and ROCm triton;
 on the CPU composed, and reference for what composed cannot (softcap, dropout_p), whose memory grows
-with Lq x (P + Lk). A backend asked for by name never falls back. Only triton fixes the order of its
+with Lq x (P + Lk). On every device reference runs those calls that want a gradient of an added mask
+or of a bias by column, which nothing else computes: a gradient of that size is memory that grows so
+in any case. A backend asked for by name never falls back. Only triton fixes the order of its
 sums (batch_invariant); what PyTorch's own products do depends on the size of the batch.
 """
 
@@ -40,6 +44,7 @@ _ALL = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 # What a call may need beyond the plain arguments, by the names that messages use.
 FEATURES: tuple[str, ...] = (
     "attn_mask",
+    "attn_mask gradient",
     "D != Dv",
     "packed prefixes",
     "cu_seqlens",
@@ -48,10 +53,15 @@ FEATURES: tuple[str, ...] = (
     "sinks",
     "prefix_bias [Hq]",
     "prefix_bias [Hq, Lq, P]",
+    "prefix_bias 3D gradient",
     "softcap",
     "dropout_p",
     "batch_invariant",
 )
+
+
+# Gradients that are as large as the scores, which reference alone computes.
+LARGE_GRADIENTS = frozenset({"attn_mask gradient", "prefix_bias 3D gradient"})
 
 
 @dataclass(frozen=True)
@@ -76,10 +86,13 @@ BACKENDS: dict[str, Backend] = {
     "composed": Backend(
         frozenset({"cpu"}),
         _ALL,
-        frozenset(FEATURES) - {"softcap", "dropout_p", "batch_invariant"},
+        frozenset(FEATURES) - LARGE_GRADIENTS - {"softcap", "dropout_p", "batch_invariant"},
     ),
     "triton": Backend(
-        frozenset({"cuda"}), _ALL - {torch.float64}, frozenset(FEATURES), max_head_size=256
+        frozenset({"cuda"}),
+        _ALL - {torch.float64},
+        frozenset(FEATURES) - LARGE_GRADIENTS,
+        max_head_size=256,
     ),
 }
 
@@ -89,9 +102,11 @@ AUTO: dict[str, tuple[str, ...]] = {"cpu": ("composed", "reference"), "cuda": ("
 
 def features_of(options: Options, head_size: int, value_head_size: int) -> frozenset[str]:
     """The features that a call needs."""
-    bias = options.prefix_bias
+    mask, bias = options.attn_mask, options.prefix_bias
+    learns = torch.is_grad_enabled()
     needed = {
-        "attn_mask": options.attn_mask is not None,
+        "attn_mask": mask is not None,
+        "attn_mask gradient": learns and mask is not None and mask.requires_grad,
         "D != Dv": head_size != value_head_size,
         "packed prefixes": options.prefix_lengths is not None,
         "cu_seqlens": options.cu_seqlens is not None,
@@ -100,6 +115,9 @@ def features_of(options: Options, head_size: int, value_head_size: int) -> froze
         "sinks": options.sinks is not None,
         "prefix_bias [Hq]": bias is not None and bias.dim() == 1,
         "prefix_bias [Hq, Lq, P]": bias is not None and bias.dim() == 3,
+        "prefix_bias 3D gradient": (
+            learns and bias is not None and bias.dim() == 3 and bias.requires_grad
+        ),
         "softcap": options.softcap is not None,
         "dropout_p": options.dropout_p > 0.0,
         "batch_invariant": options.batch_invariant,
@@ -169,6 +187,8 @@ def choose(
             "pass backend='reference' to run plain PyTorch maths there"
         )
     tried = AUTO[device] if requested == "auto" else (requested,)
+    if requested == "auto" and features & LARGE_GRADIENTS:
+        tried = (*(name for name in tried if name != "reference"), "reference")
     refusals: list[str] = []
     for name in tried:
         why_not = refusal(name, device, dtype, features, head_size)

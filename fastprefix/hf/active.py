@@ -28,7 +28,10 @@ class ActivePrefix:
         text_mask: the call's attention mask [B, L], 1 = real token, up to the newest token; None
             for no padding.
         prefix_bias: [Hq, Lq, P], added to the prefix's scores in a decoder's own attention.
-        turn: how often the layers at hand ran before in this call, where layers share modules.
+        turn: how often the layers at hand ran before in this call, where layers share modules;
+            times how often each attends where that is several times.
+        attended: how often the module at hand has attended in this run of it, a list of one number;
+            None where it does so once.
         turns: the same, counted for each module that several layers share.
         masses: where each layer leaves the share of its attention that the prefix takes, by slot,
             [B, Hq, Lq] each; None for not at all.
@@ -44,6 +47,7 @@ class ActivePrefix:
     text_mask: Tensor | None = None
     prefix_bias: Tensor | None = None
     turn: int = 0
+    attended: list[int] | None = None
     turns: dict[int, int] = field(default_factory=dict)
     masses: dict[int, Tensor] | None = None
 
@@ -59,6 +63,7 @@ class Recorder:
         causal: whether each call was causal.
         queries: [B, Hq, D] of the last token of each call.
         windows: the sliding window of each call, or None.
+        told: what each call was told by its argument ``is_causal``.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
@@ -67,6 +72,7 @@ class Recorder:
     causal: list[bool] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
+    told: list[bool | None] = field(default_factory=list)
 
     def record(
         self,
@@ -75,9 +81,11 @@ class Recorder:
         key: Tensor,
         value: Tensor,
         causal: bool,
-        window: int | None = None,
+        told: bool | None,
+        window: int | None,
     ) -> None:
         """Keeps one call."""
+        self.told.append(told)
         self.modules.append(module)
         self.keys.append(key)
         self.values.append(value)

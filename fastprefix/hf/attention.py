@@ -11,13 +11,32 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from fastprefix.hf.active import ActivePrefix, Recorder
 from fastprefix.hf.call import Call
-from fastprefix.hf.masks import prefix_attention_mask
+from fastprefix.hf.masks import made_causal, prefix_attention_mask
 from fastprefix.hf.reweighted import attend
 from fastprefix.hf.windows import in_window, with_mask
 from fastprefix.kv import PrefixKV
 
 NAME = "fastprefix"
 SLOT = "_fastprefix_slot"
+# On modules whose masks are other than they say: whether a mask left out is causal, by what a call
+# is told as ``is_causal``.
+CAUSAL = "_fastprefix_causal"
+# Keywords that reach attention functions and decide nothing in them: transformers' own, eager and
+# sdpa, read none of these. Looked through in 5.17 to 5.24.
+HARMLESS = frozenset(
+    {
+        # where the text stands, which its keys and masks hold already
+        "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids",
+        "encoder_hidden_states", "encoder_attention_mask",
+        # packed sequences, for kernels that take no mask; the mask says the same
+        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
+        # how a kernel computes the same
+        "deterministic", "kernel_options",
+        # what comes out of the model, and its loss
+        "labels", "logits_to_keep", "num_items_in_batch", "output_attentions",
+        "output_hidden_states", "output_router_logits", "return_dict", "use_cache",
+    }
+)  # fmt: skip
 # While models are probed: the modules that attended without a keyword argument of the forward call.
 MISSED: list[list[nn.Module]] = []
 
@@ -35,6 +54,7 @@ def prefix_attention_forward(
     softcap: float | None = None,
     fastprefix: ActivePrefix | Recorder | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function for transformers' AttentionInterface.
@@ -55,21 +75,31 @@ def prefix_attention_forward(
         position_bias: [1 or B, Hq, Lq, Lk], added to the text's scores (T5). The prefix stands at
             no distance from any query, its bias is 0, unless its position_offset places the text
             behind it.
-        kwargs: the rest of what models hand down; s_aux are the sinks [Hq].
+        s_aux: the sinks [Hq].
+        kwargs: the rest of what models hand down, of which a tensor or a number that is not known
+            to be harmless is refused.
 
     Returns:
         [B, Lq, Hq, Dv], and None for the weights, which are never formed.
 
     Raises:
         ValueError: the module has no slot for the prefix.
-        NotImplementedError: the call needs what the operator does not have yet, the gradient of a
-            bias among them.
+        NotImplementedError: the call needs what the operator does not have yet, or has an argument
+            that is not known here.
     """
+    _refuse_unknown(module, kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if query.is_meta:  # a model without weights, which is patched before they are loaded
         if isinstance(fastprefix, Recorder):
-            fastprefix.record(module, query, key, value, causal, sliding_window)
+            fastprefix.record(module, query, key, value, causal, is_causal, sliding_window)
         return query.new_empty(*query.shape[:-1], value.shape[-1]).transpose(1, 2), None
+    if attention_mask is None:
+        causal = getattr(module, CAUSAL, {}).get(is_causal, causal)
+    elif attention_mask.dim() == 2:
+        causal = True
+    if isinstance(fastprefix, ActivePrefix) and fastprefix.attended is not None:
+        call_number, fastprefix.attended[0] = fastprefix.attended[0], fastprefix.attended[0] + 1
+        fastprefix = replace(fastprefix, turn=fastprefix.turn + call_number, attended=None)
     if isinstance(fastprefix, ActivePrefix) and fastprefix.masses is not None:
         _measure(
             module,
@@ -83,14 +113,16 @@ def prefix_attention_forward(
             softcap=softcap,
             fastprefix=fastprefix,
             position_bias=position_bias,
-            **kwargs,
+            s_aux=s_aux,
         )
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     active = fastprefix if isinstance(fastprefix, ActivePrefix) else None
     if isinstance(fastprefix, Recorder):
-        fastprefix.record(module, query, key, value, causal, sliding_window)
+        made = made_causal(attention_mask)
+        causal = causal if made is None else made
+        fastprefix.record(module, query, key, value, causal, is_causal, sliding_window)
     elif active is None and MISSED:
         for missed in MISSED:
             missed.append(module)
@@ -105,13 +137,9 @@ def prefix_attention_forward(
     elif attention_mask is not None:
         call = with_mask(module, call, active, attention_mask, longest)
     if position_bias is not None:
-        call.attn_mask = _with_bias(position_bias, call.attn_mask, query.dtype)
-    if call.attn_mask is not None and call.attn_mask.requires_grad:
-        raise NotImplementedError(
-            f"{type(module).__name__}: a bias on the scores gets no gradient yet; freeze what "
-            "makes it (requires_grad_(False)), or unpatch the model to train it"
-        )
-    sinks = kwargs.get("s_aux")
+        bias = _without_needless_gradient(module, position_bias)
+        call.attn_mask = _with_bias(bias, call.attn_mask, query.dtype)
+    sinks = s_aux
     if sinks is not None and sinks.dtype is not torch.float32:
         sinks = sinks.to(query.dtype)
     call.options = {
@@ -122,6 +150,18 @@ def prefix_attention_forward(
         "backend": "auto" if active is None else active.backend,
     }
     return attend(call).transpose(1, 2), None
+
+
+def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """What a layer hands over must not be lost: a mask of chosen keys, a bias, a sink by token."""
+    for name, given in kwargs.items():
+        number = isinstance(given, (int, float)) and not isinstance(given, bool) and given != 0
+        if name not in HARMLESS and (number or isinstance(given, Tensor)):
+            what = f"a tensor of shape {list(given.shape)}" if isinstance(given, Tensor) else given
+            raise NotImplementedError(
+                f"{type(module).__name__}: hands its attention {name}, got {what}, of which "
+                "fastprefix does not know what it does there"
+            )
 
 
 def _add_prefix(call: Call, module: nn.Module, active: ActivePrefix) -> int:
@@ -173,10 +213,19 @@ def _slot(module: nn.Module, turn: int) -> int:
     )
 
 
+def _without_needless_gradient(module: nn.Module, bias: Tensor) -> Tensor:
+    """T5 makes zeros where it has no bias, and asks for their gradient when it checkpoints.
+
+    Zeros alone: what reentrant checkpointing hands to a layer is a leaf as well, and may be real.
+    """
+    if not (torch.is_grad_enabled() and bias.requires_grad and bias.is_leaf):
+        return bias
+    zeros = getattr(module, "has_relative_attention_bias", None) is False and not bias.any()
+    return bias.detach() if zeros else bias
+
+
 def _with_bias(bias: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """An additive mask [1 or B, Hq, Lq, Lk] that holds both."""
-    if bias.is_leaf and not isinstance(bias, nn.Parameter):
-        bias = bias.detach()  # T5 asks for the gradient of zeros when it checkpoints
     if bias.dtype is not torch.float32:
         bias = bias.to(dtype)
     if mask is None:

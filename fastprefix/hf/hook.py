@@ -96,6 +96,7 @@ def _place(
     """Says where a call's rows and text are, and moves the text behind the prefix."""
     kv, cu_seqlens = active.kv, None
     assert kv is not None
+    _check_lengths(kwargs, kv.position_offset)
     if placing == "argument":
         cu_seqlens = unpack(module.config, kwargs, names)
     else:
@@ -193,6 +194,25 @@ def take_turn(
     return args, {**kwargs, NAME: replace(active, turn=turn)}
 
 
+def count_calls(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, each: int
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of a module that attends several times: counts from 0 whenever it runs.
+
+    Gradient checkpointing runs it again, and its calls take the same places again.
+
+    Args:
+        module: which attends.
+        args: of its forward.
+        kwargs: of its forward.
+        each: how often it attends in a run.
+    """
+    active = kwargs.get(NAME)
+    if not isinstance(active, ActivePrefix):
+        return None
+    return args, {**kwargs, NAME: replace(active, turn=active.turn * each, attended=[0])}
+
+
 def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Pre-hook of the head: generate() hands it the last token of each row, a strided view.
 
@@ -232,6 +252,60 @@ def _of_rows(
         return index, offsets[:, None]
     tokens = inputs_of(kwargs).shape[1]
     return index, offsets.repeat_interleave(cu_seqlens.diff(), output_size=tokens)[None]
+
+
+def _check_lengths(kwargs: dict[str, Any], offset: int) -> None:
+    """Masks and positions are the text's alone, not of prefix and text as beside a DynamicCache.
+
+    What the device alone knows (a static cache's length) is not waited for.
+
+    Raises:
+        ValueError: one of them counts the prefix.
+    """
+    given = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
+    text = next((x for x in given if _is_text(x)), None)
+    if text is None:
+        return
+    B, L = text.shape[:2]
+    cache, compiling = cache_of(kwargs), torch.compiler.is_compiling()
+    seen = length_of(cache)
+    if isinstance(seen, Tensor):
+        seen = int(seen) if seen.device.type == "cpu" and not compiling else None
+    encoded = kwargs.get("encoder_hidden_states")
+    limits = {
+        "attention_mask": None if seen is None else seen + L,
+        "encoder_attention_mask": encoded.shape[1]
+        if encoded is not None and _is_text(encoded)
+        else None,
+        "token_type_ids": L,
+        "position_ids": L,
+    }
+    for name, most in limits.items():
+        x = kwargs.get(name)
+        if most is None or not isinstance(x, Tensor) or x.shape[-1] <= most:
+            continue
+        if x.dim() == 2 or name == "position_ids":
+            raise ValueError(
+                f"{name}: got shape {list(x.shape)}, takes [B, L] = {[B, most]}, that of the text "
+                "alone (and of what is in the cache): the prefix is not part of it"
+            )
+    positions = kwargs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or not offset or compiling:
+        return
+    # generate() leaves a mask of ones alone away, and makes positions of it before
+    on_host = positions.device.type == "cpu" or cache is not None
+    if on_host and seen is not None and (L > 1 or seen == 0):
+        first = int(positions.amin(-1).max())
+        if first >= seen + offset:
+            raise ValueError(
+                f"attention_mask, position_ids: got positions from {first} on, takes those of the "
+                f"text alone, from 0 (here {seen}): an attention_mask counts no prefix, nor do "
+                f"position_ids, which are moved behind its {offset} tokens"
+            )
+
+
+def _is_text(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.dim() in (2, 3)
 
 
 def _positions(kwargs: dict[str, Any], offset: int | Tensor) -> Tensor:
@@ -274,11 +348,6 @@ def _distances(stack: nn.Module, kwargs: dict[str, Any], kv: PrefixKV) -> Tensor
         device=tokens.device,
         past_seen_tokens=seen + kv.position_offset,
     )
-    if bias.requires_grad:
-        raise NotImplementedError(
-            f"{type(stack).__name__}: a bias on the prefix's scores gets no gradient yet; freeze "
-            "what makes it (requires_grad_(False))"
-        )
     return bias[0]
 
 

@@ -2,8 +2,10 @@
 
 What a model's layers receive as ``attention_mask``, and what :mod:`fastprefix.hf.attention` reads:
 
-- None: no padding; causal or not as the module says.
-- [B, Lk] bool: causal, aligned to the end, with padding (True = real token).
+- None: no padding; causal or not as the module's mask was when the model was patched (see
+  :data:`MADE`), and as the module says where it had none.
+- [B, Lk] bool: causal, whatever the module says, aligned to the end, with padding (True = real
+  token).
 - [B, 1, 1, Lk] bool: not causal, with padding.
 - anything else of four dimensions: an explicit mask [B, 1 or Hq, Lq, Lk].
 
@@ -23,6 +25,22 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+# While models are probed: every mask that was made, and whether it is causal. None is left out
+# then, so that each layer is seen to be handed one or the other. What a module says of itself need
+# not be true where a model's own attention looks at the mask alone (BigBird-Pegasus).
+MADE: list[list[tuple[Tensor, bool]]] = []
+
+
+def made_causal(mask: Tensor | None) -> bool | None:
+    """Whether a mask, or a part of one, was made to be causal; None for one not known."""
+    if mask is None or mask.device.type == "meta":
+        return None
+    for made in MADE:
+        for other, causal in made:
+            if mask.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
+                return causal
+    return None
+
 
 def prefix_attention_mask(
     batch_size: int,
@@ -38,6 +56,24 @@ def prefix_attention_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """A mask function for transformers' AttentionMaskInterface; arguments are the interface's."""
+    kinds = {causal_mask_function: True, bidirectional_mask_function: False}
+    if MADE and mask_function in kinds:
+        made = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,  # type: ignore[arg-type]
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            **kwargs,
+        )
+        assert made is not None
+        for masks in MADE:
+            masks.append((made, kinds[mask_function]))
+        return made
     known_ends = isinstance(q_offset, int) and q_offset + q_length == kv_length
     if (
         mask_function is causal_mask_function

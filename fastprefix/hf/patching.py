@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.active import ActivePrefix
-from fastprefix.hf.attention import NAME, SLOT
+from fastprefix.hf.attention import CAUSAL, NAME, SLOT
 from fastprefix.hf.check import ask, ask_prefix, compare_patch, recall, remember
 from fastprefix.hf.hook import (
     contiguous_input,
+    count_calls,
     inject,
     relative_biases,
     shift,
@@ -95,7 +96,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
         for handle in state.handles:
             handle.remove()
         for module in model.modules():
-            for name in (SLOT, HOOKED):
+            for name in (SLOT, HOOKED, CAUSAL):
                 if hasattr(module, name):
                     delattr(module, name)
         delattr(model, STATE)
@@ -359,12 +360,16 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None, check: boo
         if known is None:
             known = remember(model, probe(model, example))
         slots = known.slots
+        for module, causal in slots.causal.items():
+            setattr(module, CAUSAL, causal)
         if check:
             state.known = known
             bare, ours = partial(_restore, state.previous), partial(_set_implementation, model)
             ask(model, known, "patch", lambda: compare_patch(model, slots, example, bare, ours))
         state.sharding = find_sharding(model)
     except Exception:
+        for module in known.slots.causal if known is not None else ():
+            delattr(module, CAUSAL)
         _restore(state.previous)
         raise
     state.shapes, state.groups = slots.shapes, slots.groups
@@ -376,6 +381,9 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None, check: boo
         setattr(module, SLOT, (*getattr(module, SLOT, ()), slot))
     for module in slots.shared:
         state.handles.append(module.register_forward_pre_hook(take_turn, with_kwargs=True))
+    for module, each in slots.several.items():  # behind the hook above, where it has both
+        hook = partial(count_calls, each=each)
+        state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     # Inner models get the hook too: calling one alone, as generate() calls an encoder, must not
     # silently run without the prefix.
     hooked: dict[nn.Module, Placing] = {}

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastprefix.hf import attention
+from fastprefix.hf import attention, masks
 from fastprefix.hf.active import Recorder
 from fastprefix.hf.versions import parameters
 from fastprefix.kv import Group, LayerShape
@@ -35,6 +35,9 @@ class Slots:
         query_heads: Hq.
         groups: which part of the model the call belongs to.
         shared: modules that run once for each of several layers, by which these are told apart.
+        several: modules that attend several times whenever they run, and how often.
+        causal: modules that are handed other masks than they say, and whether a mask left out is
+            causal, by what the call is told as ``is_causal``.
     """
 
     modules: tuple[nn.Module, ...]
@@ -42,6 +45,8 @@ class Slots:
     query_heads: tuple[int, ...]
     groups: tuple[Group, ...]
     shared: tuple[nn.Module, ...]
+    several: dict[nn.Module, int]
+    causal: dict[nn.Module, dict[bool | None, bool]]
 
 
 def takes(module: nn.Module, argument: str) -> bool:
@@ -71,25 +76,30 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
     if takes(model, "use_cache"):
         inputs["use_cache"] = False
 
-    def run() -> Recorder:
-        recorder = Recorder()
+    def run(recorder: Recorder) -> Recorder:
         model(**inputs, fastprefix=recorder)
         return recorder
 
     training = [module for module in model.modules() if module.training]
     missed: list[nn.Module] = []
     model.eval()
+    made: list[tuple[Tensor, bool]] = []
     attention.MISSED.append(missed)
+    masks.MADE.append(made)
     try:
-        recorder = run()
-        shared = _shared(model, recorder.modules, run)
+        recorder = run(Recorder())
+        shared, several = _shared(model, recorder.modules, run)
     except TypeError as error:
         raise UnsupportedModelError(
             f"{kind}: its forward does not pass keyword arguments down to the attention layers "
             f"({error})"
         ) from error
+    except NotImplementedError as error:
+        raise UnsupportedModelError(f"{kind}: {error}") from error
     finally:
-        attention.MISSED.remove(missed)
+        # by identity: lists of the same length may be equal
+        attention.MISSED[:] = [other for other in attention.MISSED if other is not missed]
+        masks.MADE[:] = [other for other in masks.MADE if other is not made]
         for module in training:
             module.training = True
     own = set(model.modules())
@@ -110,7 +120,21 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
         tuple(query.shape[1] for query in recorder.queries),
         _groups(model, recorder),
         shared,
+        several,
+        _causal(recorder),
     )
+
+
+def _causal(recorder: Recorder) -> dict[nn.Module, dict[bool | None, bool]]:
+    """Modules whose masks are other than they say; those with masks of both kinds aside."""
+    found: dict[nn.Module, dict[bool | None, bool]] = {}
+    both = set()
+    for module, causal, told in zip(recorder.modules, recorder.causal, recorder.told, strict=True):
+        said = getattr(module, "is_causal", True) if told is None else told
+        both |= {module} if found.get(module, {}).get(told, causal) != causal else set()
+        if said != causal:
+            found.setdefault(module, {})[told] = causal
+    return {module: kinds for module, kinds in found.items() if module not in both}
 
 
 def shortest_inputs(model: PreTrainedModel) -> dict[str, Any]:
@@ -158,32 +182,58 @@ def _groups(model: PreTrainedModel, recorder: Recorder) -> tuple[Group, ...]:
 
 
 def _shared(
-    model: PreTrainedModel, modules: list[nn.Module], run: Callable[[], Any]
-) -> tuple[nn.Module, ...]:
-    """For each attention module that ran several times, the outermost module that runs as often.
+    model: PreTrainedModel, modules: list[nn.Module], run: Callable[[Recorder], Any]
+) -> tuple[tuple[nn.Module, ...], dict[nn.Module, int]]:
+    """Where layers are told apart whose attention module makes several calls.
 
-    Outermost, because gradient checkpointing runs what is inside a layer again, out of order.
+    Returns:
+        For each attention module that ran several times, the outermost module that runs as often.
+        Outermost, because gradient checkpointing runs what is inside a layer again, out of order.
+        And modules that attend several times in each run, with how often.
+
+    Raises:
+        UnsupportedModelError: the calls cannot be told apart, since what attends is not run itself,
+            is not handed the keyword arguments, or attends now more often and now less.
     """
-    several = [module for module, number in Counter(modules).items() if number > 1]
-    if not several:
-        return ()
+    repeated = [module for module, number in Counter(modules).items() if number > 1]
+    if not repeated:
+        return (), {}
     calls: Counter[nn.Module] = Counter()
+    recorder = Recorder()
+    before: dict[nn.Module, list[int]] = {module: [] for module in repeated}
+
+    def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        calls[module] += 1
+        if module in before and kwargs.get(attention.NAME) is recorder:
+            before[module].append(recorder.modules.count(module))
+
     handles = [
-        module.register_forward_pre_hook(lambda module, _: calls.update([module]))
-        for module in model.modules()
+        module.register_forward_pre_hook(count, with_kwargs=True) for module in model.modules()
     ]
     try:
-        run()
+        run(recorder)
     finally:
         for handle in handles:
             handle.remove()
     found: dict[nn.Module, None] = {}
+    several: dict[nn.Module, int] = {}
     names = {module: name for name, module in model.named_modules()}
-    for module in several:
+    for module in repeated:
+        total, ran = recorder.modules.count(module), calls[module]
+        each = total // max(ran, 1)
+        if total != ran:
+            if before[module] != list(range(0, total, max(each, 1))):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: {type(module).__name__} attends {total} times in "
+                    f"{ran} runs, and which of its calls is which cannot be told"
+                )
+            several[module] = each
+        if ran == 1:
+            continue
         parts = names[module].split(".")
         path = (model.get_submodule(".".join(parts[: end + 1])) for end in range(len(parts)))
         found[next(outer for outer in path if calls[outer] == calls[module])] = None
-    return tuple(found)
+    return tuple(found), several
 
 
 __all__ = [

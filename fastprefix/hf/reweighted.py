@@ -19,8 +19,7 @@ def attend(call: Call) -> Tensor:
     """[B, Hq, Lq, Dv]: the call with its ``head_bias`` and its ``gate``.
 
     Raises:
-        NotImplementedError: a bias that is trained, together with one of distances (T5); packed
-            sequences whose prefixes differ in their biases.
+        NotImplementedError: packed sequences whose prefixes differ in their biases.
     """
     if call.gate is None:
         return _biased(call)
@@ -83,11 +82,6 @@ def _with_distances(bias: Tensor, distances: Tensor | None) -> Tensor:
     """[Hq] with what a decoder adds for distances, [Hq, Lq, P]."""
     if distances is None:
         return bias
-    if bias.requires_grad:
-        raise NotImplementedError(
-            "prefix_bias: got one that is trained in a model that adds a bias for each distance; "
-            "takes position_offset=0, or a fixed one"
-        )
     return bias[:, None, None] + distances
 
 

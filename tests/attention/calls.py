@@ -21,7 +21,9 @@ from torch import Tensor
 from fastprefix import prefix_attention
 from fastprefix.attention.selection import BACKENDS, FEATURES
 
-DIFFERENTIABLE = ("query", "key", "value", "prefix_key", "prefix_value", "sinks", "prefix_bias")
+DIFFERENTIABLE = (
+    "query", "key", "value", "prefix_key", "prefix_value", "sinks", "prefix_bias", "attn_mask"
+)  # fmt: skip
 HIDDEN = -1e30
 
 
@@ -147,7 +149,10 @@ def build(
         rows = len(sequences) if packed else B
         options["prefix_lengths"] = torch.tensor(lengths)
         options["prefix_index"] = torch.randint(-1, len(lengths), (rows,), generator=g)
-    if "attn_mask" in features:
+    if "attn_mask gradient" in features:
+        hidden = torch.rand(1, Hq, Lq, Lk, generator=g) < 0.3
+        tensors["attn_mask"] = normal(1, Hq, Lq, Lk).to(parameters).masked_fill(hidden, -math.inf)
+    elif "attn_mask" in features:
         sees = torch.rand(B, 1, Lq, Lk, generator=g) < 0.7
         added = normal(1, Hq, Lq, Lk).masked_fill(~sees[:1], -math.inf)
         options["attn_mask"] = sees if mask == "bool" else added
@@ -160,6 +165,9 @@ def build(
         tensors["prefix_bias"] = normal(Hq).to(parameters)
         if seed % 5 == 0:
             tensors["prefix_bias"][0] = -math.inf
+    elif "prefix_bias 3D gradient" in features:
+        hidden = torch.rand(Hq, Lq, P, generator=g) < 0.2
+        tensors["prefix_bias"] = normal(Hq, Lq, P).to(parameters).masked_fill(hidden, -math.inf)
     elif "prefix_bias [Hq, Lq, P]" in features:
         hidden = torch.rand(Hq, Lq, P, generator=g) < 0.2
         options["prefix_bias"] = normal(Hq, Lq, P).to(parameters).masked_fill(hidden, -math.inf)
@@ -182,9 +190,9 @@ def drawn(draw: st.DrawFn, backend: str, longest: int | None = None) -> dict[str
     can = [name for name in COMPARED if name in BACKENDS[backend].features]
     features = {name for name in can if draw(st.booleans())}
     if "cu_seqlens" in features:
-        features.discard("attn_mask")
+        features -= {"attn_mask", "attn_mask gradient"}
     if "prefix_bias [Hq]" in features:
-        features.discard("prefix_bias [Hq, Lq, P]")
+        features -= {"prefix_bias [Hq, Lq, P]", "prefix_bias 3D gradient"}
     length = st.sampled_from([n for n in (0, 1, 2, 5, 17, 63) if n <= 4 * longest])
     many = draw(st.integers(1, 3)) if "packed prefixes" in features else 1
     sequences = draw(st.lists(st.integers(0, longest // 2), min_size=1, max_size=4))

@@ -68,8 +68,7 @@ def build(make_problem, case, **changes):
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_forward_lse_and_gradients(masking_backend, case, make_problem, assert_accurate):
     problem = build(make_problem, case)
-    fused = masking_backend != "reference"
-    assert_accurate(problem, problem.by(masking_backend), fused=fused)
+    assert_accurate(problem, problem.by(masking_backend))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +105,7 @@ def test_values_with_a_head_size_of_their_own(
     masking_backend, D, Dv, is_causal, dtype, make_problem, assert_accurate
 ):
     problem = make_problem(D=D, Dv=Dv, is_causal=is_causal, dtype=dtype, Lk=12, pad="left")
-    assert_accurate(problem, problem.by(masking_backend), fused=masking_backend != "reference")
+    assert_accurate(problem, problem.by(masking_backend))
 
 
 @pytest.mark.parametrize("D", [1, 17, 100])

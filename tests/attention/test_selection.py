@@ -76,7 +76,7 @@ def test_reference_is_the_first_choice_nowhere():
 
 
 def test_auto_on_the_cpu_is_reference_where_composed_cannot():
-    for features in (["softcap"], ["dropout_p", "sinks"]):
+    for features in (["softcap"], ["dropout_p", "sinks"], ["attn_mask gradient", "attn_mask"]):
         name, reason = selection.choose("auto", "cpu", torch.float32, frozenset(features), 8)
         assert name == "reference"
         assert features[0] in reason
@@ -93,6 +93,7 @@ def test_composed_asked_for_by_name_never_falls_back(options):
 
 OPTIONS = {
     "attn_mask": {"attn_mask": torch.ones(3, 3, dtype=torch.bool)},
+    "attn_mask gradient": {"attn_mask": torch.zeros(3, 3, requires_grad=True)},
     "packed prefixes": {
         "prefix_lengths": torch.tensor([3]),
         "prefix_index": torch.tensor([0]),
@@ -103,6 +104,7 @@ OPTIONS = {
     "sinks": {"sinks": torch.zeros(2)},
     "prefix_bias [Hq]": {"prefix_bias": torch.zeros(2)},
     "prefix_bias [Hq, Lq, P]": {"prefix_bias": torch.zeros(2, 3, 3)},
+    "prefix_bias 3D gradient": {"prefix_bias": torch.zeros(2, 3, 3, requires_grad=True)},
     "softcap": {"softcap": 1.0},
     "dropout_p": {"dropout_p": 0.5},
     "batch_invariant": {"batch_invariant": True},
@@ -122,6 +124,21 @@ def test_a_backend_runs_what_the_table_says_and_refuses_the_rest(name, feature):
         refused, able = str(caught.value).split("Backends that can")
         assert feature in refused
         assert ("'triton'" if feature == "batch_invariant" else "'reference'") in able
+
+
+@pytest.mark.parametrize("feature", sorted(selection.LARGE_GRADIENTS))
+def test_reference_runs_what_wants_a_large_gradient_on_every_device(feature):
+    for device in selection.AUTO:
+        name, reason = selection.choose("auto", device, torch.float32, frozenset({feature}), 8)
+        assert name == "reference"
+        assert feature in reason
+
+
+def test_nobody_wants_a_gradient_where_none_are_computed():
+    mask = OPTIONS["attn_mask gradient"]["attn_mask"]
+    with torch.no_grad():
+        got = prefix_attention(*tensors(), attn_mask=mask, backend="composed")
+    assert not got.requires_grad
 
 
 def test_the_documented_table_is_the_table():

@@ -7,7 +7,7 @@ copies the prefix for every row of every layer, in the order in which the layers
 import pytest
 import torch
 
-from fastprefix import PrefixKV, patch_model, unpatch_model, use_prefix
+from fastprefix import PrefixKV, UnsupportedModelError, patch_model, unpatch_model, use_prefix
 from fastprefix.hf import layer_groups, layer_shapes
 
 EXACT = {"rtol": 0, "atol": 1e-9}
@@ -15,13 +15,17 @@ ENCODERS = ["bert", "roberta", "electra", "distilbert", "albert", "modernbert", 
 BOTH = ["t5", "mt5", "bart", "whisper"]
 DECODERS = [
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "opt",
-    "gpt_neox", "gpt_oss", "olmo2", "gemma3n",
+    "gpt_neox", "gpt_oss", "olmo2", "gemma3n", "diffllama",
 ]  # fmt: skip
-CHECKPOINTED = ["bert", "roberta", "electra", "distilbert", "modernbert", "vit", "t5", "bart"]
+# a decoder whose learned positions count all tokens, pads among them
+COUNTED = ["bigbird_pegasus"]
+CHECKPOINTED = [
+    "bert", "roberta", "electra", "distilbert", "modernbert", "vit", "t5", "bart", "diffllama"
+]  # fmt: skip
 
 
 def test_the_zoo_is_tested(tiny):
-    assert set(tiny.ZOO) == {*ENCODERS, *BOTH, *DECODERS}
+    assert set(tiny.ZOO) == {*ENCODERS, *BOTH, *DECODERS, *COUNTED}
 
 
 def weighted(logits, real):
@@ -42,7 +46,7 @@ def frozen(tiny, name):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", [*ENCODERS, *BOTH, *DECODERS])
+@pytest.mark.parametrize("name", [*ENCODERS, *BOTH, *DECODERS, *COUNTED])
 def test_logits_and_gradients(tiny, name, side):
     model, bare = patch_model(frozen(tiny, name)), frozen(tiny, name)
     inputs, real = tiny.kind_inputs(model, side)
@@ -80,6 +84,36 @@ def test_a_prompt_is_the_text_in_front(tiny, name, side):
     torch.testing.assert_close(got[mask.bool()], expected, **EXACT)
 
 
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_prompt_where_positions_count_every_token(tiny, name):
+    """Its text is not padded, and its modules say that they are not causal."""
+    model, bare = frozen(tiny, name), frozen(tiny, name)
+    front, (ids, mask) = tiny.prompt(6), tiny.batch((7, 4), "right")
+    with torch.no_grad():
+        expected = tiny.concatenated_logits(bare, front, ids, mask, "right")[mask.bool()]
+        with use_prefix(model, PrefixKV.prefill(model, front)):
+            got = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[mask.bool()], expected, **EXACT)
+    assert layer_groups(patch_model(model)) == ("decoder",) * 2
+
+
+def test_attention_that_cannot_be_told_apart_is_refused(tiny):
+    """A layer that attends now more often and now less."""
+    model = tiny.kind("albert")
+    attention = next(m for m in model.modules() if type(m).__name__ == "AlbertAttention")
+    ran, forward = [], attention.forward
+
+    def twice_at_times(*args, **kwargs):
+        ran.append(1)
+        if len(ran) % 2:
+            forward(*args, **kwargs)
+        return forward(*args, **kwargs)
+
+    attention.forward = twice_at_times
+    with pytest.raises(UnsupportedModelError, match="AlbertAttention attends 3 times in 2 runs"):
+        patch_model(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
 @pytest.mark.parametrize("name", ["bert", "modernbert", "t5 encoder"])
 def test_custom_masks_cover_the_text_alone(tiny, name, dtype):
@@ -114,7 +148,7 @@ def test_gradient_checkpointing_trains_the_prefix(tiny, name):
     torch.testing.assert_close(got_gradients, gradients, **EXACT)
 
 
-@pytest.mark.parametrize("name", [*ENCODERS, *BOTH])
+@pytest.mark.parametrize("name", [*ENCODERS, *BOTH, "diffllama", "bigbird_pegasus"])
 def test_without_a_prefix_nothing_changes_and_unpatching_restores(tiny, name):
     model = frozen(tiny, name)
     implementations = [part.config._attn_implementation for part in parts(model)]
@@ -162,7 +196,7 @@ def test_layers_that_share_keys_see_prefixes_of_their_own_in_a_cache(tiny):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("name", ["albert", "bart"])
+@pytest.mark.parametrize("name", ["albert", "bart", "diffllama", "bigbird_pegasus"])
 def test_compiled_without_graph_breaks(tiny, name):
     model = patch_model(frozen(tiny, name))
     inputs, _ = tiny.kind_inputs(model)
@@ -174,11 +208,69 @@ def test_compiled_without_graph_breaks(tiny, name):
             torch.testing.assert_close(compiled(**inputs).logits, expected, **EXACT)
 
 
-def test_a_trainable_position_bias_is_refused(tiny):
-    """The operator has no gradient for it; dropping that silently would train T5 wrongly."""
-    model = patch_model(tiny.kind("t5"))
-    inputs, _ = tiny.kind_inputs(model)
-    with pytest.raises(NotImplementedError, match=r"no gradient.*requires_grad_\(False\)"):
-        model(**inputs)
+BIASED = ["t5", "mt5", "t5 encoder"]
+CHECKPOINTING = {
+    "whole": None,
+    "checkpointed": {"use_reentrant": False},
+    "reentrant": {"use_reentrant": True},
+}
+
+
+def parameter_gradients(model, inputs, real):
+    names, leaves = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(weighted(model(**inputs).logits, real), leaves, allow_unused=True)
+    return dict(zip(names, grads, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING.values(), ids=CHECKPOINTING)
+@pytest.mark.parametrize("name", BIASED)
+def test_a_position_bias_is_trained_with_the_rest(tiny, name, checkpointing):
+    """Patching alone leaves every parameter's gradient what it was."""
+    model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
+    inputs, real = tiny.kind_inputs(model)
+    if checkpointing is not None:
+        if not model.supports_gradient_checkpointing:
+            pytest.skip("transformers does not checkpoint it")
+        for each in (model, bare):
+            each.train().gradient_checkpointing_enable(checkpointing)
+    if checkpointing == {"use_reentrant": True}:
+        # transformers' own detaches nothing but its layers' inputs: gradients by backward alone
+        found = []
+        for each in (model, bare):
+            weighted(each(**inputs).logits, real).backward()
+            found.append({n: p.grad for n, p in each.named_parameters()})
+        got, expected = found
+    else:
+        got, expected = (parameter_gradients(each, inputs, real) for each in (model, bare))
+    biases = [n for n in expected if "relative_attention_bias" in n or "rel_pos" in n]
+    assert biases
+    assert all(expected[n].abs().max() > 1e-6 for n in biases)
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5", "t5 encoder"])
+def test_a_position_bias_is_trained_beside_a_prefix(tiny, name):
+    model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
+    inputs, real = tiny.kind_inputs(model)
+    kv = tiny.kv_of_shapes(layer_shapes(model))
+    expected = parameter_gradients(tiny.concatenating(bare, kv, inputs), inputs, real)
+    with use_prefix(model, kv):
+        got = parameter_gradients(model, inputs, real)
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+def test_a_frozen_position_bias_costs_nothing(tiny, monkeypatch):
+    """Neither without gradients nor when checkpointing asks for those of zeros."""
+    from fastprefix.attention.backends import reference
+
+    model = patch_model(frozen(tiny, "t5"))
+    inputs, real = tiny.kind_inputs(model)
+    kv = tiny.kv_of_shapes(layer_shapes(model))
+    monkeypatch.setattr(reference, "forward", None)
+    with use_prefix(model, kv):
+        run(model, kv, inputs, real)
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run(model, kv, inputs, real)
     with torch.no_grad():
-        model(**inputs)
+        patch_model(tiny.kind("t5"))(**inputs)

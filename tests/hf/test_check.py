@@ -84,12 +84,19 @@ class NoKeywords(Attention):
     passes_kwargs = False
 
 
-class BySdpa(Attention):
-    """Causal only where it knows the implementation."""
+class SaysBidirectional(Attention):
+    """Tells the attention function that it is not causal, though its mask is."""
 
     def attend(self, query, key, value, mask, kwargs):
-        known = self.config._attn_implementation in ("sdpa", "eager")
+        known = self.config._attn_implementation == "sdpa"
         return super().attend(query, key, value, mask, {**kwargs, "is_causal": known})
+
+
+class BySdpa(SaysBidirectional):
+    """Causal only where it knows the implementation, and by no mask."""
+
+    def attend(self, query, key, value, mask, kwargs):
+        return super().attend(query, key, value, None, kwargs)
 
 
 class Stateful(LlamaDecoderLayer):
@@ -148,8 +155,9 @@ def test_strangers_are_refused_by_what_they_do(tiny, kind, reason, dtype):
         use(model, tiny)
 
 
-def test_attention_called_twice_is_right_or_refused(tiny):
-    model = stranger(tiny, Twice)
+@pytest.mark.parametrize("kind", [Twice, SaysBidirectional])
+def test_what_can_be_right_is_right_or_refused(tiny, kind):
+    model = stranger(tiny, kind)
     try:
         right = all_right(model, tiny)
     except UnsupportedModelError:
@@ -222,6 +230,7 @@ def test_a_changed_model_is_checked_again(tiny):
     model = tiny.build("llama")
     use(model, tiny)
     model.model.layers[1].self_attn = stranger(tiny, BySdpa).model.layers[1].self_attn
+    model.model.layers[1].self_attn.config = model.config
     with pytest.raises(UnsupportedModelError, match="patched"):
         use(model, tiny)
 

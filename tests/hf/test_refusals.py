@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -75,6 +76,36 @@ def test_models_that_cannot_take_a_prefix(name):
     assert after == before
     assert not any(name.startswith("_fastprefix") for m in model.modules() for name in vars(m))
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_that_chooses_keys_beside_the_mask(tiny):
+    make = getattr(transformers, "DeepseekV32Config", None)
+    if make is None:
+        pytest.skip("this transformers has no DeepSeek-V3.2")
+    config = make(
+        **SMALL, vocab_size=tiny.VOCAB, num_key_value_heads=2, q_lora_rank=16, kv_lora_rank=8,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, index_n_heads=2, index_head_dim=16,
+        index_topk=2, moe_intermediate_size=16, n_routed_experts=4, n_group=1, topk_group=1,
+        num_experts_per_tok=2, first_k_dense_replace=1,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="Attention: hands its attention indices"):
+        patch_model(tiny.from_config(config))
+
+
+@pytest.mark.parametrize("given", [torch.zeros(2), 3, 0.5])
+def test_unknown_arguments_of_the_attention_are_refused(tiny, model, given):
+    ids, mask = tiny.batch()
+    with pytest.raises(NotImplementedError, match="hands its attention chosen, got"):
+        patch_model(model)(ids, attention_mask=mask, chosen=given)
+
+
+@pytest.mark.parametrize("given", [None, True, False, 0, "eager"])
+def test_what_decides_nothing_passes(tiny, model, given):
+    ids, mask = tiny.batch()
+    expected = patch_model(model)(ids, attention_mask=mask).logits
+    count = torch.tensor(3)
+    got = model(ids, attention_mask=mask, chosen=given, num_items_in_batch=count).logits
+    assert torch.equal(got, expected)
 
 
 def test_an_example_says_what_a_model_runs_on():

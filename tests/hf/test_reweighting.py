@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastprefix import PrefixKV, patch_model, prefix_attention, use_prefix
-from fastprefix.hf import layer_shapes
+from fastprefix.hf import layer_groups, layer_shapes
 from fastprefix.hf.call import Call
 from fastprefix.hf.mass import attention_mass
 from fastprefix.hf.patching import query_heads
@@ -101,15 +101,44 @@ def test_biases_of_distances_add_up(kind):
     torch.testing.assert_close(attend(call), expected, **EXACT)
 
 
-def test_a_trained_bias_beside_distances_is_refused(tiny):
-    model = patch_model(frozen(tiny, "t5"))
-    inputs, _ = tiny.kind_inputs(model)
+def test_a_trained_bias_beside_trained_distances():
+    query, key, value = torch.randn(3, 2, 4, 6, 8, dtype=torch.float64).unbind()
+    front, front_value = torch.randn(2, 4, 5, 8, dtype=torch.float64).unbind()
+    distances = torch.randn(4, 6, 5, dtype=torch.float64, requires_grad=True)
+    numbers = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    call = Call(query, key, value, front, front_value, prefix_bias=distances, head_bias=numbers)
+    scores = query @ front.mT / 8**0.5 + distances + numbers[:, None, None]
+    weights = torch.cat([scores, query @ key.mT / 8**0.5], -1).softmax(-1)
+    expected = weights[..., :5] @ front_value + weights[..., 5:] @ value
+    torch.testing.assert_close(attend(call), expected, **EXACT)
+    grad, leaves = torch.randn_like(expected), (distances, numbers)
+    wanted = torch.autograd.grad(expected, leaves, grad)
+    torch.testing.assert_close(torch.autograd.grad(attend(call), leaves, grad), wanted, **EXACT)
+
+
+def test_a_trained_bias_in_a_decoder_that_counts_distances(tiny):
+    """By the difference that a step makes; the bias of distances is trained as well."""
+    model = patch_model(tiny.kind("t5"))
+    inputs, real = tiny.kind_inputs(model)
     kv = ours(tiny, model, "bias", position_offset=5)
-    refused = pytest.raises(NotImplementedError, match="prefix_bias: got one that is trained")
-    with use_prefix(model, kv), refused:
-        model(**inputs)
-    with use_prefix(model, kv.detach()):
-        model(**inputs)
+
+    def loss():
+        with use_prefix(model, kv):
+            return model(**inputs).logits[real].square().mean()
+
+    decoder = [n for n, group in enumerate(layer_groups(model)) if group == "decoder"]
+    leaves = [kv.reweighting.heads[n] for n in decoder]
+    leaves += [p for n, p in model.named_parameters() if "relative_attention_bias" in n]
+    assert len(leaves) == 4
+    for leaf, grad in zip(leaves, torch.autograd.grad(loss(), leaves), strict=True):
+        step = 1e-3 / grad.norm()
+        with torch.no_grad():
+            ends = []
+            for sign in (1, -2, 1):  # and back
+                leaf += sign * step * grad
+                ends.append(loss())
+        slope = (ends[0] - ends[1]) / (2 * step)
+        torch.testing.assert_close(slope, grad.square().sum().to(slope), rtol=1e-2, atol=0)
 
 
 ROWS = ["bias", None, "gate", "plain", "other bias", "other gate"]

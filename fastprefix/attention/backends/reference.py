@@ -1,7 +1,9 @@
 """The yardstick: prefix attention in plain PyTorch, scores materialised, any floating dtype.
 
-Every feature, every gradient by autograd. Packed prefixes and packed sequences are masks over all
-columns here: each query is scored against everything, and what is not its own is hidden.
+Half-precision inputs are computed on in float32, as the fused backends' sums are, and only the
+output and the gradients are rounded. Every feature, every gradient by autograd. Packed prefixes and
+packed sequences are masks over all columns here: each query is scored against everything, and what
+is not its own is hidden.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def forward(
     prefix_value: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over [prefix ; sequence], in the query's dtype throughout.
+    """Softmax attention over [prefix ; sequence], in float32 or, for float64 inputs, float64.
 
     Args:
         query: [B, Hq, Lq, D].
@@ -40,6 +42,24 @@ def forward(
         out [B, Hq, Lq, Dv] and its log-sum-exp (natural log) [B, Hq, Lq] in float32 (float64 for
         float64 inputs), with the sinks. Rows that see nothing: zeros and -inf.
     """
+    dtype = query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    prefix_key, prefix_value = prefix_key.to(wide), prefix_value.to(wide)
+    with torch.autocast(query.device.type, enabled=False):  # which would round the products
+        out, lse = _attend(query, key, value, prefix_key, prefix_value, options)
+    return out.to(dtype), lse
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """:func:`forward` in the dtype of its tensors."""
     B, Hq, Lq, D = query.shape
     Hkv, Lk = key.shape[1], key.shape[2]
     P = prefix_key.shape[1]
@@ -103,8 +123,7 @@ def forward(
     weights = weights.reshape(B, Hkv, Hq // Hkv, Lq, P + Lk)
     out = torch.einsum("bhgqp,hpd->bhgqd", weights[..., :P], prefix_value)
     out = out + torch.einsum("bhgqk,bhkd->bhgqd", weights[..., P:], value)
-    lse_dtype = torch.promote_types(lse.dtype, torch.float32)
-    return out.reshape(B, Hq, Lq, value.shape[-1]), lse.to(lse_dtype)
+    return out.reshape(B, Hq, Lq, value.shape[-1]), lse
 
 
 class _Places(NamedTuple):
