@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from fastprefix.hf.multimodal import Asked
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 
 
@@ -20,7 +21,9 @@ class ActivePrefix:
         prefix_index: with several prefixes int32 [R], which of them a row attends to, -1 for none;
             the hook makes it [B].
         numbers: the same before the hook, on the host: an R-tuple.
-        positioned: whether the call's position_ids are already moved behind the prefix.
+        positioned: whether the call's position_ids are already moved behind the prefix. Before
+            that, in the towers of a model that sees, modules attend without it.
+        asked: what the caller told the model around the language model.
         cu_seqlens: offsets [M + 1] of sequences packed in one row, which stand for any mask.
         placement: how a windowed layer with an explicit mask learns how far a prompt slid: "end",
             its keys end at the newest token and text_mask says which are real; "mask", its mask
@@ -39,6 +42,7 @@ class ActivePrefix:
     prefix_index: Tensor | None = None
     numbers: tuple[int, ...] = ()
     positioned: bool = False
+    asked: Asked | None = None
     cu_seqlens: Tensor | None = None
     placement: Literal["end", "mask", "unknown"] = "end"
     text_mask: Tensor | None = None
@@ -58,6 +62,7 @@ class Recorder:
         values: [B, Hkv, L, Dv] of each call.
         causal: whether each call was causal.
         queries: [B, Hq, D] of the last token of each call.
+        positions: what the language model was told, None for its own default.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
@@ -65,6 +70,7 @@ class Recorder:
     values: list[Tensor] = field(default_factory=list)
     causal: list[bool] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
+    positions: Tensor | None = None
 
     def record(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, causal: bool

@@ -12,13 +12,18 @@ from transformers import PreTrainedModel
 from fastprefix.hf.active import Recorder
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.patching import layer_groups, patched, sharding_of
+from fastprefix.hf.multimodal import language_model, next_position
 from fastprefix.hf.probe import is_encoder_decoder, takes
+from fastprefix.hf.prompt_inputs import prompt_inputs, refuse_two_sided
 from fastprefix.kv import PrefixKV
 
 
-def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
+def prefill(
+    model: PreTrainedModel, input_ids: Tensor | Sequence[int] | None = None, **inputs: Any
+) -> PrefixKV:
     """Runs a prompt through the model once; see :meth:`fastprefix.PrefixKV.prefill`."""
-    return _as_prompt(model, input_ids=_one_text(model, input_ids))
+    refuse_two_sided(model, inputs)
+    return _as_prompt(model, **prompt_inputs(model, input_ids, inputs))
 
 
 def prefill_embeddings(model: PreTrainedModel, embeddings: Tensor) -> PrefixKV:
@@ -121,14 +126,18 @@ def _as_prompt(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
                 f"model: got {type(model).__name__}, takes a decoder-only model; an encoder's "
                 "prompt sees the text, so its keys are not the same for every text"
             )
-        kv = _recorded(model, **inputs)
-    return PrefixKV(kv.keys, kv.values, position_offset=kv.num_virtual_tokens, in_window=True)
+        recorder = Recorder()
+        kv = _recorded(model, recorder, **inputs)
+    offset = next_position(kv.num_virtual_tokens, recorder.positions)
+    return PrefixKV(kv.keys, kv.values, position_offset=offset, in_window=True)
 
 
 @torch.no_grad()
-def _recorded(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
+def _recorded(
+    model: PreTrainedModel, recorder: Recorder | None = None, **inputs: Any
+) -> PrefixKV:
     """What the attention layers are handed for one sequence of input_ids or inputs_embeds."""
-    recorder = Recorder()
+    recorder = Recorder() if recorder is None else recorder
     training = [module for module in model.modules() if module.training]
     options: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
     if takes(model, "logits_to_keep"):
@@ -136,16 +145,38 @@ def _recorded(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
     with patched(model):
         sharding = sharding_of(model)
         if sharding is not None:
-            inputs = {name: sharding.agreed(x) for name, x in inputs.items()}
+            inputs = {
+                name: sharding.agreed(x) if isinstance(x, Tensor) else x
+                for name, x in inputs.items()
+            }
+        # where a model that sees keeps what its last call's images took off the positions
+        kept = {x: x.rope_deltas for x in model.modules() if hasattr(x, "rope_deltas")}
         model.eval()
         try:
             model(**inputs, fastprefix=recorder, **options)
         finally:
             for module in training:
                 module.training = True
+            for module, deltas in kept.items():
+                module.rope_deltas = deltas
+        calls = _own_calls(model, recorder)
     kv = PrefixKV(
-        tuple(key[0].contiguous() for key in recorder.keys),
-        tuple(value[0].contiguous() for value in recorder.values),
+        tuple(recorder.keys[call][0].contiguous() for call in calls),
+        tuple(recorder.values[call][0].contiguous() for call in calls),
         position_offset=0,
     )
     return sharding.gather(kv) if sharding else kv
+
+
+def _own_calls(model: PreTrainedModel, recorder: Recorder) -> list[int]:
+    """The recorded calls of the layers that have a share in prefixes, in their order."""
+    inside = language_model(model)
+    own = set((model if inside is None else inside).modules())
+    calls = [call for call, module in enumerate(recorder.modules) if module in own]
+    new = sorted({type(recorder.modules[x]).__name__ for x in calls if not hasattr(recorder.modules[x], SLOT)})
+    if new:
+        raise NotImplementedError(
+            f"{', '.join(new)}: did not run when the model was patched, so that there is no place "
+            "for its keys and values; patch the model as you run it"
+        )
+    return calls
