@@ -65,7 +65,9 @@ def prefix_attention_forward(
         NotImplementedError: the call needs what the operator does not have yet, the gradient of a
             bias among them.
     """
-    if isinstance(fastprefix, ActivePrefix) and not (fastprefix.positioned or hasattr(module, SLOT)):
+    if isinstance(fastprefix, ActivePrefix) and not (
+        fastprefix.positioned or hasattr(module, SLOT)
+    ):
         fastprefix = ActivePrefix(None, fastprefix.backend)  # a tower in front of the text
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if isinstance(fastprefix, ActivePrefix) and fastprefix.masses is not None:

@@ -112,6 +112,12 @@ def _place(
     index, offset = _of_rows(active, module, kwargs, cu_seqlens)
     most, prefix_bias = kv.position_offset, None
     if placing == "embedding":
+        if kv.in_window and kwargs.get("position_ids") is not None:
+            raise NotImplementedError(
+                f"position_ids: {type(module).__name__} counts from another number than 0 where it "
+                "is left to itself, and a prompt's keys stand where it does so: call it without "
+                "position_ids. generate() makes some, from 0: put the prompt into input_ids"
+            )
         setattr(ACTIVE, state.key + OFFSET, (most, offset))
     elif placing == "distance" and most:
         if not isinstance(kv, PrefixKV):
@@ -301,7 +307,9 @@ def _text(kwargs: dict[str, Any], asked: Asked | None = None) -> dict[str, Any]:
         return {"placement": "mask"}
     if attention_mask is None:
         position_ids = kwargs.get("position_ids")
-        if position_ids is not None and position_ids.dim() == 3:  # of 4 axes the first is the text's
+        if (
+            position_ids is not None and position_ids.dim() == 3
+        ):  # of 4 axes the first is the text's
             position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
         if position_ids is None or cache is not None or torch.compiler.is_compiling():
             return {}

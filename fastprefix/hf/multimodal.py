@@ -39,6 +39,8 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel | None:
     text = model.config.get_text_config()
     if text is model.config or isinstance(model.config, type(text)):
         return None
+    if "decoder_input_ids" in parameters(model):  # its decoder is no model that runs alone
+        return None
     for module in model.modules():
         if (
             module is not model

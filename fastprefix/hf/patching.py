@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.active import ActivePrefix
 from fastprefix.hf.attention import NAME, SLOT
+from fastprefix.hf.frequencies import thresholds
 from fastprefix.hf.hook import (
     contiguous_input,
     inject,
@@ -28,7 +29,6 @@ from fastprefix.hf.hook import (
     shift,
     take_turn,
 )
-from fastprefix.hf.frequencies import thresholds
 from fastprefix.hf.multimodal import around, language_model
 from fastprefix.hf.positions import counts_padding
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe, takes

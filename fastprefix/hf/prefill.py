@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf.active import Recorder
 from fastprefix.hf.attention import SLOT
-from fastprefix.hf.patching import layer_groups, patched, sharding_of
 from fastprefix.hf.multimodal import language_model, next_position
+from fastprefix.hf.patching import layer_groups, patched, sharding_of
 from fastprefix.hf.probe import is_encoder_decoder, takes
-from fastprefix.hf.prompt_inputs import prompt_inputs, refuse_two_sided
+from fastprefix.hf.prompt_inputs import one_prompt, prompt_inputs, refuse_two_sided
 from fastprefix.kv import PrefixKV
 
 
@@ -51,7 +51,7 @@ def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) 
     Raises:
         ValueError: input_ids is empty or holds more than one sequence, or the model reads no text.
     """
-    ids = _one_text(model, input_ids)
+    ids = one_prompt(model, input_ids)
     if is_encoder_decoder(model):
         return _recorded(model, input_ids=ids, decoder_input_ids=ids)
     return _recorded(model, input_ids=ids)
@@ -71,7 +71,7 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
         ValueError: see :func:`text_keys_values`; or an encoder-decoder, whose cross-attention sees
             no embeddings, or blocks whose inputs have different shapes.
     """
-    ids, first = _one_text(model, input_ids), list[Tensor]()
+    ids, first = one_prompt(model, input_ids), list[Tensor]()
     if is_encoder_decoder(model):
         raise ValueError(
             f"init: got 'embeddings' for {type(model).__name__}, takes 'text': the cross-attention "
@@ -101,24 +101,6 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
                 handle.remove()
 
 
-def _one_text(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Tensor:
-    """Token ids [1, P] of one text."""
-    if model.main_input_name != "input_ids":
-        raise ValueError(
-            f"model: got {type(model).__name__}, which reads {model.main_input_name}, takes one "
-            "that reads text"
-        )
-    ids = torch.as_tensor(input_ids, device=model.device)
-    if ids.dim() == 1:
-        ids = ids[None]
-    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point():
-        raise ValueError(
-            f"input_ids: got {ids.dtype} of shape {list(ids.shape)}, takes the token ids of one "
-            "prompt, [P] or [1, P], P at least 1"
-        )
-    return ids
-
-
 def _as_prompt(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
     with patched(model):
         if set(layer_groups(model)) != {"decoder"}:
@@ -133,9 +115,7 @@ def _as_prompt(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
 
 
 @torch.no_grad()
-def _recorded(
-    model: PreTrainedModel, recorder: Recorder | None = None, **inputs: Any
-) -> PrefixKV:
+def _recorded(model: PreTrainedModel, recorder: Recorder | None = None, **inputs: Any) -> PrefixKV:
     """What the attention layers are handed for one sequence of input_ids or inputs_embeds."""
     recorder = Recorder() if recorder is None else recorder
     training = [module for module in model.modules() if module.training]
@@ -173,7 +153,13 @@ def _own_calls(model: PreTrainedModel, recorder: Recorder) -> list[int]:
     inside = language_model(model)
     own = set((model if inside is None else inside).modules())
     calls = [call for call, module in enumerate(recorder.modules) if module in own]
-    new = sorted({type(recorder.modules[x]).__name__ for x in calls if not hasattr(recorder.modules[x], SLOT)})
+    new = sorted(
+        {
+            type(recorder.modules[x]).__name__
+            for x in calls
+            if not hasattr(recorder.modules[x], SLOT)
+        }
+    )
     if new:
         raise NotImplementedError(
             f"{', '.join(new)}: did not run when the model was patched, so that there is no place "

@@ -44,7 +44,7 @@ def prompt_inputs(
     if (given[0] is None) == (given[1] is None):
         raise TypeError("input_ids, inputs_embeds: takes one of them")
     if input_ids is not None:
-        found = {"input_ids": _one_prompt(model, input_ids), **found}
+        found = {"input_ids": one_prompt(model, input_ids), **found}
         _check_pictures(model, found)
     length = found["input_ids" if input_ids is not None else "inputs_embeds"].shape[:2]
     if length[0] != 1 or length[1] == 0:
@@ -57,9 +57,7 @@ def prompt_inputs(
         raise ValueError(
             f"attention_mask: takes ones alone, {list(length)}: a prompt without padding"
         )
-    return {
-        name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in found.items()
-    }
+    return {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in found.items()}
 
 
 def _known(model: PreTrainedModel) -> list[str]:
@@ -67,7 +65,17 @@ def _known(model: PreTrainedModel) -> list[str]:
     return list(dict.fromkeys([*parameters(model), *parameters(model.base_model)]))
 
 
-def _one_prompt(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Tensor:
+def one_prompt(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Tensor:
+    """Token ids [1, P] of one text.
+
+    Raises:
+        ValueError: the model reads no text, or input_ids is empty or holds several.
+    """
+    if "input_ids" not in parameters(model):
+        raise ValueError(
+            f"model: got {type(model).__name__}, which reads {model.main_input_name}, takes one "
+            "that reads text"
+        )
     ids = torch.as_tensor(input_ids, device=model.device)
     if ids.dim() == 1:
         ids = ids[None]
@@ -82,7 +90,7 @@ def _one_prompt(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Te
 def _check_pictures(model: PreTrainedModel, found: Mapping[str, Any]) -> None:
     """Refuses places for images, videos or sound that nothing is put into."""
     if any(
-        isinstance(x, Tensor) and x.is_floating_point() or "encoder_outputs" in name
+        (isinstance(x, Tensor) and x.is_floating_point()) or "encoder_outputs" in name
         for name, x in found.items()
     ):
         return
@@ -101,10 +109,9 @@ def _check_pictures(model: PreTrainedModel, found: Mapping[str, Any]) -> None:
 def refuse_two_sided(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     """Raises NotImplementedError where a prompt would see the text that follows it."""
     types = inputs.get("token_type_ids")
-    if types is not None and "paligemma" in str(getattr(model.config, "model_type", "")):
-        if bool((torch.as_tensor(types) == 0).any()):
-            raise NotImplementedError(
-                f"token_type_ids: {type(model).__name__} lets tokens of type 0 see each other on "
-                "both sides, so that a prompt's keys depend on the text; takes a prompt without "
-                "token_type_ids, which is causal"
-            )
+    two_sided = "paligemma" in str(getattr(model.config, "model_type", ""))
+    if types is not None and two_sided and bool((torch.as_tensor(types) == 0).any()):
+        raise NotImplementedError(
+            f"token_type_ids: {type(model).__name__} lets tokens of type 0 see each other on both "
+            "sides, so that a prompt's keys depend on the text; put the prompt into input_ids"
+        )
