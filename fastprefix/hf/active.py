@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from fastprefix.hf.multimodal import Asked
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 
 
@@ -20,7 +22,9 @@ class ActivePrefix:
         prefix_index: with several prefixes int32 [R], which of them a row attends to, -1 for none;
             the hook makes it [B].
         numbers: the same before the hook, on the host: an R-tuple.
-        positioned: whether the call's position_ids are already moved behind the prefix.
+        positioned: whether the call's position_ids are already moved behind the prefix. Before
+            that, in the towers of a model that sees, modules attend without it.
+        asked: what the caller told the model around the language model.
         cu_seqlens: offsets [M + 1] of sequences packed in one row, which stand for any mask.
         placement: how a windowed layer with an explicit mask learns how far a prompt slid: "end",
             its keys end at the newest token and text_mask says which are real; "mask", its mask
@@ -42,6 +46,7 @@ class ActivePrefix:
     prefix_index: Tensor | None = None
     numbers: tuple[int, ...] = ()
     positioned: bool = False
+    asked: Asked | None = None
     cu_seqlens: Tensor | None = None
     placement: Literal["end", "mask", "unknown"] = "end"
     text_mask: Tensor | None = None
@@ -64,6 +69,7 @@ class Recorder:
         queries: [B, Hq, D] of the last token of each call.
         windows: the sliding window of each call, or None.
         told: what each call was told by its argument ``is_causal``.
+        positions: what the language model was told, None for its own default.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
@@ -73,6 +79,7 @@ class Recorder:
     queries: list[Tensor] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
     told: list[bool | None] = field(default_factory=list)
+    positions: Tensor | None = None
 
     def record(
         self,
@@ -92,3 +99,11 @@ class Recorder:
         self.causal.append(causal)
         self.queries.append(query[:, :, -1].clone())  # a view would keep all of them
         self.windows.append(window)
+
+    def only(self, modules: Collection[nn.Module]) -> Recorder:
+        """What was kept of calls of these modules."""
+        own = set(modules)
+        calls = [call for call, module in enumerate(self.modules) if module in own]
+        lists = ("modules", "keys", "values", "causal", "queries", "windows", "told")
+        parts: dict[str, Any] = {name: [getattr(self, name)[x] for x in calls] for name in lists}
+        return Recorder(**parts, positions=self.positions)

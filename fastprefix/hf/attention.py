@@ -88,6 +88,10 @@ def prefix_attention_forward(
             that is not known here.
     """
     _refuse_unknown(module, kwargs)
+    if isinstance(fastprefix, ActivePrefix) and not (
+        fastprefix.positioned or hasattr(module, SLOT)
+    ):
+        fastprefix = ActivePrefix(None, fastprefix.backend)  # a tower in front of the text
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if query.is_meta:  # a model without weights, which is patched before they are loaded
         if isinstance(fastprefix, Recorder):

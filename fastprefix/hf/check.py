@@ -34,7 +34,7 @@ from fastprefix.hf.probe import (
     shortest_inputs,
     takes,
 )
-from fastprefix.hf.samples import no_cache, samples, tokens
+from fastprefix.hf.samples import no_cache, reads_text, samples, tokens
 from fastprefix.hf.state import State
 from fastprefix.hf.trace import Trace, held_to, recorded, result_of, undisturbed
 from fastprefix.kv import PrefixKV
@@ -180,7 +180,7 @@ def compare_prefix(
         What is wrong, or "", and the largest relative error.
     """
     kind = type(model).__name__
-    is_text = example is None and model.main_input_name == "input_ids"
+    is_text = example is None and reads_text(model)
     if is_text:
         inputs = tokens(model, 1, PREFIX + TEXT)
     else:
@@ -189,6 +189,7 @@ def compare_prefix(
     recorder = Recorder()
     with recorded(slots.modules) as trace:
         model(**inputs, fastprefix=recorder)
+    recorder = recorder.only(slots.modules)
     shortened = _shortened(model, slots, state) if is_text else None
     held = _held(model, slots, recorder, shortened)
     calls = _slots_of(slots, trace)

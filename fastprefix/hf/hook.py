@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from fastprefix.hf.active import ActivePrefix
+from fastprefix.hf.active import ActivePrefix, Recorder
 from fastprefix.hf.attention import NAME
+from fastprefix.hf.frequencies import check_frequencies
+from fastprefix.hf.multimodal import Asked
 from fastprefix.hf.packing import inputs_of, no_mask, refuse_packed, unpack
+from fastprefix.hf.positions import behind_prefix
 from fastprefix.hf.room import check_room
 from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
 from fastprefix.hf.versions import cache_of, cached_name, length_of
@@ -72,10 +75,15 @@ def inject(
         return (), {**kwargs, "attention_mask": no_mask(kwargs)}
     if placing == "embedding":
         setattr(ACTIVE, state.key + OFFSET, (0, 0))  # whatever a call that failed has left
+    if isinstance(active, Recorder) and placing == "argument":
+        active.positions = {**dict(zip(names, args, strict=False)), **kwargs}.get("position_ids")
     if not isinstance(active, ActivePrefix) or active.kv is None:
         return None  # nothing, or a recorder
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
+    if placing == "outer":
+        kwargs[NAME] = active if active.asked else replace(active, asked=Asked.of(kwargs))
+        return (), kwargs
     if placing == "inner":
         kwargs[NAME] = active
         return (), kwargs
@@ -101,10 +109,16 @@ def _place(
         cu_seqlens = unpack(module.config, kwargs, names)
     else:
         refuse_packed(module, kwargs)
-    placed_text = _text(kwargs) if kv.in_window else {}
+    placed_text = _text(kwargs, active.asked) if kv.in_window else {}
     index, offset = _of_rows(active, module, kwargs, cu_seqlens)
     most, prefix_bias = kv.position_offset, None
     if placing == "embedding":
+        if kv.in_window and kwargs.get("position_ids") is not None:
+            raise NotImplementedError(
+                f"position_ids: {type(module).__name__} counts from another number than 0 where it "
+                "is left to itself, and a prompt's keys stand where it does so: call it without "
+                "position_ids. generate() makes some, from 0: put the prompt into input_ids"
+            )
         setattr(ACTIVE, state.key + OFFSET, (most, offset))
     elif placing == "distance" and most:
         if not isinstance(kv, PrefixKV):
@@ -122,8 +136,15 @@ def _place(
                 f"position_offset: got {most}, for which {type(module).__name__} takes "
                 "position_ids: it alone knows its default"
             )
-        positions = kwargs["position_ids"] = _positions(kwargs, offset)
+        bare = None
+        if index is not None and cu_seqlens is None and state.counts_padding:
+            bare = (index < 0)[:, None]
+        positions = behind_prefix(kwargs, offset, bare, active.asked)
+        kwargs["position_ids"] = positions
         check_room(state.positions_known, most, _reach(kwargs) + most, positions)
+        if state.frequencies and kv.in_window:
+            prompts = _prompts(active)
+            check_frequencies(state.frequencies, prompts, _reach(kwargs) + most, positions)
     # a new count of turns: the call may be one of several before a backward
     return replace(
         active,
@@ -308,24 +329,13 @@ def _is_text(given: Any) -> bool:
     return isinstance(given, Tensor) and given.dim() in (2, 3)
 
 
-def _positions(kwargs: dict[str, Any], offset: int | Tensor) -> Tensor:
-    """Positions of the text behind the prefix, offset as :func:`_of_rows` says; pads take none.
-
-    Explicit position_ids count the text from 0. Without them positions follow the attention mask,
-    as generate() does: pads between prefix and text must not push the text away.
-    """
-    position_ids = kwargs.get("position_ids")
-    if position_ids is not None:
-        return position_ids + offset
-    inputs = inputs_of(kwargs)
-    length = inputs.shape[1]
-    attention_mask = kwargs.get("attention_mask")
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        positions = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -length:]
-    else:
-        seen = length_of(cache_of(kwargs))
-        positions = (torch.arange(length, device=inputs.device) + seen)[None]
-    return positions + offset
+def _prompts(active: ActivePrefix) -> list[int]:
+    """How many positions the prompts among a call's prefixes take, those alone that a row has."""
+    kv = active.kv
+    if isinstance(kv, PackedPrefixKV):
+        used = {n for n in active.numbers if n >= 0 and kv.windowed[n]}
+        return [kv.offsets[n] for n in used]
+    return [] if kv is None else [kv.position_offset]
 
 
 def relative_biases(stack: nn.Module) -> list[nn.Module]:
@@ -358,13 +368,18 @@ def _reach(kwargs: dict[str, Any]) -> int:
     return length + (seen if isinstance(seen, int) else 0)  # a static cache keeps a tensor
 
 
-def _text(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _text(kwargs: dict[str, Any], asked: Asked | None = None) -> dict[str, Any]:
     """Where the call's text lies in the layers' keys: `placement` and `text_mask`."""
     attention_mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
+    attention_mask = attention_mask if asked is None else asked.attention_mask
     if any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ())):
         return {"placement": "mask"}
     if attention_mask is None:
         position_ids = kwargs.get("position_ids")
+        if (
+            position_ids is not None and position_ids.dim() == 3
+        ):  # of 4 axes the first is the text's
+            position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
         if position_ids is None or cache is not None or torch.compiler.is_compiling():
             return {}
         # transformers takes positions that start anew for packed sequences, as we do here

@@ -7,7 +7,8 @@ What a model's layers receive as ``attention_mask``, and what :mod:`fastprefix.h
 - [B, Lk] bool: causal, whatever the module says, aligned to the end, with padding (True = real
   token).
 - [B, 1, 1, Lk] bool: not causal, with padding.
-- anything else of four dimensions: an explicit mask [B, 1 or Hq, Lq, Lk].
+- anything else of four dimensions: an explicit mask [B, 1 or Hq, Lq, Lk], which the standard ones
+  are as well for models that cut their masks to the last queries.
 
 The prefix appears in none of them: every query sees all of it.
 """
@@ -82,7 +83,10 @@ def prefix_attention_mask(
         and known_ends
         and (attention_mask is None or attention_mask.shape[-1] == kv_length)
     ):
-        return None if _all_real(attention_mask) else attention_mask
+        if _all_real(attention_mask):
+            return None
+        if not _cut_by_query(kwargs.get("config")):
+            return attention_mask
     if (
         mask_function is bidirectional_mask_function
         and allow_is_bidirectional_skip
@@ -106,6 +110,11 @@ def prefix_attention_mask(
         allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         **kwargs,
     )
+
+
+def _cut_by_query(config: Any) -> bool:
+    """Whether a model cuts its masks to some queries (Gemma4, whose last layers share keys)."""
+    return bool(getattr(config, "num_kv_shared_layers", 0))
 
 
 def _all_real(attention_mask: Tensor | None) -> bool:

@@ -22,6 +22,7 @@ from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.active import ActivePrefix
 from fastprefix.hf.attention import CAUSAL, NAME, SLOT
 from fastprefix.hf.check import ask, ask_prefix, compare_patch, recall, remember
+from fastprefix.hf.frequencies import thresholds
 from fastprefix.hf.hook import (
     contiguous_input,
     count_calls,
@@ -30,6 +31,8 @@ from fastprefix.hf.hook import (
     shift,
     take_turn,
 )
+from fastprefix.hf.multimodal import around, language_model
+from fastprefix.hf.positions import counts_padding
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe, takes
 from fastprefix.hf.room import positions_known
 from fastprefix.hf.sharding import Sharding, find_sharding, refuse_split_heads
@@ -394,11 +397,14 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None, check: boo
         hooked = {model: "inner", model.base_model: "inner"}
         hooked |= {model.get_encoder(): "fixed", stack: state.placing}
     else:
-        stack = model
-        state.placing = _placing(model, causal="decoder" in state.groups)
-        hooked = {model: state.placing, model.base_model: state.placing}
+        stack = language_model(model) or model
+        state.placing = _placing(stack, causal="decoder" in state.groups)
+        if stack is not model:
+            hooked = dict.fromkeys(around(model, stack), "outer")
+        hooked |= {stack: state.placing, stack.base_model: state.placing}
     embeddings = _position_embeddings(stack) if state.placing == "embedding" else []
     state.positions_known = positions_known(model, stack)
+    state.counts_padding, state.frequencies = counts_padding(stack), thresholds(model.config)
     for module, placing in hooked.items():
         hook = partial(inject, names=parameters(module), placing=placing)
         state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -417,11 +423,16 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None, check: boo
 def _placing(model: PreTrainedModel, *, causal: bool) -> Placing:
     """How a model that is one stack learns where its text stands."""
     by_argument = takes(model, "position_ids")
-    if causal and by_argument:
+    if causal and by_argument and not _counts_itself(model):
         return "argument"
     if _position_embeddings(model):
         return "embedding"
     return "given" if by_argument else "fixed"
+
+
+def _counts_itself(stack: nn.Module) -> bool:
+    """Whether a stack counts positions from another number than 0, as it alone knows (RoBERTa)."""
+    return any(hasattr(x, "create_position_ids_from_input_ids") for x in stack.modules())
 
 
 def _position_embeddings(stack: nn.Module) -> list[nn.Module]:

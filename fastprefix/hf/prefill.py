@@ -12,16 +12,22 @@ from transformers import PreTrainedModel
 from fastprefix.hf.active import Recorder
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.check import ask, ask_prefix, compare_prompt
+from fastprefix.hf.multimodal import language_model, next_position
 from fastprefix.hf.patching import activate, layer_groups, patched, sharding_of, state_of
 from fastprefix.hf.probe import is_encoder_decoder, takes
+from fastprefix.hf.prompt_inputs import one_prompt, prompt_inputs
 from fastprefix.kv import PrefixKV
 
 
 def prefill(
-    model: PreTrainedModel, input_ids: Tensor | Sequence[int], *, check: bool = True
+    model: PreTrainedModel,
+    input_ids: Tensor | Sequence[int] | None = None,
+    *,
+    check: bool = True,
+    **inputs: Any,
 ) -> PrefixKV:
     """Runs a prompt through the model once; see :meth:`fastprefix.PrefixKV.prefill`."""
-    return _as_prompt(model, check, input_ids=_one_text(model, input_ids))
+    return _as_prompt(model, check, **prompt_inputs(model, input_ids, inputs))
 
 
 def prefill_embeddings(model: PreTrainedModel, embeddings: Tensor) -> PrefixKV:
@@ -49,7 +55,7 @@ def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) 
     Raises:
         ValueError: input_ids is empty or holds more than one sequence, or the model reads no text.
     """
-    ids = _one_text(model, input_ids)
+    ids = one_prompt(model, input_ids)
     if is_encoder_decoder(model):
         return _recorded(model, input_ids=ids, decoder_input_ids=ids)
     return _recorded(model, input_ids=ids)
@@ -69,7 +75,7 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
         ValueError: see :func:`text_keys_values`; or an encoder-decoder, whose cross-attention sees
             no embeddings, or blocks whose inputs have different shapes.
     """
-    ids, first = _one_text(model, input_ids), list[Tensor]()
+    ids, first = one_prompt(model, input_ids), list[Tensor]()
     if is_encoder_decoder(model):
         raise ValueError(
             f"init: got 'embeddings' for {type(model).__name__}, takes 'text': the cross-attention "
@@ -99,27 +105,9 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
                 handle.remove()
 
 
-def _one_text(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Tensor:
-    """Token ids [1, P] of one text."""
-    if model.main_input_name != "input_ids":
-        raise ValueError(
-            f"model: got {type(model).__name__}, which reads {model.main_input_name}, takes one "
-            "that reads text"
-        )
-    ids = torch.as_tensor(input_ids, device=model.device)
-    if ids.dim() == 1:
-        ids = ids[None]
-    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point():
-        raise ValueError(
-            f"input_ids: got {ids.dtype} of shape {list(ids.shape)}, takes the token ids of one "
-            "prompt, [P] or [1, P], P at least 1"
-        )
-    return ids
-
-
 def _as_prompt(model: PreTrainedModel, check: bool, **inputs: Tensor) -> PrefixKV:
     with patched(model, check=check):
-        if set(layer_groups(model)) != {"decoder"}:
+        if set(layer_groups(model)) != {"decoder"} or _sees_both_sides(model):
             raise ValueError(
                 f"model: got {type(model).__name__}, takes a decoder-only model; an encoder's "
                 "prompt sees the text, so its keys are not the same for every text"
@@ -130,9 +118,19 @@ def _as_prompt(model: PreTrainedModel, check: bool, **inputs: Tensor) -> PrefixK
         return kv
 
 
+def _sees_both_sides(model: PreTrainedModel) -> bool:
+    """Whether types of tokens decide who sees the text behind (PaliGemma): its layers say so."""
+    layers = (module for module in model.modules() if hasattr(module, SLOT))
+    return takes(model, "token_type_ids") and not all(
+        getattr(layer, "is_causal", True) for layer in layers
+    )
+
+
 def _prompt(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
-    kv = _recorded(model, **inputs)
-    return PrefixKV(kv.keys, kv.values, position_offset=kv.num_virtual_tokens, in_window=True)
+    recorder = Recorder()
+    kv = _recorded(model, recorder, **inputs)
+    offset = next_position(kv.num_virtual_tokens, recorder.positions)
+    return PrefixKV(kv.keys, kv.values, position_offset=offset, in_window=True)
 
 
 def _check_prompt(model: PreTrainedModel, kv: PrefixKV) -> None:
@@ -159,9 +157,9 @@ def _check_prompt(model: PreTrainedModel, kv: PrefixKV) -> None:
 
 
 @torch.no_grad()
-def _recorded(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
+def _recorded(model: PreTrainedModel, recorder: Recorder | None = None, **inputs: Any) -> PrefixKV:
     """What the attention layers are handed for one sequence of input_ids or inputs_embeds."""
-    recorder = Recorder()
+    recorder = Recorder() if recorder is None else recorder
     training = [module for module in model.modules() if module.training]
     options: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
     if takes(model, "logits_to_keep"):
@@ -169,16 +167,44 @@ def _recorded(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
     with patched(model):
         sharding = sharding_of(model)
         if sharding is not None:
-            inputs = {name: sharding.agreed(x) for name, x in inputs.items()}
+            inputs = {
+                name: sharding.agreed(x) if isinstance(x, Tensor) else x
+                for name, x in inputs.items()
+            }
+        # where a model that sees keeps what its last call's images took off the positions
+        kept = {x: x.rope_deltas for x in model.modules() if hasattr(x, "rope_deltas")}
         model.eval()
         try:
             model(**inputs, fastprefix=recorder, **options)
         finally:
             for module in training:
                 module.training = True
+            for module, deltas in kept.items():
+                module.rope_deltas = deltas
+        calls = _own_calls(model, recorder)
     kv = PrefixKV(
-        tuple(key[0].contiguous() for key in recorder.keys),
-        tuple(value[0].contiguous() for value in recorder.values),
+        tuple(recorder.keys[call][0].contiguous() for call in calls),
+        tuple(recorder.values[call][0].contiguous() for call in calls),
         position_offset=0,
     )
     return sharding.gather(kv) if sharding else kv
+
+
+def _own_calls(model: PreTrainedModel, recorder: Recorder) -> list[int]:
+    """The recorded calls of the layers that have a share in prefixes, in their order."""
+    inside = language_model(model)
+    own = set((model if inside is None else inside).modules())
+    calls = [call for call, module in enumerate(recorder.modules) if module in own]
+    new = sorted(
+        {
+            type(recorder.modules[x]).__name__
+            for x in calls
+            if not hasattr(recorder.modules[x], SLOT)
+        }
+    )
+    if new:
+        raise NotImplementedError(
+            f"{', '.join(new)}: did not run when the model was patched, so that there is no place "
+            "for its keys and values; patch the model as you run it"
+        )
+    return calls

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf import attention, masks
 from fastprefix.hf.active import Recorder
+from fastprefix.hf.multimodal import language_model
 from fastprefix.hf.versions import parameters
 from fastprefix.kv import Group, LayerShape
 
@@ -30,7 +31,8 @@ class Slots:
     """What a model's attention looks like, in the order of the calls.
 
     Attributes:
-        modules: the module of each call; layers may share one.
+        modules: the module of each call; layers may share one. Of a model that sees or hears,
+            those of its language model.
         shapes: of the keys and values.
         query_heads: Hq.
         groups: which part of the model the call belongs to.
@@ -102,9 +104,12 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
         masks.MADE[:] = [other for other in masks.MADE if other is not made]
         for module in training:
             module.training = True
-    own = set(model.modules())
+    inside = language_model(model)
+    own = set((model if inside is None else inside).modules())
+    keep = [call for call, module in enumerate(recorder.modules) if module in own]
+    shared = tuple(module for module in shared if module in own)
     lost = sorted({type(module).__name__ for module in missed if module in own})
-    if lost or not recorder.modules:
+    if lost or not keep:
         which = f"{', '.join(lost)} of its" if lost else "none of its"
         verb = "did not receive" if lost else "received"
         raise UnsupportedModelError(
@@ -112,13 +117,13 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
             "through which a prefix travels"
         )
     return Slots(
-        tuple(recorder.modules),
+        tuple(recorder.modules[call] for call in keep),
         tuple(
             LayerShape(key.shape[1], key.shape[3], value.shape[3])
-            for key, value in zip(recorder.keys, recorder.values, strict=True)
+            for key, value in ((recorder.keys[call], recorder.values[call]) for call in keep)
         ),
-        tuple(query.shape[1] for query in recorder.queries),
-        _groups(model, recorder),
+        tuple(recorder.queries[call].shape[1] for call in keep),
+        tuple(group for call, group in enumerate(_groups(model, recorder)) if call in set(keep)),
         shared,
         several,
         _causal(recorder),
@@ -143,7 +148,8 @@ def shortest_inputs(model: PreTrainedModel) -> dict[str, Any]:
     text = config.get_text_config()
     eos = getattr(text, "eos_token_id", None)
     last = eos if isinstance(eos, int) and 0 <= eos < text.vocab_size else 0
-    if main == "input_ids":
+    if main == "input_ids" or language_model(model) is not None:
+        main = "input_ids"
         # classifiers on a decoder look for the end of the text
         made = torch.tensor([[last if is_encoder_decoder(model) else 0]])
     elif main == "pixel_values":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastprefix.hf.multimodal import language_model
 from fastprefix.hf.probe import is_encoder_decoder, shortest_inputs, takes
 
 
@@ -23,7 +24,7 @@ def samples(model: PreTrainedModel, length: int, causal: bool) -> Iterator[dict[
         length: tokens of a row.
         causal: pads stand on the left, as generation wants them; else on the right.
     """
-    if model.main_input_name == "input_ids":
+    if reads_text(model):
         pads = length // 3
         mask = torch.ones(2, length, dtype=torch.long, device=model.device)
         where = slice(0, pads) if causal else slice(length - pads, length)
@@ -34,6 +35,11 @@ def samples(model: PreTrainedModel, length: int, causal: bool) -> Iterator[dict[
         yield {**batch, "attention_mask": mask}
         yield tokens(model, 1, length)
     yield shortest_inputs(model)
+
+
+def reads_text(model: PreTrainedModel) -> bool:
+    """Whether a model runs on token ids alone."""
+    return model.main_input_name == "input_ids" or language_model(model) is not None
 
 
 def tokens(model: PreTrainedModel, rows: int, length: int) -> dict[str, Any]:

@@ -26,8 +26,8 @@ ACTIVE = threading.local()
 # "given": by position_ids, for which the model itself knows a default where they are learned;
 # "embedding": by what its position embedding is told of the keys that are in the cache;
 # "distance": by a bias for each distance, of which it is told that to the prefix (T5);
-# "fixed": not at all. "inner": its parts are told.
-Placing = Literal["argument", "given", "embedding", "distance", "fixed", "inner"]
+# "fixed": not at all. "inner": its parts are told; "outer": the language model in it is told.
+Placing = Literal["argument", "given", "embedding", "distance", "fixed", "inner", "outer"]
 
 
 @dataclass
@@ -45,6 +45,8 @@ class State:
         groups: which part of the model each layer belongs to.
         placing: of the stack whose text a prefix moves.
         positions_known: how many positions that stack has learned, None for any.
+        counts_padding: whether that stack, bare, gives pads positions.
+        frequencies: at which lengths its rotary embeddings change.
         sharding: which heads this rank has of a tensor-parallel model.
         known: what :mod:`fastprefix.hf.check` found of the model; None for not to be checked.
         example: what to run the model on to check it; made from the config if None.
@@ -62,6 +64,8 @@ class State:
     groups: tuple[Group, ...] = ()
     placing: Placing = "argument"
     positions_known: int | None = None
+    counts_padding: bool = True
+    frequencies: tuple[tuple[str, int], ...] = ()
     sharding: Sharding | None = None
     known: Any = None
     example: Mapping[str, Any] | None = None
@@ -78,6 +82,8 @@ class State:
             groups=self.groups,
             placing=self.placing,
             positions_known=self.positions_known,
+            counts_padding=self.counts_padding,
+            frequencies=self.frequencies,
             sharding=self.sharding,
             known=copy.deepcopy(self.known, memo),
             example=self.example,

@@ -130,7 +130,11 @@ def held_to(
 
 @contextlib.contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation, without gradients and autocast; mode and random numbers are put back."""
+    """Evaluation, without gradients and autocast; mode and random numbers are put back.
+
+    So is where the last call's images put what follows them, which models that see remember.
+    """
+    kept = {x: x.rope_deltas for x in model.modules() if hasattr(x, "rope_deltas")}
     training = [module for module in model.modules() if module.training]
     device = model.device
     devices = [device] if device.type == "cuda" else []
@@ -145,6 +149,8 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        for seeing, deltas in kept.items():
+            seeing.rope_deltas = deltas
 
 
 def result_of(output: Any) -> Tensor | None:

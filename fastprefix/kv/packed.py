@@ -26,6 +26,7 @@ class PackedPrefixKV:
         position_offset: the largest of them.
         position_offsets: int64 [N + 1]: position of the first token behind each prefix, and 0 for
             rows without one, which -1 finds.
+        offsets: the same for the prefixes alone, on the host.
         windowed: [N], see ``in_window`` of :class:`PrefixKV`.
         kinds: [N], how each reweights its heads; see :class:`Reweighting`.
         biases: one [Hq, N] tensor a layer, 0 for prefixes without; [0, N] where no prefix has any.
@@ -39,6 +40,7 @@ class PackedPrefixKV:
     longest: tuple[int, ...]
     position_offset: int
     position_offsets: Tensor
+    offsets: tuple[int, ...]
     windowed: tuple[bool, ...]
     kinds: tuple[Kind | None, ...]
     biases: tuple[Tensor, ...]
@@ -86,6 +88,7 @@ class PackedPrefixKV:
             tuple(max(one) for one in lengths),
             max(offsets),
             torch.tensor(offsets, device=first.device),
+            tuple(offsets[:-1]),
             tuple(kv.in_window for kv in members),
             tuple(kind_of(kv.reweighting) for kv in members),
             tuple(_heads(members, layer, "bias") for layer in layers),

@@ -59,7 +59,8 @@ class PrefixKV:
             in the order in which a model's attention layers run; P may differ, and be 0.
         values: one [Hkv, P, Dv] tensor a layer.
         position_offset: position of the first token that follows the prefix, in the decoder of an
-            encoder-decoder. For a prefilled prompt this is its length; learned prefixes take as
+            encoder-decoder. For a prefilled prompt this is its length, or less where images take
+            fewer positions than tokens; learned prefixes take as
             many positions as they have virtual tokens where PEFT does so, else none.
         in_window: whether the prefix slides out of a sliding window as the same text would (a
             prefilled prompt), or stays visible (a learned prefix).
@@ -116,9 +117,10 @@ class PrefixKV:
     def prefill(
         cls,
         model: PreTrainedModel,
-        input_ids: Tensor | Sequence[int],
+        input_ids: Tensor | Sequence[int] | None = None,
         *,
         check: bool = True,
+        **inputs: Any,
     ) -> PrefixKV:
         """Keys and values that the model itself computes for a prompt.
 
@@ -129,13 +131,23 @@ class PrefixKV:
             model: a model that :func:`fastprefix.patch_model` accepts; it is left as it was.
             input_ids: [P] or [1, P] token ids.
             check: False leaves out this check.
+            inputs: what else makes up the prompt, as the model's forward takes it: pixel_values,
+                image_grid_thw, mm_token_type_ids, input_features, ..., or inputs_embeds in place of
+                input_ids. An attention_mask may say that nothing is padded.
 
         Raises:
-            ValueError: input_ids is empty or holds more than one sequence.
+            TypeError: neither or both of input_ids and inputs_embeds, or an input that the model's
+                forward does not take.
+            ValueError: input_ids is empty or holds more than one sequence or padding, or places for
+                images without any.
+            NotImplementedError: the prompt's keys would depend on the text behind it.
+
+        Example:
+            >>> kv = PrefixKV.prefill(model, **processor(text=question, images=picture))
         """
         from fastprefix.hf.prefill import prefill  # the one place that looks down the map
 
-        return prefill(model, input_ids, check=check)
+        return prefill(model, input_ids, check=check, **inputs)
 
     @classmethod
     def from_text(

@@ -5,9 +5,11 @@ import torch
 from transformers import MistralConfig, set_seed
 
 from fastprefix import PackedPrefixKV, PrefixKV, patch_model, use_prefix
+from fastprefix.hf import layer_shapes
 
 ROWS = ["a", None, "b", "a"]
 LENGTHS = (7, 4, 1, 5)
+EXACT = {"rtol": 0, "atol": 1e-9}
 LOGITS = {"rtol": 1e-3, "atol": 1e-4}
 
 
@@ -40,8 +42,10 @@ def test_logits_and_gradients_are_those_of_each_row_alone(tiny, architecture, si
     theirs = prefixes(tiny, bare, requires_grad=True)
     for row, name in enumerate(ROWS):
         real = mask[row].bool()
-        kv = theirs[name] if name else None
-        expected = alone(tiny, bare, kv, ids[row][real][None]).logits[0]
+        if name is None:  # without position_ids the bare model counts GPT-2's pads
+            expected = bare(ids, attention_mask=mask).logits[row][real]
+        else:
+            expected = alone(tiny, bare, theirs[name], ids[row][real][None]).logits[0]
         torch.testing.assert_close(logits[row][real], expected, rtol=1e-5, atol=1e-5)
         expected.softmax(-1).square().sum().backward()
     for name in ("a", "b"):
@@ -49,6 +53,36 @@ def test_logits_and_gradients_are_those_of_each_row_alone(tiny, architecture, si
         assert all(gradient.abs().max() > 1e-6 for gradient in found)
         torch.testing.assert_close(found, tiny.gradients(theirs[name]), rtol=1e-4, atol=1e-6)
     assert all(tensor.grad.abs().max() == 0 for tensor in ours["unused"].keys)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "gpt_neox"])
+def test_a_row_without_a_prefix_does_not_depend_on_the_others(tiny, name, side):
+    """It stands where the bare model puts it, which counts pads (GPT-2) or does not (OPT)."""
+    model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
+    ids, mask = tiny.batch(LENGTHS, "right" if side == "right" else "left")
+    if side == "holes":
+        mask[:, 3] = 0
+    kv = {
+        x: tiny.kv_of_shapes(layer_shapes(model), P, position_offset=P).detach()
+        for x, P in (("a", 3), ("b", 6))
+    }
+    with torch.no_grad():
+        expected = bare(ids, attention_mask=mask).logits
+        for rows in ([None] * 4, ROWS, ["b", None, None, "a"]):
+            with use_prefix(model, kv, rows):
+                cached = model(ids[:, :-2], attention_mask=mask[:, :-2], use_cache=True)
+                got = model(ids, attention_mask=mask).logits
+                last = model(ids[:, -2:], attention_mask=mask, cache=cached.past_key_values).logits
+            for row in (row for row, x in enumerate(rows) if x is None):
+                real = mask[row].bool()
+                torch.testing.assert_close(got[row][real], expected[row][real], **EXACT)
+                torch.testing.assert_close(last[row][real[-2:]], got[row, -2:][real[-2:]], **EXACT)
+            with use_prefix(model, kv["a"]):
+                alike = model(ids, attention_mask=mask).logits
+            for row in (row for row, x in enumerate(rows) if x == "a"):
+                real = mask[row].bool()
+                torch.testing.assert_close(got[row][real], alike[row][real], **EXACT)
 
 
 def test_rows_with_position_ids_or_embeddings(tiny, model):
@@ -62,7 +96,8 @@ def test_rows_with_position_ids_or_embeddings(tiny, model):
         embedded = model(inputs_embeds=embeds, attention_mask=mask).logits
         whole = model(ids).logits
         ones = model(ids, attention_mask=torch.ones_like(mask)).logits
-    assert torch.equal(same[mask.bool()], expected[mask.bool()])
+    placed = mask.bool() & torch.tensor([name is not None for name in ROWS])[:, None]
+    assert torch.equal(same[placed], expected[placed])
     assert torch.equal(embedded, expected)
     assert torch.equal(whole, ones)
 
