@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from fastprefix.hf.active import ActivePrefix
+from fastprefix.hf.active import ActivePrefix, Recorder
 from fastprefix.hf.attention import NAME
+from fastprefix.hf.cached_state import begin, clear
 from fastprefix.hf.packing import inputs_of, no_mask, refuse_packed, unpack
 from fastprefix.hf.room import check_room
 from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
@@ -70,6 +71,8 @@ def inject(
             return None
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         return (), {**kwargs, "attention_mask": no_mask(kwargs)}
+    if not isinstance(active, Recorder):
+        clear(state)
     if placing == "embedding":
         setattr(ACTIVE, state.key + OFFSET, (0, 0))  # whatever a call that failed has left
     if not isinstance(active, ActivePrefix) or active.kv is None:
@@ -102,6 +105,7 @@ def _place(
         refuse_packed(module, kwargs)
     placed_text = _text(kwargs) if kv.in_window else {}
     index, offset = _of_rows(active, module, kwargs, cu_seqlens)
+    begin(module, kv, index, kwargs, state, names)
     most, prefix_bias = kv.position_offset, None
     if placing == "embedding":
         setattr(ACTIVE, state.key + OFFSET, (most, offset))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf.active import Recorder
 from fastprefix.hf.attention import SLOT
+from fastprefix.hf.caches import take
+from fastprefix.hf.keeping import keeping_of, refuse
 from fastprefix.hf.patching import layer_groups, patched, sharding_of
 from fastprefix.hf.probe import is_encoder_decoder, takes
 from fastprefix.kv import PrefixKV
@@ -121,16 +124,21 @@ def _as_prompt(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
                 f"model: got {type(model).__name__}, takes a decoder-only model; an encoder's "
                 "prompt sees the text, so its keys are not the same for every text"
             )
-        kv = _recorded(model, **inputs)
-    return PrefixKV(kv.keys, kv.values, position_offset=kv.num_virtual_tokens, in_window=True)
+        keeping = keeping_of(model)
+        refuse(model, keeping)
+        kv = _recorded(model, states=keeping.stateful, **inputs)
+    return replace(kv, position_offset=kv.num_virtual_tokens, in_window=True)
 
 
 @torch.no_grad()
-def _recorded(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
-    """What the attention layers are handed for one sequence of input_ids or inputs_embeds."""
+def _recorded(model: PreTrainedModel, states: bool = False, **inputs: Tensor) -> PrefixKV:
+    """What the attention layers are handed for one sequence of input_ids or inputs_embeds.
+
+    And, if asked for, the states that other layers have afterwards.
+    """
     recorder = Recorder()
     training = [module for module in model.modules() if module.training]
-    options: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
+    options: dict[str, Any] = {"use_cache": states} if takes(model, "use_cache") else {}
     if takes(model, "logits_to_keep"):
         options["logits_to_keep"] = 1  # those of all other tokens would be thrown away
     with patched(model):
@@ -139,7 +147,7 @@ def _recorded(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
             inputs = {name: sharding.agreed(x) for name, x in inputs.items()}
         model.eval()
         try:
-            model(**inputs, fastprefix=recorder, **options)
+            output = model(**inputs, fastprefix=recorder, **options)
         finally:
             for module in training:
                 module.training = True
@@ -147,5 +155,6 @@ def _recorded(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
         tuple(key[0].contiguous() for key in recorder.keys),
         tuple(value[0].contiguous() for value in recorder.values),
         position_offset=0,
+        states=take(output) if states else None,
     )
     return sharding.gather(kv) if sharding else kv
