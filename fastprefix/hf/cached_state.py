@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf.caches import kept, new_cache, put
 from fastprefix.hf.keeping import keeping_of, refuse
-from fastprefix.hf.packing import inputs_of
+from fastprefix.hf.packing import inputs_of, starts_anew
 from fastprefix.hf.pieces import PARTS, plan
 from fastprefix.hf.state import ACTIVE, STATE, Keeping, State
 from fastprefix.hf.versions import cache_name, cache_of, length_of
@@ -62,6 +62,7 @@ def begin(
     kwargs: dict[str, Any],
     state: State,
     names: tuple[str, ...],
+    cu_seqlens: Tensor | None,
 ) -> None:
     """Puts the states of a call's prompts into its cache, if that is still empty.
 
@@ -72,10 +73,11 @@ def begin(
         kwargs: of the call; gets a cache where it has none.
         state: of the patched model.
         names: parameters of the module's forward.
+        cu_seqlens: of packed sequences, which are refused.
 
     Raises:
-        NotImplementedError: the call has no cache and is to have none, or its padding cannot be
-            skipped.
+        NotImplementedError: the call has no cache and is to have none, packs sequences, or its
+            padding cannot be skipped.
         ValueError: the cache has no place for states, or holds a text that began without them.
     """
     prompts = _prompts(kv)
@@ -88,10 +90,15 @@ def begin(
     if use_cache is None:
         use_cache = getattr(config.get_text_config(), "use_cache", True)  # type: ignore[union-attr, operator]
     cache, argument = cache_of(kwargs), cache_name(names)
+    if cu_seqlens is not None or starts_anew(kwargs):
+        raise NotImplementedError(
+            f"{kind}: packed sequences do not go with a prompt whose state starts a cache; takes "
+            "them padded, in rows"
+        )
     if argument is None or (not use_cache and (cache is None or kwargs.get("use_cache") is False)):
         raise NotImplementedError(
             f"use_cache: got {use_cache}, takes True for {kind} with a prompt: its layers start "
-            "from the prompt's state in the cache (packed sequences have none)"
+            "from the prompt's state in the cache"
         )
     if module.training and any(
         getattr(part, "gradient_checkpointing", False) for part in module.modules()

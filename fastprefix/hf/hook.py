@@ -105,7 +105,7 @@ def _place(
         refuse_packed(module, kwargs)
     placed_text = _text(kwargs) if kv.in_window else {}
     index, offset = _of_rows(active, module, kwargs, cu_seqlens)
-    begin(module, kv, index, kwargs, state, names)
+    begin(module, kv, index, kwargs, state, names, cu_seqlens)
     most, prefix_bias = kv.position_offset, None
     if placing == "embedding":
         setattr(ACTIVE, state.key + OFFSET, (most, offset))

@@ -176,12 +176,13 @@ def _find(model: PreTrainedModel, state: State) -> Keeping:
                 setattr(ACTIVE, state.key + PARTS, plan("", given, trial, 2, _REST))
                 after = run(tokens, positions, copy.deepcopy(start), mask if pads else None)
             got, left = _logits(after), kept(cache_in(after))
-            close = _close(got[0], wanted) and _close(got[1, pads:], wanted[: _REST - pads])
-            return close and all(
-                _close(left[layer][name][0], x[0])
+            pairs = [(got[0], wanted), (got[1, pads:], wanted[: _REST - pads])]
+            pairs += [
+                (left[layer][name][0], x[0])
                 for layer, tensors in held.items()
                 for name, x in tensors.items()
-            )
+            ]
+            return all(_close(one, other, model.dtype) for one, other in pairs)
         return False
 
     try:
@@ -289,8 +290,8 @@ def _logits(output: Any) -> Tensor:
     return output[0] if found is None else found
 
 
-def _close(got: Tensor, wanted: Tensor) -> bool:
-    """Within what rounding explains; a state that was lost is off by far more."""
-    limit = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.1
+def _close(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """Within what rounding explains in a model of a dtype; a lost state is off by far more."""
+    limit = 0.01 if dtype in (torch.float32, torch.float64) else 0.1
     got, wanted = got.double(), wanted.double()
     return bool((got - wanted).norm() <= limit * wanted.norm() + 1e-12)

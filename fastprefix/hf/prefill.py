@@ -138,7 +138,7 @@ def _recorded(model: PreTrainedModel, states: bool = False, **inputs: Tensor) ->
     """
     recorder = Recorder()
     training = [module for module in model.modules() if module.training]
-    options: dict[str, Any] = {"use_cache": states} if takes(model, "use_cache") else {}
+    options: dict[str, Any] = {"use_cache": states} if states or takes(model, "use_cache") else {}
     if takes(model, "logits_to_keep"):
         options["logits_to_keep"] = 1  # those of all other tokens would be thrown away
     with patched(model):

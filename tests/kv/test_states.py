@@ -37,7 +37,8 @@ def test_a_file_holds_them(tmp_path):
     kv = prompt(dtype=torch.bfloat16)
     kv.save(tmp_path / "a.safetensors")
     loaded = PrefixKV.load(tmp_path / "a.safetensors")
-    assert same(kv, loaded) and len(loaded.tensors) == 8
+    assert same(kv, loaded)
+    assert len(loaded.tensors) == 8
     assert [one.layer for one in loaded.states] == [0, 2]
     assert list(loaded.states[1].tensors) == ["conv.0", "conv.1"]
 
@@ -52,7 +53,8 @@ def test_files_that_know_no_states_still_load(tmp_path):
     del about["states"]
     save_file(tensors, tmp_path / "old.safetensors", {"format": "pt", key: json.dumps(about)})
     loaded = PrefixKV.load(tmp_path / "old.safetensors")
-    assert loaded.states is None and same(kv, loaded)
+    assert loaded.states is None
+    assert same(kv, loaded)
 
 
 def test_a_state_that_is_not_finite_is_not_written(tmp_path):
@@ -87,7 +89,8 @@ def test_attention_layers_are_selected_and_states_stay():
 
 def test_copies_and_pickles():
     kv = prompt()
-    assert same(copy.deepcopy(kv), kv) and same(pickle.loads(pickle.dumps(kv)), kv)
+    assert same(copy.deepcopy(kv), kv)
+    assert same(pickle.loads(pickle.dumps(kv)), kv)
 
 
 def test_several_prompts_keep_them_apart():
@@ -119,7 +122,8 @@ def test_a_bank_with_a_budget_brings_them_back(tmp_path):
         bank.add(name, kv)
     assert all(same(bank[name], kv) for name, kv in kvs.items())
     again = KVBudget(kvs["a"].nbytes, folder=tmp_path)
-    assert same(again.get("b"), kvs["b"]) and again.resident_bytes == kvs["b"].nbytes
+    assert same(again.get("b"), kvs["b"])
+    assert again.resident_bytes == kvs["b"].nbytes
 
 
 @pytest.mark.parametrize(
