@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastprefix.hf.active import ActivePrefix, Recorder
+from fastprefix.hf.keeping import says_stateful
 from fastprefix.hf.probe import (
     Slots,
     UnsupportedModelError,
@@ -199,11 +200,16 @@ def compare_prefix(
     def begin(number: int) -> int:
         return PREFIX if any(slots.groups[slot] == shortened for slot in calls[number]) else 0
 
+    stateful = says_stateful(model)
+
     def look(number: int, made: Tensor, want: Tensor) -> None:
-        if calls[number] and all(held[slot] for slot in calls[number]):
+        if not calls[number]:
+            return
+        same = judge.error(number, made, want) <= judge.tolerance
+        if not all(held[slot] for slot in calls[number]):
+            unmoved.extend([number] if same else [])
+        elif same or not stateful:  # else attention may start from a state, which is a prompt's
             judge.compare(number, made, want)
-        elif calls[number] and judge.error(number, made, want) <= judge.tolerance:
-            unmoved.append(number)
 
     kv = _shares(recorder, held, PREFIX if shortened is not None else 0)
     active = ActivePrefix(kv, state.backend)

@@ -11,6 +11,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from fastprefix.hf.active import ActivePrefix, Recorder
 from fastprefix.hf.attention import NAME
+from fastprefix.hf.cached_state import begin, clear
 from fastprefix.hf.frequencies import check_frequencies
 from fastprefix.hf.multimodal import Asked
 from fastprefix.hf.packing import inputs_of, no_mask, refuse_packed, unpack
@@ -73,6 +74,8 @@ def inject(
             return None
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         return (), {**kwargs, "attention_mask": no_mask(kwargs)}
+    if not isinstance(active, Recorder):
+        clear(state)
     if placing == "embedding":
         setattr(ACTIVE, state.key + OFFSET, (0, 0))  # whatever a call that failed has left
     if isinstance(active, Recorder) and placing == "argument":
@@ -111,6 +114,7 @@ def _place(
         refuse_packed(module, kwargs)
     placed_text = _text(kwargs, active.asked) if kv.in_window else {}
     index, offset = _of_rows(active, module, kwargs, cu_seqlens)
+    begin(module, kv, index, kwargs, state, names, cu_seqlens)
     most, prefix_bias = kv.position_offset, None
     if placing == "embedding":
         if kv.in_window and kwargs.get("position_ids") is not None:

@@ -37,7 +37,7 @@ def unpack(config: Any, kwargs: dict[str, Any], names: tuple[str, ...]) -> Tenso
     """
     name = next((name for name in ("cu_seq_lens_q", "seq_idx") if kwargs.get(name) is not None), "")
     positions = kwargs.get("position_ids")
-    if not name and not _starts_anew(kwargs):
+    if not name and not starts_anew(kwargs):
         return None
     if kwargs.get("use_cache"):
         raise ValueError("use_cache: got True for packed sequences, takes False or None")
@@ -76,7 +76,7 @@ def no_mask(kwargs: dict[str, Any]) -> Tensor:
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs_of(kwargs).device)
 
 
-def _starts_anew(kwargs: dict[str, Any]) -> bool:
+def starts_anew(kwargs: dict[str, Any]) -> bool:
     """Whether position_ids go back or stand still, which one text's do not."""
     positions = kwargs.get("position_ids")
     if positions is None or positions.dim() != 2 or positions.shape[1] < 2:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.active import ActivePrefix
 from fastprefix.hf.attention import CAUSAL, NAME, SLOT
+from fastprefix.hf.cached_state import check_states
 from fastprefix.hf.check import ask, ask_prefix, compare_patch, recall, remember
 from fastprefix.hf.frequencies import thresholds
 from fastprefix.hf.hook import (
@@ -31,6 +32,7 @@ from fastprefix.hf.hook import (
     shift,
     take_turn,
 )
+from fastprefix.hf.keeping import says_stateful
 from fastprefix.hf.multimodal import around, language_model
 from fastprefix.hf.positions import counts_padding
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe, takes
@@ -250,8 +252,8 @@ def activate(
         TypeError: kv is not a PrefixKV, nor several by name, nor None.
         ValueError: the model is not patched or has no weights, kv does not fit its layers, or rows
             does not fit kv.
-        NotImplementedError: kv is a prompt, and the model keeps more of a text than keys and
-            values, or sees it in chunks.
+        NotImplementedError: kv is a prompt, and the model keeps more of a text than the prompt
+            holds or than it can start from, or sees it in chunks.
     """
     if model.device.type == "meta":
         raise ValueError(
@@ -312,6 +314,7 @@ def activate(
         _check_prompt(model)
     if check:
         ask_prefix(model, state)
+    check_states(model, kv)
     kv = kv.to(device, dtype)
     kv = state.sharding.narrow(kv) if state.sharding else kv
     return ActivePrefix(kv, state.backend, index, numbers)
@@ -327,13 +330,11 @@ def _heads(kv: PrefixKV | PackedPrefixKV) -> tuple[int, ...]:
 def _check_prompt(model: PreTrainedModel) -> None:
     """A prompt's keys and values must be all that its text does to what follows."""
     layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    what = "its layers keep a state besides" if getattr(model, "_is_stateful", False) else None
     if "chunked_attention" in layers:
-        what = "the text's place among its chunks matters as well"
-    if what is not None:
         raise NotImplementedError(
             f"kv: {type(model).__name__} does not take a prompt's keys and values for its text, "
-            f"{what}; put the prompt into input_ids (a learned prefix is no text, and works)"
+            "the text's place among its chunks matters as well; put the prompt into input_ids (a "
+            "learned prefix is no text, and works)"
         )
 
 
@@ -376,6 +377,7 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None, check: boo
         _restore(state.previous)
         raise
     state.shapes, state.groups = slots.shapes, slots.groups
+    state.stateful = says_stateful(model)
     state.query_heads = slots.query_heads
     if state.sharding is not None:
         state.query_heads = tuple(total for _, _, total in state.sharding.query_heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf.active import Recorder
 from fastprefix.hf.attention import SLOT
+from fastprefix.hf.caches import take
 from fastprefix.hf.check import ask, ask_prefix, compare_prompt
+from fastprefix.hf.keeping import keeping_of, refuse
 from fastprefix.hf.multimodal import language_model, next_position
 from fastprefix.hf.patching import activate, layer_groups, patched, sharding_of, state_of
 from fastprefix.hf.probe import is_encoder_decoder, takes
@@ -112,6 +115,7 @@ def _as_prompt(model: PreTrainedModel, check: bool, **inputs: Tensor) -> PrefixK
                 f"model: got {type(model).__name__}, takes a decoder-only model; an encoder's "
                 "prompt sees the text, so its keys are not the same for every text"
             )
+        refuse(model, keeping_of(model))
         kv = _prompt(model, **inputs)
         if check:
             _check_prompt(model, kv)
@@ -128,9 +132,9 @@ def _sees_both_sides(model: PreTrainedModel) -> bool:
 
 def _prompt(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
     recorder = Recorder()
-    kv = _recorded(model, recorder, **inputs)
+    kv = _recorded(model, recorder, states=keeping_of(model).stateful, **inputs)
     offset = next_position(kv.num_virtual_tokens, recorder.positions)
-    return PrefixKV(kv.keys, kv.values, position_offset=offset, in_window=True)
+    return replace(kv, position_offset=offset, in_window=True)
 
 
 def _check_prompt(model: PreTrainedModel, kv: PrefixKV) -> None:
@@ -157,11 +161,19 @@ def _check_prompt(model: PreTrainedModel, kv: PrefixKV) -> None:
 
 
 @torch.no_grad()
-def _recorded(model: PreTrainedModel, recorder: Recorder | None = None, **inputs: Any) -> PrefixKV:
-    """What the attention layers are handed for one sequence of input_ids or inputs_embeds."""
+def _recorded(
+    model: PreTrainedModel,
+    recorder: Recorder | None = None,
+    states: bool = False,
+    **inputs: Any,
+) -> PrefixKV:
+    """What the attention layers are handed for one sequence of input_ids or inputs_embeds.
+
+    And, if asked for, the states that other layers have afterwards.
+    """
     recorder = Recorder() if recorder is None else recorder
     training = [module for module in model.modules() if module.training]
-    options: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
+    options: dict[str, Any] = {"use_cache": states} if states or takes(model, "use_cache") else {}
     if takes(model, "logits_to_keep"):
         options["logits_to_keep"] = 1  # those of all other tokens would be thrown away
     with patched(model):
@@ -175,7 +187,7 @@ def _recorded(model: PreTrainedModel, recorder: Recorder | None = None, **inputs
         kept = {x: x.rope_deltas for x in model.modules() if hasattr(x, "rope_deltas")}
         model.eval()
         try:
-            model(**inputs, fastprefix=recorder, **options)
+            output = model(**inputs, fastprefix=recorder, **options)
         finally:
             for module in training:
                 module.training = True
@@ -186,6 +198,7 @@ def _recorded(model: PreTrainedModel, recorder: Recorder | None = None, **inputs
         tuple(recorder.keys[call][0].contiguous() for call in calls),
         tuple(recorder.values[call][0].contiguous() for call in calls),
         position_offset=0,
+        states=take(output) if states else None,
     )
     return sharding.gather(kv) if sharding else kv
 

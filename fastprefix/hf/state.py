@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch.utils.hooks import RemovableHandle
 
 from fastprefix.hf.sharding import Sharding
@@ -31,6 +32,29 @@ Placing = Literal["argument", "given", "embedding", "distance", "fixed", "inner"
 
 
 @dataclass
+class Keeping:
+    """What a model's layers keep of a text beside keys and values; see `cached_state`.
+
+    Attributes:
+        stateful: whether they keep anything.
+        why_not: why prompts are refused, None where they are not.
+        pads: whether padding between a prompt and a text can be skipped.
+        stepwise: whether tokens behind a prompt pass the layers' states one by one.
+        owners: by name, the modules that go on from a state, and the cache's layers it is in.
+        forms: shape without the batch, and dtype, by layer and name.
+        cache: of the class that the model makes.
+    """
+
+    stateful: bool
+    why_not: str | None = None
+    pads: bool = False
+    stepwise: bool = False
+    owners: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    forms: dict[tuple[int, str], tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+    cache: Any = None
+
+
+@dataclass
 class State:
     """What patching did to a model, so that it can be undone.
 
@@ -50,6 +74,8 @@ class State:
         sharding: which heads this rank has of a tensor-parallel model.
         known: what :mod:`fastprefix.hf.check` found of the model; None for not to be checked.
         example: what to run the model on to check it; made from the config if None.
+        stateful: whether the model says that its layers keep more than keys and values.
+        keeping: what they keep, once a prompt was prefilled or used; None before.
         handles: of the hooks.
         key: names the model in `ACTIVE`.
     """
@@ -69,6 +95,8 @@ class State:
     sharding: Sharding | None = None
     known: Any = None
     example: Mapping[str, Any] | None = None
+    stateful: bool = False
+    keeping: Keeping | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -87,5 +115,7 @@ class State:
             sharding=self.sharding,
             known=copy.deepcopy(self.known, memo),
             example=self.example,
+            stateful=self.stateful,
+            keeping=self.keeping,
             handles=copy.deepcopy(self.handles, memo),
         )

@@ -6,6 +6,7 @@ from fastprefix.kv.budget import Eviction, KVBudget, KVBudgetError, KVPlan, plan
 from fastprefix.kv.packed import PackedPrefixKV
 from fastprefix.kv.prefix import Group, LayerShape, PrefixKV
 from fastprefix.kv.reweighting import Reweighting
+from fastprefix.kv.states import LayerState
 
 __all__ = [
     "Eviction",
@@ -14,6 +15,7 @@ __all__ = [
     "KVBudgetError",
     "KVPlan",
     "LayerShape",
+    "LayerState",
     "PackedPrefixKV",
     "PrefixBank",
     "PrefixKV",

@@ -36,8 +36,9 @@ def interpolate(
         method: "linear" or "spherical".
 
     Raises:
-        ValueError: the prefixes differ in shape or meaning, the weights are not as above, or the
-            spherical mean is not unique (opposite vectors) or not found.
+        ValueError: the prefixes differ in shape or meaning, the weights are not as above, the
+            spherical mean is not unique (opposite vectors) or not found, or several prompts carry
+            states of a model's layers.
     """
     if method not in get_args(Method):
         raise ValueError(f"method: got {method!r}, takes one of {get_args(Method)}")
@@ -50,6 +51,7 @@ def interpolate(
     if len(used) == 1:
         return used[0][0]
     parts, shares = [kv for kv, _ in used], [w for _, w in used]
+    _refuse_states(parts, "averaged")
     mean = _linear if method == "linear" else _spherical
     averaged = _map_layers(parts, lambda tensors: mean(tensors, shares))
     reweightings = [kv.reweighting for kv in parts if kv.reweighting is not None]
@@ -69,8 +71,9 @@ def concatenate(kvs: Sequence[PrefixKV]) -> PrefixKV:
     and each begins at position 0; prefill the joined text instead.
 
     Raises:
-        ValueError: no prefix, layers of different shapes, a prompt (in_window) among several, or
-            prefixes whose heads are reweighted differently, or by parameters of their own.
+        ValueError: no prefix, layers of different shapes, a prompt (in_window, or with states)
+            among several, or prefixes whose heads are reweighted differently, or by parameters of
+            their own.
     """
     if not kvs:
         raise ValueError("kvs: got none, takes at least one prefix")
@@ -87,6 +90,9 @@ def concatenate(kvs: Sequence[PrefixKV]) -> PrefixKV:
                 f"kvs[{i}]: got another reweighting of its heads than kvs[0], takes the same: one "
                 "bias or gate holds for the whole prefix"
             )
+    if len(kvs) == 1:
+        return kvs[0]
+    _refuse_states(kvs, "joined to another prefix")
     joined = _map_layers(kvs, lambda tensors: torch.cat(tensors, dim=1))
     offset = sum(kv.position_offset for kv in kvs)
     return replace(joined, position_offset=offset, reweighting=kvs[0].reweighting)
@@ -135,6 +141,15 @@ def _check_alike(kvs: Sequence[PrefixKV]) -> None:
         ):
             if got != want:
                 raise ValueError(f"kvs[{i}]: got {name} {got}, takes {want} as kvs[0]")
+
+
+def _refuse_states(kvs: Sequence[PrefixKV], what: str) -> None:
+    for i, kv in enumerate(kvs):
+        if kv.states is not None:
+            raise ValueError(
+                f"kvs[{i}]: a prompt's state cannot be {what}: it is what the model's layers made "
+                "of that text alone; prefill the text that is meant"
+            )
 
 
 def _heads_of(kv: PrefixKV) -> tuple[Kind, tuple[int, ...]] | None:

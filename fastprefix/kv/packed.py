@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastprefix.kv.prefix import LayerShape, PrefixKV
 from fastprefix.kv.reweighting import Kind, kind_of
+from fastprefix.kv.states import States, mapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class PackedPrefixKV:
         kinds: [N], how each reweights its heads; see :class:`Reweighting`.
         biases: one [Hq, N] tensor a layer, 0 for prefixes without; [0, N] where no prefix has any.
         gates: likewise.
+        states: [N], what the model's layers keep of each prompt besides; None where there is none.
     """
 
     names: tuple[str, ...]
@@ -45,6 +47,7 @@ class PackedPrefixKV:
     kinds: tuple[Kind | None, ...]
     biases: tuple[Tensor, ...]
     gates: tuple[Tensor, ...]
+    states: tuple[States | None, ...] = ()
 
     @classmethod
     def pack(cls, prefixes: Mapping[str, PrefixKV]) -> PackedPrefixKV:
@@ -93,6 +96,7 @@ class PackedPrefixKV:
             tuple(kind_of(kv.reweighting) for kv in members),
             tuple(_heads(members, layer, "bias") for layer in layers),
             tuple(_heads(members, layer, "gate") for layer in layers),
+            tuple(kv.states for kv in members),
         )
 
     @property
@@ -160,6 +164,7 @@ class PackedPrefixKV:
             position_offsets=self.position_offsets.to(device),
             biases=tuple(tensor.to(device) for tensor in self.biases),
             gates=tuple(tensor.to(device) for tensor in self.gates),
+            states=tuple(mapped(one, lambda x: x.to(device)) for one in self.states),
         )
 
 

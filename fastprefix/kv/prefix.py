@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastprefix.kv.reweighting import Reweighting, kind_of
+from fastprefix.kv.states import LayerState, checked, mapped, named, outline, restored, tensors_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,10 +66,12 @@ class PrefixKV:
         in_window: whether the prefix slides out of a sliding window as the same text would (a
             prefilled prompt), or stays visible (a learned prefix).
         reweighting: a bias or a gate for each query head, see :class:`Reweighting`.
+        states: what the layers of a model with convolutions or recurrences keep of a prompt
+            besides, see :class:`LayerState`; None for a learned prefix and for other models.
 
     Raises:
-        TypeError: keys or values are not sequences of floating-point tensors, or position_offset
-            is no whole number.
+        TypeError: keys or values are not sequences of floating-point tensors, position_offset
+            is no whole number, or states are none.
         ValueError: their numbers, shapes, dtypes or devices do not fit together, position_offset is
             negative, or gates go with a prefix that slides.
     """
@@ -78,6 +81,7 @@ class PrefixKV:
     position_offset: int
     in_window: bool = False
     reweighting: Reweighting | None = None
+    states: tuple[LayerState, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", tuple(self.keys))
@@ -112,6 +116,7 @@ class PrefixKV:
             raise ValueError(f"position_offset: got {self.position_offset}, takes 0 or more")
         if self.reweighting is not None:
             self.reweighting.check(self.keys, self.in_window)
+        object.__setattr__(self, "states", checked(self.states, first))
 
     @classmethod
     def prefill(
@@ -198,9 +203,9 @@ class PrefixKV:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The keys of all layers, their values, and what reweights their heads."""
+        """The keys of all layers, their values, what reweights their heads, and their states."""
         heads = () if self.reweighting is None else self.reweighting.heads
-        return (*self.keys, *self.values, *heads)
+        return (*self.keys, *self.values, *heads, *tensors_of(self.states))
 
     @property
     def requires_grad(self) -> bool:
@@ -209,7 +214,7 @@ class PrefixKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors: all that a batch of any size needs."""
+        """Bytes of all tensors: all that a batch of any size needs, but for copies of states."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
@@ -223,10 +228,11 @@ class PrefixKV:
             keys=tuple(map(change, self.keys)),
             values=tuple(map(change, self.values)),
             reweighting=self.reweighting and self.reweighting.map(change),
+            states=mapped(self.states, change),
         )
 
     def select(self, layers: Sequence[int]) -> PrefixKV:
-        """The prefix of some layers alone."""
+        """The prefix of some attention layers alone; states stay those of all layers."""
         weights = self.reweighting
         return replace(
             self,
@@ -269,7 +275,7 @@ class PrefixKV:
     ) -> PrefixKV:
         """A copy on another device or in another dtype; itself where nothing changes.
 
-        What reweights heads stays in float32.
+        What reweights heads stays in float32, and states in their own dtype.
         """
         if (dtype is None or dtype == self.dtype) and (
             device is None or torch.device(device) == self.device
@@ -307,6 +313,7 @@ class PrefixKV:
             if self.reweighting is not None:
                 heads = self.reweighting.heads[layer]
                 tensors[f"layers.{layer}.{self.reweighting.kind}"] = heads.detach().contiguous()
+        tensors |= {name: x.detach().contiguous() for name, x in named(self.states).items()}
         seen: set[int] = set()
         for name, tensor in tensors.items():
             storage = tensor.untyped_storage().data_ptr()
@@ -318,6 +325,7 @@ class PrefixKV:
             "position_offset": self.position_offset,
             "in_window": self.in_window,
             "reweighting": kind_of(self.reweighting),
+            "states": outline(self.states),
         }
         metadata = {"format": "pt", _FORMAT: json.dumps(about)}
         with written_apart(Path(file)) as partial:
@@ -338,16 +346,20 @@ class PrefixKV:
                 about: dict[str, Any] = json.loads((opened.metadata() or {})[_FORMAT])
                 layers = range(about["num_layers"])
 
-                def read(what: str) -> tuple[Tensor, ...]:
+                def one(name: str) -> Tensor:
                     # on the CPU a tensor is the mapped file, and would change with it
-                    found = (opened.get_tensor(f"layers.{layer}.{what}") for layer in layers)
-                    return tuple(x.clone() if x.device.type == "cpu" else x for x in found)
+                    found = opened.get_tensor(name)
+                    return found.clone() if found.device.type == "cpu" else found
+
+                def read(what: str) -> tuple[Tensor, ...]:
+                    return tuple(one(f"layers.{layer}.{what}") for layer in layers)
 
                 keys, values = read("key"), read("value")
                 kv = cls(keys, values, int(about["position_offset"]), bool(about["in_window"]))
                 kind = about.get("reweighting")  # older files have none
                 if kind is not None:
                     kv = replace(kv, reweighting=Reweighting(kind, read(kind)))
+                kv = replace(kv, states=restored(about.get("states"), one))
         except Exception as error:
             raise ValueError(f"file: {file} is not a whole PrefixKV file ({error!r})") from error
         kv._check_finite(f"file: {file}")
@@ -363,6 +375,9 @@ class PrefixKV:
                 wide = tensor.float() if tensor.element_size() == 1 else tensor
                 if not torch.isfinite(wide).all():
                     raise ValueError(f"{what} holds a NaN or infinity in layers.{layer}.{name}")
+        for name, tensor in named(self.states).items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{what} holds a NaN or infinity in {name}")
 
 
 @contextlib.contextmanager

@@ -171,8 +171,8 @@ class PromptTuningModel(TunedModel):
         if self._is_causal and self.prompt_config.placement == "prefix":
             try:
                 kv = self.export()
-            except UnsupportedModelError:
-                pass
+            except (UnsupportedModelError, NotImplementedError):
+                pass  # such a model takes the embeddings themselves
             else:
                 self._after(infix_positions, attention_mask, *input_ids.shape)
                 with use_prefix(self.base_model, kv):

@@ -1,0 +1,155 @@
+"""Prompts on models whose layers keep a state of the text beside keys and values.
+
+Convolutions and recurrences of hybrid models leave their state in the cache. A prompt's prefix
+holds that state for one row; when a call under it starts a cache, the cache gets a copy for each
+row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastprefix.hf.caches import kept, new_cache, put
+from fastprefix.hf.keeping import keeping_of, refuse
+from fastprefix.hf.packing import inputs_of, starts_anew
+from fastprefix.hf.pieces import PARTS, plan
+from fastprefix.hf.state import ACTIVE, STATE, Keeping, State
+from fastprefix.hf.versions import cache_name, cache_of, length_of
+from fastprefix.kv import LayerState, PackedPrefixKV, PrefixKV
+
+
+def check_states(model: PreTrainedModel, kv: PrefixKV | PackedPrefixKV) -> None:
+    """Refuses prompts whose states the model cannot take, or that lack what it needs.
+
+    Raises:
+        NotImplementedError: the model cannot start from a state.
+        ValueError: the states are another model's, or missing.
+    """
+    state: State = getattr(model, STATE)
+    prompts = _prompts(kv)
+    if all(states is None for states in prompts):
+        if kv.in_window and state.stateful:
+            raise NotImplementedError(
+                f"kv: {type(model).__name__} does not take a prompt's keys and values alone for "
+                "its text, its layers keep a state besides, which this prefix does not hold; "
+                "PrefixKV.prefill(model, ids) makes one that does, where the model can start from "
+                "it (a learned prefix is no text, and works)"
+            )
+        return
+    keeping = keeping_of(model)
+    refuse(model, keeping)
+    windows = kv.windowed if isinstance(kv, PackedPrefixKV) else (kv.in_window,)
+    for states, windowed in zip(prompts, windows, strict=True):
+        if states is None and windowed:
+            raise ValueError("kv: got prompts with the layers' states and without, takes all with")
+        if states is None:
+            continue
+        got = {(one.layer, name): x.shape for one in states for name, x in one.tensors.items()}
+        want = {place: shape for place, (shape, _) in keeping.forms.items()}
+        if got != want:
+            raise ValueError(f"kv: got states {got}, takes {want} for this {type(model).__name__}")
+
+
+def begin(
+    module: nn.Module,
+    kv: PrefixKV | PackedPrefixKV,
+    index: Tensor | None,
+    kwargs: dict[str, Any],
+    state: State,
+    names: tuple[str, ...],
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Puts the states of a call's prompts into its cache, if that is still empty.
+
+    Args:
+        module: the model, or the part of it that is called.
+        kv: the call's prefix.
+        index: of several prefixes each row's, [B].
+        kwargs: of the call; gets a cache where it has none.
+        state: of the patched model.
+        names: parameters of the module's forward.
+        cu_seqlens: of packed sequences, which are refused.
+
+    Raises:
+        NotImplementedError: the call has no cache and is to have none, packs sequences, or its
+            padding cannot be skipped.
+        ValueError: the cache has no place for states, or holds a text that began without them.
+    """
+    prompts = _prompts(kv)
+    if all(states is None for states in prompts):
+        return
+    keeping = state.keeping
+    assert keeping is not None  # since check_states
+    kind, config = type(module).__name__, module.config
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(config.get_text_config(), "use_cache", True)  # type: ignore[union-attr, operator]
+    cache, argument = cache_of(kwargs), cache_name(names)
+    if cu_seqlens is not None or starts_anew(kwargs):
+        raise NotImplementedError(
+            f"{kind}: packed sequences do not go with a prompt whose state starts a cache; takes "
+            "them padded, in rows"
+        )
+    if argument is None or (not use_cache and (cache is None or kwargs.get("use_cache") is False)):
+        raise NotImplementedError(
+            f"use_cache: got {use_cache}, takes True for {kind} with a prompt: its layers start "
+            "from the prompt's state in the cache"
+        )
+    if module.training and any(
+        getattr(part, "gradient_checkpointing", False) for part in module.modules()
+    ):
+        raise NotImplementedError(
+            "gradient checkpointing: takes the cache away, in which a prompt's state travels"
+        )
+    inputs = inputs_of(kwargs)
+    rows, length = inputs.shape[:2]
+    if cache is None:
+        cache = kwargs[argument] = new_cache(module, keeping)
+        kwargs["use_cache"] = True
+    if not kept(cache):
+        if isinstance(length_of(cache), int) and length_of(cache) > 0:
+            raise ValueError(
+                f"{argument}: got one that holds a text but no states for {kind}, takes an empty "
+                "one, or one that began under the same prompt"
+            )
+        states = rows_of(prompts, index, rows, keeping)
+        put(cache, states, argument)
+    setattr(ACTIVE, state.key + PARTS, plan(kind, kwargs, keeping, rows, length))
+
+
+def clear(state: State) -> None:
+    """Forgets what a call that has ended, or failed, has left."""
+    if getattr(ACTIVE, state.key + PARTS, None) is not None:
+        setattr(ACTIVE, state.key + PARTS, None)
+
+
+def _prompts(kv: PrefixKV | PackedPrefixKV) -> tuple[tuple[LayerState, ...] | None, ...]:
+    return kv.states if isinstance(kv, PackedPrefixKV) else (kv.states,)
+
+
+def rows_of(
+    prompts: Sequence[tuple[LayerState, ...] | None],
+    index: Tensor | None,
+    rows: int,
+    keeping: Keeping,
+) -> dict[int, dict[str, Tensor]]:
+    """Each row's states, [B, ...]; zeros for rows without a prompt, as models themselves start."""
+    found: dict[int, dict[str, Tensor]] = {}
+    given = [
+        {(one.layer, name): x for one in states or () for name, x in one.tensors.items()}
+        for states in prompts
+    ]
+    for (layer, name), (_, dtype) in keeping.forms.items():
+        some = next(one[layer, name] for one in given if one)
+        columns = [one.get((layer, name), torch.zeros_like(some)).to(dtype) for one in given]
+        if index is None:
+            whole = columns[0].expand(rows, *some.shape).clone()
+        else:  # the last one is that of -1
+            whole = torch.stack([*columns, torch.zeros_like(columns[0])])[index.to(some.device)]
+        found.setdefault(layer, {})[name] = whole
+    return found

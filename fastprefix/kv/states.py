@@ -1,0 +1,106 @@
+"""What a model's layers keep of a prompt beside keys and values: convolution, recurrent states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """The state of one layer behind a prompt, of one row; a batch gets a copy for each of its rows.
+
+    Attributes:
+        layer: of the model's cache.
+        tensors: by what the state is, "conv.0" or "recurrent.0" say; each without a dimension for
+            the batch, and in a dtype of its own.
+
+    Raises:
+        TypeError: a value is not a floating-point tensor.
+        ValueError: layer is negative, or there are no tensors.
+    """
+
+    layer: int
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+        if self.layer < 0 or not self.tensors:
+            raise ValueError(
+                f"states: got layer {self.layer} with {len(self.tensors)} tensors, takes a layer "
+                "of the cache, from 0, with at least one"
+            )
+        for name, tensor in self.tensors.items():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                raise TypeError(f"states: {name} of layer {self.layer} is no floating-point tensor")
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.layer, dict(self.tensors))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LayerState:
+        """The same state with every tensor changed."""
+        return LayerState(self.layer, {name: change(x) for name, x in self.tensors.items()})
+
+
+States = tuple[LayerState, ...]
+
+
+def checked(states: Sequence[LayerState] | None, like: Tensor) -> States | None:
+    """States as a tuple.
+
+    Raises:
+        TypeError: an entry is not a LayerState.
+        ValueError: none, a layer twice, or another device than the keys'.
+    """
+    if states is None:
+        return None
+    states = tuple(states)
+    if not all(isinstance(one, LayerState) for one in states):
+        raise TypeError("states: takes LayerState objects, or None")
+    layers = [one.layer for one in states]
+    if not states or len(set(layers)) != len(layers):
+        raise ValueError(f"states: got layers {layers}, takes each once, at least one, or None")
+    for one in states:
+        for name, tensor in one.tensors.items():
+            if tensor.device != like.device:
+                raise ValueError(
+                    f"states: {name} of layer {one.layer} is on {tensor.device}, takes "
+                    f"{like.device} as keys[0]"
+                )
+    return states
+
+
+def mapped(states: States | None, change: Callable[[Tensor], Tensor]) -> States | None:
+    """The same states with every tensor changed."""
+    return None if states is None else tuple(one.map(change) for one in states)
+
+
+def tensors_of(states: States | None) -> tuple[Tensor, ...]:
+    """All tensors of all layers."""
+    return tuple(x for one in states or () for x in one.tensors.values())
+
+
+def named(states: States | None) -> dict[str, Tensor]:
+    """The tensors by their names in a file."""
+    return {
+        f"states.{one.layer}.{name}": x for one in states or () for name, x in one.tensors.items()
+    }
+
+
+def outline(states: States | None) -> list[list[Any]] | None:
+    """What a file says of them: each layer, and the names of its tensors."""
+    return None if states is None else [[one.layer, list(one.tensors)] for one in states]
+
+
+def restored(about: list[list[Any]] | None, read: Callable[[str], Tensor]) -> States | None:
+    """States from what :func:`outline` made, and a function that reads a tensor by its name."""
+    if about is None:
+        return None
+    return tuple(
+        LayerState(int(layer), {name: read(f"states.{layer}.{name}") for name in names})
+        for layer, names in about
+    )
