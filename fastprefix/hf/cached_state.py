@@ -106,6 +106,11 @@ def begin(
         raise NotImplementedError(
             "gradient checkpointing: takes the cache away, in which a prompt's state travels"
         )
+    if module.training and torch.is_grad_enabled() and keeping.stepwise:
+        raise NotImplementedError(
+            f"{kind}: has no gradient behind a prompt's state, from which its layers start for "
+            "single tokens only, and overwrite it; takes eval() or no_grad()"
+        )
     inputs = inputs_of(kwargs)
     rows, length = inputs.shape[:2]
     if cache is None:

@@ -108,7 +108,11 @@ def _find(model: PreTrainedModel, state: State) -> Keeping:
             inputs["attention_mask"] = mask
         return model(**inputs)
 
-    whole = run(ids, places)
+    try:
+        whole = run(ids, places)
+    except Exception as error:  # takes more than a text, or no cache: its prompts will show it
+        why_not = f"it does not run on a few tokens with a cache ({error!r})"
+        return Keeping(said, why_not if said else None)
     cache = cache_in(whole)
     if cache is None:
         return Keeping(said, "its layers keep a state outside the cache" if said else None)

@@ -1,8 +1,9 @@
 """Modules that go on from a state run in pieces where they would not be right by themselves.
 
 Pads between a prompt and its text would shift convolutions and let recurrences decay, so rows run
-without their pads, those with the same padding together. And modules which start from a state for
-single tokens only get their tokens one by one. Hooks on these modules see to it.
+without their pads, those with the same padding together. Modules which start from a state for
+single tokens only get their tokens one by one. And where gradients are wanted, modules get states
+that are not overwritten. Hooks on these modules see to it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def plan(
             f"attention_mask: {kind} does not take padding between a prompt's state and the text, "
             "its layers do not skip it; takes rows of one length, or one by one"
         )
-    if seen is None and not keeping.stepwise:
+    if seen is None and not keeping.stepwise and not torch.is_grad_enabled():
         return None
     device = inputs_of(kwargs).device
     patterns: dict[tuple[bool, ...], list[int]] = {}
@@ -130,18 +131,15 @@ def join(
     outputs.append(output)
     if not isinstance(output, tuple):
         return _whole(outputs, parts)
-    return tuple(
-        _whole([one[i] for one in outputs], parts) if isinstance(x, Tensor) else None
-        for i, x in enumerate(output)
-    )
+    return tuple(_whole([one[i] for one in outputs], parts) for i in range(len(output)))
 
 
-def _whole(outputs: Sequence[Tensor], parts: Parts) -> Tensor | None:
-    """[B, L, ...] of the pieces' [b, l, ...]; None for what has other dimensions."""
-    rows, tokens = parts.pieces[-1]
+def _whole(outputs: Sequence[Any], parts: Parts) -> Tensor | None:
+    """[B, L, ...] of the pieces' [b, l, ...]; None for anything else, such as a state."""
+    for (rows, tokens), output in zip(parts.pieces, outputs, strict=True):
+        if not isinstance(output, Tensor) or output.shape[:2] != (len(rows), len(tokens)):
+            return None
     first = outputs[-1]
-    if first.dim() < 2 or first.shape[:2] != (len(rows), len(tokens)):
-        return None
     whole = first.new_zeros(parts.rows, parts.length, *first.shape[2:])
     for (rows, tokens), output in zip(parts.pieces, outputs, strict=True):
         whole[rows[:, None], tokens[None]] = output
@@ -179,7 +177,15 @@ def _of_rows(cache: Any, layers: tuple[int, ...], rows: Tensor) -> Any:
             setattr(
                 one, f"{kind}_states", {i: x if x is None else x[rows] for i, x in held.items()}
             )
+        if torch.is_grad_enabled():
+            one.update_recurrent_state = partial(_keep, one)
     return own
+
+
+def _keep(layer: Any, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
+    """In place of a layer's own update, which overwrites the state that a backward pass needs."""
+    layer.recurrent_states[state_idx] = recurrent_states
+    return recurrent_states
 
 
 def _give_back(own: Any, cache: Any, layers: tuple[int, ...], rows: Tensor) -> None:

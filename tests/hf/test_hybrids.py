@@ -275,6 +275,51 @@ def test_rows_of_a_bank_and_rows_without_a_prompt(tiny, name, tmp_path):
         assert torch.equal(answers[row : row + 1], answer_alone(model, front, one))
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "granite", "lfm2", "minimax", "zaya"])
+def test_gradients_reach_the_text(tiny, name):
+    model = build(name)
+    embed = model.get_input_embeddings()
+    text, mask = tiny.pad(TEXTS[:2], "left")  # a single token overwrites the state
+    inputs = embed(text).detach().requires_grad_()
+    weights = torch.randn(*text.shape, V, generator=torch.Generator().manual_seed(7))
+    with use_prefix(model, PrefixKV.prefill(model, PROMPT)):
+        logits = model(inputs_embeds=inputs, attention_mask=mask).logits
+        (logits * weights * mask[..., None]).sum().backward()
+    for row, one in enumerate(TEXTS[:2]):
+        alone = embed(one[None]).detach().requires_grad_()
+        whole = torch.cat([embed(PROMPT).detach(), alone], 1)
+        places = torch.arange(whole.shape[1])[None]
+        logits = model(inputs_embeds=whole, position_ids=places).logits[:, P:]
+        (logits * weights[row, -len(one) :]).sum().backward()
+        got = inputs.grad[row, -len(one) :]
+        assert (got - alone.grad[0]).norm() < 1e-4 * alone.grad.norm()
+    model.zero_grad()
+
+
+def test_training_is_refused_where_tokens_go_one_by_one():
+    model = copy.deepcopy(build("jamba"))
+    kv = PrefixKV.prefill(model, PROMPT)
+    model.train()
+    with use_prefix(model, kv), pytest.raises(NotImplementedError, match="has no gradient"):
+        model(TEXTS[0][None])
+
+
+def test_a_prompt_and_a_learned_prefix_in_one_batch(tiny):
+    """The learned one has no state: its row's layers start as they do by themselves."""
+    model = build("qwen3_5")
+    prompt = PrefixKV.prefill(model, PROMPT)
+    generator = torch.Generator().manual_seed(9)
+    parts = [torch.randn(x[:, :4].shape, generator=generator) for x in prompt.keys + prompt.values]
+    learned = PrefixKV(parts[:1], parts[1:], 4)
+    text, mask = tiny.pad(TEXTS[:2], "left")
+    kvs = {"prompt": prompt, "learned": learned}
+    with torch.no_grad(), use_prefix(model, kvs, rows=["prompt", "learned"]):
+        got = model(text, attention_mask=mask).logits
+    close(got[0], logits_alone(model, PROMPT[0], TEXTS[0]))
+    with torch.no_grad(), use_prefix(model, learned):
+        close(got[1, -3:], model(TEXTS[1][None]).logits[0])
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_save_and_load(name, tmp_path):
     model = build(name)
@@ -320,7 +365,7 @@ def test_a_chat_goes_on_over_one_cache(name):
 
 @pytest.mark.parametrize("name", ["qwen3_5", "granite", "jamba", "minimax"])
 def test_bfloat16(tiny, name):
-    """As far from float32 as the model itself is in bfloat16, or nearer."""
+    """About as far from float32 as the model itself is in bfloat16; a lost state is 20 % off."""
     model, exact = build(name, torch.bfloat16), build(name)
     kv = PrefixKV.prefill(model, PROMPT)
     text, mask = padded(tiny)
@@ -331,7 +376,7 @@ def test_bfloat16(tiny, name):
     for row, one in enumerate(TEXTS):
         want = logits_alone(exact, PROMPT[0], one)
         own = (logits_alone(model, PROMPT[0], one).float() - want).norm()
-        assert (got[row, mask[row].bool()] - want).norm() < 2 * own + 0.02 * want.norm()
+        assert (got[row, mask[row].bool()] - want).norm() < 2 * own + 0.05 * want.norm()
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -358,11 +403,8 @@ def logits_alone_in(model, kv):
 def test_a_cache_without_a_place_for_states_is_refused():
     model = build("qwen3_5")
     kv, text = PrefixKV.prefill(model, PROMPT), TEXTS[0][None]
-    with (
-        torch.no_grad(),
-        use_prefix(model, kv),
-        pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"),
-    ):
+    message = r"DynamicCache\(config=model.config\)"
+    with torch.no_grad(), use_prefix(model, kv), pytest.raises(ValueError, match=message):
         model(text, past_key_values=DynamicCache())
 
 
