@@ -11,7 +11,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fastprefix.hf.packing import inputs_of
+from fastprefix.hf.versions import cache_of
 
 
 def thresholds(config: Any) -> tuple[tuple[str, int], ...]:
@@ -29,6 +32,23 @@ def thresholds(config: Any) -> tuple[tuple[str, int], ...]:
         elif "dynamic" in kind:
             found[kind, int(known)] = None
     return tuple(found)
+
+
+def check_cache(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError where generate() has thrown a text's cache away (Phi3, in 5.17).
+
+    It does so where the text alone, as long as it thinks, crosses the threshold, and goes on with
+    the last token alone.
+    """
+    mask = kwargs.get("attention_mask")
+    if cache_of(kwargs) is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return
+    if mask.shape[1] > inputs_of(kwargs).shape[1]:
+        raise NotImplementedError(
+            f"{type(module).__name__}: got an attention_mask of {mask.shape[1]} tokens for "
+            f"{inputs_of(kwargs).shape[1]} and no cache: this release of transformers drops it "
+            "where a text grows beyond the threshold of its rotary frequencies; use_cache=False"
+        )
 
 
 def check_frequencies(

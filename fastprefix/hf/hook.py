@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from fastprefix.hf.active import ActivePrefix, Recorder
 from fastprefix.hf.attention import NAME
 from fastprefix.hf.cached_state import begin, clear
-from fastprefix.hf.frequencies import check_frequencies
+from fastprefix.hf.frequencies import check_cache, check_frequencies
 from fastprefix.hf.multimodal import Asked
 from fastprefix.hf.packing import inputs_of, no_mask, refuse_packed, unpack
 from fastprefix.hf.positions import behind_prefix
@@ -146,6 +146,8 @@ def _place(
         positions = behind_prefix(kwargs, offset, bare, active.asked)
         kwargs["position_ids"] = positions
         check_room(state.positions_known, most, _reach(kwargs) + most, positions)
+        if state.frequencies:
+            check_cache(module, kwargs)
         if state.frequencies and kv.in_window:
             prompts = _prompts(active)
             check_frequencies(state.frequencies, prompts, _reach(kwargs) + most, positions)

@@ -64,7 +64,8 @@ def patch_model(
 
     Args:
         model: a transformers model whose attention goes through AttentionInterface: a decoder, an
-            encoder of text or images, an encoder-decoder.
+            encoder of text or images, an encoder-decoder; of one that sees or hears besides text,
+            the language model inside takes the prefix.
         backend: of :func:`fastprefix.prefix_attention`, for all layers.
         example: keyword arguments of one forward call, for models that run on anything but
             token ids, images or log-mel spectrograms.

@@ -27,7 +27,7 @@ def prompt_inputs(
     """Keyword arguments of one forward over a prompt.
 
     Raises:
-        TypeError: neither or both of input_ids and inputs_embeds, or what forward does not take.
+        TypeError: input_ids and inputs_embeds, neither or both, or what the forward does not take.
         ValueError: not one prompt without padding, or images in the text alone.
     """
     found = {name: x for name, x in inputs.items() if x is not None}

@@ -15,7 +15,7 @@ def test_rows_of_a_bank_are_each_what_they_are_alone(tiny, model, bare, tmp_path
     for name, kv in kvs.items():
         bank[name] = kv
     with use_prefix(model, bank, rows=["c", None, "a"]), torch.no_grad():
-        logits = model(ids, attention_mask=mask).logits
+        logits = model(ids, attention_mask=mask, position_ids=tiny.positions(mask)).logits
     for row, name in enumerate(("c", None, "a")):
         text, real = ids[row : row + 1], mask[row].bool()
         text = text[:, real]

@@ -73,7 +73,9 @@ def test_a_row_without_a_prefix_does_not_depend_on_the_others(tiny, name, side):
             with use_prefix(model, kv, rows):
                 cached = model(ids[:, :-2], attention_mask=mask[:, :-2], use_cache=True)
                 got = model(ids, attention_mask=mask).logits
-                last = model(ids[:, -2:], attention_mask=mask, cache=cached.past_key_values).logits
+                last = model(
+                    ids[:, -2:], attention_mask=mask, past_key_values=cached.past_key_values
+                ).logits
             for row in (row for row, x in enumerate(rows) if x is None):
                 real = mask[row].bool()
                 torch.testing.assert_close(got[row][real], expected[row][real], **EXACT)

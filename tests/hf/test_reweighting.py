@@ -162,7 +162,7 @@ def test_rows_of_a_mixed_batch(tiny, name, repeats):
     kv = of_rows(tiny, model)
     leaves = [tensor for one in kv.values() for tensor in one.tensors]
     with use_prefix(model, kv, ROWS):
-        logits = model(ids, attention_mask=mask).logits
+        logits = model(ids, attention_mask=mask, position_ids=tiny.positions(mask)).logits
     found = torch.autograd.grad(weighted(logits, mask.bool()), leaves)
     rows = []
     for row, prefix in enumerate(name for name in ROWS for _ in range(repeats)):

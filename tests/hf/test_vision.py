@@ -340,3 +340,34 @@ def test_a_prompt_that_would_see_the_text():
     types = torch.zeros_like(given["input_ids"])
     with pytest.raises(ValueError, match="prompt sees the text"):
         PrefixKV.prefill(model, **given, token_type_ids=types)
+
+
+def test_cross_attention_to_an_image_is_refused():
+    """Mllama's language model has layers that run for an image alone."""
+    fields = {
+        "text_config": {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1],
+                        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+                          "num_global_layers": 1, "attention_heads": 2, "image_size": 8,
+                          "patch_size": 4, "max_num_tiles": 1, "vision_output_dim": 32,
+                          "intermediate_layers_indices": [0],
+                          "supported_aspect_ratios": [[1, 1]]},
+        "image_token_index": IMAGE,
+    }  # fmt: skip
+    make = transformers.MllamaForConditionalGeneration
+    model = patch_model(make(make.config_class(**fields)).double().eval())
+    assert layer_groups(model) == ("decoder", "decoder")
+    ids = torch.tensor([[5, 6, 7]])
+    picture = {
+        "pixel_values": torch.randn(1, 1, 1, 3, 8, 8, dtype=torch.float64),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(1, 3, 1, 1, dtype=torch.long),
+    }
+    kv = PrefixKV.prefill(model, ids)
+    with torch.no_grad(), use_prefix(model, kv):
+        model(ids)
+        with pytest.raises(ValueError, match=r"MllamaTextCrossAttention: .* did not run"):
+            model(ids, **picture)
+    with pytest.raises(NotImplementedError, match="MllamaTextCrossAttention: did not run"):
+        PrefixKV.prefill(model, ids, **picture)

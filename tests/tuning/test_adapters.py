@@ -148,7 +148,7 @@ def test_disabled_the_model_is_its_base(tiny, tuned, bare, batch):
 
 def test_each_row_has_its_own_prefix(tiny, tuned, bare, batch):
     ids, mask = batch.values()
-    got = tuned(**batch, prefix_names=ROWS).logits
+    got = tuned(**batch, position_ids=tiny.positions(mask), prefix_names=ROWS).logits
     new = tiny.generate(tuned, ids, mask, prefix_names=ROWS, num_beams=2, num_return_sequences=2)
     for row, name in enumerate(ROWS):
         real = mask[row].bool()
