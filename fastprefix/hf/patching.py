@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.active import ActivePrefix
 from fastprefix.hf.attention import NAME, SLOT
+from fastprefix.hf.expand import check_fallback, check_prefix
+from fastprefix.hf.expand_probe import can_expand, patch_expanded
 from fastprefix.hf.hook import (
     contiguous_input,
     inject,
@@ -38,12 +40,19 @@ from fastprefix.kv import Group, LayerShape, PackedPrefixKV, PrefixBank, PrefixK
 # One prefix for all rows, or several by name.
 Prefixes = PrefixKV | PackedPrefixKV | Mapping[str, PrefixKV]
 
+# What else to try with a model that cannot be patched.
+Fallback = Literal["expand"]
+
 _LOCK = threading.RLock()
 _PATCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def patch_model(
-    model: PreTrainedModel, backend: str = "auto", *, example: Mapping[str, Any] | None = None
+    model: PreTrainedModel,
+    backend: str = "auto",
+    *,
+    example: Mapping[str, Any] | None = None,
+    fallback: Fallback | None = None,
 ) -> PreTrainedModel:
     """Makes a model attend through fastprefix, ready for :func:`use_prefix`.
 
@@ -56,22 +65,26 @@ def patch_model(
         backend: of :func:`fastprefix.prefix_attention`, for all layers.
         example: keyword arguments of one forward call, for models that run on anything but
             token ids, images or log-mel spectrograms.
+        fallback: what to do with a decoder that cannot be patched. None refuses it. "expand" gives
+            it its prefixes through its own KV cache: the same results, at the price of a copy of
+            the prefix for each row, of which a warning tells once. Others are patched as ever.
 
     Returns:
         The model itself. Patching a patched model only sets the backend.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: unknown backend.
+        ValueError: unknown backend or fallback.
         UnsupportedModelError: the model cannot take a prefix. It is left as it was.
     """
     _check_type(model)
     if backend != "auto" and backend not in BACKENDS:
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend: got {backend!r}, takes one of {names}")
+    check_fallback(fallback)
     with _LOCK:
         if not is_patched(model):
-            _patch(model, example)
+            _patch(model, example, fallback)
         state = _state(model)
         state.backend, state.lasting = backend, True
     return model
@@ -119,6 +132,11 @@ def sharding_of(model: PreTrainedModel) -> Sharding | None:
     return _state(model).sharding
 
 
+def is_expanded(model: PreTrainedModel) -> bool:
+    """Whether a patched model takes its prefixes through its KV cache (fallback="expand")."""
+    return _state(model).expanded is not None
+
+
 def layer_groups(model: PreTrainedModel) -> tuple[Group, ...]:
     """Which part of a patched model each attention layer belongs to, in the same order."""
     return _state(model).groups
@@ -138,7 +156,11 @@ def default_offset(model: PreTrainedModel, num_virtual_tokens: int) -> int:
 
 @contextlib.contextmanager
 def use_prefix(
-    model: PreTrainedModel, kv: Prefixes | None, rows: Sequence[str | None] | None = None
+    model: PreTrainedModel,
+    kv: Prefixes | None,
+    rows: Sequence[str | None] | None = None,
+    *,
+    fallback: Fallback | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Every forward of the model in this block, and in this thread, attends to the prefix.
 
@@ -160,6 +182,7 @@ def use_prefix(
         rows: with several prefixes, each row's name, or None for a row without a prefix. A batch
             may have a multiple of as many rows, which then stand in groups, as ``generate()``
             repeats rows for beams and num_return_sequences; anything else is an error.
+        fallback: see :func:`patch_model`.
 
     Raises:
         TypeError: kv is not a PrefixKV, nor several by name, nor None.
@@ -172,7 +195,7 @@ def use_prefix(
         >>> with use_prefix(model, kv, rows=["poet", "cook", None, "poet"]):
         ...     ids = model.generate(**batch_of_four)
     """
-    with patched(model):
+    with patched(model, fallback):
         active, state = activate(model, kv, rows), _state(model)
         key, counts = state.key, kv is not None
         outer = getattr(ACTIVE, key, None)
@@ -190,16 +213,18 @@ def use_prefix(
 
 
 @contextlib.contextmanager
-def patched(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def patched(model: PreTrainedModel, fallback: Fallback | None = None) -> Iterator[PreTrainedModel]:
     """The model is patched in this block; the last block to end restores it, unless it was before.
 
     Raises:
         UnsupportedModelError: see :func:`patch_model`.
+        ValueError: unknown fallback.
     """
     _check_type(model)
+    check_fallback(fallback)
     with _LOCK:
         if not is_patched(model):
-            _patch(model)
+            _patch(model, fallback=fallback)
         state = _state(model)
         state.blocks += 1
     try:
@@ -263,6 +288,8 @@ def activate(
     for layer, (got, want) in enumerate(zip(kv.shapes, state.shapes, strict=True)):
         if got != want:
             raise ValueError(f"kv: got {got} in layer {layer}, takes {want}")
+    if state.expanded is not None:
+        check_prefix(model, kv, state)
     for layer, (heads, wanted) in enumerate(zip(_heads(kv), state.query_heads, strict=True)):
         if heads not in (0, wanted):
             raise ValueError(
@@ -317,7 +344,27 @@ def _check_type(model: object) -> None:
         raise TypeError(f"model: got {type(model).__name__}, takes a transformers PreTrainedModel")
 
 
-def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> None:
+def _patch(
+    model: PreTrainedModel,
+    example: Mapping[str, Any] | None = None,
+    fallback: Fallback | None = None,
+) -> None:
+    try:
+        state = _patch_attention(model, example)
+    except UnsupportedModelError as refusal:
+        if fallback is None:
+            if not can_expand(model):
+                raise
+            raise UnsupportedModelError(
+                f"{refusal}. fallback='expand' gives it its prefixes through its own KV cache, a "
+                "copy for each row"
+            ) from refusal
+        state = patch_expanded(model, refusal)
+    setattr(model, STATE, state)
+    _PATCHED.add(model)
+
+
+def _patch_attention(model: PreTrainedModel, example: Mapping[str, Any] | None) -> State:
     state = State(_implementations(model), "auto")
     try:
         _set_implementation(model)
@@ -362,8 +409,7 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> 
     head = model.get_output_embeddings()
     if isinstance(head, nn.Module):
         state.handles.append(head.register_forward_pre_hook(contiguous_input))
-    setattr(model, STATE, state)
-    _PATCHED.add(model)
+    return state
 
 
 def _placing(model: PreTrainedModel, *, causal: bool) -> Placing:
@@ -431,9 +477,11 @@ def _set_implementation(model: PreTrainedModel) -> None:
 
 
 __all__ = [
+    "Fallback",
     "UnsupportedModelError",
     "activate",
     "default_offset",
+    "is_expanded",
     "is_patched",
     "layer_groups",
     "layer_shapes",

@@ -11,14 +11,21 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf.active import Recorder
 from fastprefix.hf.attention import SLOT
-from fastprefix.hf.patching import layer_groups, patched, sharding_of
+from fastprefix.hf.expand_probe import cached_keys_values
+from fastprefix.hf.patching import Fallback, is_expanded, layer_groups, patched, sharding_of
 from fastprefix.hf.probe import is_encoder_decoder, takes
 from fastprefix.kv import PrefixKV
 
 
-def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor | Sequence[int],
+    fallback: Fallback | None = None,
+) -> PrefixKV:
     """Runs a prompt through the model once; see :meth:`fastprefix.PrefixKV.prefill`."""
-    return _as_prompt(model, input_ids=_one_text(model, input_ids))
+    ids = _one_text(model, input_ids)
+    with patched(model, fallback):
+        return _as_prompt(model, input_ids=ids)
 
 
 def prefill_embeddings(model: PreTrainedModel, embeddings: Tensor) -> PrefixKV:
@@ -86,6 +93,11 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
         return args, {**kwargs, "hidden_states": first[0]}
 
     with patched(model):
+        if is_expanded(model):
+            raise ValueError(
+                f"init: got 'embeddings' for {type(model).__name__} with fallback='expand', takes "
+                "'text': its layers cannot be told apart from outside"
+            )
         names = {name for name, module in model.named_modules() if hasattr(module, SLOT)}
         blocks = [model.get_submodule(name.rpartition(".")[0]) for name in names]
         handles = [x.register_forward_pre_hook(from_the_start, with_kwargs=True) for x in blocks]
@@ -134,6 +146,8 @@ def _recorded(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
     if takes(model, "logits_to_keep"):
         options["logits_to_keep"] = 1  # those of all other tokens would be thrown away
     with patched(model):
+        if is_expanded(model):
+            return cached_keys_values(model, inputs)
         sharding = sharding_of(model)
         if sharding is not None:
             inputs = {name: sharding.agreed(x) for name, x in inputs.items()}

@@ -29,6 +29,22 @@ ACTIVE = threading.local()
 Placing = Literal["argument", "given", "embedding", "distance", "fixed", "inner"]
 
 
+@dataclass(frozen=True)
+class Expanded:
+    """How a model that could not be patched takes prefixes through its KV cache.
+
+    Attributes:
+        reason: why it could not be patched.
+        by_slots: it counts what is in its cache, or in its mask, as positions (alibi), so that a
+            prefix takes as many as it has tokens. Else it is told by position_ids.
+        pads_free: whether padding on the left of a text leaves its results as they are.
+    """
+
+    reason: str
+    by_slots: bool
+    pads_free: bool
+
+
 @dataclass
 class State:
     """What patching did to a model, so that it can be undone.
@@ -45,6 +61,7 @@ class State:
         placing: of the stack whose text a prefix moves.
         positions_known: how many positions that stack has learned, None for any.
         sharding: which heads this rank has of a tensor-parallel model.
+        expanded: of a model patched with fallback="expand"; None for all others.
         handles: of the hooks.
         key: names the model in `ACTIVE`.
     """
@@ -60,6 +77,7 @@ class State:
     placing: Placing = "argument"
     positions_known: int | None = None
     sharding: Sharding | None = None
+    expanded: Expanded | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -74,5 +92,6 @@ class State:
             placing=self.placing,
             positions_known=self.positions_known,
             sharding=self.sharding,
+            expanded=self.expanded,
             handles=copy.deepcopy(self.handles, memo),
         )

@@ -113,23 +113,35 @@ class PrefixKV:
             self.reweighting.check(self.keys, self.in_window)
 
     @classmethod
-    def prefill(cls, model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
+    def prefill(
+        cls,
+        model: PreTrainedModel,
+        input_ids: Tensor | Sequence[int],
+        *,
+        fallback: Literal["expand"] | None = None,
+    ) -> PrefixKV:
         """Keys and values that the model itself computes for a prompt.
 
         Args:
             model: a model that :func:`fastprefix.patch_model` accepts; it is left as it was.
             input_ids: [P] or [1, P] token ids.
+            fallback: see :func:`fastprefix.patch_model`; use the prefix with the same.
 
         Raises:
             ValueError: input_ids is empty or holds more than one sequence.
         """
         from fastprefix.hf.prefill import prefill  # the one place that looks down the map
 
-        return prefill(model, input_ids)
+        return prefill(model, input_ids, fallback)
 
     @classmethod
     def from_text(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        *,
+        fallback: Literal["expand"] | None = None,
     ) -> PrefixKV:
         """Keys and values of a text, tokenised as the start of a sequence.
 
@@ -137,8 +149,9 @@ class PrefixKV:
             model: see :meth:`prefill`.
             tokenizer: the model's.
             text: a system prompt, a document; special tokens are added as the tokenizer does.
+            fallback: see :meth:`prefill`.
         """
-        return cls.prefill(model, tokenizer(text)["input_ids"])
+        return cls.prefill(model, tokenizer(text)["input_ids"], fallback=fallback)
 
     @property
     def num_layers(self) -> int:
