@@ -56,8 +56,8 @@ def check_fallback(fallback: object) -> None:
 
 def install(model: PreTrainedModel, stack: PreTrainedModel, state: State) -> None:
     """Registers the hooks of a model and its stack of layers, and leaves the state on both."""
-    names = parameters(stack)
-    hooks = [stack.register_forward_pre_hook(partial(_enter, names=names), with_kwargs=True)]
+    enter = partial(_enter, names=parameters(stack))
+    hooks = [stack.register_forward_pre_hook(enter, with_kwargs=True)]
     hooks.append(stack.register_forward_hook(_leave, with_kwargs=True, always_call=True))
     if model is not stack:
         hooks.append(model.register_forward_pre_hook(_hand_down, with_kwargs=True))
@@ -195,9 +195,7 @@ def _enter(
         fill_cache(cache, active, B, pads)
     for name in CACHE_NAMES:
         kwargs.pop(name, None)
-    own_name = cache_name(names)
-    assert own_name is not None
-    kwargs[own_name] = cache
+    kwargs[cache_name(names) or CACHE_NAMES[0]] = cache
     for layer in expanded_layers(cache):
         layer.inside = True
     return (), kwargs

@@ -92,7 +92,8 @@ def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> St
                     f"what {kind} computes behind keys and values in its cache is not what it "
                     "computes behind the text that they are of"
                 )
-            if not _agrees(stack, front, text, whole, alone, left=2, right=0):
+            pads_free = _agrees(stack, front, text, whole, alone, left=2, right=0)
+            if not pads_free or (by_slots and _keys_hold_slots(stack, text)):
                 state.expanded = Expanded(str(refusal), by_slots, pads_free=False)
         except BaseException:
             for handle in state.handles:
@@ -179,6 +180,19 @@ def _is_told_positions(stack: PreTrainedModel, ids: Tensor) -> bool:
     mask = torch.ones_like(ids)
     told = [_run(stack, ids, position_ids=x, attention_mask=mask) for x in (near, far)]
     return not torch.equal(*told)
+
+
+def _keys_hold_slots(stack: PreTrainedModel, text: Tensor) -> bool:
+    """Whether the first layer's keys say in which slots a text stands, pads in front counted."""
+    keys = []
+    for left in (0, 2):
+        cache = DynamicCache(config=stack.config)
+        ids = torch.nn.functional.pad(text, (left, 0))
+        mask = torch.nn.functional.pad(torch.ones_like(text), (left, 0))
+        _run(stack, ids, cache=cache, attention_mask=mask, fastprefix=ActivePrefix(None))
+        keys.append(_of_cache(cache, ids.shape[1]).keys[0][:, left:].float())
+    noise = 8 * torch.finfo(stack.dtype).eps * keys[0].abs().max()
+    return bool((keys[0] - keys[1]).abs().max() > noise)
 
 
 def _agrees(
