@@ -60,15 +60,7 @@ def inject(
             f"{config._attn_implementation!r} after it was patched, so that no prefix would be "
             "seen; call unpatch_model and patch_model"
         )
-    active = kwargs.get(NAME)
-    if active is None:
-        active = getattr(ACTIVE, state.key, None)
-        if active is None and state.prefixes:
-            raise RuntimeError(
-                f"{type(module).__name__}: a use_prefix block is open in another thread and none "
-                "in this one, which would run without its prefix; open one here as well: "
-                "use_prefix(model, kv), or use_prefix(model, None) for no prefix"
-            )
+    active = active_of(module, kwargs.get(NAME), state)
     if isinstance(active, ActivePrefix) and active.positioned:  # the outer model's hook was here
         if active.cu_seqlens is None:
             return None
@@ -96,6 +88,22 @@ def inject(
     return (), kwargs
 
 
+def active_of(module: nn.Module, given: Any, state: State) -> Any:
+    """The prefix of a call: the one that it was given, or its thread's; None for none.
+
+    Raises:
+        RuntimeError: this thread has none, and another has a use_prefix block open.
+    """
+    active = getattr(ACTIVE, state.key, None) if given is None else given
+    if active is None and state.prefixes:
+        raise RuntimeError(
+            f"{type(module).__name__}: a use_prefix block is open in another thread and none "
+            "in this one, which would run without its prefix; open one here as well: "
+            "use_prefix(model, kv), or use_prefix(model, None) for no prefix"
+        )
+    return active
+
+
 def _place(
     module: nn.Module,
     active: ActivePrefix,
@@ -113,7 +121,7 @@ def _place(
     else:
         refuse_packed(module, kwargs)
     placed_text = _text(kwargs, active.asked) if kv.in_window else {}
-    index, offset = _of_rows(active, module, kwargs, cu_seqlens)
+    index, offset = rows_of(active, module, kwargs, cu_seqlens)
     begin(module, kv, index, kwargs, state, names, cu_seqlens)
     most, prefix_bias = kv.position_offset, None
     if placing == "embedding":
@@ -249,7 +257,7 @@ def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
-def _of_rows(
+def rows_of(
     active: ActivePrefix, module: nn.Module, kwargs: dict[str, Any], cu_seqlens: Tensor | None
 ) -> tuple[Tensor | None, int | Tensor]:
     """Which of several prefixes each row or packed sequence attends to, [B] or [M].

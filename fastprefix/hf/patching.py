@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +23,8 @@ from fastprefix.hf.active import ActivePrefix
 from fastprefix.hf.attention import CAUSAL, NAME, SLOT
 from fastprefix.hf.cached_state import check_states
 from fastprefix.hf.check import ask, ask_prefix, compare_patch, recall, remember
+from fastprefix.hf.expand import check_expanded, check_fallback
+from fastprefix.hf.expand_probe import can_expand, patch_expanded
 from fastprefix.hf.frequencies import thresholds
 from fastprefix.hf.hook import (
     contiguous_input,
@@ -45,6 +47,9 @@ from fastprefix.kv import Group, LayerShape, PackedPrefixKV, PrefixBank, PrefixK
 # One prefix for all rows, or several by name.
 Prefixes = PrefixKV | PackedPrefixKV | Mapping[str, PrefixKV]
 
+# What else to try with a model that cannot be patched.
+Fallback = Literal["expand"]
+
 _LOCK = threading.RLock()
 _PATCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
@@ -55,6 +60,7 @@ def patch_model(
     *,
     example: Mapping[str, Any] | None = None,
     check: bool = True,
+    fallback: Fallback | None = None,
 ) -> PreTrainedModel:
     """Makes a model attend through fastprefix, ready for :func:`use_prefix`.
 
@@ -70,22 +76,26 @@ def patch_model(
         example: keyword arguments of one forward call, for models that run on anything but
             token ids, images or log-mel spectrograms.
         check: False leaves out this check, and those of the prefixes that the model is given.
+        fallback: what to do with a decoder that cannot be patched. None refuses it. "expand" gives
+            it its prefixes through its own KV cache: the same results, at the price of a copy of
+            the prefix for each row, of which a warning tells once. Others are patched as ever.
 
     Returns:
         The model itself. Patching a patched model only sets the backend.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: unknown backend.
+        ValueError: unknown backend or fallback.
         UnsupportedModelError: the model cannot take a prefix. It is left as it was.
     """
     _check_type(model)
     if backend != "auto" and backend not in BACKENDS:
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend: got {backend!r}, takes one of {names}")
+    check_fallback(fallback)
     with _LOCK:
         if not is_patched(model):
-            _patch(model, example, check)
+            _patch(model, example, check, fallback)
         state = state_of(model)
         state.backend, state.lasting = backend, True
     return model
@@ -133,6 +143,11 @@ def sharding_of(model: PreTrainedModel) -> Sharding | None:
     return state_of(model).sharding
 
 
+def is_expanded(model: PreTrainedModel) -> bool:
+    """Whether a patched model takes its prefixes through its KV cache (fallback="expand")."""
+    return state_of(model).expanded is not None
+
+
 def layer_groups(model: PreTrainedModel) -> tuple[Group, ...]:
     """Which part of a patched model each attention layer belongs to, in the same order."""
     return state_of(model).groups
@@ -166,6 +181,7 @@ def use_prefix(
     rows: Sequence[str | None] | None = None,
     *,
     check: bool = True,
+    fallback: Fallback | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Every forward of the model in this block, and in this thread, attends to the prefix.
 
@@ -188,6 +204,7 @@ def use_prefix(
             may have a multiple of as many rows, which then stand in groups, as ``generate()``
             repeats rows for beams and num_return_sequences; anything else is an error.
         check: see :func:`patch_model`.
+        fallback: see :func:`patch_model`.
 
     Raises:
         TypeError: kv is not a PrefixKV, nor several by name, nor None.
@@ -200,7 +217,7 @@ def use_prefix(
         >>> with use_prefix(model, kv, rows=["poet", "cook", None, "poet"]):
         ...     ids = model.generate(**batch_of_four)
     """
-    with patched(model, check=check):
+    with patched(model, fallback, check=check):
         active, state = activate(model, kv, rows, check=check), state_of(model)
         key, counts = state.key, kv is not None
         outer = getattr(ACTIVE, key, None)
@@ -218,16 +235,20 @@ def use_prefix(
 
 
 @contextlib.contextmanager
-def patched(model: PreTrainedModel, *, check: bool = True) -> Iterator[PreTrainedModel]:
+def patched(
+    model: PreTrainedModel, fallback: Fallback | None = None, *, check: bool = True
+) -> Iterator[PreTrainedModel]:
     """The model is patched in this block; the last block to end restores it, unless it was before.
 
     Raises:
         UnsupportedModelError: see :func:`patch_model`.
+        ValueError: unknown fallback.
     """
     _check_type(model)
+    check_fallback(fallback)
     with _LOCK:
         if not is_patched(model):
-            _patch(model, None, check)
+            _patch(model, None, check, fallback)
         state = state_of(model)
         state.blocks += 1
     try:
@@ -296,6 +317,8 @@ def activate(
     for layer, (got, want) in enumerate(zip(kv.shapes, state.shapes, strict=True)):
         if got != want:
             raise ValueError(f"kv: got {got} in layer {layer}, takes {want}")
+    if state.expanded is not None:
+        check_expanded(model, kv, state)
     for layer, (heads, wanted) in enumerate(zip(_heads(kv), state.query_heads, strict=True)):
         if heads not in (0, wanted):
             raise ValueError(
@@ -356,7 +379,37 @@ def _check_type(model: object) -> None:
         raise TypeError(f"model: got {type(model).__name__}, takes a transformers PreTrainedModel")
 
 
-def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None, check: bool) -> None:
+def _patch(
+    model: PreTrainedModel,
+    example: Mapping[str, Any] | None,
+    check: bool,
+    fallback: Fallback | None,
+) -> None:
+    try:
+        state = _patch_attention(model, example, check)
+        if fallback is not None and check:
+            setattr(model, STATE, state)
+            try:
+                ask_prefix(model, state)
+            except UnsupportedModelError:
+                unpatch_model(model)
+                raise
+    except UnsupportedModelError as refusal:
+        if fallback is None:
+            if not can_expand(model):
+                raise
+            raise UnsupportedModelError(
+                f"{refusal}. fallback='expand' gives it its prefixes through its own KV cache, a "
+                "copy for each row"
+            ) from refusal
+        state = patch_expanded(model, refusal)
+    setattr(model, STATE, state)
+    _PATCHED.add(model)
+
+
+def _patch_attention(
+    model: PreTrainedModel, example: Mapping[str, Any] | None, check: bool
+) -> State:
     state = State(_implementations(model), "auto", example=example)
     known = recall(model) if example is None else None
     try:
@@ -419,8 +472,7 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None, check: boo
     head = model.get_output_embeddings()
     if isinstance(head, nn.Module):
         state.handles.append(head.register_forward_pre_hook(contiguous_input))
-    setattr(model, STATE, state)
-    _PATCHED.add(model)
+    return state
 
 
 def _placing(model: PreTrainedModel, *, causal: bool) -> Placing:
@@ -493,10 +545,12 @@ def _set_implementation(model: PreTrainedModel) -> None:
 
 
 __all__ = [
+    "Fallback",
     "UnsupportedModelError",
     "activate",
     "check_prefix",
     "default_offset",
+    "is_expanded",
     "is_patched",
     "layer_groups",
     "layer_shapes",

@@ -14,9 +14,18 @@ from fastprefix.hf.active import Recorder
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.caches import take
 from fastprefix.hf.check import ask, ask_prefix, compare_prompt
+from fastprefix.hf.expand_probe import cached_keys_values
 from fastprefix.hf.keeping import keeping_of, refuse
 from fastprefix.hf.multimodal import language_model, next_position
-from fastprefix.hf.patching import activate, layer_groups, patched, sharding_of, state_of
+from fastprefix.hf.patching import (
+    Fallback,
+    activate,
+    is_expanded,
+    layer_groups,
+    patched,
+    sharding_of,
+    state_of,
+)
 from fastprefix.hf.probe import is_encoder_decoder, takes
 from fastprefix.hf.prompt_inputs import one_prompt, prompt_inputs
 from fastprefix.kv import PrefixKV
@@ -27,10 +36,13 @@ def prefill(
     input_ids: Tensor | Sequence[int] | None = None,
     *,
     check: bool = True,
+    fallback: Fallback | None = None,
     **inputs: Any,
 ) -> PrefixKV:
     """Runs a prompt through the model once; see :meth:`fastprefix.PrefixKV.prefill`."""
-    return _as_prompt(model, check, **prompt_inputs(model, input_ids, inputs))
+    made = prompt_inputs(model, input_ids, inputs)
+    with patched(model, fallback, check=check):
+        return _as_prompt(model, check, **made)
 
 
 def prefill_embeddings(model: PreTrainedModel, embeddings: Tensor) -> PrefixKV:
@@ -98,6 +110,11 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
         return args, {**kwargs, "hidden_states": first[0]}
 
     with patched(model):
+        if is_expanded(model):
+            raise ValueError(
+                f"init: got 'embeddings' for {type(model).__name__} with fallback='expand', takes "
+                "'text': its layers cannot be told apart from outside"
+            )
         names = {name for name, module in model.named_modules() if hasattr(module, SLOT)}
         blocks = [model.get_submodule(name.rpartition(".")[0]) for name in names]
         handles = [x.register_forward_pre_hook(from_the_start, with_kwargs=True) for x in blocks]
@@ -108,13 +125,16 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
                 handle.remove()
 
 
-def _as_prompt(model: PreTrainedModel, check: bool, **inputs: Tensor) -> PrefixKV:
+def _as_prompt(model: PreTrainedModel, check: bool, **inputs: Any) -> PrefixKV:
     with patched(model, check=check):
         if set(layer_groups(model)) != {"decoder"} or _sees_both_sides(model):
             raise ValueError(
                 f"model: got {type(model).__name__}, takes a decoder-only model; an encoder's "
                 "prompt sees the text, so its keys are not the same for every text"
             )
+        if is_expanded(model):  # which was compared with one sequence when it was patched
+            kv = _recorded(model, **inputs)
+            return replace(kv, position_offset=kv.num_virtual_tokens, in_window=True)
         refuse(model, keeping_of(model))
         kv = _prompt(model, **inputs)
         if check:
@@ -177,6 +197,8 @@ def _recorded(
     if takes(model, "logits_to_keep"):
         options["logits_to_keep"] = 1  # those of all other tokens would be thrown away
     with patched(model):
+        if is_expanded(model):
+            return cached_keys_values(model, inputs)
         sharding = sharding_of(model)
         if sharding is not None:
             inputs = {

@@ -54,6 +54,22 @@ class Keeping:
     cache: Any = None
 
 
+@dataclass(frozen=True)
+class Expanded:
+    """How a model that could not be patched takes prefixes through its KV cache.
+
+    Attributes:
+        reason: why it could not be patched.
+        by_slots: it counts what is in its cache, or in its mask, as positions (alibi), so that a
+            prefix takes as many as it has tokens. Else it is told by position_ids.
+        pads_free: whether padding on the left of a text leaves its results as they are.
+    """
+
+    reason: str
+    by_slots: bool
+    pads_free: bool
+
+
 @dataclass
 class State:
     """What patching did to a model, so that it can be undone.
@@ -76,6 +92,7 @@ class State:
         example: what to run the model on to check it; made from the config if None.
         stateful: whether the model says that its layers keep more than keys and values.
         keeping: what they keep, once a prompt was prefilled or used; None before.
+        expanded: of a model patched with fallback="expand"; None for all others.
         handles: of the hooks.
         key: names the model in `ACTIVE`.
     """
@@ -97,6 +114,7 @@ class State:
     example: Mapping[str, Any] | None = None
     stateful: bool = False
     keeping: Keeping | None = None
+    expanded: Expanded | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -117,5 +135,6 @@ class State:
             example=self.example,
             stateful=self.stateful,
             keeping=self.keeping,
+            expanded=self.expanded,
             handles=copy.deepcopy(self.handles, memo),
         )

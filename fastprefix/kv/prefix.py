@@ -125,6 +125,7 @@ class PrefixKV:
         input_ids: Tensor | Sequence[int] | None = None,
         *,
         check: bool = True,
+        fallback: Literal["expand"] | None = None,
         **inputs: Any,
     ) -> PrefixKV:
         """Keys and values that the model itself computes for a prompt.
@@ -139,6 +140,7 @@ class PrefixKV:
             inputs: what else makes up the prompt, as the model's forward takes it: pixel_values,
                 image_grid_thw, mm_token_type_ids, input_features, ..., or inputs_embeds in place of
                 input_ids. An attention_mask may say that nothing is padded.
+            fallback: see :func:`fastprefix.patch_model`; use the prefix with the same.
 
         Raises:
             TypeError: neither or both of input_ids and inputs_embeds, or an input that the model's
@@ -152,7 +154,7 @@ class PrefixKV:
         """
         from fastprefix.hf.prefill import prefill  # the one place that looks down the map
 
-        return prefill(model, input_ids, check=check, **inputs)
+        return prefill(model, input_ids, check=check, fallback=fallback, **inputs)
 
     @classmethod
     def from_text(
@@ -162,6 +164,7 @@ class PrefixKV:
         text: str,
         *,
         check: bool = True,
+        fallback: Literal["expand"] | None = None,
     ) -> PrefixKV:
         """Keys and values of a text, tokenised as the start of a sequence.
 
@@ -170,8 +173,10 @@ class PrefixKV:
             tokenizer: the model's.
             text: a system prompt, a document; special tokens are added as the tokenizer does.
             check: see :meth:`prefill`.
+            fallback: see :meth:`prefill`.
         """
-        return cls.prefill(model, tokenizer(text)["input_ids"], check=check)
+        ids = tokenizer(text)["input_ids"]
+        return cls.prefill(model, ids, check=check, fallback=fallback)
 
     @property
     def num_layers(self) -> int:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastprefix.encoders import Encoder, HeadNumbers, Layout, build_encoder, slot_lengths
 from fastprefix.hf.patching import (
     default_offset,
+    is_expanded,
     layer_groups,
     layer_shapes,
     query_heads,
@@ -35,6 +36,12 @@ def new_encoder(
             f"prefix_in_window: got True, takes False for this {type(model).__name__}; prefixes "
             "slide in decoder-only models alone"
         )
+    for name in ("gated", "prefix_bias", "layers", "layer_lengths"):
+        if is_expanded(model) and getattr(config, name) not in (None, False):
+            raise ValueError(
+                f"{name}: got {getattr(config, name)!r}, takes none for {type(model).__name__} "
+                "with fallback='expand', which keeps the prefix in its KV cache"
+            )
     shapes = layer_shapes(model)
     P, offset = config.num_virtual_tokens, config.position_offset
     layers = config.layers if config.groups is None else _of_groups(config.groups, model)

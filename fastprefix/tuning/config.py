@@ -78,6 +78,8 @@ class PrefixConfig:
             (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199). The position_offset is then 0
             unless given.
         peft_type: "PREFIX_TUNING" or "CARTRIDGE": as what PEFT loads the adapter.
+        fallback: what to do with a base that cannot be patched, see :func:`fastprefix.patch_model`:
+            None or "expand". Of the first adapter of a model; not saved.
 
     Raises:
         TypeError: layers or layer_lengths are not sequences of integers.
@@ -109,6 +111,7 @@ class PrefixConfig:
     prefix_bias: Literal["learned"] | float | None = None
     gated: bool = False
     peft_type: Literal["PREFIX_TUNING", "CARTRIDGE"] = "PREFIX_TUNING"
+    fallback: Literal["expand"] | None = None
 
     def __post_init__(self) -> None:
         if self.num_virtual_tokens < 1:
@@ -119,6 +122,8 @@ class PrefixConfig:
             raise ValueError(
                 f"peft_type: got {self.peft_type!r}, takes 'PREFIX_TUNING' or 'CARTRIDGE'"
             )
+        if self.fallback not in (None, "expand"):
+            raise ValueError(f"fallback: got {self.fallback!r}, takes None or 'expand'")
         self._check_encoder()
         self._check_layers()
         if self.position_offset is not None and self.position_offset < 0:

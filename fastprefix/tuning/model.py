@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Encoder
 from fastprefix.hf.patching import (
+    Fallback,
     activate,
     check_prefix,
     layer_groups,
@@ -79,10 +80,10 @@ class PrefixTuningModel(NamedAdapters):
         check: bool = True,
     ) -> None:
         model = unwrap(model)
-        with patched(model, check=check):  # left as it was if something is refused
+        with patched(model, config.fallback, check=check):  # left as it was if it is refused
             encoder = new_encoder(model, config, tokenizer)
             check_prefix(model)
-            patch_model(model)
+            patch_model(model, fallback=config.fallback)
         super().__init__(model, adapter_name, config, encoder)
         self.train_heads(config.modules_to_save, config.task_type)
 
@@ -282,6 +283,7 @@ class PrefixTuningModel(NamedAdapters):
         *,
         is_trainable: bool = False,
         check: bool = True,
+        fallback: Fallback | None = None,
     ) -> PrefixTuningModel:
         """Loads an adapter that fastprefix or PEFT saved, and with it the one inside the base.
 
@@ -292,14 +294,16 @@ class PrefixTuningModel(NamedAdapters):
             is_trainable: whether to train it further (directly; an MLP is gone), and with it
                 what is inside the base.
             check: see :func:`fastprefix.patch_model`.
+            fallback: for a base that cannot be patched, see :func:`fastprefix.patch_model`.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: not a prefix-tuning adapter for this model.
+            ValueError: not a prefix-tuning adapter for this model, or an unknown fallback.
         """
         model = unwrap(model)
-        with patched(model, check=check):  # left as it was if the adapter is refused
+        with patched(model, fallback, check=check):  # left as it was if the adapter is refused
             adapter, config = _load(name_or_folder, model)
+        config = replace(config, fallback=fallback)
         inside = find_base_adapter(name_or_folder)
         if inside is not None:
             load_base_adapter(model, inside, is_trainable=is_trainable)

@@ -1,0 +1,230 @@
+"""What a model's KV cache says about it, and whether a prefix put there is exactly that.
+
+Everything is found by running the model's own stack of layers on a few tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from fastprefix.hf.active import ActivePrefix
+from fastprefix.hf.expand import install
+from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, takes
+from fastprefix.hf.room import positions_known
+from fastprefix.hf.state import HOOKED, Expanded, State
+from fastprefix.hf.versions import cache_name, parameters
+from fastprefix.kv import PrefixKV
+
+_PREFIX, _TEXT = 3, 4  # tokens
+
+
+def can_expand(model: PreTrainedModel) -> bool:
+    """Whether a model looks like one whose cache could hold a prefix."""
+    return not is_encoder_decoder(model) and _find_stack(model) is not None
+
+
+def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> State:
+    """Learns a model's layers from its cache, registers the hooks, and checks what they do.
+
+    Args:
+        model: one that cannot be patched; left as it was where it is refused here as well.
+        refusal: why it cannot.
+
+    Raises:
+        UnsupportedModelError: nothing can be done through its cache; the message says why.
+    """
+    kind, stack = type(model).__name__, _find_stack(model)
+
+    def refused(why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{refusal}; and fallback='expand' does not help: {why}")
+
+    if is_encoder_decoder(model):
+        raise refused("it is for decoder-only models")
+    if stack is None:
+        raise refused(f"{kind} takes no KV cache")
+    if model.main_input_name != "input_ids":
+        raise refused(f"{kind} reads {model.main_input_name} and no text")
+    if getattr(model, "tp_size", None) not in (None, 1):
+        raise refused("it does not know which heads of a tensor-parallel model a rank has")
+    for layer in DynamicCache(config=stack.config).layers:
+        if type(layer) is not DynamicLayer:
+            raise refused(f"its cache has a {type(layer).__name__}, which drops what it holds")
+    vocabulary = int(stack.config.get_text_config().vocab_size)
+    ids = (torch.arange(_PREFIX + _TEXT, device=model.device) + 1)[None] % vocabulary
+    with _evaluating(model), torch.no_grad():
+        try:
+            cache = DynamicCache(config=stack.config)
+            whole = _run(stack, ids, cache=cache)
+            kv = _of_cache(cache, ids.shape[1])
+            other = ids.clone()
+            other[0, -1] = 0
+            causal = torch.equal(_run(stack, other)[:, :-1], _run(stack, ids)[:, :-1])
+            by_slots = not _is_told_positions(stack, ids)
+        except Exception as error:
+            raise refused(str(error)) from error
+        state = State([], "auto")
+        state.shapes, state.groups = (
+            kv.shapes,
+            ("decoder" if causal else "encoder",) * kv.num_layers,
+        )
+        state.query_heads = (stack.config.num_attention_heads,) * kv.num_layers
+        state.positions_known = positions_known(model, stack)
+        state.expanded = Expanded(str(refusal), by_slots, pads_free=True)
+        install(model, stack, state)
+        try:
+            front = kv.map(lambda x: x[:, :_PREFIX])
+            front = PrefixKV(front.keys, front.values, _PREFIX)
+            text = ids[:, _PREFIX:]
+            alone = _run(stack, text)
+            try:
+                fits = _agrees(stack, front, text, whole, alone, left=0, right=1)
+            except Exception as error:
+                raise refused(f"{type(error).__name__}: {error}") from error
+            if not fits:
+                raise refused(
+                    f"what {kind} computes behind keys and values in its cache is not what it "
+                    "computes behind the text that they are of"
+                )
+            pads_free = _agrees(stack, front, text, whole, alone, left=2, right=0)
+            if not pads_free or (by_slots and _keys_hold_slots(stack, text)):
+                state.expanded = Expanded(str(refusal), by_slots, pads_free=False)
+        except BaseException:
+            for handle in state.handles:
+                handle.remove()
+            for module in {model, stack}:
+                delattr(module, HOOKED)
+            raise
+    return state
+
+
+@torch.no_grad()
+def cached_keys_values(model: PreTrainedModel, inputs: dict[str, Tensor]) -> PrefixKV:
+    """What the layers of a model patched with fallback="expand" put into the cache for one text.
+
+    Args:
+        model: left as it was.
+        inputs: input_ids [1, P] or inputs_embeds [1, P, hidden].
+    """
+    stack = _find_stack(model)
+    assert stack is not None
+    cache = DynamicCache(config=stack.config)
+    (length,) = {x.shape[1] for x in inputs.values()}
+    with _evaluating(model):
+        _run(stack, cache=cache, fastprefix=ActivePrefix(None), **inputs)
+    return _of_cache(cache, length)
+
+
+def _find_stack(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The innermost model that takes a cache: the stack of layers. None if there is not one."""
+    takers = [
+        part
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel) and cache_name(parameters(part)) is not None
+    ]
+    inner = [x for x in takers if not any(y is not x and y in set(x.modules()) for y in takers)]
+    return inner[0] if len(inner) == 1 else None
+
+
+def _run(
+    stack: PreTrainedModel,
+    input_ids: Tensor | None = None,
+    *,
+    cache: DynamicCache | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Last hidden states [B, L, hidden]."""
+    if cache is not None:
+        name = cache_name(parameters(stack))
+        assert name is not None
+        kwargs[name] = cache
+    if takes(stack, "use_cache"):
+        kwargs["use_cache"] = cache is not None
+    if input_ids is not None:
+        kwargs["input_ids"] = input_ids
+    hidden: Tensor = stack(**kwargs)[0]
+    return hidden
+
+
+def _of_cache(cache: DynamicCache, length: int) -> PrefixKV:
+    """What a cache holds for one row of so many tokens."""
+    keys, values = (
+        [getattr(layer, what, None) for layer in cache.layers] for what in ("keys", "values")
+    )
+    shapes = [None if x is None else tuple(x.shape) for x in keys]
+    if all(shape is None for shape in shapes):
+        raise ValueError("it keeps nothing in its cache, as encoders do (is_decoder=False)")
+    for x in (*keys, *values):
+        if x is None or (x.dim(), x.shape[0], x.shape[2]) != (4, 1, length):
+            raise ValueError(f"its cache holds keys {shapes}, not [B, Hkv, L, D] in every layer")
+    return PrefixKV(
+        tuple(x[0].clone() for x in keys if x is not None),
+        tuple(x[0].clone() for x in values if x is not None),
+        position_offset=0,
+    )
+
+
+def _is_told_positions(stack: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether position_ids say where a text stands, and not the slots of the cache alone."""
+    if not takes(stack, "position_ids"):
+        return False
+    near = torch.arange(ids.shape[1], device=ids.device)[None]
+    far = near.clone()
+    far[0, -1] += 2  # not moved as a whole, which a model of distances would not see
+    mask = torch.ones_like(ids)
+    told = [_run(stack, ids, position_ids=x, attention_mask=mask) for x in (near, far)]
+    return not torch.equal(*told)
+
+
+def _keys_hold_slots(stack: PreTrainedModel, text: Tensor) -> bool:
+    """Whether the first layer's keys say in which slots a text stands, pads in front counted."""
+    keys = []
+    for left in (0, 2):
+        cache = DynamicCache(config=stack.config)
+        ids = torch.nn.functional.pad(text, (left, 0))
+        mask = torch.nn.functional.pad(torch.ones_like(text), (left, 0))
+        _run(stack, ids, cache=cache, attention_mask=mask, fastprefix=ActivePrefix(None))
+        keys.append(_of_cache(cache, ids.shape[1]).keys[0][:, left:].float())
+    noise = 8 * torch.finfo(stack.dtype).eps * keys[0].abs().max()
+    return bool((keys[0] - keys[1]).abs().max() > noise)
+
+
+def _agrees(
+    stack: PreTrainedModel,
+    front: PrefixKV,
+    text: Tensor,
+    whole: Tensor,
+    alone: Tensor,
+    *,
+    left: int,
+    right: int,
+) -> bool:
+    """Whether a text behind a prefix, with pads around it, is computed as in one sequence."""
+    ids = torch.nn.functional.pad(text, (left, right))
+    mask = torch.nn.functional.pad(torch.ones_like(text), (left, right))
+    active = ActivePrefix(front)
+    found = _run(stack, ids, attention_mask=mask, fastprefix=active)
+    wanted = whole[:, _PREFIX:].float()
+    found = found[:, left : left + text.shape[1]].float()
+    error = (found - wanted).abs().max()
+    effect = (alone.float() - wanted).abs().max()
+    noise = 8 * torch.finfo(whole.dtype).eps * wanted.abs().max()
+    return bool(error <= torch.maximum(0.02 * effect, noise))
+
+
+@contextlib.contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model is in evaluation mode in this block."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
