@@ -40,8 +40,8 @@ def run_demo(
     no_peft = peft_mismatch()
     if no_peft is not None:
         console.print(
-            f"[bold yellow]Without PEFT beside it:[/] {no_peft}. Its figures would be wrong and are "
-            "left out; `make demo` sets up an environment in which both run."
+            f"[bold yellow]Without PEFT beside it:[/] {no_peft}. Its figures would be wrong "
+            "and are left out; `make demo` sets up an environment in which both run."
         )
     with console.status(f"loading {model_name}"):
         model, tokenizer = load(model_name, torch.bfloat16)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf.active import Recorder
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder
+from fastprefix.hf.versions import tensor_parallel_group
 from fastprefix.kv import LayerShape, PackedPrefixKV, PrefixKV, Reweighting
 
 # What a tensor-parallel plan calls the layers that make keys.
@@ -195,8 +196,7 @@ def find_sharding(model: PreTrainedModel) -> Sharding | None:
         raise UnsupportedModelError(
             f"{type(model).__name__}: tensor parallelism is supported for models of text alone"
         )
-    mesh: Any = model._device_mesh
-    group = mesh["tp"].get_group()
+    group = tensor_parallel_group(model)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     recorder = Recorder()
     embedding: Any = model.get_input_embeddings()

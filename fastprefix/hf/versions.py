@@ -67,6 +67,12 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
             part.set_attn_implementation(name)
 
 
+def tensor_parallel_group(model: Any) -> Any:
+    """The ranks that share a layer's heads; release 5.17 names no mesh that is for them alone."""
+    mesh = model._device_mesh
+    return (mesh["tp"] if mesh.mesh_dim_names else mesh).get_group()
+
+
 def enable_checkpointing(model: Any, *args: Any, **kwargs: Any) -> None:
     """Has a model recompute activations in the backward: release 5.23 renamed how to ask for it."""
     new = getattr(model, "activation_checkpointing_enable", None)

@@ -167,16 +167,14 @@ def test_chats_go_on_from_a_cache(tiny, architecture):
     model, bare = build(tiny, architecture), build(tiny, architecture)
     front, text, more = tiny.prompt(9), tiny.prompt(5, seed=5), tiny.prompt(4, seed=6)
     whole = torch.cat([front, text], 1)
+    cache = DynamicCache()
+    options = {own_name(model): cache, "max_new_tokens": 4}
     with use_prefix(model, PrefixKV.prefill(model, front)):
-        cache = DynamicCache()
-        for turn in (text, more):
-            text = text if turn is text else torch.cat([text, answer, turn], 1)  # noqa: F821
-            options = {own_name(model): cache}
-            answer = tiny.generate(model, text, max_new_tokens=4, **options)
-            whole = whole if turn is not more else torch.cat([whole, turn], 1)
-            expected = tiny.generate(bare, whole, max_new_tokens=4)
-            whole = torch.cat([whole, expected], 1)
-            assert torch.equal(answer, expected)
+        first = tiny.generate(model, text, **options)
+        second = tiny.generate(model, torch.cat([text, first, more], 1), **options)
+    assert torch.equal(first, tiny.generate(bare, whole, max_new_tokens=4))
+    whole = torch.cat([whole, first, more], 1)
+    assert torch.equal(second, tiny.generate(bare, whole, max_new_tokens=4))
 
 
 @pytest.fixture
