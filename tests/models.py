@@ -38,6 +38,7 @@ from transformers.masking_utils import eager_mask
 
 from fastprefix import PrefixKV
 from fastprefix.hf.patching import query_heads
+from fastprefix.hf.versions import set_attention
 from fastprefix.kv import Reweighting
 from fastprefix.kv.reweighting import Kind
 
@@ -463,7 +464,7 @@ def textbook(model: PreTrainedModel) -> PreTrainedModel:
     """A bare model with the attention above, which keeps float64 where transformers' own do not."""
     AttentionInterface.register("textbook", _textbook_attention)
     AttentionMaskInterface.register("textbook", eager_mask)
-    model.set_attn_implementation("textbook")
+    set_attention(model, "textbook")
     return model
 
 

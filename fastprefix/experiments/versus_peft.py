@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
 from fastprefix.encoders import to_flat
 from fastprefix.experiments.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
+from fastprefix.hf.versions import enable_checkpointing, peft_mismatch
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning import PrefixConfig, PrefixTuningModel
 
@@ -162,7 +163,7 @@ def _peft_checkpointing(folder: str, flat: Tensor, workload: Workload) -> str:
 
     def load(folder: str) -> PreTrainedModel:
         model = _load(folder)
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
         return model
 
     try:
@@ -264,8 +265,12 @@ def compare(model: PreTrainedModel, workload: Workload | None = None) -> dict[st
         with ``fastprefix`` and ``peft``; see :func:`measure_time` and :func:`measure_memory`.
 
     Raises:
-        RuntimeError: a measuring process failed; the message holds the end of what it printed.
+        RuntimeError: the installed PEFT does not run with transformers; or a measuring process
+            failed, and the message holds the end of what it printed.
     """
+    reason = peft_mismatch()
+    if reason is not None:
+        raise RuntimeError(f"nothing to compare with: {reason}")
     workload = workload or Workload()
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(Path(temporary, "model"))

@@ -44,7 +44,7 @@ def inject(
     """
     state: State = getattr(module, HOOKED)
     config: Any = module.config
-    if isinstance(kwargs.get("cache"), PagedAttentionCache):
+    if isinstance(cache_of(kwargs), PagedAttentionCache):
         raise NotImplementedError(
             f"{type(module).__name__}: continuous batching keeps keys and values in a paged cache, "
             "which fastprefix does not read; use generate(), or unpatch_model(model)"

@@ -41,7 +41,7 @@ from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe
 from fastprefix.hf.room import positions_known
 from fastprefix.hf.sharding import Sharding, find_sharding, refuse_split_heads
 from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Placing, State
-from fastprefix.hf.versions import cached_name, parameters
+from fastprefix.hf.versions import cached_name, parameters, set_attention
 from fastprefix.kv import Group, LayerShape, PackedPrefixKV, PrefixBank, PrefixKV
 
 # One prefix for all rows, or several by name.
@@ -478,9 +478,10 @@ def _patch_attention(
 def _placing(model: PreTrainedModel, *, causal: bool) -> Placing:
     """How a model that is one stack learns where its text stands."""
     by_argument = takes(model, "position_ids")
+    embeddings = _position_embeddings(model)
     if causal and by_argument and not _counts_itself(model):
         return "argument"
-    if _position_embeddings(model):
+    if embeddings:
         return "embedding"
     return "given" if by_argument else "fixed"
 
@@ -536,7 +537,7 @@ def _restore(previous: list[tuple[Any, str | None]]) -> None:
 
 
 def _set_implementation(model: PreTrainedModel) -> None:
-    model.set_attn_implementation(NAME)
+    set_attention(model, NAME)
     if model.config._attn_implementation != NAME:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not route its attention through transformers' "

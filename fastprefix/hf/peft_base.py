@@ -127,12 +127,10 @@ def load_base_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: boo
     file = find(folder, WEIGHTS_FILE)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        if not all(torch.isfinite(x).all() for x in load_file(file).values()):
+        saved = load_file(file)
+        if not all(torch.isfinite(x).all() for x in saved.values()):
             raise ValueError("holds a NaN or infinity")
-        found = model.load_adapter(str(folder), is_trainable=is_trainable)
-        problem = found.missing_keys or found.unexpected_keys or found.mismatched_keys
-        if problem:
-            raise ValueError(f"does not fit {type(model).__name__} in {sorted(map(str, problem))}")
+        _put_in(model, folder, saved, is_trainable=is_trainable)
     except Exception as error:
         if has_base_adapters(model):
             _take_out(model)
@@ -149,17 +147,38 @@ def _weights(model: PreTrainedModel, adapter_name: str) -> dict[str, Tensor]:
     return {f"{_PREFIX}{name}": x.detach().cpu() for name, x in state.items()}
 
 
+def _put_in(
+    model: PreTrainedModel, folder: Path, saved: dict[str, Tensor], *, is_trainable: bool
+) -> None:
+    """By PEFT's own functions: transformers' refuse every PEFT but the newest."""
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = not is_trainable
+    inject_adapter_in_model(config, model, "default")
+    model._hf_peft_config_loaded = True  # transformers' own switches then find it
+    found = _weights(model, "default")
+    problem = saved.keys() ^ found.keys() or {
+        name for name, x in saved.items() if x.shape != found[name].shape
+    }
+    if problem:
+        raise ValueError(f"does not fit {type(model).__name__} in {sorted(problem)}")
+    weights = {name.removeprefix(_PREFIX): x for name, x in saved.items()}
+    set_peft_model_state_dict(model, weights, adapter_name="default")
+
+
 def _take_out(model: PreTrainedModel) -> None:
     """Removes the adapter "default", the only one, and PEFT's layers with it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    model.delete_adapter("default")
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             model.set_submodule(name, module.get_base_layer())
         elif isinstance(module, AuxiliaryTrainingWrapper):
             model.set_submodule(name, module.original_module)
+    del model.peft_config
+    model._hf_peft_config_loaded = False
 
 
 def _active(model: nn.Module) -> list[str]:

@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
 from fastprefix.hf.active import Recorder
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder
+from fastprefix.hf.versions import tensor_parallel_group
 from fastprefix.kv import LayerShape, PackedPrefixKV, PrefixKV, Reweighting
 
+# What a tensor-parallel plan calls the layers that make keys.
+_KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 # a rank's first head, the one behind its last, the number of heads of all ranks
 Heads = tuple[int, int, int]
 
@@ -160,7 +162,11 @@ def refuse_split_heads(model: PreTrainedModel) -> None:
         return
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if get_kv_heads_per_rank(model.tp_plan, heads, ranks) is None:
+    split = any(
+        name.rsplit(".", 1)[-1] in _KEY_PROJECTIONS and style == "colwise"
+        for name, style in model.tp_plan.items()
+    )
+    if split and any(count % ranks for count in (heads if isinstance(heads, list) else [heads])):
         raise UnsupportedModelError(
             f"{type(model).__name__}: its {heads} key/value heads do not divide among the {ranks} "
             "ranks of its tp_plan"
@@ -190,8 +196,7 @@ def find_sharding(model: PreTrainedModel) -> Sharding | None:
         raise UnsupportedModelError(
             f"{type(model).__name__}: tensor parallelism is supported for models of text alone"
         )
-    mesh: Any = model._device_mesh
-    group = mesh["tp"].get_group()
+    group = tensor_parallel_group(model)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     recorder = Recorder()
     embedding: Any = model.get_input_embeddings()

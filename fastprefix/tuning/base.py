@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.hf.peft_base import freeze
+from fastprefix.hf.versions import disable_checkpointing, enable_checkpointing, is_checkpointing
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.prompt_config import PromptConfig
 
@@ -162,7 +163,12 @@ class TunedModel(nn.Module):
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether the backward recomputes activations."""
-        return self.base_model.is_activation_checkpointing
+        return is_checkpointing(self.base_model)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The older name of :attr:`is_activation_checkpointing`, which older Trainers read."""
+        return self.is_activation_checkpointing
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -175,11 +181,11 @@ class TunedModel(nn.Module):
             kwargs: of the base model's method of this name.
         """
         chosen = activation_checkpointing_kwargs or {"use_reentrant": False}
-        self.base_model.activation_checkpointing_enable(chosen, **kwargs)
+        enable_checkpointing(self.base_model, chosen, **kwargs)
 
     def activation_checkpointing_disable(self) -> None:
         """Keeps activations again."""
-        self.base_model.activation_checkpointing_disable()
+        disable_checkpointing(self.base_model)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.generic import find_labels
 
+from fastprefix.hf.versions import checkpointing_arguments
 from fastprefix.tuning.callbacks import PrefixMonitor, ProgressiveLayers, ProgressiveLength
 from fastprefix.tuning.model import PrefixTuningModel
 
@@ -182,6 +183,9 @@ def fit(
     Returns:
         The training loss of each step.
     """
+    recompute = checkpointing_arguments(use_reentrant=False)
+    if not options.gradient_checkpointing:
+        recompute = {}
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants one, but saves nothing here
         arguments = PrefixTrainingArguments(
             output_dir=scratch,
@@ -190,10 +194,7 @@ def fit(
             learning_rate=options.learning_rate,
             warmup_steps=options.warmup_steps,
             max_grad_norm=options.max_grad_norm,
-            gradient_checkpointing=options.gradient_checkpointing,
-            gradient_checkpointing_kwargs=(
-                {"use_reentrant": False} if options.gradient_checkpointing else None
-            ),
+            **recompute,
             seed=options.seed,
             logging_steps=1,
             save_strategy="no",

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,6 +20,14 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
     assert 195 < memory.megabytes < 230
 
 
+def test_nothing_is_measured_beside_a_peft_that_does_not_run(monkeypatch) -> None:
+    reason = "transformers 9 takes PEFT 9 or newer, got 1"
+    monkeypatch.setattr("fastprefix.experiments.versus_peft.peft_mismatch", lambda: reason)
+    with pytest.raises(RuntimeError, match=f"nothing to compare with: {reason}"):
+        compare(None)
+
+
+@pytest.mark.peft
 def test_comparison_measures_both_sides_and_says_what_peft_refuses() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastprefix import patch_model, use_prefix
+from fastprefix.hf.versions import enable_checkpointing
 
 PLAIN = ["llama", "qwen2", "gpt2"]
 WINDOWED = ["mistral", "gemma2", "gemma3", "gpt_oss"]
@@ -116,7 +117,7 @@ def test_gradient_checkpointing(tiny, name):
     expected = tiny.gradients(kv)
     assert all(gradient.abs().max() > 1e-6 for gradient in expected)
     patch_model(model).train().requires_grad_(False)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model, {"use_reentrant": False})
     with use_prefix(model, kv):
         logits = model(ids, attention_mask=mask).logits
     logits[mask.bool()].logsumexp(-1).sum().backward()

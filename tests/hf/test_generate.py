@@ -12,6 +12,7 @@ from transformers import (
     QuantizedCache,
     StaticCache,
     TextStreamer,
+    cache_utils,
     set_seed,
 )
 from transformers.cache_utils import CacheLayerMixin
@@ -143,6 +144,8 @@ class Behind(CacheLayerMixin):
 def test_a_quantized_cache_holds_the_text_alone(tiny, model, bare, backend):
     """So that the prefix is not rounded; the oracle keeps it in front of such a cache."""
     config = {"backend": backend}
+    if backend == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this release of transformers has no class of this kind")
     if backend == "quanto":
         pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
         config |= {"nbits": 4, "q_group_size": 16, "residual_length": 4}
@@ -225,7 +228,7 @@ def test_continuous_batching_is_refused(tiny, model):
     """Its cache is paged; never without the prefix, whenever it was started."""
     patch_model(model)
     with use_prefix(model, tiny.random_kv(model)):
-        with pytest.raises(ValueError, match="fastprefix is not supported for continuous"):
+        with pytest.raises(ValueError, match=r"fastprefix.* is not supported"):
             model.generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=2, eos_token_id=-1))
         with pytest.raises(NotImplementedError, match="continuous batching"):
             model(tiny.prompt(), cache=object.__new__(PagedAttentionCache))

@@ -12,6 +12,7 @@ from fastprefix.hf.mass import attention_mass
 from fastprefix.hf.patching import query_heads
 from fastprefix.hf.reweighted import attend
 from fastprefix.hf.sharding import Sharding
+from fastprefix.hf.versions import enable_checkpointing
 from fastprefix.kv import PackedPrefixKV, Reweighting
 
 EXACT = {"rtol": 0, "atol": 1e-9}
@@ -283,7 +284,7 @@ def test_checkpointing_and_compiling(tiny, kind):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(compiled), expected, **FLOAT32)
     model.train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model, {"use_reentrant": False})
     torch.testing.assert_close(run(model), expected, **FLOAT32)
 
 

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from peft.functional import set_adapter
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
@@ -46,13 +47,13 @@ def wrapped(model, lora):
 
 
 def added_before(model, lora):
-    model.add_adapter(lora)
+    peft.inject_adapter_in_model(lora, model)
     return PrefixTuningModel(model, CONFIG)
 
 
 def added_after(model, lora):
     tuned = PrefixTuningModel(model, CONFIG)
-    tuned.base_model.add_adapter(lora)
+    peft.inject_adapter_in_model(lora, tuned.base_model)
     return tuned
 
 
@@ -245,7 +246,7 @@ def test_a_prefix_beside_another_lora_is_refused(tiny, folder, lora):
     """The base has one, and of the same shapes, but not the numbers that it was trained with."""
     model = tiny.build()
     torch.manual_seed(8)
-    model.add_adapter(lora)
+    peft.inject_adapter_in_model(lora, model)
     tuned = PrefixTuningModel(model, CONFIG)
     with pytest.raises(ValueError, match="other numbers"):
         tuned.load_adapter(folder, "b")
@@ -255,7 +256,7 @@ def test_a_prefix_beside_another_lora_is_refused(tiny, folder, lora):
 @ONE
 def test_a_second_lora_is_refused(tiny, folder, lora):
     model = tiny.build()
-    model.add_adapter(lora, "mine")
+    peft.inject_adapter_in_model(lora, model, "mine")
     with pytest.raises(ValueError, match=r"PEFT adapters \['mine'\] inside"):
         PrefixTuningModel.from_pretrained(model, folder)
 
@@ -269,17 +270,34 @@ def test_a_lora_that_was_there_before_is_not_left_for_a_model_without(tiny, fold
 @ONE
 def test_several_active_loras_cannot_be_saved(tiny, lora, tmp_path):
     model = tiny.build()
-    model.add_adapter(lora, "one")
-    model.add_adapter(lora, "two")
+    peft.inject_adapter_in_model(lora, model, "one")
+    peft.inject_adapter_in_model(lora, model, "two")
     tuned = PrefixTuningModel(model, CONFIG)
-    model.set_adapter(["one", "two"])
+    set_adapter(model, ["one", "two"])
     with pytest.raises(ValueError, match=r"\['one', 'two'\] as active"):
         tuned.save_pretrained(tmp_path)
-    model.set_adapter("one")
+    set_adapter(model, "one")
     tuned.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "base_model" / "adapter_model.safetensors")
-    one = model.get_adapter_state_dict("one")
+    one = peft.get_peft_model_state_dict(model, adapter_name="one")
     assert all(torch.equal(saved[f"base_model.model.{name}"], one[name]) for name in one)
+
+
+@ONE
+@pytest.mark.peft
+def test_a_lora_that_transformers_put_in_is_one_of_peft(tiny, lora, inputs, tmp_path):
+    """And one that we loaded takes transformers' own switches."""
+    model = tiny.build()
+    model.add_adapter(lora)
+    tuned = PrefixTuningModel(model, CONFIG).eval()
+    tuned.save_pretrained(tmp_path)
+    again = PrefixTuningModel.from_pretrained(tiny.build(), tmp_path)
+    expected = tuned(**inputs).logits
+    assert torch.equal(again(**inputs).logits, expected)
+    for each in (tuned, again):
+        each.base_model.disable_adapters()
+    assert torch.equal(again(**inputs).logits, tuned(**inputs).logits)
+    assert (again(**inputs).logits - expected).abs().max() > 1e-3
 
 
 def test_a_prompt_of_peft_is_refused(tiny):

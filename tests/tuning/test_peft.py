@@ -54,6 +54,12 @@ def test_peft_loads_what_we_save(tiny, model, bare, config, tmp_path):
     assert not torch.allclose(loaded.base_model(ids, attention_mask=mask).logits, expected)
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
 
+
+@pytest.mark.peft
+def test_peft_generates_as_we_do(tiny, model, bare, config, tmp_path):
+    tuned = PrefixTuningModel(model, config).eval()
+    tuned.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(bare, tmp_path).eval()
     text, whole = tiny.batch((5, 5))
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tiny.PAD}
     ours = tuned.generate(input_ids=text, attention_mask=whole, **options)

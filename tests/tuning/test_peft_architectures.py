@@ -104,6 +104,7 @@ def test_both_ways(tiny, build, kind, tmp_path):
     assert twice.export().in_window is ours.export().in_window is True
 
 
+@pytest.mark.peft
 def test_a_classifier_comes_with_its_head(tiny, kind, tmp_path):
     def build(seed=0):
         torch.manual_seed(seed)

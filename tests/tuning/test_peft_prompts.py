@@ -172,6 +172,7 @@ def test_a_network_of_ours_is_dropped_as_theirs(tiny, network, tmp_path):
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
+@pytest.mark.peft
 def test_generates_as_peft_does(tiny, tmp_path):
     ours = PromptTuningModel(tiny.build(), PromptConfig(num_virtual_tokens=P, init_std=1.0)).eval()
     ours.save_pretrained(tmp_path)

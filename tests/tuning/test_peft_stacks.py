@@ -119,6 +119,7 @@ def same(got, expected, mask=None):
             torch.testing.assert_close(got[name][keep], expected[name][keep], **CLOSE)
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("task_type", _TASKS)
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "CARTRIDGE"])
@@ -151,6 +152,7 @@ def inputs(tiny):
     }
 
 
+@pytest.mark.peft
 def test_encoder_decoders_as_peft_feeds_them(tiny, pair, tmp_path):
     """PEFT gives the decoder's own attention layers a prefix, some of them the same one."""
     config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)

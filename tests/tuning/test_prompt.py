@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PromptEncoder, PromptEncoderConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -399,7 +400,9 @@ def test_a_lora_in_the_base_is_saved_and_loaded_with_it(tiny, tmp_path):
     with torch.no_grad():
         expected = tuned(ids, attention_mask=mask).logits
         assert torch.equal(again(ids, attention_mask=mask).logits, expected)
-        again.base_model.disable_adapters()
+        for layer in again.base_model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.enable_adapters(False)
         assert (again(ids, attention_mask=mask).logits - expected).abs().max() > 1e-3
 
 
