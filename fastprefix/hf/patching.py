@@ -125,6 +125,16 @@ def layer_groups(model: PreTrainedModel) -> tuple[Group, ...]:
     return _state(model).groups
 
 
+def layer_sources(model: PreTrainedModel) -> tuple[int, ...]:
+    """Which layer of a patched model each layer has the text's keys and values from.
+
+    Itself where it makes its own; -1 where it has another layer's keys with other values. Prefixes
+    have keys and values for every layer, but PEFT, which puts them in the cache, only for those
+    that make their own.
+    """
+    return _state(model).sources
+
+
 def default_offset(model: PreTrainedModel, num_virtual_tokens: int) -> int:
     """By how many positions a learned prefix moves the text of a patched model.
 
@@ -329,7 +339,7 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> 
         _restore(state.previous)
         raise
     state.shapes, state.groups = slots.shapes, slots.groups
-    state.query_heads = slots.query_heads
+    state.query_heads, state.sources = slots.query_heads, slots.sources
     if state.sharding is not None:
         state.query_heads = tuple(total for _, _, total in state.sharding.query_heads)
         state.shapes = state.sharding.whole_shapes(slots.shapes)
@@ -443,6 +453,7 @@ __all__ = [
     "is_patched",
     "layer_groups",
     "layer_shapes",
+    "layer_sources",
     "patch_model",
     "patched",
     "query_heads",
