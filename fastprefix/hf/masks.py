@@ -33,11 +33,14 @@ MADE: list[list[tuple[Tensor, bool]]] = []
 
 def made_causal(mask: Tensor | None) -> bool | None:
     """Whether a mask, or a part of one, was made to be causal; None for one not known."""
-    if mask is None or mask.device.type == "meta":
+    if mask is None:
         return None
     for made in MADE:
         for other, causal in made:
-            if mask.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
+            if mask is other or (
+                not mask.is_meta
+                and mask.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+            ):
                 return causal
     return None
 

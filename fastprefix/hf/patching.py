@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.active import ActivePrefix
 from fastprefix.hf.attention import CAUSAL, NAME, SLOT
+from fastprefix.hf.check import ask, ask_prefix, compare_patch, recall, remember
 from fastprefix.hf.hook import (
     contiguous_input,
     count_calls,
@@ -44,12 +45,17 @@ _PATCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def patch_model(
-    model: PreTrainedModel, backend: str = "auto", *, example: Mapping[str, Any] | None = None
+    model: PreTrainedModel,
+    backend: str = "auto",
+    *,
+    example: Mapping[str, Any] | None = None,
+    check: bool = True,
 ) -> PreTrainedModel:
     """Makes a model attend through fastprefix, ready for :func:`use_prefix`.
 
     Runs the model once on one token to see which modules attend, in which order, and what shape
-    their keys and values have. Without an active prefix the model computes what it did before.
+    their keys and values have. Without an active prefix the model computes what it did before;
+    that it does is checked on a few tokens, once per model (:mod:`fastprefix.hf.check`).
 
     Args:
         model: a transformers model whose attention goes through AttentionInterface: a decoder, an
@@ -57,6 +63,7 @@ def patch_model(
         backend: of :func:`fastprefix.prefix_attention`, for all layers.
         example: keyword arguments of one forward call, for models that run on anything but
             token ids, images or log-mel spectrograms.
+        check: False leaves out this check, and those of the prefixes that the model is given.
 
     Returns:
         The model itself. Patching a patched model only sets the backend.
@@ -72,8 +79,8 @@ def patch_model(
         raise ValueError(f"backend: got {backend!r}, takes one of {names}")
     with _LOCK:
         if not is_patched(model):
-            _patch(model, example)
-        state = _state(model)
+            _patch(model, example, check)
+        state = state_of(model)
         state.backend, state.lasting = backend, True
     return model
 
@@ -85,7 +92,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the model is not patched.
     """
     with _LOCK:
-        state = _state(model)
+        state = state_of(model)
         for handle in state.handles:
             handle.remove()
         for module in model.modules():
@@ -107,22 +114,22 @@ def layer_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
 
     Of a tensor-parallel model with the heads of all ranks, as its prefixes have them.
     """
-    return _state(model).shapes
+    return state_of(model).shapes
 
 
 def query_heads(model: PreTrainedModel) -> tuple[int, ...]:
     """How many query heads each attention layer of a patched model has, all ranks together."""
-    return _state(model).query_heads
+    return state_of(model).query_heads
 
 
 def sharding_of(model: PreTrainedModel) -> Sharding | None:
     """Which heads this rank has of a patched tensor-parallel model; None for any other."""
-    return _state(model).sharding
+    return state_of(model).sharding
 
 
 def layer_groups(model: PreTrainedModel) -> tuple[Group, ...]:
     """Which part of a patched model each attention layer belongs to, in the same order."""
-    return _state(model).groups
+    return state_of(model).groups
 
 
 def layer_sources(model: PreTrainedModel) -> tuple[int, ...]:
@@ -132,7 +139,7 @@ def layer_sources(model: PreTrainedModel) -> tuple[int, ...]:
     have keys and values for every layer, but PEFT, which puts them in the cache, only for those
     that make their own.
     """
-    return _state(model).sources
+    return state_of(model).sources
 
 
 def default_offset(model: PreTrainedModel, num_virtual_tokens: int) -> int:
@@ -142,14 +149,27 @@ def default_offset(model: PreTrainedModel, num_virtual_tokens: int) -> int:
     and in encoders that count cached keys as text (BERT, RoBERTa, ELECTRA); else by 0. PEFT moves
     the text of some encoder-decoders' decoders too (BART), which here takes an explicit offset.
     """
-    state = _state(model)
+    state = state_of(model)
     moves = state.placing in ("argument", "embedding") and not is_encoder_decoder(model)
     return num_virtual_tokens if moves else 0
 
 
+def check_prefix(model: PreTrainedModel) -> None:
+    """Checks, once, that each layer of a patched model sees its own share of a prefix.
+
+    Raises:
+        UnsupportedModelError: one does not.
+    """
+    ask_prefix(model, state_of(model))
+
+
 @contextlib.contextmanager
 def use_prefix(
-    model: PreTrainedModel, kv: Prefixes | None, rows: Sequence[str | None] | None = None
+    model: PreTrainedModel,
+    kv: Prefixes | None,
+    rows: Sequence[str | None] | None = None,
+    *,
+    check: bool = True,
 ) -> Iterator[PreTrainedModel]:
     """Every forward of the model in this block, and in this thread, attends to the prefix.
 
@@ -171,6 +191,7 @@ def use_prefix(
         rows: with several prefixes, each row's name, or None for a row without a prefix. A batch
             may have a multiple of as many rows, which then stand in groups, as ``generate()``
             repeats rows for beams and num_return_sequences; anything else is an error.
+        check: see :func:`patch_model`.
 
     Raises:
         TypeError: kv is not a PrefixKV, nor several by name, nor None.
@@ -183,8 +204,8 @@ def use_prefix(
         >>> with use_prefix(model, kv, rows=["poet", "cook", None, "poet"]):
         ...     ids = model.generate(**batch_of_four)
     """
-    with patched(model):
-        active, state = activate(model, kv, rows), _state(model)
+    with patched(model, check=check):
+        active, state = activate(model, kv, rows, check=check), state_of(model)
         key, counts = state.key, kv is not None
         outer = getattr(ACTIVE, key, None)
         with _LOCK:
@@ -201,7 +222,7 @@ def use_prefix(
 
 
 @contextlib.contextmanager
-def patched(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def patched(model: PreTrainedModel, *, check: bool = True) -> Iterator[PreTrainedModel]:
     """The model is patched in this block; the last block to end restores it, unless it was before.
 
     Raises:
@@ -210,8 +231,8 @@ def patched(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     _check_type(model)
     with _LOCK:
         if not is_patched(model):
-            _patch(model)
-        state = _state(model)
+            _patch(model, None, check)
+        state = state_of(model)
         state.blocks += 1
     try:
         yield model
@@ -223,11 +244,16 @@ def patched(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def activate(
-    model: PreTrainedModel, kv: Prefixes | None, rows: Sequence[str | None] | None = None
+    model: PreTrainedModel,
+    kv: Prefixes | None,
+    rows: Sequence[str | None] | None = None,
+    *,
+    check: bool = True,
 ) -> ActivePrefix:
     """What to hand to a patched model's forward as ``fastprefix=`` for one call with this prefix.
 
     Raises:
+        UnsupportedModelError: the first prefix of a model whose layers do not see their own.
         TypeError: kv is not a PrefixKV, nor several by name, nor None.
         ValueError: the model is not patched or has no weights, kv does not fit its layers, or rows
             does not fit kv.
@@ -240,7 +266,7 @@ def activate(
             "there and brings back what state_dict() holds, which of a tuned model is the adapter "
             "alone: switch it off"
         )
-    state = _state(model)
+    state = state_of(model)
     if kv is None:
         if rows is not None:
             raise ValueError("rows: got names with no prefix, takes several by name as kv")
@@ -291,6 +317,8 @@ def activate(
                 f"{type(model).__name__}; prompts slide in decoder-only models alone"
             )
         _check_prompt(model)
+    if check:
+        ask_prefix(model, state)
     kv = kv.to(device, dtype)
     kv = state.sharding.narrow(kv) if state.sharding else kv
     return ActivePrefix(kv, state.backend, index, numbers)
@@ -316,7 +344,12 @@ def _check_prompt(model: PreTrainedModel) -> None:
         )
 
 
-def _state(model: PreTrainedModel) -> State:
+def state_of(model: PreTrainedModel) -> State:
+    """What patching did to a model.
+
+    Raises:
+        ValueError: it is not patched.
+    """
     state = getattr(model, STATE, None)
     if state is None:
         raise ValueError(f"model: this {type(model).__name__} is not patched; call patch_model")
@@ -328,14 +361,25 @@ def _check_type(model: object) -> None:
         raise TypeError(f"model: got {type(model).__name__}, takes a transformers PreTrainedModel")
 
 
-def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> None:
-    state = State(_implementations(model), "auto")
+def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None, check: bool) -> None:
+    state = State(_implementations(model), "auto", example=example)
+    known = recall(model) if example is None else None
     try:
         _set_implementation(model)
         refuse_split_heads(model)
-        slots = probe(model, example)
+        if known is None:
+            known = remember(model, probe(model, example))
+        slots = known.slots
+        for module, causal in slots.causal.items():
+            setattr(module, CAUSAL, causal)
+        if check:
+            state.known = known
+            bare, ours = partial(_restore, state.previous), partial(_set_implementation, model)
+            ask(model, known, "patch", lambda: compare_patch(model, slots, example, bare, ours))
         state.sharding = find_sharding(model)
     except Exception:
+        for module in known.slots.causal if known is not None else ():
+            delattr(module, CAUSAL)
         _restore(state.previous)
         raise
     state.shapes, state.groups = slots.shapes, slots.groups
@@ -350,8 +394,6 @@ def _patch(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> 
     for module, each in slots.several.items():  # behind the hook above, where it has both
         hook = partial(count_calls, each=each)
         state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    for module, causal in slots.causal.items():
-        setattr(module, CAUSAL, causal)
     # Inner models get the hook too: calling one alone, as generate() calls an encoder, must not
     # silently run without the prefix.
     hooked: dict[nn.Module, Placing] = {}
@@ -403,7 +445,7 @@ def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
         id(config): implementation
         for other in _PATCHED
         if is_patched(other)
-        for config, implementation in _state(other).previous
+        for config, implementation in state_of(other).previous
     }
     configs = {
         id(config): config
@@ -430,7 +472,7 @@ def _restore(previous: list[tuple[Any, str | None]]) -> None:
         id(config)
         for other in _PATCHED
         if is_patched(other)
-        for config, _ in _state(other).previous
+        for config, _ in state_of(other).previous
     }
     for config, implementation in previous:
         if id(config) not in shared:
@@ -449,6 +491,7 @@ def _set_implementation(model: PreTrainedModel) -> None:
 __all__ = [
     "UnsupportedModelError",
     "activate",
+    "check_prefix",
     "default_offset",
     "is_patched",
     "layer_groups",
@@ -458,6 +501,7 @@ __all__ = [
     "patched",
     "query_heads",
     "sharding_of",
+    "state_of",
     "unpatch_model",
     "use_prefix",
 ]

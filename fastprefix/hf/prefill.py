@@ -11,14 +11,17 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf.active import Recorder
 from fastprefix.hf.attention import SLOT
-from fastprefix.hf.patching import layer_groups, patched, sharding_of
+from fastprefix.hf.check import ask, ask_prefix, compare_prompt
+from fastprefix.hf.patching import activate, layer_groups, patched, sharding_of, state_of
 from fastprefix.hf.probe import is_encoder_decoder, takes
 from fastprefix.kv import PrefixKV
 
 
-def prefill(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
+def prefill(
+    model: PreTrainedModel, input_ids: Tensor | Sequence[int], *, check: bool = True
+) -> PrefixKV:
     """Runs a prompt through the model once; see :meth:`fastprefix.PrefixKV.prefill`."""
-    return _as_prompt(model, input_ids=_one_text(model, input_ids))
+    return _as_prompt(model, check, input_ids=_one_text(model, input_ids))
 
 
 def prefill_embeddings(model: PreTrainedModel, embeddings: Tensor) -> PrefixKV:
@@ -31,7 +34,7 @@ def prefill_embeddings(model: PreTrainedModel, embeddings: Tensor) -> PrefixKV:
     Raises:
         ValueError: not a decoder-only model.
     """
-    return _as_prompt(model, inputs_embeds=embeddings[None].to(model.device, model.dtype))
+    return _as_prompt(model, True, inputs_embeds=embeddings[None].to(model.device, model.dtype))
 
 
 def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
@@ -114,15 +117,45 @@ def _one_text(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Tens
     return ids
 
 
-def _as_prompt(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
-    with patched(model):
+def _as_prompt(model: PreTrainedModel, check: bool, **inputs: Tensor) -> PrefixKV:
+    with patched(model, check=check):
         if set(layer_groups(model)) != {"decoder"}:
             raise ValueError(
                 f"model: got {type(model).__name__}, takes a decoder-only model; an encoder's "
                 "prompt sees the text, so its keys are not the same for every text"
             )
-        kv = _recorded(model, **inputs)
+        kv = _prompt(model, **inputs)
+        if check:
+            _check_prompt(model, kv)
+        return kv
+
+
+def _prompt(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
+    kv = _recorded(model, **inputs)
     return PrefixKV(kv.keys, kv.values, position_offset=kv.num_virtual_tokens, in_window=True)
+
+
+def _check_prompt(model: PreTrainedModel, kv: PrefixKV) -> None:
+    """Compares, once per model, a text behind a prompt's prefix with both in one sequence."""
+    try:
+        activate(model, kv, check=False)
+    except NotImplementedError:
+        return  # refused by name wherever it is used
+
+    def behind(kv: PrefixKV | None, **inputs: Tensor) -> Any:
+        return model(**inputs, fastprefix=activate(model, kv, check=False))
+
+    known = state_of(model).known
+    if known is not None:
+        ask_prefix(model, state_of(model))
+        ask(
+            model,
+            known,
+            "prompt",
+            lambda: compare_prompt(
+                model, known.slots, lambda ids: _prompt(model, input_ids=ids), behind
+            ),
+        )
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
             known that it could be run on.
     """
     kind = type(model).__name__
-    inputs = dict(example) if example is not None else _inputs(model)
+    inputs = dict(example) if example is not None else shortest_inputs(model)
     if takes(model, "use_cache"):
         inputs["use_cache"] = False
 
@@ -157,7 +157,7 @@ def _causal(recorder: Recorder) -> dict[nn.Module, dict[bool | None, bool]]:
     return {module: kinds for module, kinds in found.items() if module not in both}
 
 
-def _inputs(model: PreTrainedModel) -> dict[str, Any]:
+def shortest_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """The shortest input that the model takes, by its main input's name and its config."""
     config, main = model.config, model.main_input_name
     text = config.get_text_config()
@@ -179,6 +179,9 @@ def _inputs(model: PreTrainedModel) -> dict[str, Any]:
             "patch_model an example of the model's inputs"
         )
     inputs = {main: made.to(model.device)}
+    if main == "input_ids" and model.device.type == "meta":
+        # without a mask transformers looks at values, which there are none of
+        inputs["attention_mask"] = torch.ones_like(inputs[main])
     if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = torch.tensor([[last]], device=model.device)
     return inputs
@@ -253,4 +256,11 @@ def _shared(
     return tuple(found), several
 
 
-__all__ = ["Slots", "UnsupportedModelError", "is_encoder_decoder", "probe", "takes"]
+__all__ = [
+    "Slots",
+    "UnsupportedModelError",
+    "is_encoder_decoder",
+    "probe",
+    "shortest_inputs",
+    "takes",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -47,6 +48,8 @@ class State:
         placing: of the stack whose text a prefix moves.
         positions_known: how many positions that stack has learned, None for any.
         sharding: which heads this rank has of a tensor-parallel model.
+        known: what :mod:`fastprefix.hf.check` found of the model; None for not to be checked.
+        example: what to run the model on to check it; made from the config if None.
         handles: of the hooks.
         key: names the model in `ACTIVE`.
     """
@@ -63,6 +66,8 @@ class State:
     placing: Placing = "argument"
     positions_known: int | None = None
     sharding: Sharding | None = None
+    known: Any = None
+    example: Mapping[str, Any] | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -78,5 +83,7 @@ class State:
             placing=self.placing,
             positions_known=self.positions_known,
             sharding=self.sharding,
+            known=copy.deepcopy(self.known, memo),
+            example=self.example,
             handles=copy.deepcopy(self.handles, memo),
         )

@@ -113,23 +113,38 @@ class PrefixKV:
             self.reweighting.check(self.keys, self.in_window)
 
     @classmethod
-    def prefill(cls, model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
+    def prefill(
+        cls,
+        model: PreTrainedModel,
+        input_ids: Tensor | Sequence[int],
+        *,
+        check: bool = True,
+    ) -> PrefixKV:
         """Keys and values that the model itself computes for a prompt.
+
+        That a text behind them gets what it gets behind the prompt is checked on a few tokens,
+        once per model (:mod:`fastprefix.hf.check`).
 
         Args:
             model: a model that :func:`fastprefix.patch_model` accepts; it is left as it was.
             input_ids: [P] or [1, P] token ids.
+            check: False leaves out this check.
 
         Raises:
             ValueError: input_ids is empty or holds more than one sequence.
         """
         from fastprefix.hf.prefill import prefill  # the one place that looks down the map
 
-        return prefill(model, input_ids)
+        return prefill(model, input_ids, check=check)
 
     @classmethod
     def from_text(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        *,
+        check: bool = True,
     ) -> PrefixKV:
         """Keys and values of a text, tokenised as the start of a sequence.
 
@@ -137,8 +152,9 @@ class PrefixKV:
             model: see :meth:`prefill`.
             tokenizer: the model's.
             text: a system prompt, a document; special tokens are added as the tokenizer does.
+            check: see :meth:`prefill`.
         """
-        return cls.prefill(model, tokenizer(text)["input_ids"])
+        return cls.prefill(model, tokenizer(text)["input_ids"], check=check)
 
     @property
     def num_layers(self) -> int:

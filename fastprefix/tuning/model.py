@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastprefix.encoders import Encoder
 from fastprefix.hf.patching import (
     activate,
+    check_prefix,
     layer_groups,
     layer_shapes,
     layer_sources,
@@ -55,6 +56,7 @@ class PrefixTuningModel(NamedAdapters):
         config: see :class:`PrefixConfig`.
         tokenizer: the base's; needed for init="text".
         adapter_name: of the first prefix.
+        check: see :func:`fastprefix.patch_model`.
 
     Raises:
         ValueError: the config does not fit the model, init="text" without a tokenizer, or a
@@ -74,10 +76,13 @@ class PrefixTuningModel(NamedAdapters):
         config: PrefixConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
         adapter_name: str = DEFAULT,
+        *,
+        check: bool = True,
     ) -> None:
         model = unwrap(model)
-        with patched(model):  # left as it was if something is refused
+        with patched(model, check=check):  # left as it was if something is refused
             encoder = new_encoder(model, config, tokenizer)
+            check_prefix(model)
             patch_model(model)
         super().__init__(model, adapter_name, config, encoder)
         self.train_heads(config.modules_to_save, config.task_type)
@@ -278,6 +283,7 @@ class PrefixTuningModel(NamedAdapters):
         adapter_name: str = DEFAULT,
         *,
         is_trainable: bool = False,
+        check: bool = True,
     ) -> PrefixTuningModel:
         """Loads an adapter that fastprefix or PEFT saved, and with it the one inside the base.
 
@@ -287,19 +293,20 @@ class PrefixTuningModel(NamedAdapters):
             adapter_name: what to call the prefix.
             is_trainable: whether to train it further (directly; an MLP is gone), and with it
                 what is inside the base.
+            check: see :func:`fastprefix.patch_model`.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: not a prefix-tuning adapter for this model.
         """
         model = unwrap(model)
-        with patched(model):  # left as it was if the adapter is refused
+        with patched(model, check=check):  # left as it was if the adapter is refused
             adapter, config = _load(name_or_folder, model)
         inside = find_base_adapter(name_or_folder)
         if inside is not None:
             load_base_adapter(model, inside, is_trainable=is_trainable)
         load_heads(model, adapter.heads)
-        tuned = cls(model, config, adapter_name=adapter_name)
+        tuned = cls(model, config, adapter_name=adapter_name, check=check)
         tuned.encoder.start_from_prefix(adapter.kv)
         if not is_trainable:
             tuned.requires_grad_(False)

@@ -1,0 +1,457 @@
+"""A model is held to what it computed before it was patched, on a few tokens.
+
+Three questions, each asked once per model, when its answer matters:
+
+- patch: does the patched model without a prefix compute what the bare one does?
+- prefix: does every attention layer see its own share of a prefix, and only that, and the text
+  behind it? Each layer is handed what it was handed with prefix and text in one sequence, and must
+  make the same of it (:mod:`fastprefix.hf.trace`). Layers without such a sequence to hold them to
+  (an encoder whose positions cannot be moved, cross-attention) must at least be moved by a prefix.
+- prompt: does a text behind a prefilled prompt get the outputs of both in one sequence? Whatever a
+  model keeps of a text besides keys and values shows here.
+
+A model that fails is refused by what it did, not by its name.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from fastprefix.hf.active import ActivePrefix, Recorder
+from fastprefix.hf.probe import (
+    Slots,
+    UnsupportedModelError,
+    is_encoder_decoder,
+    shortest_inputs,
+    takes,
+)
+from fastprefix.hf.samples import no_cache, samples, tokens
+from fastprefix.hf.state import State
+from fastprefix.hf.trace import Trace, held_to, recorded, result_of, undisturbed
+from fastprefix.kv import PrefixKV
+
+Question = Literal["patch", "prefix", "prompt"]
+
+# Tokens of prefix and of text: together fewer than any real window or chunk.
+PREFIX, TEXT = 3, 3
+# The largest error of what a layer makes of a token, relative to its norm: several times what two
+# ways to round differ by, and far below what a lost token or a wrong position changes.
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
+_TF32, _COARSE = 5e-3, 3e-2
+_OFF = "check=False switches this check off"
+
+_LOGGER = logging.getLogger("fastprefix")
+
+
+@dataclass(eq=False)
+class Known:
+    """What is known of a model, for as long as its modules, dtype and device are the same.
+
+    Attributes:
+        likeness: of these.
+        slots: what the probe found.
+        answers: to the questions that were asked: "" for right, else what is wrong.
+        errors: the largest relative error that was seen, of those that were right.
+    """
+
+    likeness: Any
+    slots: Slots
+    answers: dict[Question, str] = field(default_factory=dict)
+    errors: dict[Question, float] = field(default_factory=dict)
+
+
+_KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, Known] = weakref.WeakKeyDictionary()
+
+
+def recall(model: PreTrainedModel) -> Known | None:
+    """What is known of a model as it is now; None of a new or a changed one."""
+    known = _KNOWN.get(model)
+    return known if known is not None and known.likeness == _likeness(model) else None
+
+
+def remember(model: PreTrainedModel, slots: Slots) -> Known:
+    """Starts anew with what the probe found."""
+    known = _KNOWN[model] = Known(_likeness(model), slots)
+    return known
+
+
+def ask(
+    model: PreTrainedModel,
+    known: Known,
+    question: Question,
+    compare: Callable[[], tuple[str, float]],
+) -> None:
+    """Raises UnsupportedModelError where the answer, found now or before, is not "".
+
+    A model whose weights are not all here is not asked; a line in the log says so.
+
+    Args:
+        model: to run.
+        known: where answers are kept.
+        question: which.
+        compare: finds what is wrong, or "", and the error.
+    """
+    if question not in known.answers:
+        why = _unable(model)
+        if why:
+            _LOGGER.warning("%s: %s is not checked: %s", type(model).__name__, question, why)
+            return
+        with undisturbed(model):
+            known.answers[question], known.errors[question] = compare()
+    if known.answers[question]:
+        raise UnsupportedModelError(known.answers[question])
+
+
+def compare_patch(
+    model: PreTrainedModel,
+    slots: Slots,
+    example: Mapping[str, Any] | None,
+    bare: Callable[[], Any],
+    patched: Callable[[], Any],
+) -> tuple[str, float]:
+    """Whether a patched model computes what it did before.
+
+    Args:
+        model: of transformers.
+        slots: its attention layers.
+        example: what to run it on; made from the config if None.
+        bare: gives the model its own attention implementation back.
+        patched: gives it ours.
+
+    Returns:
+        What is wrong, or "", and the largest relative error.
+    """
+    kind = type(model).__name__
+    causal = "encoder" not in slots.groups
+    choices = samples(model, PREFIX + TEXT, causal) if example is None else [dict(example)]
+    problem: Exception | None = None
+    bare()
+    try:
+        for inputs in choices:
+            inputs |= no_cache(model)
+            try:
+                with recorded(slots.modules) as trace:
+                    want = result_of(model(**inputs))
+                break
+            except Exception as error:  # whatever a model of anybody's raises on such an input
+                problem = error
+        else:
+            _LOGGER.warning("%s: patch is not checked: it runs on no sample (%s)", kind, problem)
+            return "", 0.0
+    finally:
+        patched()
+    judge = _Judge(model, trace, inputs)
+    try:
+        with held_to(trace, lambda _: 0, judge.compare):
+            got = result_of(model(**inputs, fastprefix=Recorder()))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        return f"{kind}: patched, it does not run as before ({error}). {_OFF}", 0.0
+    if not judge.judged:
+        judge.final(got, want)
+    if judge.worst > judge.tolerance:
+        return (
+            f"{kind}: patched and without a prefix, {judge.where} computes something else than "
+            f"before (relative error {judge.worst:.1e}). {_OFF}"
+        ), judge.worst
+    return "", judge.worst
+
+
+def compare_prefix(
+    model: PreTrainedModel, slots: Slots, state: State, example: Mapping[str, Any] | None
+) -> tuple[str, float]:
+    """Whether every layer of a patched model attends to its own share of a prefix.
+
+    Args:
+        model: patched.
+        slots: its attention layers.
+        state: of the patch.
+        example: what to run it on; made from the config if None.
+
+    Returns:
+        What is wrong, or "", and the largest relative error.
+    """
+    kind = type(model).__name__
+    is_text = example is None and model.main_input_name == "input_ids"
+    if is_text:
+        inputs = tokens(model, 1, PREFIX + TEXT)
+    else:
+        inputs = shortest_inputs(model) if example is None else dict(example)
+    inputs |= no_cache(model)
+    recorder = Recorder()
+    with recorded(slots.modules) as trace:
+        model(**inputs, fastprefix=recorder)
+    shortened = _shortened(model, slots, state) if is_text else None
+    held = _held(model, slots, recorder, shortened)
+    calls = _slots_of(slots, trace)
+    judge = _Judge(model, trace, inputs)
+    unmoved: list[int] = []
+
+    def begin(number: int) -> int:
+        return PREFIX if any(slots.groups[slot] == shortened for slot in calls[number]) else 0
+
+    def look(number: int, made: Tensor, want: Tensor) -> None:
+        if calls[number] and all(held[slot] for slot in calls[number]):
+            judge.compare(number, made, want)
+        elif calls[number] and judge.error(number, made, want) <= judge.tolerance:
+            unmoved.append(number)
+
+    kv = _shares(recorder, held, PREFIX if shortened is not None else 0)
+    active = ActivePrefix(kv, state.backend)
+    try:
+        with held_to(trace, begin, look):
+            model(**_behind(model, state, inputs, shortened), fastprefix=active)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as error:
+        return f"{kind}: it does not run with a prefix ({error}). {_OFF}", 0.0
+    if unmoved:
+        return (
+            f"{kind}: a prefix of its own does not change what {judge.name(unmoved[0])} computes. "
+            f"{_OFF}"
+        ), 0.0
+    if judge.worst > judge.tolerance:
+        return (
+            f"{kind}: with a prefix of keys and values, {judge.where} computes something else than "
+            f"with the same tokens in front of the text (relative error {judge.worst:.1e}). {_OFF}"
+        ), judge.worst
+    return "", judge.worst
+
+
+def compare_prompt(
+    model: PreTrainedModel,
+    slots: Slots,
+    prefilled: Callable[[Tensor], PrefixKV],
+    behind: Callable[..., Any],
+) -> tuple[str, float]:
+    """Whether a text behind a prefilled prompt gets the outputs of both in one sequence.
+
+    All blocks of the stack are held to that sequence, those without attention among them.
+
+    Args:
+        model: patched, a decoder.
+        slots: its attention layers.
+        prefilled: makes a prefix of token ids [1, P].
+        behind: runs the model on keyword arguments with a prefix, or with None.
+
+    Returns:
+        What is wrong, or "", and the largest relative error.
+    """
+    ids: Tensor = tokens(model, 1, PREFIX + TEXT)["input_ids"]
+    kv = prefilled(ids[:, :PREFIX])
+    with recorded(_blocks(model, slots)) as trace:
+        want = result_of(behind(None, input_ids=ids))
+    judge = _Judge(model, trace, {})
+    with held_to(trace, lambda _: PREFIX, judge.compare):
+        got = result_of(behind(kv, input_ids=ids[:, PREFIX:]))
+    judge.final(got, _last(want, TEXT))
+    if judge.worst > judge.tolerance:
+        return (
+            f"{type(model).__name__}: a prompt's keys and values are not all that it keeps of a "
+            f"prompt: behind them {judge.where} computes something else than with prompt and text "
+            f"in one sequence (relative error {judge.worst:.1e}); put the prompt into input_ids. "
+            f"{_OFF}"
+        ), judge.worst
+    return "", judge.worst
+
+
+def _blocks(model: PreTrainedModel, slots: Slots) -> list[nn.Module]:
+    """The blocks of the stacks that the attention layers are in, in any order."""
+    names = {module: name for name, module in model.named_modules()}
+    stacks = []
+    for module in dict.fromkeys(slots.modules):
+        parts = names[module].split(".")
+        numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+        if numbers:
+            stacks.append(".".join(parts[: numbers[0]]))
+    return [
+        block for stack in dict.fromkeys(stacks) for block in model.get_submodule(stack).children()
+    ]
+
+
+class _Judge:
+    """The largest error of what layers make, token by token, where tokens are real."""
+
+    def __init__(self, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.trace, self.mask = trace, inputs.get("attention_mask")
+        self.tolerance = _tolerance(model)
+        self.worst, self.where, self.judged = 0.0, "", 0
+
+    def name(self, number: int) -> str:
+        """A call's module, for messages."""
+        module = self.trace.calls[number].module
+        return f"{type(module).__name__} ({self.names[module]})"
+
+    def compare(self, number: int, made: Tensor, want: Tensor) -> None:
+        """Compares what a call made with what it is to make, [B, L, width]."""
+        self.judged += 1
+        self._note(self.error(number, made, want), self.name(number))
+
+    def final(self, got: Tensor | None, want: Tensor | None) -> None:
+        """Compares what models return."""
+        if got is None or want is None:
+            return
+        self._note(_error(got, want, self._real(want)), "the model")
+
+    def error(self, number: int, made: Tensor, want: Tensor) -> float:
+        """The largest error of a token, relative to its norm."""
+        return _error(made, want, self._real(want))
+
+    def _real(self, want: Tensor) -> Tensor | None:
+        mask = self.mask
+        if isinstance(mask, Tensor) and mask.shape == want.shape[:2]:
+            return mask.to(want.device).bool()
+        return None
+
+    def _note(self, error: float, where: str) -> None:
+        if error > self.worst or not self.where:
+            self.worst, self.where = error, where
+
+
+def _error(got: Tensor, want: Tensor, real: Tensor | None) -> float:
+    if got.shape != want.shape:
+        return float("inf")
+    got, want = (x.detach().double().reshape(*x.shape[:2], -1) for x in (got, want))
+    if real is not None:
+        got, want = got[real], want[real]
+    if not torch.equal(got.isfinite(), want.isfinite()):
+        return float("inf")
+    difference = (got - want).nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
+    norms = want.nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
+    scale = norms.clamp(min=0.1 * float(norms.square().mean().sqrt()))  # of a token near zero
+    return float((difference / scale.clamp(min=1e-30)).max()) if norms.numel() else 0.0
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """For the coarsest arithmetic that a model's layers may use."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {model.dtype}
+    found = max(_TOLERANCES.get(dtype, _COARSE) for dtype in dtypes)
+    if getattr(model, "quantization_method", None) is not None or _quantised(model):
+        found = _COARSE
+    if found < _TF32 and (
+        model.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest"
+    ):
+        found = _TF32
+    return found
+
+
+def _quantised(model: PreTrainedModel) -> bool:
+    """Whether weights are of a type that computes on its own terms."""
+    plain = (nn.Parameter, Tensor)
+    return any(type(parameter.data) not in plain for parameter in model.parameters())
+
+
+def _unable(model: PreTrainedModel) -> str:
+    """Why a model cannot be run alone and compared; "" where it can."""
+    parameters = list(model.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        return "some of its weights are on the meta device"
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        return "its weights are sharded"
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        return "it is tensor-parallel"
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return "its weights are DeepSpeed's"
+    return ""
+
+
+def _likeness(model: PreTrainedModel) -> Any:
+    return tuple(map(id, model.modules())), model.dtype, model.device
+
+
+def ask_prefix(model: PreTrainedModel, state: State) -> None:
+    """Asks, once, whether a patched model's layers see their own shares of a prefix.
+
+    Raises:
+        UnsupportedModelError: one does not.
+    """
+    known = state.known
+    if known is None or known.answers.get("prefix") == "" or torch.compiler.is_compiling():
+        return
+    ask(model, known, "prefix", lambda: compare_prefix(model, known.slots, state, state.example))
+
+
+def _shortened(model: PreTrainedModel, slots: Slots, state: State) -> str | None:
+    """The group of layers whose text can be placed behind a prefix; None where none can."""
+    if state.placing == "fixed":
+        return None
+    if is_encoder_decoder(model):
+        return "decoder"
+    groups = set(slots.groups)
+    return groups.pop() if len(groups) == 1 else None
+
+
+def _held(
+    model: PreTrainedModel, slots: Slots, recorder: Recorder, shortened: str | None
+) -> list[bool]:
+    """For each slot whether a prefix is, for its layer, the start of the same sequence."""
+    chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    if shortened is None or (chunk is not None and chunk < PREFIX + TEXT):
+        return [False] * len(slots.groups)
+    return [
+        group == shortened
+        and key.shape[2] == PREFIX + TEXT
+        and (window is None or window >= PREFIX + TEXT)
+        for group, key, window in zip(slots.groups, recorder.keys, recorder.windows, strict=True)
+    ]
+
+
+def _slots_of(slots: Slots, trace: Trace) -> list[list[int]]:
+    """For each call of a trace the slots of the attention in it."""
+    own: dict[nn.Module, list[int]] = {}
+    for slot, module in enumerate(slots.modules):
+        own.setdefault(module, []).append(slot)
+    times: dict[nn.Module, int] = {}
+    for call in trace.calls:
+        times[call.module] = times.get(call.module, 0) + 1
+    found, seen = [], dict.fromkeys(times, 0)
+    for call in trace.calls:
+        each = max(1, len(own[call.module]) // times[call.module])
+        start, seen[call.module] = seen[call.module], seen[call.module] + each
+        found.append(own[call.module][start : start + each])
+    return found
+
+
+def _shares(recorder: Recorder, held: list[bool], offset: int) -> PrefixKV:
+    """The start of the recorded keys and values; loud random ones where nothing is held to them."""
+    keys, values = [], []
+    for key, value, same in zip(recorder.keys, recorder.values, held, strict=True):
+        pair = [x[0, :, :PREFIX].contiguous() for x in (key, value)]
+        if not same:
+            loud = (x.float().std().clamp(min=1e-3) for x in (key, value))
+            shapes = ((x.shape[1], PREFIX, x.shape[3]) for x in (key, value))
+            pair = [
+                (4 * scale * torch.randn(shape, device=key.device)).to(key.dtype)
+                for scale, shape in zip(loud, shapes, strict=True)
+            ]
+        keys.append(pair[0])
+        values.append(pair[1])
+    return PrefixKV(tuple(keys), tuple(values), offset)
+
+
+def _behind(
+    model: PreTrainedModel, state: State, inputs: Mapping[str, Any], shortened: str | None
+) -> dict[str, Any]:
+    """The inputs with the text alone, where it is behind the prefix."""
+    if shortened is None:
+        return dict(inputs)
+    name = "decoder_input_ids" if is_encoder_decoder(model) else "input_ids"
+    text = inputs[name][:, PREFIX:]
+    told: dict[str, Any] = {name: text}
+    if state.placing == "given" and takes(model, "position_ids"):
+        told["position_ids"] = torch.arange(TEXT, device=text.device)[None]
+    return {**inputs, **told}
+
+
+def _last(output: Tensor | None, length: int) -> Tensor | None:
+    """The last tokens of an output that has one for each; else all of it."""
+    if output is None or output.dim() < 3 or output.shape[1] != PREFIX + TEXT:
+        return output
+    return output[:, -length:]

@@ -1,0 +1,72 @@
+"""A few tokens that a model can be run on, to see what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastprefix.hf.probe import is_encoder_decoder, shortest_inputs, takes
+
+
+def samples(model: PreTrainedModel, length: int, causal: bool) -> Iterator[dict[str, Any]]:
+    """Keyword arguments of one forward, the most telling first.
+
+    Two rows, one of them padded; then one row, where the model takes no batch (classifiers without
+    a padding token); then what the probe runs on.
+
+    Args:
+        model: of transformers.
+        length: tokens of a row.
+        causal: pads stand on the left, as generation wants them; else on the right.
+    """
+    if model.main_input_name == "input_ids":
+        pads = length // 3
+        mask = torch.ones(2, length, dtype=torch.long, device=model.device)
+        where = slice(0, pads) if causal else slice(length - pads, length)
+        mask[1, where] = 0
+        batch = tokens(model, 2, length)
+        padding = _token(model, "pad_token_id")
+        batch["input_ids"][1, where] = 0 if padding is None else padding
+        yield {**batch, "attention_mask": mask}
+        yield tokens(model, 1, length)
+    yield shortest_inputs(model)
+
+
+def tokens(model: PreTrainedModel, rows: int, length: int) -> dict[str, Any]:
+    """Token ids [rows, length], none of them special but the end of an encoder's text."""
+    ids = _ordinary(model, 2 * rows * length).view(2, rows, length)
+    if not is_encoder_decoder(model):
+        return {"input_ids": ids[0]}
+    end = _token(model, "eos_token_id")
+    if end is not None:
+        ids[:, :, length // 2] = end  # classifiers look for one in every row
+    return {"input_ids": ids[0], "decoder_input_ids": ids[1]}
+
+
+def no_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """What keeps a forward from making a cache."""
+    return {"use_cache": False} if takes(model, "use_cache") else {}
+
+
+def _ordinary(model: PreTrainedModel, number: int) -> Tensor:
+    """So many token ids, spread over the vocabulary, without those that the config names."""
+    embedding: Any = model.get_input_embeddings()
+    size = int(embedding.weight.shape[0])
+    named: set[int] = set()
+    for config in (model.config, model.config.get_text_config()):
+        for name, value in config.to_dict().items():
+            if "token" in name and isinstance(value, (int, list)):
+                ids = value if isinstance(value, list) else [value]
+                named.update(x for x in ids if isinstance(x, int))
+    free = [x for x in range(min(size, 4096)) if x not in named] or [0]
+    chosen = [free[(7 + 13 * i) % len(free)] for i in range(number)]
+    return torch.tensor(chosen, device=model.device)
+
+
+def _token(model: PreTrainedModel, name: str) -> int | None:
+    value = getattr(model.config.get_text_config(), name, None)
+    return value if isinstance(value, int) and value >= 0 else None

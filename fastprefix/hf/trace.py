@@ -1,0 +1,178 @@
+"""What a model's attention modules are handed and make in one run, held to it in another.
+
+Two runs of one model are compared layer by layer: each attention module of the second is handed
+what it was handed in the first, and what it makes of that is compared and then replaced by what it
+made in the first. So rounding does not add up from layer to layer, and an error shows where it is
+made and in full, not diluted by the rest of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_INPUT = "hidden_states"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an attention module.
+
+    Attributes:
+        module: the module.
+        given: the hidden states that it was handed; None where it was handed them in no known way.
+        made: its output, the first tensor of it.
+    """
+
+    module: nn.Module
+    given: Tensor | None
+    made: Tensor
+
+
+@dataclass(eq=False)
+class Trace:
+    """The calls of attention modules in a run, in their order."""
+
+    calls: list[Call] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def recorded(modules: Iterable[nn.Module]) -> Iterator[Trace]:
+    """Keeps what the modules are handed and make, in this block and this thread."""
+    trace, thread = Trace(), threading.get_ident()
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        made = _first(output)
+        if threading.get_ident() == thread and made is not None:
+            trace.calls.append(Call(module, _given(args, kwargs), made))
+
+    handles = [m.register_forward_hook(keep, with_kwargs=True) for m in dict.fromkeys(modules)]
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def held_to(
+    trace: Trace, begin: Callable[[int], int], judge: Callable[[int, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """The traced modules are handed what they were in the trace, and judged by what they made.
+
+    Args:
+        trace: of the same model.
+        begin: for a call of the trace, by its number: the first of its tokens that the run at hand
+            has; it has all that follow.
+        judge: called with a call's number, what its module made, and what it had made.
+
+    Raises:
+        RuntimeError: at the end of the block, where a module of the trace ran more or less often.
+    """
+    thread = threading.get_ident()
+    numbers: dict[nn.Module, list[int]] = {}
+    for number, call in enumerate(trace.calls):
+        numbers.setdefault(call.module, []).append(number)
+    entered: Counter[nn.Module] = Counter()
+    left: Counter[nn.Module] = Counter()
+
+    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != thread:
+            return None
+        turn, entered[module] = entered[module], entered[module] + 1
+        if turn >= len(numbers[module]):
+            return None
+        number = numbers[module][turn]
+        given, now = trace.calls[number].given, _given(args, kwargs)
+        if given is None or now is None:
+            return None
+        want = given[:, begin(number) :]
+        if want.shape != now.shape:
+            return None
+        return _replaced(args, kwargs, want)
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return None
+        turn, left[module] = left[module], left[module] + 1
+        made = _first(output)
+        if turn >= len(numbers[module]) or made is None:
+            return None
+        number = numbers[module][turn]
+        want = trace.calls[number].made[:, begin(number) :]
+        judge(number, made, want)
+        return _with_first(output, want) if want.shape == made.shape else None
+
+    handles = []
+    for module in numbers:
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module, calls in numbers.items():
+        if left[module] != len(calls):
+            raise RuntimeError(
+                f"{type(module).__name__} ran {left[module]} times where it had run "
+                f"{len(calls)} times"
+            )
+
+
+@contextlib.contextmanager
+def undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation, without gradients and autocast; mode and random numbers are put back."""
+    training = [module for module in model.modules() if module.training]
+    device = model.device
+    devices = [device] if device.type == "cuda" else []
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def result_of(output: Any) -> Tensor | None:
+    """The first floating-point tensor of a model's output: its logits, or its hidden states."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    values = output.values() if hasattr(output, "values") else output
+    found = (x for x in values if isinstance(x, Tensor) and x.is_floating_point() and x.dim())
+    return next(found, None)
+
+
+def _given(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    found = args[0] if args else kwargs.get(_INPUT)
+    return found if isinstance(found, Tensor) and found.dim() == 3 else None
+
+
+def _replaced(args: Any, kwargs: dict[str, Any], given: Tensor) -> Any:
+    if args:
+        return (given, *args[1:]), kwargs
+    return args, {**kwargs, _INPUT: given}
+
+
+def _first(output: Any) -> Tensor | None:
+    found = output[0] if isinstance(output, (tuple, list)) and output else output
+    return found if isinstance(found, Tensor) and found.dim() == 3 else None
+
+
+def _with_first(output: Any, made: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return made
+    return type(output)((made, *output[1:]))

@@ -1,0 +1,270 @@
+"""Models are held to what they computed before: strangers that differ are refused, by what they do.
+
+The strangers are Llamas whose attention layers were changed; nothing in the library knows them.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, patch_model, use_prefix
+from fastprefix.hf import UnsupportedModelError, is_patched
+from fastprefix.hf import check as checks
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Attention(LlamaAttention):
+    """Llama's own, in parts that strangers change."""
+
+    passes_kwargs = True
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            project(hidden_states).view(shape).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        out = self.attend(query, key, value, attention_mask, kwargs)
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
+
+    def attend(self, query, key, value, mask, kwargs) -> Tensor:
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        handed = kwargs if self.passes_kwargs else {}
+        out: Tensor = function(
+            self, query, key, value, mask, scaling=self.scaling, dropout=0.0, **handed
+        )[0]
+        return out
+
+
+class MaskOfValues(Attention):
+    """Keys count by what their values are, which the layer adds to the mask it was given."""
+
+    def attend(self, query, key, value, mask, kwargs):
+        Lq, Lk = query.shape[2], key.shape[2]
+        if mask is None:
+            mask = torch.ones(1, 1, Lq, Lk, dtype=torch.bool).tril(Lk - Lq)
+        elif mask.dim() == 2:
+            mask = mask[:, None, None] & torch.ones(Lq, Lk, dtype=torch.bool).tril(Lk - Lq)
+        weight = value.float().mean((1, 3))[:, None, None].to(query.dtype)  # [B, 1, 1, Lk]
+        bias = (4 * weight).masked_fill(~mask.bool(), torch.finfo(query.dtype).min)
+        return super().attend(query, key, value, bias, kwargs)
+
+
+class Twice(Attention):
+    """What a first attention found is added to the queries of a second."""
+
+    def attend(self, query, key, value, mask, kwargs):
+        first = super().attend(query, key, value, mask, kwargs)
+        return super().attend(query + first.transpose(1, 2), key, -value, mask, kwargs)
+
+
+class NoKeywords(Attention):
+    """Keyword arguments end here."""
+
+    passes_kwargs = False
+
+
+class BySdpa(Attention):
+    """Causal only where it knows the implementation."""
+
+    def attend(self, query, key, value, mask, kwargs):
+        known = self.config._attn_implementation in ("sdpa", "eager")
+        return super().attend(query, key, value, mask, {**kwargs, "is_causal": known})
+
+
+class Stateful(LlamaDecoderLayer):
+    """Adds the mean of all that it has seen, which no key or value holds."""
+
+    def forward(self, hidden_states, *args: Any, **kwargs: Any):
+        out = super().forward(hidden_states, *args, **kwargs)
+        hidden = out if isinstance(out, Tensor) else out[0]
+        count = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[:, None]
+        hidden = hidden + 0.5 * (hidden_states.cumsum(1) / count).to(hidden.dtype)
+        return hidden if isinstance(out, Tensor) else (hidden, *out[1:])
+
+
+def stranger(tiny, kind: type[nn.Module], dtype: torch.dtype = torch.float32):
+    model = tiny.build("llama").to(dtype)
+    for layer in model.model.layers:
+        if issubclass(kind, LlamaDecoderLayer):
+            layer.__class__ = kind
+        else:
+            layer.self_attn.__class__ = kind
+    return model
+
+
+def use(model, tiny, **kwargs: Any) -> None:
+    """All that a caller may do with a prompt."""
+    kv = PrefixKV.prefill(model, tiny.prompt(), **kwargs)
+    with use_prefix(model, kv, **kwargs):
+        model(tiny.prompt(5, seed=2))
+
+
+def all_right(model, tiny) -> bool:
+    front, ids = tiny.prompt(), tiny.prompt(5, seed=2)
+    with torch.no_grad():
+        want = model(torch.cat([front, ids], 1)).logits[:, front.shape[1] :]
+        with use_prefix(model, PrefixKV.prefill(model, front)):
+            got = model(ids).logits
+    return torch.allclose(got.float(), want.float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (MaskOfValues, "with a prefix"),
+        (NoKeywords, "did not receive the keyword arguments"),
+        (BySdpa, "without a prefix"),
+        (Stateful, "not all that it keeps of a prompt"),
+    ],
+)
+def test_strangers_are_refused_by_what_they_do(tiny, kind, reason, dtype):
+    model = stranger(tiny, kind, dtype)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        use(model, tiny)
+    assert not is_patched(model)
+    with pytest.raises(UnsupportedModelError, match=reason):  # and again, from memory
+        use(model, tiny)
+
+
+def test_attention_called_twice_is_right_or_refused(tiny):
+    model = stranger(tiny, Twice)
+    try:
+        right = all_right(model, tiny)
+    except UnsupportedModelError:
+        return
+    assert right
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("range_", [0.02, 0.15])
+def test_the_same_layers_unchanged_are_not_refused(tiny, dtype, range_):
+    model = tiny.build("llama", initializer_range=range_).to(dtype)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Attention
+    use(model, tiny)
+
+
+@pytest.mark.parametrize("kind", [MaskOfValues, Stateful])
+def test_learned_prefixes_ask_for_keys_and_values_alone(tiny, kind):
+    model = stranger(tiny, kind)
+    config = PrefixConfig(num_virtual_tokens=4)
+    if kind is Stateful:
+        PrefixTuningModel(model, config)(tiny.prompt())
+        return
+    with pytest.raises(UnsupportedModelError, match="with a prefix"):
+        PrefixTuningModel(model, config)
+    assert not is_patched(model)
+
+
+def test_the_check_can_be_switched_off(tiny):
+    model = stranger(tiny, Stateful)
+    use(model, tiny, check=False)
+    assert not all_right_unchecked(model, tiny)
+    patch_model(stranger(tiny, BySdpa), check=False)
+    PrefixTuningModel(stranger(tiny, MaskOfValues), PrefixConfig(), check=False)
+
+
+def all_right_unchecked(model, tiny) -> bool:
+    front, ids = tiny.prompt(), tiny.prompt(5, seed=2)
+    kv = PrefixKV.prefill(model, front, check=False)
+    with torch.no_grad():
+        want = model(torch.cat([front, ids], 1)).logits[:, front.shape[1] :]
+        with use_prefix(model, kv, check=False):
+            return torch.allclose(model(ids).logits, want, rtol=1e-3, atol=1e-4)
+
+
+def forwards(model: nn.Module) -> list[int]:
+    """Counts the forwards of a model from now on."""
+    count = [0]
+
+    def add(*_: Any) -> None:
+        count[0] += 1
+
+    model.register_forward_pre_hook(add)
+    return count
+
+
+def test_a_model_is_checked_once(tiny):
+    model = tiny.build("llama")
+    use(model, tiny)
+    count = forwards(model.model)
+    patch_model(model)
+    kv = PrefixKV.prefill(model, tiny.prompt())
+    assert count == [1]  # the prompt itself
+    with use_prefix(model, kv):
+        pass
+    assert count == [1]
+
+
+def test_a_changed_model_is_checked_again(tiny):
+    model = tiny.build("llama")
+    use(model, tiny)
+    model.model.layers[1].self_attn = stranger(tiny, BySdpa).model.layers[1].self_attn
+    with pytest.raises(UnsupportedModelError, match="patched"):
+        use(model, tiny)
+
+
+def test_the_check_leaves_no_trace(tiny):
+    model = tiny.build("gpt2").train()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    before = [(m.training, sorted(vars(m)), len(m._forward_hooks)) for m in model.modules()]
+    use(model, tiny)
+    after = [(m.training, sorted(vars(m)), len(m._forward_hooks)) for m in model.modules()]
+    assert after == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_without_weights_is_skipped_with_a_line(tiny, caplog):
+    config = tiny.build("llama").config
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    with caplog.at_level(logging.WARNING, "fastprefix"):
+        patch_model(model)
+    assert "not checked: some of its weights are on the meta device" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["position", "slot", "token"])
+def test_the_check_sees_what_it_is_for(tiny, monkeypatch, wrong):
+    """Even where weights are as small as a new model's."""
+    model = tiny.build("llama", initializer_range=0.02)
+    make = checks._shares
+
+    def broken(recorder, held, offset):
+        kv = make(recorder, held, offset)
+        keys, values = list(kv.keys), list(kv.values)
+        if wrong == "position":
+            offset += 1
+        elif wrong == "slot":
+            keys[0], keys[1] = keys[1], keys[0]
+        else:
+            keys = [key[:, 1:] for key in keys]
+            values = [value[:, 1:] for value in values]
+        return PrefixKV(tuple(keys), tuple(values), offset)
+
+    monkeypatch.setattr(checks, "_shares", broken)
+    with pytest.raises(UnsupportedModelError, match="with a prefix"):
+        use(model, tiny)
