@@ -77,6 +77,9 @@ def prefix_attention_mask(
         for masks in MADE:
             masks.append((made, kinds[mask_function]))
         return made
+    if getattr(kwargs.get("config"), "num_kv_shared_layers", 0):
+        # Gemma 4 takes rows of its masks, for layers that run on the last queries alone
+        allow_is_causal_skip = allow_is_bidirectional_skip = False
     known_ends = isinstance(q_offset, int) and q_offset + q_length == kv_length
     if (
         mask_function is causal_mask_function

@@ -60,6 +60,20 @@ def test_which_layers_share(tiny, name):
     assert layer_sources(patch_model(tiny.kind("albert"))) == tuple(range(8))
 
 
+@pytest.mark.parametrize("kept", [0, 1, 3])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", NAMES)
+def test_padded_texts(tiny, name, side, kept):
+    """Gemma 4 takes rows of its masks, where no more than the last logits are wanted."""
+    model, bare = patch_model(build(tiny, name)), build(tiny, name)
+    ids, mask = tiny.batch((7, 4), side)
+    options = {"attention_mask": mask, "logits_to_keep": kept}
+    real = mask[:, -kept:].bool()
+    with torch.no_grad():
+        got, expected = (each(ids, **options).logits[real] for each in (model, bare))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_peft_saved_is_what_we_load(tiny, name, tmp_path):
     """And saved again it is a file of PEFT's, with the same logits there."""
