@@ -35,6 +35,7 @@ from fastprefix.kv import Group, PrefixKV
 FILE = "fastprefix"  # a PrefixKV file
 FORMATS = (FILE, *PREFIX_KINDS, *PROMPT_KINDS)
 _KNOWN = (*PREFIX_KINDS, *PROMPT_KINDS, OWN_KIND, INFIX_KIND)
+_SHARED = "num_kv_shared_layers"  # of a configuration: the last layers, which share
 _KEPT = ("base_model_name_or_path", "task_type", "modules_to_save", "revision")
 
 
@@ -50,6 +51,8 @@ class Source:
         config: adapter_config.json.
         heads: what was trained of the base beside it.
         groups: of the layers of an encoder-decoder; None for a single stack.
+        sources: of the layers of a base that is known to share keys and values among them, see
+            :func:`fastprefix.hf.layer_sources`; None for any other.
     """
 
     path: Path
@@ -59,6 +62,7 @@ class Source:
     config: dict[str, Any] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)
     groups: tuple[Group, ...] | None = None
+    sources: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -102,6 +106,23 @@ class Base:
 
                     self._model = load(self.name, self._dtype)[0]
         return self._model
+
+    def sources(self, task_type: str | None) -> tuple[int, ...] | None:
+        """Which layers see other layers' keys and values; None where the base has none such.
+
+        Without a base nobody knows; PEFT's files do not say.
+        """
+        if self.name is None:
+            return None
+        from transformers import AutoConfig
+
+        from fastprefix.hf.patching import layer_sources, patched
+
+        if not getattr(AutoConfig.from_pretrained(self.name).get_text_config(), _SHARED, 0):
+            return None
+        model = self.model(task_type)
+        with patched(model):
+            return layer_sources(model)
 
 
 def run_conversion(
@@ -197,13 +218,13 @@ def _is_prefix(file: Path) -> bool:
 
 def _read(path: Path, base: Base) -> Source:
     if path.is_file():
-        return Source(path, FILE, PrefixKV.load(path))
+        return Source(path, FILE, PrefixKV.load(path), sources=base.sources(None))
     config, file = read_config(path, _KNOWN)
     kind = config["peft_type"]
     if kind in (*PROMPT_KINDS, INFIX_KIND):
         prompt = load_prompt(path)
         return Source(path, kind, None, prompt.embeddings, config, prompt.heads)
-    shapes = groups = None
+    shapes = groups = sources = None
     if kind != OWN_KIND and (config.get("num_transformer_submodules") or 1) > 1:
         if base.name is None:
             raise ValueError(
@@ -215,8 +236,10 @@ def _read(path: Path, base: Base) -> Source:
         model = base.model("SEQ_2_SEQ_LM")
         with patched(model):
             shapes, groups = layer_shapes(model), layer_groups(model)
-    adapter = load_adapter(path, shapes, groups)
-    return Source(path, kind, adapter.kv, None, config, adapter.heads, groups)
+    else:
+        sources = base.sources(config.get("task_type"))
+    adapter = load_adapter(path, shapes, groups, sources)
+    return Source(path, kind, adapter.kv, None, config, adapter.heads, groups, sources)
 
 
 def _target(found: Source, source: Path, target: Path, to: str, several: bool) -> Path:
@@ -248,7 +271,7 @@ def _check(step: Step, base: Base, force: bool) -> str | None:
     if found.prompt is not None and to not in PROMPT_KINDS and base.name is None:
         return "is a prompt, whose keys and values the base has to compute; takes --base"
     if found.kv is not None and to in PREFIX_KINDS:
-        why_not = refusal(found.kv, found.groups)
+        why_not = refusal(found.kv, found.groups, found.sources)
         if why_not is not None:
             return f"cannot be {to}: {why_not}"
     if step.target.is_dir() and to == FILE:
@@ -289,7 +312,13 @@ def _writer(step: Step, base: Base) -> Callable[[Path], None]:
     if kind == FILE:
         return whole.save
     return lambda path: save_adapter(
-        path, whole, fields, kind=kind, heads=found.heads, groups=found.groups
+        path,
+        whole,
+        fields,
+        kind=kind,
+        heads=found.heads,
+        groups=found.groups,
+        sources=found.sources,
     )
 
 

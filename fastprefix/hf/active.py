@@ -88,8 +88,8 @@ class Recorder:
         key: Tensor,
         value: Tensor,
         causal: bool,
-        told: bool | None,
-        window: int | None,
+        window: int | None = None,
+        told: bool | None = None,
     ) -> None:
         """Keeps one call."""
         self.told.append(told)

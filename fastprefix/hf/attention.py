@@ -93,14 +93,16 @@ def prefix_attention_forward(
     ):
         fastprefix = ActivePrefix(None, fastprefix.backend)  # a tower in front of the text
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if query.is_meta:  # a model without weights, which is patched before they are loaded
-        if isinstance(fastprefix, Recorder):
-            fastprefix.record(module, query, key, value, causal, is_causal, sliding_window)
-        return query.new_empty(*query.shape[:-1], value.shape[-1]).transpose(1, 2), None
     if attention_mask is None:
         causal = getattr(module, CAUSAL, {}).get(is_causal, causal)
     elif attention_mask.dim() == 2:
         causal = True
+    if isinstance(fastprefix, Recorder) and (made := made_causal(attention_mask)) is not None:
+        causal = made
+    if query.is_meta:  # a model without weights, which is patched before they are loaded
+        if isinstance(fastprefix, Recorder):
+            fastprefix.record(module, query, key, value, causal, sliding_window, is_causal)
+        return query.new_empty(*query.shape[:-1], value.shape[-1]).transpose(1, 2), None
     if isinstance(fastprefix, ActivePrefix) and fastprefix.attended is not None:
         call_number, fastprefix.attended[0] = fastprefix.attended[0], fastprefix.attended[0] + 1
         fastprefix = replace(fastprefix, turn=fastprefix.turn + call_number, attended=None)
@@ -124,9 +126,7 @@ def prefix_attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     active = fastprefix if isinstance(fastprefix, ActivePrefix) else None
     if isinstance(fastprefix, Recorder):
-        made = made_causal(attention_mask)
-        causal = causal if made is None else made
-        fastprefix.record(module, query, key, value, causal, is_causal, sliding_window)
+        fastprefix.record(module, query, key, value, causal, sliding_window, is_causal)
     elif active is None and MISSED:
         for missed in MISSED:
             missed.append(module)

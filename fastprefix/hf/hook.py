@@ -306,12 +306,10 @@ def _check_lengths(kwargs: dict[str, Any], offset: int) -> None:
     seen = length_of(cache)
     if isinstance(seen, Tensor):
         seen = int(seen) if seen.device.type == "cpu" and not compiling else None
-    encoded = kwargs.get("encoder_hidden_states")
+    encoded: Tensor | None = kwargs.get("encoder_hidden_states")
     limits = {
         "attention_mask": None if seen is None else seen + L,
-        "encoder_attention_mask": encoded.shape[1]
-        if encoded is not None and _is_text(encoded)
-        else None,
+        "encoder_attention_mask": None if encoded is None else encoded.shape[1],
         "token_type_ids": L,
         "position_ids": L,
     }
@@ -329,14 +327,15 @@ def _check_lengths(kwargs: dict[str, Any], offset: int) -> None:
         return
     # generate() leaves a mask of ones alone away, and makes positions of it before
     on_host = positions.device.type == "cpu" or cache is not None
-    if on_host and seen is not None and (L > 1 or seen == 0):
-        first = int(positions.amin(-1).max())
-        if first >= seen + offset:
-            raise ValueError(
-                f"attention_mask, position_ids: got positions from {first} on, takes those of the "
-                f"text alone, from 0 (here {seen}): an attention_mask counts no prefix, nor do "
-                f"position_ids, which are moved behind its {offset} tokens"
-            )
+    if not on_host or seen is None or (L == 1 and seen > 0):
+        return
+    behind = seen + offset
+    if bool((positions.amin(-1) == behind).any()):
+        raise ValueError(
+            f"attention_mask, position_ids: got positions from {behind} on, takes those of the "
+            f"text alone, from 0 (here {seen}): an attention_mask counts no prefix, nor do "
+            f"position_ids, which are moved behind its {offset} tokens"
+        )
 
 
 def _is_text(given: Any) -> bool:

@@ -153,6 +153,16 @@ def layer_groups(model: PreTrainedModel) -> tuple[Group, ...]:
     return state_of(model).groups
 
 
+def layer_sources(model: PreTrainedModel) -> tuple[int, ...]:
+    """Which layer of a patched model each layer has the text's keys and values from.
+
+    Itself where it makes its own; -1 where it has another layer's keys with other values. Prefixes
+    have keys and values for every layer, but PEFT, which puts them in the cache, only for those
+    that make their own.
+    """
+    return state_of(model).sources
+
+
 def default_offset(model: PreTrainedModel, num_virtual_tokens: int) -> int:
     """By how many positions a learned prefix moves the text of a patched model.
 
@@ -432,7 +442,7 @@ def _patch_attention(
         raise
     state.shapes, state.groups = slots.shapes, slots.groups
     state.stateful = says_stateful(model)
-    state.query_heads = slots.query_heads
+    state.query_heads, state.sources = slots.query_heads, slots.sources
     if state.sharding is not None:
         state.query_heads = tuple(total for _, _, total in state.sharding.query_heads)
         state.shapes = state.sharding.whole_shapes(slots.shapes)
@@ -555,6 +565,7 @@ __all__ = [
     "is_patched",
     "layer_groups",
     "layer_shapes",
+    "layer_sources",
     "patch_model",
     "patched",
     "query_heads",

@@ -3,9 +3,11 @@
 PEFT stores the prefix as ``prompt_embeddings`` [P, layers · 2 · Hkv · D]; an MLP is dropped when
 the adapter is saved, and a cartridge differs by its configuration alone. One head number and size
 for all layers, keys and values, and one length is all that this can hold, and text at once behind
-the prefix, which no head reweights; of an encoder-decoder, the decoder's own attention. Any other
-prefix goes into a :class:`PrefixKV` file beside an adapter_config.json with a peft_type that PEFT
-does not know, so that it refuses the folder rather than compute something else.
+the prefix, which no head reweights; of an encoder-decoder, the decoder's own attention. Layers that
+see another layer's keys and values of the text (Gemma 3n) see that one's prefix, too, whatever is
+stored for them. Any other prefix goes into a :class:`PrefixKV` file beside an adapter_config.json
+with a peft_type that PEFT does not know, so that it refuses the folder rather than compute
+something else.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastprefix.encoders.flat import to_flat, to_prefix_kv
@@ -48,13 +51,25 @@ class Adapter:
     heads: dict[str, Tensor] = field(default_factory=dict)
 
 
-def refusal(kv: PrefixKV, groups: Sequence[Group] | None = None) -> str | None:
+def refusal(
+    kv: PrefixKV, groups: Sequence[Group] | None = None, sources: Sequence[int] | None = None
+) -> str | None:
     """Why PEFT's format cannot hold a prefix; None where it can.
 
     Args:
         kv: the prefix.
         groups: which part of the model each layer belongs to; one stack if None.
+        sources: see :func:`fastprefix.hf.layer_sources`; each layer's own if None.
     """
+    for layer, source in enumerate(sources or ()):
+        if source < 0:
+            return "its model attends several times over the same keys, with other values"
+        same = torch.equal(kv.keys[layer], kv.keys[source])
+        if not (same and torch.equal(kv.values[layer], kv.values[source])):
+            return (
+                f"layer {layer} sees the text's keys of layer {source}, and has another prefix "
+                "than that"
+            )
     if kv.reweighting is not None:
         return f"its query heads have a {kv.reweighting.kind} each"
     decoder = _decoder(groups)
@@ -83,6 +98,7 @@ def save_adapter(
     kind: str = "PREFIX_TUNING",
     heads: dict[str, Tensor] | None = None,
     groups: Sequence[Group] | None = None,
+    sources: Sequence[int] | None = None,
 ) -> None:
     """Writes a prefix so that PEFT's ``PeftModel.from_pretrained`` and ours can load it.
 
@@ -97,13 +113,14 @@ def save_adapter(
         kind: "PREFIX_TUNING" or "CARTRIDGE".
         heads: see :class:`Adapter`.
         groups: which part of the model each layer belongs to; one stack if None.
+        sources: see :func:`fastprefix.hf.layer_sources`; each layer's own if None.
 
     Raises:
         ValueError: unknown kind.
     """
     if kind not in PREFIX_KINDS:
         raise ValueError(f"kind: got {kind!r}, takes one of {PREFIX_KINDS}")
-    why_not = refusal(kv, groups)
+    why_not = refusal(kv, groups, sources)
     if why_not is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         kv.save(Path(folder) / KV_FILE)
@@ -137,6 +154,7 @@ def load_adapter(
     name_or_folder: str | Path,
     shapes: Sequence[LayerShape] | None = None,
     groups: Sequence[Group] | None = None,
+    sources: Sequence[int] | None = None,
 ) -> Adapter:
     """Reads a prefix that fastprefix or PEFT wrote.
 
@@ -147,6 +165,7 @@ def load_adapter(
         name_or_folder: a folder, or a repository name on the Hugging Face hub.
         shapes: what the model's layers take; as the configuration says if None.
         groups: which part of the model each layer belongs to; one stack if None.
+        sources: see :func:`fastprefix.hf.layer_sources`; each layer's own if None.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -194,6 +213,8 @@ def load_adapter(
         raise ValueError(f"{files.weights_file}: {error}") from error
     if decoder is not None:
         kv = _unfolded(kv, len(decoder)).spread(decoder, shapes)
+    if sources is not None and list(sources) != list(range(kv.num_layers)):
+        kv = _as_seen(kv, sources)
     slides = groups is None or set(groups) == {"decoder"}
     kv = replace(kv, in_window=bool(files.about.get("in_window", slides)))
     config.setdefault("num_frozen_tokens", files.about.get("num_frozen_tokens", 0))
@@ -205,6 +226,19 @@ def _decoder(groups: Sequence[Group] | None) -> list[int] | None:
     if groups is None or len(set(groups)) == 1:
         return None
     return [layer for layer, group in enumerate(groups) if group == "decoder"]
+
+
+def _as_seen(kv: PrefixKV, sources: Sequence[int]) -> PrefixKV:
+    """What PEFT's cache shows each layer: the prefix of the layer that made the text's keys."""
+    places = [layer if source < 0 else source for layer, source in enumerate(sources)]
+    keys, values = (
+        tuple(
+            tensors[place] if place == layer else tensors[place].clone()
+            for layer, place in enumerate(places)
+        )
+        for tensors in (kv.keys, kv.values)
+    )
+    return replace(kv, keys=keys, values=values)
 
 
 def _unfolded(kv: PrefixKV, num_layers: int) -> PrefixKV:

@@ -36,6 +36,8 @@ class Slots:
         shapes: of the keys and values.
         query_heads: Hq.
         groups: which part of the model the call belongs to.
+        sources: of each call the first one that was handed the same keys, itself where it has its
+            own; -1 where that one was handed other values.
         shared: modules that run once for each of several layers, by which these are told apart.
         several: modules that attend several times whenever they run, and how often.
         causal: modules that are handed other masks than they say, and whether a mask left out is
@@ -46,6 +48,7 @@ class Slots:
     shapes: tuple[LayerShape, ...]
     query_heads: tuple[int, ...]
     groups: tuple[Group, ...]
+    sources: tuple[int, ...]
     shared: tuple[nn.Module, ...]
     several: dict[nn.Module, int]
     causal: dict[nn.Module, dict[bool | None, bool]]
@@ -124,10 +127,27 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
         ),
         tuple(recorder.queries[call].shape[1] for call in keep),
         tuple(group for call, group in enumerate(_groups(model, recorder)) if call in set(keep)),
+        _sources(recorder.only(own)),
         shared,
         several,
         _causal(recorder),
     )
+
+
+def _sources(recorder: Recorder) -> tuple[int, ...]:
+    """See :class:`Slots`; all keys are still there, so that no memory was used twice."""
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        if a is b or a.device.type == "meta":
+            return a is b
+        return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+    found = []
+    for slot, key in enumerate(recorder.keys):
+        first = next(n for n, other in enumerate(recorder.keys) if n == slot or same(key, other))
+        values = recorder.values
+        found.append(first if same(values[slot], values[first]) else -1)
+    return tuple(found)
 
 
 def _causal(recorder: Recorder) -> dict[nn.Module, dict[bool | None, bool]]:

@@ -83,6 +83,8 @@ class State:
         shapes: of the attention layers' keys and values, all ranks' heads.
         query_heads: of these layers, all ranks'.
         groups: which part of the model each layer belongs to.
+        sources: which layer's keys and values of the text each layer sees: see
+            :class:`fastprefix.hf.probe.Slots`.
         placing: of the stack whose text a prefix moves.
         positions_known: how many positions that stack has learned, None for any.
         counts_padding: whether that stack, bare, gives pads positions.
@@ -105,6 +107,7 @@ class State:
     shapes: tuple[LayerShape, ...] = ()
     query_heads: tuple[int, ...] = ()
     groups: tuple[Group, ...] = ()
+    sources: tuple[int, ...] = ()
     placing: Placing = "argument"
     positions_known: int | None = None
     counts_padding: bool = True
@@ -126,6 +129,7 @@ class State:
             shapes=self.shapes,
             query_heads=self.query_heads,
             groups=self.groups,
+            sources=self.sources,
             placing=self.placing,
             positions_known=self.positions_known,
             counts_padding=self.counts_padding,

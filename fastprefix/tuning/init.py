@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Layout, orthogonal, resize
-from fastprefix.hf.patching import layer_groups
+from fastprefix.hf.patching import layer_groups, layer_sources
 from fastprefix.hf.peft_format import load_adapter
 from fastprefix.hf.prefill import embedding_keys_values, text_keys_values
 from fastprefix.kv import Group, PrefixKV
@@ -37,7 +37,7 @@ def initial_prefix(
     if config.init == "orthogonal":
         return orthogonal(layout, config.init_std)
     if config.init == "prefix":
-        kv = _load(config, layout, layer_groups(model))
+        kv = _load(config, layout, layer_groups(model), layer_sources(model))
         method = config.init_resize
     else:
         if model.main_input_name != "input_ids":
@@ -53,13 +53,15 @@ def initial_prefix(
     return layout.to_flat(resize(kv, layout.lengths, method, pad_std=config.init_std))
 
 
-def _load(config: PrefixConfig, layout: Layout, groups: Sequence[Group]) -> PrefixKV:
+def _load(
+    config: PrefixConfig, layout: Layout, groups: Sequence[Group], sources: Sequence[int]
+) -> PrefixKV:
     """The prefix that init_prefix names."""
     assert config.init_prefix is not None
     if Path(config.init_prefix).suffix == ".safetensors":
         kv = PrefixKV.load(config.init_prefix)
     else:
-        kv = load_adapter(config.init_prefix, layout.shapes, groups).kv
+        kv = load_adapter(config.init_prefix, layout.shapes, groups, sources).kv
     if kv.reweighting is not None:
         raise ValueError(
             f"init_prefix: {config.init_prefix} has a {kv.reweighting.kind} for each query head, "

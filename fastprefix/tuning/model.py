@@ -20,6 +20,7 @@ from fastprefix.hf.patching import (
     check_prefix,
     layer_groups,
     layer_shapes,
+    layer_sources,
     patch_model,
     patched,
     use_prefix,
@@ -272,6 +273,7 @@ class PrefixTuningModel(NamedAdapters):
                 kind=config.peft_type,
                 heads=self.heads(),
                 groups=layer_groups(self.base_model),
+                sources=layer_sources(self.base_model),
             )
 
     @classmethod
@@ -351,7 +353,9 @@ class PrefixTuningModel(NamedAdapters):
 
 def _load(name_or_folder: str | Path, model: PreTrainedModel) -> tuple[Adapter, PrefixConfig]:
     """A saved prefix for a patched model, and a configuration that trains it directly."""
-    adapter = load_adapter(name_or_folder, layer_shapes(model), layer_groups(model))
+    adapter = load_adapter(
+        name_or_folder, layer_shapes(model), layer_groups(model), layer_sources(model)
+    )
     activate(model, adapter.kv)  # refuses what the model cannot run
     kind = adapter.config.get("kind", adapter.config["peft_type"])
     has = kind_of(adapter.kv.reweighting)

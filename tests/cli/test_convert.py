@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import peft
 import pytest
@@ -21,6 +22,7 @@ from fastprefix.cli.app import app
 from fastprefix.cli.console import console
 from fastprefix.hf.peft_format import save_adapter
 from fastprefix.hf.peft_prompts import save_prompt
+from fastprefix.kv import LayerShape
 from fastprefix.kv import prefix as kv_prefix
 
 P = 4
@@ -333,3 +335,26 @@ def test_what_cannot_be_is_refused_with_the_reason(load, base, tmp_path):
         assert said in words(result), result.output
         assert "Traceback" not in result.output
         assert listing(tmp_path) == before, source
+
+
+def test_a_base_whose_layers_share_keys(tiny, tmp_path):
+    """Gemma 3n: a file of PEFT's holds numbers that its sharing layers never see."""
+    model = tiny.kind("gemma3n", torch.float32, sliding_window=16)
+    model.save_pretrained(tmp_path / "base")
+    letters = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="[UNK]").save_pretrained(
+        tmp_path / "base"
+    )
+    shapes = [LayerShape(2, 16, 16)] * 4
+    save_adapter(tmp_path / "theirs", tiny.kv_of_shapes(shapes, P, position_offset=P), {})
+    done = run(tmp_path / "theirs", tmp_path / "kv.safetensors", "--base", tmp_path / "base")
+    assert done.exit_code == 0, done.output
+    kv = PrefixKV.load(tmp_path / "kv.safetensors")
+    torch.testing.assert_close(kv.keys[2], kv.keys[0], rtol=0, atol=0)
+    torch.testing.assert_close(kv.values[3], kv.values[1], rtol=0, atol=0)
+    other = replace(kv, keys=(*kv.keys[:3], kv.keys[3] + 1))
+    other.save(tmp_path / "other.safetensors")
+    arguments = (tmp_path / "other.safetensors", tmp_path / "out", "--base", tmp_path / "base")
+    refused = run(*arguments, "--to", "PREFIX_TUNING")
+    assert refused.exit_code != 0
+    assert "layer 3 sees the text's keys of layer 1" in words(refused)
