@@ -1,0 +1,399 @@
+"""The ways of use, each a function that yields checks: what came back, and what is right.
+
+Whatever plain transformers does first, so that what it cannot do is not held against fastprefix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from walk.build import first_line, takes, text
+from walk.judge import Check
+from walk.library import Library
+from walk.oracle import BlindError, Layers, NotApplicableError, PrefixOracle, distance, run
+
+P, L, STEPS = 9, 7, 5  # tokens of the prompt, of the text, and new ones
+LEARNED = 5
+LENGTHS = (7, 5, 3)  # of the rows of a padded batch
+SEEN = 0.01  # how much of the output has to depend on what a check is about
+
+
+@dataclass
+class Case:
+    """A class, its plain model, and what all ways need.
+
+    Attributes:
+        task: see :mod:`walk.classes`.
+        plain: never patched.
+        library: fastprefix.
+    """
+
+    task: str
+    plain: Any
+    library: Library
+
+    def copy(self) -> Any:
+        """A model to patch."""
+        return copy.deepcopy(self.plain)
+
+    @cached_property
+    def with_mask(self) -> bool:
+        """Whether the forward takes an attention mask."""
+        return takes(self.plain, "attention_mask")
+
+    def inputs(self, ids: Tensor) -> dict[str, Any]:
+        """Keyword arguments for a text."""
+        return {"input_ids": ids}
+
+
+@contextlib.contextmanager
+def plainly(what: str = "") -> Iterator[None]:
+    """What plain transformers cannot do does not apply."""
+    try:
+        yield
+    except NotApplicableError:
+        raise
+    except Exception as problem:
+        raise NotApplicableError(f"the plain model{what}: {first_line(problem)}") from problem
+
+
+def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Rows [1, n] as one batch, and its mask."""
+    longest = max(row.shape[1] for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        where = slice(longest - row.shape[1], None) if side == "left" else slice(row.shape[1])
+        ids[i, where], mask[i, where] = row[0], 1
+    return ids, mask
+
+
+def rows_of(seed: int = 3) -> list[Tensor]:
+    """Texts of several lengths, of which no two start alike."""
+    return [text(1, n, seed + i) for i, n in enumerate(LENGTHS)]
+
+
+def patch(case: Case) -> Iterator[Check]:
+    """`patch_model` alone: the same output."""
+    ids = text(2, L, 1)
+    with plainly():
+        want = run(case.plain, **case.inputs(ids))
+        if not torch.isfinite(want).all():
+            raise NotApplicableError("the plain model's output is not finite")
+    model = case.library.patch(case.copy())
+    yield Check(run(model, **case.inputs(ids)), [want])
+
+
+def patch_padded(case: Case) -> Iterator[Check]:
+    """`patch_model` alone, rows padded on either side."""
+    model = None
+    for side in ("right", "left"):
+        ids, mask = padded(rows_of(), side)
+        with plainly():
+            if not case.with_mask:
+                raise NotApplicableError("it takes no attention mask")
+            want = run(case.plain, **case.inputs(ids), attention_mask=mask)
+            if not torch.isfinite(want).all():
+                raise NotApplicableError("the plain model's output is not finite")
+        model = model or case.library.patch(case.copy())
+        got = run(model, **case.inputs(ids), attention_mask=mask)
+        if want.dim() == 3 and want.shape[:2] == ids.shape:
+            yield Check(got[mask.bool()], [want[mask.bool()]], f"pads on the {side}")
+        else:
+            yield Check(got, [want], f"pads on the {side}")
+
+
+def prompt(case: Case) -> Iterator[Check]:
+    """A prompt's keys and values in front of a text: as the two in one sequence."""
+    front, ids = text(1, P, 11), text(2, L, 1)
+    with plainly():
+        whole = torch.cat([front.expand(2, -1), ids], 1)
+        want = run(case.plain, **case.inputs(whole))[:, P:]
+        seen(want, run(case.plain, **case.inputs(ids)), "a prompt")
+    model = case.copy()
+    kv = case.library.prefill(model, front)
+    with case.library.use(model, kv), torch.no_grad():
+        got = run(model, **case.inputs(ids))
+    yield Check(got, [want])
+
+
+def prompt_padded(case: Case) -> Iterator[Check]:
+    """The same for rows padded on the left, where the plain model pads right itself."""
+    front, rows = text(1, P, 11), rows_of()
+    ids, mask = padded(rows, "left")
+    with plainly(), torch.no_grad():
+        more = padding_arguments(case, rows)
+        want = [run(case.plain, **case.inputs(torch.cat([front, row], 1)))[0, P:] for row in rows]
+        seen(want[0], run(case.plain, **case.inputs(rows[0]))[0], "a prompt")
+    model = case.copy()
+    kv = case.library.prefill(model, front)
+    with case.library.use(model, kv), torch.no_grad():
+        got = run(model, **case.inputs(ids), **more)
+    yield Check(got[mask.bool()], [torch.cat(want)])
+
+
+def padding_arguments(case: Case, rows: list[Tensor]) -> dict[str, Tensor]:
+    """With what the plain model gives padded rows the output of each row alone.
+
+    Raises:
+        NotApplicableError: with nothing that is known here.
+    """
+    if not case.with_mask:
+        raise NotApplicableError("it takes no attention mask")
+    ids, mask = padded(rows, "left")
+    alone = torch.cat([run(case.plain, **case.inputs(row))[0] for row in rows])
+    positions = {"position_ids": mask.cumsum(-1).sub(1).clamp(min=0)}
+    for more in ({}, positions if takes(case.plain, "position_ids") else {}):
+        got = run(case.plain, **case.inputs(ids), attention_mask=mask, **more)[mask.bool()]
+        if distance(got, alone) < 1e-4:
+            return {"attention_mask": mask, **more}
+    raise NotApplicableError("the plain model does not pad on the left")
+
+
+def generated(model: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Tensor:
+    """New tokens of greedy decoding."""
+    torch.manual_seed(0)
+    mask = torch.ones_like(ids) if mask is None else mask
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=STEPS,
+        min_new_tokens=STEPS,
+        pad_token_id=0,
+        **more,
+    )
+    out = out if isinstance(out, Tensor) else out.sequences
+    return out[:, ids.shape[1] :]
+
+
+@torch.no_grad()
+def looped(forward: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    """Greedy decoding by whole forwards, without a cache of the text."""
+    for _ in range(STEPS):
+        ids = torch.cat([ids, forward(ids)[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids[:, -STEPS:]
+
+
+def prompt_greedy(case: Case) -> Iterator[Check]:
+    """`generate()` behind a prompt: the tokens behind the two in one sequence."""
+    front = text(1, P, 11)
+    with plainly():
+        generates(case)
+        for seed in range(1, 9):
+            ids = text(2, L, seed)
+            whole = torch.cat([front.expand(2, -1), ids], 1)
+            want = [generated(case.plain, whole)]
+            if (want[0] != generated(case.plain, ids)).any():
+                break
+        else:
+            raise BlindError("the same tokens without the prompt")
+        with contextlib.suppress(Exception):
+            want.append(looped(lambda x: run(case.plain, **case.inputs(x)), whole))
+    model = case.copy()
+    kv = case.library.prefill(model, front)
+    with case.library.use(model, kv):
+        got = generated(model, ids)
+    yield Check(got, want)
+
+
+def prompt_greedy_padded(case: Case) -> Iterator[Check]:
+    """`generate()` behind a prompt for rows padded on the left."""
+    front, rows = text(1, P, 11), rows_of()
+    ids, mask = padded(rows, "left")
+    with plainly():
+        generates(case)
+        alone = torch.cat([generated(case.plain, row) for row in rows])
+        if (alone != generated(case.plain, ids, mask)).any():
+            raise NotApplicableError("the plain model does not pad on the left in generate()")
+        want = torch.cat([generated(case.plain, torch.cat([front, row], 1)) for row in rows])
+        if (want == alone).all():
+            raise BlindError("the same tokens without the prompt")
+        wants = [want]
+        with contextlib.suppress(Exception):
+            wants.append(
+                torch.cat([
+                    looped(
+                        lambda x: run(case.plain, **case.inputs(x)), torch.cat([front, row], 1)
+                    )
+                    for row in rows
+                ])
+            )  # fmt: skip
+    model = case.copy()
+    kv = case.library.prefill(model, front)
+    with case.library.use(model, kv):
+        got = generated(model, ids, mask)
+    yield Check(got, wants)
+
+
+def generates(case: Case) -> None:
+    """Whether the plain model has `generate()` at all."""
+    if not (hasattr(case.plain, "generate") and case.plain.can_generate()):
+        raise NotApplicableError("the plain model has no generate()")
+
+
+def seen(want: Tensor, without: Tensor, what: str) -> None:
+    """Whether a check would notice that something is missing.
+
+    Raises:
+        BlindError: it would not.
+    """
+    if not torch.isfinite(want).all():
+        raise NotApplicableError("the plain model's output is not finite")
+    if want.shape == without.shape and distance(without, want) < SEEN:
+        raise BlindError(f"the output hardly depends on {what}")
+
+
+def learned(case: Case, ids: Tensor) -> tuple[PrefixOracle, Layers, int]:
+    """Random keys and values for every layer, and a plain model to run them in."""
+    shapes, _, offset = case.library.describe(case.copy(), LEARNED)
+    generator = torch.Generator().manual_seed(7)
+    layers = [
+        (
+            torch.randn(shape.num_heads, LEARNED, shape.key_size, generator=generator),
+            torch.randn(shape.num_heads, LEARNED, shape.value_size, generator=generator),
+        )
+        for shape in shapes
+    ]
+    oracle = PrefixOracle(case.plain, shapes, offset, case.inputs(ids))
+    if not oracle.ways():
+        raise NotApplicableError("nothing says what is right: " + "; ".join(oracle.why))
+    return oracle, layers, offset
+
+
+def right(oracle: PrefixOracle, layers: Layers, **inputs: Any) -> list[Tensor]:
+    """What the plain model makes of the prefix; several, where it can be told in several ways."""
+    found, problems = [], []
+    for way in oracle.ways():
+        try:
+            found.append(way(layers, **inputs))
+        except Exception as problem:
+            problems.append(first_line(problem))
+    if not found:
+        raise NotApplicableError("nothing says what is right: " + "; ".join(problems))
+    return found
+
+
+def prefix(case: Case) -> Iterator[Check]:
+    """A learned prefix: as the same numbers in a cache of plain transformers."""
+    ids = text(2, L, 1)
+    oracle, layers, offset = learned(case, ids)
+    inputs = case.inputs(ids)
+    with plainly(), torch.no_grad():
+        want = right(oracle, layers, **inputs)
+        seen(want[0], run(case.plain, **inputs), "a prefix")
+        less = right(oracle, [(k * 0.5, v) for k, v in layers], **inputs)
+    kv = case.library.learned([k for k, _ in layers], [v for _, v in layers], offset)
+    model = case.copy()
+    with case.library.use(model, kv), torch.no_grad():
+        got = run(model, **inputs)
+    del less
+    yield from told_apart(got, want)
+
+
+def told_apart(got: Tensor, want: list[Tensor]) -> Iterator[Check]:
+    """One check; where two oracles differ, the first, the cache, is what counts."""
+
+    def hint(got: Tensor) -> str:
+        for other in want[1:]:
+            if got.shape == other.shape and (
+                distance(got, other) < 1e-4
+                if got.is_floating_point()
+                else bool((got == other).all())
+            ):
+                return ", right if the prefix stands outside the cache"
+        return ""
+
+    yield Check(got, want[:1], hint=hint)
+
+
+def prefix_greedy(case: Case) -> Iterator[Check]:
+    """`generate()` behind a learned prefix."""
+    oracle, layers, offset = learned(case, text(2, L, 1))
+    with plainly():
+        generates(case)
+        for seed in range(1, 9):
+            ids = text(2, L, seed)
+            want = []
+            for way in oracle.ways():
+                with contextlib.suppress(NotApplicableError):
+                    want.append(looped(lambda x, way=way: way(layers, **case.inputs(x)), ids))
+            if not want:
+                raise NotApplicableError("nothing says what is right")
+            if (want[0] != generated(case.plain, ids)).any():
+                break
+        else:
+            raise BlindError("the same tokens without the prefix")
+    kv = case.library.learned([k for k, _ in layers], [v for _, v in layers], offset)
+    model = case.copy()
+    with case.library.use(model, kv):
+        got = generated(model, ids)
+    yield from told_apart(got, want)
+
+
+def gradient(case: Case) -> Iterator[Check]:
+    """The gradient of a learned prefix, the model's weights frozen."""
+    ids = text(2, L, 1)
+    oracle, layers, offset = learned(case, ids)
+    inputs = case.inputs(ids)
+
+    def leaves() -> Layers:
+        return [(k.clone().requires_grad_(), v.clone().requires_grad_()) for k, v in layers]
+
+    def gradients(output: Tensor, parts: Layers) -> Tensor:
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
+        flat = [x for part in parts for x in part]
+        found = torch.autograd.grad((output * weights).sum(), flat, allow_unused=True)
+        return torch.cat([
+            (torch.zeros_like(x) if g is None else g).flatten()
+            for x, g in zip(flat, found, strict=True)
+        ])  # fmt: skip
+
+    wants = []
+    with plainly():
+        for frozen in (oracle.plain, oracle.interface):
+            if frozen is not None:
+                frozen.requires_grad_(False)
+        for way in oracle.ways():
+            parts = leaves()
+            try:
+                wants.append(gradients(way(parts, **inputs), parts))
+            except Exception as problem:
+                if way is oracle.ways()[-1] and not wants:
+                    raise NotApplicableError(first_line(problem)) from problem
+    parts = leaves()
+    kv = case.library.learned([k for k, _ in parts], [v for _, v in parts], offset)
+    model = case.copy().requires_grad_(False)
+    with case.library.use(model, kv):
+        got = gradients(run(model, **inputs), parts)
+    yield from told_apart(got, wants)
+
+
+CAUSAL: dict[str, Callable[[Case], Iterator[Check]]] = {
+    "patch": patch,
+    "patch padded": patch_padded,
+    "prompt": prompt,
+    "prompt padded": prompt_padded,
+    "prompt greedy": prompt_greedy,
+    "prompt greedy padded": prompt_greedy_padded,
+    "prefix": prefix,
+    "prefix greedy": prefix_greedy,
+    "gradient": gradient,
+}
+ENCODER = {name: CAUSAL[name] for name in ("patch", "patch padded", "prefix", "gradient")}
+WAYS = {
+    "causal": CAUSAL,
+    "image-text": CAUSAL,
+    "seq2seq": ENCODER,
+    "masked": ENCODER,
+    "classification": ENCODER,
+    "answering": ENCODER,
+}
