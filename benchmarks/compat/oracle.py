@@ -114,7 +114,7 @@ def concatenating_attention(
         sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(B, -1, Lq, 1)
         scores = torch.cat([scores, sinks], -1)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : P + Lk]
-    return (weights @ value).transpose(1, 2), None
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, concatenating_attention)

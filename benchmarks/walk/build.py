@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -50,6 +51,19 @@ def build(entry: Entry, seed: int = 0, **changes: Any) -> Any:
         chosen.pad_token_id = 0
         chosen.suppress_tokens = chosen.begin_suppress_tokens = None
     return model
+
+
+@torch.no_grad()
+def check_runs(model: Any, inputs: dict[str, Any]) -> None:
+    """Whether the plain model runs at all.
+
+    Raises:
+        CannotBuildError: it does not.
+    """
+    try:
+        copy.deepcopy(model)(**inputs)
+    except Exception as problem:
+        raise CannotBuildError(f"run as it is: {first_line(problem)}") from problem
 
 
 def make_loud(model: nn.Module, std: float = 0.2) -> None:

@@ -99,7 +99,12 @@ class PrefixOracle:
                 i for i, layer in enumerate(cache.layers)
                 if isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.dim() == 4
             ]  # fmt: skip
-            self.windowed = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+            # a learned prefix does not slide, and a layer that keeps a state takes keys in the
+            # cache of another for a text that it has seen
+            self.windowed = len(found) < len(cache.layers) or any(
+                getattr(layer, "is_sliding", False) or hasattr(layer, "recurrent_states")
+                for layer in cache.layers
+            )
             got = [
                 (cache.layers[i].keys.shape[1], cache.layers[i].keys.shape[3],
                  cache.layers[i].values.shape[3]) for i in found
@@ -135,12 +140,12 @@ class PrefixOracle:
         self.order = [module for module, _, _ in calls]
         return model
 
-    def _run_cached(self, prefix: Layers, offset: int | None = None, **inputs: Any) -> Tensor:
-        offset = self.offset
+    def _run_cached(self, prefix: Layers, **inputs: Any) -> Tensor:
+        offset = prefix[0][0].shape[1]
         name = cache_argument(self.plain)
         assert self.layers is not None and name is not None
         ids = inputs["input_ids"]
-        B, L = ids.shape
+        B = len(ids)
         cache = DynamicCache(config=self.plain.config)
         for layer, (key, value) in zip(self.layers, prefix, strict=True):
             cache.update(key.expand(B, -1, -1, -1), value.expand(B, -1, -1, -1), layer)
@@ -148,8 +153,6 @@ class PrefixOracle:
         mask = inputs.pop("attention_mask", torch.ones_like(ids))
         if takes(self.plain, "attention_mask"):
             more["attention_mask"] = torch.cat([mask.new_ones(B, offset), mask], 1)
-        if takes(self.plain, "position_ids") and "position_ids" not in inputs:
-            more["position_ids"] = torch.arange(offset, offset + L).expand(B, -1)
         return run(self.plain, **inputs, **more)
 
     def _run_concatenated(self, prefix: Layers, **inputs: Any) -> Tensor:
