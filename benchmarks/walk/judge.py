@@ -93,9 +93,10 @@ def compare(check: Check) -> tuple[float, str]:
             error = float((got != want).float().mean())
             told = f"{what}{error:.0%} of the tokens differ"
         if error < best:
-            best, problem = error, told if error > (
-                TOLERANCE if want.is_floating_point() else 0.0
-            ) else ""
+            best, problem = (
+                error,
+                told if error > (TOLERANCE if want.is_floating_point() else 0.0) else "",
+            )
         if not problem:
             return best, ""
     if check.hint is not None and problem:

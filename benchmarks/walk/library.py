@@ -42,9 +42,7 @@ class Library:
         """The block in which forwards see the prefix."""
         return use_prefix(model, kv, **self.options)
 
-    def learned(
-        self, keys: list[Tensor], values: list[Tensor], offset: int
-    ) -> PrefixKV:
+    def learned(self, keys: list[Tensor], values: list[Tensor], offset: int) -> PrefixKV:
         """A prefix of these numbers."""
         return PrefixKV(tuple(keys), tuple(values), position_offset=offset)
 
