@@ -49,7 +49,10 @@ def build(entry: Entry, seed: int = 0, **changes: Any) -> Any:
         chosen = model.generation_config
         chosen.eos_token_id = chosen.forced_eos_token_id = chosen.forced_bos_token_id = None
         chosen.pad_token_id = 0
+        if takes(model, "decoder_input_ids") and chosen.decoder_start_token_id is None:
+            chosen.decoder_start_token_id = model.config.decoder_start_token_id = 1
         chosen.suppress_tokens = chosen.begin_suppress_tokens = None
+    model._walk_plain = True  # see walk.oracle
     return model
 
 

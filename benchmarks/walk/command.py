@@ -17,9 +17,7 @@ from walk.classes import TASKS, all_classes
 from walk.judge import Cell
 from walk.report import MARKS, page
 from walk.run import walk
-from walk.ways import WAYS
-
-WAY_NAMES = list(dict.fromkeys(name for ways in WAYS.values() for name in ways))
+from walk.ways import WAY_NAMES
 
 
 def names_of(text: str | None) -> list[str]:

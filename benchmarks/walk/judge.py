@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import fastprefix
 import torch
 from torch import Tensor
 
+import fastprefix
 from walk.build import first_line
 from walk.oracle import BlindError, NotApplicableError, distance
 
@@ -23,6 +23,10 @@ PACKAGE = str(Path(fastprefix.__file__).parent)
 # wrong: a result came back and was not right. crash: an error that fastprefix did not mean to raise
 # where the plain model works. blind: no check here could fail.
 Status = Literal["right", "expanded", "refused", "wrong", "crash", "n/a", "blind"]
+
+
+class WrongError(Exception):
+    """Something is not right that is no number of an output."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ def judge(checks: Callable[[], Iterable[Check]]) -> tuple[Status, str, float | N
             if problem:
                 return "wrong", problem, error
             worst = max(worst, error)
+    except WrongError as problem:
+        return "wrong", str(problem), None
     except BlindError as problem:
         return "blind", str(problem), None
     except NotApplicableError as problem:

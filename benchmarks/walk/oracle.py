@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from walk.build import takes
 
+PLAIN = "_walk_plain"  # marks models that fastprefix has never seen
 Layers = list[tuple[Tensor, Tensor]]  # key and value [Hkv, P, D] of each layer
 
 
@@ -37,13 +38,24 @@ def output_of(out: Any) -> Tensor:
         return out.logits
     if getattr(out, "start_logits", None) is not None:
         return torch.stack([out.start_logits, out.end_logits], -1)
-    return out.last_hidden_state
+    if getattr(out, "last_hidden_state", None) is not None:
+        return out.last_hidden_state
+    return next(x for x in out.values() if isinstance(x, Tensor) and x.is_floating_point())
 
 
 def run(model: Any, **inputs: Any) -> Tensor:
     """A model's output; whatever it draws, it draws the same every time."""
     torch.manual_seed(0)
+    if getattr(model, PLAIN, False):
+        forget(model)
     return output_of(model(**inputs))
+
+
+def forget(model: Any) -> None:
+    """Takes from a plain model what it remembers of the last image."""
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
 
 
 def distance(got: Tensor, want: Tensor) -> float:
@@ -68,11 +80,19 @@ class PrefixOracle:
         shapes: of the prefix's layers, one for each call of attention.
         offset: by how much the text moves.
         inputs: of one forward, to try the ways on.
+        image: whether the forwards that are asked for have images, in which places count
+            differently; inputs then have none.
     """
 
     def __init__(
-        self, model: PreTrainedModel, shapes: list[Any], offset: int, inputs: dict[str, Tensor]
+        self,
+        model: PreTrainedModel,
+        shapes: list[Any],
+        offset: int,
+        inputs: dict[str, Tensor],
+        image: bool = False,
     ) -> None:
+        self.image = image
         self.plain, self.shapes, self.offset = copy.deepcopy(model), shapes, offset
         self.why: list[str] = []
         self.windowed = False
@@ -81,7 +101,7 @@ class PrefixOracle:
 
     def ways(self) -> list[Callable[..., Tensor]]:
         """How to run with a prefix, the most independent way first."""
-        with_cache = self.layers is not None and not self.windowed
+        with_cache = self.layers is not None and not self.windowed and not self.image
         ways = [self._run_cached] if with_cache else []
         return ways + ([self._run_concatenated] if self.interface is not None else [])
 
@@ -143,7 +163,8 @@ class PrefixOracle:
     def _run_cached(self, prefix: Layers, **inputs: Any) -> Tensor:
         offset = prefix[0][0].shape[1]
         name = cache_argument(self.plain)
-        assert self.layers is not None and name is not None
+        assert self.layers is not None
+        assert name is not None
         ids = inputs["input_ids"]
         B = len(ids)
         cache = DynamicCache(config=self.plain.config)
@@ -161,9 +182,7 @@ class PrefixOracle:
             shares.setdefault(module, []).append(part)
         model = self.interface
         if self.offset and takes(model, "position_ids") and "input_ids" in inputs:
-            B, L = inputs["input_ids"].shape
-            start = self.offset + first_position(model)
-            inputs["position_ids"] = torch.arange(start, start + L).expand(B, -1)
+            inputs["position_ids"] = self._positions(inputs) + self.offset
         elif self.offset:
             raise NotApplicableError("the oracle cannot tell it where its text stands")
         state = concatenating._Current
@@ -172,6 +191,29 @@ class PrefixOracle:
             return run(model, **inputs, **_no_cache(model))
         finally:
             state.shares = None
+
+    def _positions(self, inputs: dict[str, Any]) -> Tensor:
+        """Where the plain model itself puts a text that stands alone."""
+        B, L = inputs["input_ids"].shape
+        plain = torch.arange(L).expand(B, -1) + first_position(self.plain)
+        if not self.image:
+            return plain
+        seen: list[Tensor | None] = []
+
+        def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            seen.append(kwargs.get("position_ids"))
+
+        inner = getattr(self.plain, "model", self.plain)
+        stack = getattr(inner, "language_model", None)
+        if stack is None:
+            return plain
+        handle = stack.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                run(self.plain, **inputs, **_no_cache(self.plain))
+        finally:
+            handle.remove()
+        return plain if seen[0] is None else seen[0]
 
 
 def first_position(model: Any) -> int:

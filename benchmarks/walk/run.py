@@ -14,7 +14,7 @@ from walk.classes import Entry, all_classes
 from walk.judge import Cell
 
 LIMIT = 90.0  # seconds for a class
-ROUNDING = 1e-2  # standard deviations
+ROUNDING = 0.1  # standard deviations
 
 
 def walk_class(entry: Entry, ways: Iterable[str] | None = None, library: Any = None) -> list[Cell]:
@@ -25,15 +25,20 @@ def walk_class(entry: Entry, ways: Iterable[str] | None = None, library: Any = N
         ways: by name; all of its task if None.
         library: instead of fastprefix.
     """
-    from walk.build import CannotBuildError, build, check_runs, text
+    from walk.build import CannotBuildError, build, check_runs
+    from walk.inputs import arguments, ids_for
     from walk.judge import judge, timed
     from walk.library import Library
-    from walk.ways import WAYS, Case
+    from walk.ways import CAUSAL, ENCODER, Case, ways_for
 
-    chosen = {n: way for n, way in WAYS[entry.task].items() if ways is None or n in ways}
+    def of(listed: dict[str, Any]) -> dict[str, Any]:
+        return {n: way for n, way in listed.items() if ways is None or n in ways}
+
+    chosen = of(CAUSAL if entry.task in ("causal", "image-text") else ENCODER)
     try:
         plain = build(entry)
-        check_runs(plain, {"input_ids": text(2, 7, 1)})
+        chosen = of(ways_for(entry.task, plain))
+        check_runs(plain, arguments(plain, entry.task, ids_for(plain, entry.task, 2, 7, 1)))
     except CannotBuildError as problem:
         return [Cell(entry.name, entry.task, n, "n/a", f"not built: {problem}") for n in chosen]
     cells = []

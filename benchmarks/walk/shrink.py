@@ -69,6 +69,15 @@ _RULES = tuple((re.compile(pattern), value) for pattern, value in _RULES)  # typ
 _GROUPED = re.compile(r"num_key_value_heads|num_kv_heads|n_head_kv|n_kv_heads|kv_n_heads"
                       r"|num_global_key_value_heads|swa_num_key_value_heads"
                       r"|multi_query_group_num|num_key_value_groups_")  # fmt: skip
+_ENDS = ("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
+_LISTED: dict[str, Any] = {
+    "deepstack_visual_indexes": [0, 1],
+    "fullatt_block_indexes": [1],
+    "image_size": [16, 16],
+    "patch_size": [4, 4],
+    "image_grid_pinpoints": [[16, 16], [16, 32], [32, 16]],
+    "vision_feature_layer": [-2, -1],
+}
 _SPECIAL = re.compile(r"\w+_token_(id|index)|image_token_index")
 
 
@@ -124,11 +133,9 @@ def shrink(default: Any) -> dict[str, Any]:
             if name in ("tie_word_embeddings", "tie_encoder_decoder"):
                 fields[name] = False
             continue
-        if name in ("pad_token_id",):
+        if name == "pad_token_id":
             fields[name] = PAD
-        elif name in ("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id"):
-            fields[name] = 1
-        elif name == "decoder_start_token_id":
+        elif name in _ENDS:
             fields[name] = 1
         elif name in ("forced_bos_token_id", "forced_eos_token_id"):
             fields[name] = None
@@ -139,12 +146,16 @@ def shrink(default: Any) -> dict[str, Any]:
             fields[name] = 2 if value < heads else HEADS
         elif isinstance(value, int) and (made := _rule(name)) is not None:
             fields[name] = min(made, value) if name in ("num_experts_per_tok",) else made
+        elif name in _LISTED and isinstance(value, (list, tuple)):
+            fields[name] = list(_LISTED[name])
         elif name == "dtype" or name == "torch_dtype":
             continue
         elif isinstance(value, dict) and "mrope_section" in value:
             fields[name] = {**value, "mrope_section": [2, 1, 1]}
         elif isinstance(value, float) and "drop" in name:
             fields[name] = 0.0
+    if "fullatt_block_indexes" in values:  # the others see a window, given in pixels
+        fields["window_size"] = 16
     _cut_layers(values, fields)
     return fields
 

@@ -6,9 +6,27 @@ from typing import Any
 
 _TWO = ["sliding_attention", "full_attention"]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}
 _HYBRID = ["linear_attention", "full_attention"]
 
 FIELDS: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "gemma4_vision": {"pooling_kernel_size": 2},
+    "glm4v_text": _MROPE,
+    "glm_ocr_text": {**_MROPE, "head_dim": 16},
+    "glm4v_moe_text": {**_MROPE, "head_dim": 16},
+    "llama4_vision_model": {
+        "intermediate_size": 128,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "vision_output_dim": 32,
+    },
+    "paddleocr_vl_text": _MROPE,
+    "qwen2_vl_text": _MROPE,
+    "qwen2_5_vl_text": _MROPE,
+    "qwen2_5_omni_text": _MROPE,
+    "t5gemma2_encoder": {"mm_tokens_per_image": 4},
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 2},
     "blt": {
         "patcher_config": {"num_hidden_layers": 2},
@@ -105,6 +123,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
+    "esm": {"vocab_size": 101, "mask_token_id": 2, "emb_layer_norm_before": False},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {"layer_types": _HYBRID, "num_hidden_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -123,8 +142,19 @@ FIELDS: dict[str, dict[str, Any]] = {
         "head_dim": 4,
         "n_routed_experts": 4,
     },
+    "layoutlmv3": {"visual_embed": False, "coordinate_size": 5, "shape_size": 6},
+    "lilt": {"channel_shrink_ratio": 2, "hidden_size": 24},
+    "neomme": {"head_dim": 16},
+    "perceiver": {
+        "d_latents": 32,
+        "num_latents": 6,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "ministral": {"head_dim": 8, "num_key_value_heads": 2, "layer_types": _TWO},
+    "t5": {"decoder_start_token_id": 0},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "qwen4_exp_text": {

@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from walk.build import first_line, takes, text
-from walk.judge import Check
+from walk.images import Images
+from walk.inputs import arguments, ids_for, is_encoder_decoder
+from walk.judge import Check, WrongError
 from walk.library import Library
-from walk.oracle import BlindError, Layers, NotApplicableError, PrefixOracle, distance, run
+from walk.oracle import (
+    PLAIN,
+    BlindError,
+    Layers,
+    NotApplicableError,
+    PrefixOracle,
+    distance,
+    forget,
+    run,
+)
 
 P, L, STEPS = 9, 7, 5  # tokens of the prompt, of the text, and new ones
 LEARNED = 5
@@ -34,15 +46,21 @@ class Case:
         task: see :mod:`walk.classes`.
         plain: never patched.
         library: fastprefix.
+        images: what goes into its texts; None for nothing.
     """
 
     task: str
     plain: Any
     library: Library
+    images: Images | None = None
 
     def copy(self) -> Any:
         """A model to patch."""
-        return copy.deepcopy(self.plain)
+        model = copy.deepcopy(self.plain)
+        if hasattr(model, PLAIN):
+            delattr(model, PLAIN)
+            forget(model)
+        return model
 
     @cached_property
     def with_mask(self) -> bool:
@@ -51,7 +69,25 @@ class Case:
 
     def inputs(self, ids: Tensor) -> dict[str, Any]:
         """Keyword arguments for a text."""
-        return {"input_ids": ids}
+        given = arguments(self.plain, self.task, ids)
+        return given if self.images is None else {**given, **self.images.arguments(ids)}
+
+    def extra(self, ids: Tensor) -> dict[str, Any]:
+        """What goes with a text in `generate()`."""
+        given = self.inputs(ids)
+        del given["input_ids"]
+        return given
+
+    def text(self, rows: int, length: int, seed: int) -> Tensor:
+        """A text as the class likes it."""
+        if self.images is not None:
+            return self.images.text(rows, length, seed)
+        return ids_for(self.plain, self.task, rows, length, seed)
+
+    def with_images(self) -> Case:
+        """The same with an image in each text."""
+        with plainly():
+            return replace(self, images=Images(self.plain))
 
 
 @contextlib.contextmanager
@@ -76,14 +112,14 @@ def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def rows_of(seed: int = 3) -> list[Tensor]:
+def rows_of(case: Case, seed: int = 3) -> list[Tensor]:
     """Texts of several lengths, of which no two start alike."""
-    return [text(1, n, seed + i) for i, n in enumerate(LENGTHS)]
+    return [case.text(1, n, seed + i) for i, n in enumerate(LENGTHS)]
 
 
 def patch(case: Case) -> Iterator[Check]:
     """`patch_model` alone: the same output."""
-    ids = text(2, L, 1)
+    ids = case.text(2, L, 1)
     with plainly(), torch.no_grad():
         want = run(case.plain, **case.inputs(ids))
         if not torch.isfinite(want).all():
@@ -96,7 +132,7 @@ def patch_padded(case: Case) -> Iterator[Check]:
     """`patch_model` alone, rows padded on either side."""
     model = None
     for side in ("right", "left"):
-        ids, mask = padded(rows_of(), side)
+        ids, mask = padded(rows_of(case), side)
         with plainly(), torch.no_grad():
             if not case.with_mask:
                 raise NotApplicableError("it takes no attention mask")
@@ -113,7 +149,7 @@ def patch_padded(case: Case) -> Iterator[Check]:
 
 def prompt(case: Case) -> Iterator[Check]:
     """A prompt's keys and values in front of a text: as the two in one sequence."""
-    front, ids = text(1, P, 11), text(2, L, 1)
+    front, ids = text(1, P, 11), case.text(2, L, 1)
     with plainly(), torch.no_grad():
         whole = torch.cat([front.expand(2, -1), ids], 1)
         want = run(case.plain, **case.inputs(whole))[:, P:]
@@ -127,7 +163,7 @@ def prompt(case: Case) -> Iterator[Check]:
 
 def prompt_padded(case: Case) -> Iterator[Check]:
     """The same for rows padded on the left, where the plain model pads right itself."""
-    front, rows = text(1, P, 11), rows_of()
+    front, rows = text(1, P, 11), rows_of(case)
     ids, mask = padded(rows, "left")
     with plainly(), torch.no_grad():
         more = padding_arguments(case, rows)
@@ -158,9 +194,11 @@ def padding_arguments(case: Case, rows: list[Tensor]) -> dict[str, Tensor]:
     raise NotApplicableError("the plain model does not pad on the left")
 
 
-def generated(model: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Tensor:
+def generated(case: Case, model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """New tokens of greedy decoding."""
     torch.manual_seed(0)
+    if model is case.plain:
+        forget(model)
     mask = torch.ones_like(ids) if mask is None else mask
     out = model.generate(
         input_ids=ids,
@@ -169,7 +207,7 @@ def generated(model: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) 
         max_new_tokens=STEPS,
         min_new_tokens=STEPS,
         pad_token_id=0,
-        **more,
+        **case.extra(ids),
     )
     out = out if isinstance(out, Tensor) else out.sequences
     return out[:, ids.shape[1] :]
@@ -189,7 +227,7 @@ def told_by_generate(case: Case, whole: Tensor) -> Callable[[Tensor], str]:
     def hint(got: Tensor) -> str:
         with contextlib.suppress(Exception):
             told = looped(lambda x: run(case.plain, **case.inputs(x)), whole)
-            if (generated(case.plain, whole) != told).any():
+            if (generated(case, case.plain, whole) != told).any():
                 same = ", right by the forward" if (got == told).all() else ""
                 return f" (the plain model's generate() is not what its forward says{same})"
         return ""
@@ -203,36 +241,36 @@ def prompt_greedy(case: Case) -> Iterator[Check]:
     with plainly():
         generates(case)
         for seed in range(1, 9):
-            ids = text(2, L, seed)
+            ids = case.text(2, L, seed)
             whole = torch.cat([front.expand(2, -1), ids], 1)
-            want = generated(case.plain, whole)
-            if (want != generated(case.plain, ids)).any():
+            want = generated(case, case.plain, whole)
+            if (want != generated(case, case.plain, ids)).any():
                 break
         else:
             raise BlindError("the same tokens without the prompt")
     model = case.copy()
     kv = case.library.prefill(model, front)
     with case.library.use(model, kv):
-        got = generated(model, ids)
+        got = generated(case, model, ids)
     yield Check(got, [want], hint=told_by_generate(case, whole))
 
 
 def prompt_greedy_padded(case: Case) -> Iterator[Check]:
     """`generate()` behind a prompt for rows padded on the left."""
-    front, rows = text(1, P, 11), rows_of()
+    front, rows = text(1, P, 11), rows_of(case)
     ids, mask = padded(rows, "left")
     with plainly():
         generates(case)
-        alone = torch.cat([generated(case.plain, row) for row in rows])
-        if (alone != generated(case.plain, ids, mask)).any():
+        alone = torch.cat([generated(case, case.plain, row) for row in rows])
+        if (alone != generated(case, case.plain, ids, mask)).any():
             raise NotApplicableError("the plain model does not pad on the left in generate()")
-        want = torch.cat([generated(case.plain, torch.cat([front, row], 1)) for row in rows])
+        want = torch.cat([generated(case, case.plain, torch.cat([front, row], 1)) for row in rows])
         if (want == alone).all():
             raise BlindError("the same tokens without the prompt")
     model = case.copy()
     kv = case.library.prefill(model, front)
     with case.library.use(model, kv):
-        got = generated(model, ids, mask)
+        got = generated(case, model, ids, mask)
     yield Check(got, [want], hint=told_by_generate(case, torch.cat([front, rows[0]], 1)))
 
 
@@ -254,18 +292,32 @@ def seen(want: Tensor, without: Tensor, what: str) -> None:
         raise BlindError(f"the output hardly depends on {what}")
 
 
-def learned(case: Case, ids: Tensor) -> tuple[PrefixOracle, Layers, int]:
+def learned(
+    case: Case, ids: Tensor, groups: tuple[str, ...] | None = None
+) -> tuple[PrefixOracle, Layers, int]:
     """Random keys and values for every layer, and a plain model to run them in."""
-    shapes, _, offset = case.library.describe(case.copy(), LEARNED)
+    shapes, parts, offset = case.library.describe(case.copy(), LEARNED)
     generator, dtype = torch.Generator().manual_seed(7), case.plain.dtype
-    layers = [
-        (
-            torch.randn(shape.num_heads, LEARNED, shape.key_size, generator=generator).to(dtype),
-            torch.randn(shape.num_heads, LEARNED, shape.value_size, generator=generator).to(dtype),
+    layers = []
+    for shape, part in zip(shapes, parts, strict=True):
+        length = LEARNED if groups is None or part in groups else 0
+        sizes = (shape.key_size, shape.value_size)
+        key, value = (
+            torch.randn(shape.num_heads, length, size, generator=generator).to(dtype)
+            for size in sizes
         )
-        for shape in shapes
-    ]
-    oracle = PrefixOracle(case.plain, shapes, offset, case.inputs(ids))
+        layers.append((key, value))
+    if not any(key.shape[1] for key, _ in layers):
+        raise NotApplicableError(f"it has no layers in {', '.join(groups or ())}")
+    texts = replace(case, images=None)
+    image = case.images is not None
+    oracle = PrefixOracle(
+        case.plain,
+        shapes,
+        offset,
+        texts.inputs(text(2, L, 1)) if image else case.inputs(ids),
+        image,
+    )
     if not oracle.ways():
         raise NotApplicableError("nothing says what is right: " + "; ".join(oracle.why))
     return oracle, layers, offset
@@ -284,21 +336,39 @@ def right(oracle: PrefixOracle, layers: Layers, **inputs: Any) -> list[Tensor]:
     return found
 
 
-def prefix(case: Case) -> Iterator[Check]:
-    """A learned prefix: as the same numbers in a cache of plain transformers."""
-    ids = text(2, L, 1)
-    oracle, layers, offset = learned(case, ids)
+def expected_offset(model: Any) -> int | None:
+    """By how much a learned prefix moves a text: by its length where a cache would.
+
+    That is in decoders that are told positions, and in encoders whose embeddings count the cache.
+    None where that is not known.
+    """
+    if is_encoder_decoder(model):
+        return None
+    names = {n for m in model.modules() for n in inspect.signature(m.forward).parameters}
+    return LEARNED if names & {"past_key_values_length", "cache_length"} else None
+
+
+def prefix(case: Case, groups: tuple[str, ...] | None = None) -> Iterator[Check]:
+    """A learned prefix: as the same numbers in a cache of plain transformers.
+
+    Args:
+        case: the class.
+        groups: the only ones of an encoder-decoder's layers that get one.
+    """
+    ids = case.text(2, L, 1)
+    oracle, layers, offset = learned(case, ids, groups)
     inputs = case.inputs(ids)
     with plainly(), torch.no_grad():
         want = right(oracle, layers, **inputs)
         seen(want[0], run(case.plain, **inputs), "a prefix")
-        less = right(oracle, [(k * 0.5, v) for k, v in layers], **inputs)
     kv = case.library.learned([k for k, _ in layers], [v for _, v in layers], offset)
     model = case.copy()
     with case.library.use(model, kv), torch.no_grad():
         got = run(model, **inputs)
-    del less
     yield from told_apart(got, want)
+    expected = expected_offset(case.plain)
+    if expected not in (None, offset):
+        raise WrongError(f"the default position_offset is {offset}, by a cache {expected}")
 
 
 def told_apart(
@@ -321,31 +391,71 @@ def told_apart(
 
 def prefix_greedy(case: Case) -> Iterator[Check]:
     """`generate()` behind a learned prefix."""
-    oracle, layers, offset = learned(case, text(2, L, 1))
+    oracle, layers, offset = learned(case, case.text(2, L, 1))
     with plainly():
         generates(case)
         for seed in range(1, 9):
-            ids = text(2, L, seed)
+            ids = case.text(2, L, seed)
             want = []
             for way in oracle.ways():
                 with contextlib.suppress(NotApplicableError):
                     want.append(looped(lambda x, way=way: way(layers, **case.inputs(x)), ids))
             if not want:
                 raise NotApplicableError("nothing says what is right")
-            if (want[0] != generated(case.plain, ids)).any():
+            if (want[0] != generated(case, case.plain, ids)).any():
                 break
         else:
             raise BlindError("the same tokens without the prefix")
     kv = case.library.learned([k for k, _ in layers], [v for _, v in layers], offset)
     model = case.copy()
     with case.library.use(model, kv):
-        got = generated(model, ids)
+        got = generated(case, model, ids)
     yield from told_apart(got, want, told_by_generate(case, ids))
+
+
+def prefix_greedy_of_two(case: Case) -> Iterator[Check]:
+    """`generate()` of an encoder-decoder behind a prefix in each group of its layers."""
+    ids = case.text(2, L, 1)
+    oracle, layers, offset = learned(case, ids)
+    with plainly():
+        generates(case)
+        start = case.plain.generation_config.decoder_start_token_id
+        first = torch.full((2, 1), start)
+
+        def decoded(run_with: Callable[..., Tensor]) -> Tensor:
+            return looped(lambda x: run_with(input_ids=ids, decoder_input_ids=x), first)
+
+        plain = of_two(case.plain, ids)
+        if (plain != decoded(partial(run, case.plain))).any():
+            raise NotApplicableError("the plain model's generate() is not what its forward says")
+        want = [decoded(partial(way, layers)) for way in oracle.ways()]
+        if (want[0] == plain).all():
+            raise BlindError("the same tokens without the prefix")
+    kv = case.library.learned([k for k, _ in layers], [v for _, v in layers], offset)
+    model = case.copy()
+    with case.library.use(model, kv):
+        got = of_two(model, ids)
+    yield from told_apart(got, want)
+
+
+def of_two(model: Any, ids: Tensor) -> Tensor:
+    """New tokens of greedy decoding by an encoder-decoder."""
+    torch.manual_seed(0)
+    mask = torch.ones_like(ids)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=STEPS,
+        min_new_tokens=STEPS,
+    )
+    return out[:, 1:]
 
 
 def gradient(case: Case) -> Iterator[Check]:
     """The gradient of a learned prefix, the model's weights frozen."""
-    ids = text(2, L, 1)
+    ids = case.text(2, L, 1)
     oracle, layers, offset = learned(case, ids)
     inputs = case.inputs(ids)
 
@@ -392,12 +502,80 @@ CAUSAL: dict[str, Callable[[Case], Iterator[Check]]] = {
     "prefix greedy": prefix_greedy,
     "gradient": gradient,
 }
-ENCODER = {name: CAUSAL[name] for name in ("patch", "patch padded", "prefix", "gradient")}
-WAYS = {
-    "causal": CAUSAL,
-    "image-text": CAUSAL,
-    "seq2seq": ENCODER,
-    "masked": ENCODER,
-    "classification": ENCODER,
-    "answering": ENCODER,
+
+
+def prompt_image(case: Case, greedy: bool = False) -> Iterator[Check]:
+    """A prompt that holds an image, in front of a text without one."""
+    front, ids = case.text(1, P, 11), text(2, L, 1)
+    whole = torch.cat([front.expand(2, -1), ids], 1)
+    texts = replace(case, images=None)
+    with plainly(), torch.no_grad():
+        if greedy:
+            generates(case)
+            want = generated(case, case.plain, whole)
+            if (want == generated(texts, case.plain, ids)).all():
+                raise BlindError("the same tokens without the prompt")
+        else:
+            want = run(case.plain, **case.inputs(whole))[:, front.shape[1] :]
+            other = whole.clone()
+            seen(want, run(case.plain, **texts.inputs(ids)), "a prompt")
+            del other
+    model = case.copy()
+    kv = case.library.prefill(model, front, **case.extra(front))
+    with case.library.use(model, kv), torch.no_grad():
+        got = generated(texts, model, ids) if greedy else run(model, **texts.inputs(ids))
+    yield Check(got, [want])
+
+
+def on_images(
+    way: Callable[..., Iterator[Check]], **options: Any
+) -> Callable[..., Iterator[Check]]:
+    """A way, on texts with an image."""
+
+    def walked(case: Case) -> Iterator[Check]:
+        case = case.with_images()
+        with plainly(" with an image"), torch.no_grad():
+            ids = case.text(2, L, 1)
+            given = case.inputs(ids)
+            with_image = run(case.plain, **given)
+            given["pixel_values"] = given["pixel_values"].flip(0, -1) * 2
+            seen(with_image, run(case.plain, **given), "the image")
+        yield from way(case, **options)
+
+    return walked
+
+
+IMAGES: dict[str, Callable[[Case], Iterator[Check]]] = {
+    "image patch": on_images(patch),
+    "image prompt": on_images(prompt),
+    "image prompt greedy": on_images(prompt_greedy),
+    "image in prompt": on_images(prompt_image),
+    "image in prompt greedy": on_images(prompt_image, greedy=True),
+    "image prefix": on_images(prefix),
+    "image prefix greedy": on_images(prefix_greedy),
+    "image gradient": on_images(gradient),
 }
+ENCODER = {name: CAUSAL[name] for name in ("patch", "patch padded", "prefix", "gradient")}
+ENCODER_DECODER: dict[str, Callable[[Case], Iterator[Check]]] = {
+    "patch": patch,
+    "patch padded": patch_padded,
+    "prefix encoder": partial(prefix, groups=("encoder",)),
+    "prefix decoder": partial(prefix, groups=("decoder",)),
+    "prefix cross": partial(prefix, groups=("cross",)),
+    "prefix": prefix,
+    "prefix greedy": prefix_greedy_of_two,
+    "gradient": gradient,
+}
+
+
+def ways_for(task: str, model: Any) -> dict[str, Callable[[Case], Iterator[Check]]]:
+    """The ways that go with a class."""
+    if task == "seq2seq" and is_encoder_decoder(model):
+        return ENCODER_DECODER
+    if task == "image-text":
+        return {**CAUSAL, **IMAGES}
+    # a few that read sounds are listed with encoder-decoders, and continue a text
+    return CAUSAL if task in ("causal", "seq2seq") else ENCODER
+
+
+WAY_NAMES = list(dict.fromkeys([*CAUSAL, *IMAGES, *ENCODER_DECODER]))
