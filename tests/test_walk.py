@@ -34,7 +34,7 @@ def walked(walk, name, ways=None, library=None):
 
 
 def test_a_class_that_works_is_right_in_every_way(walk):
-    for name in ("LlamaForCausalLM", "BertForMaskedLM"):
+    for name in ("LlamaForCausalLM", "DistilBertForMaskedLM"):
         for cell in walked(walk, name).values():
             assert cell.status == "right", cell
             assert cell.error <= walk.judge.TOLERANCE
@@ -53,7 +53,7 @@ def test_a_wrong_prefix_is_judged_wrong(walk):
         def use(self, model, kv):
             return super().use(model, replace(kv, values=tuple(x / 2 for x in kv.values)))
 
-    for name in ("LlamaForCausalLM", "BertForMaskedLM"):
+    for name in ("LlamaForCausalLM", "DistilBertForMaskedLM"):
         cells = walked(walk, name, library=Halved())
         for way, cell in cells.items():
             assert cell.status == ("right" if way.startswith("patch") else "wrong"), cell
@@ -82,7 +82,7 @@ def test_errors_that_nobody_meant_are_crashes(walk):
 
 
 def test_a_hang_ends_one_class_and_not_the_walk(walk):
-    cells = walk.run.walk(["LlamaForCausalLM", "GPT2LMHeadModel"], ["patch"], limit=-31.0)
+    cells = walk.run.walk(["LlamaForCausalLM", "GPT2LMHeadModel"], ["patch"], limit=0.001)
     assert len(cells) == 2
     assert {cell.status for cell in cells} <= {"crash", "right"}
     assert any("took longer" in cell.message for cell in cells)

@@ -41,7 +41,18 @@ class Images:
             ),
             config,
         )
-        if not hasattr(model, "get_image_features"):
+        if takes(model, "aspect_ratio_ids"):  # attends to the image from one token
+            self.count, self.layout = 1, self._tiles
+            return
+        self.function = next(
+            (
+                part.get_image_features
+                for part in (model, getattr(model, "model", None))
+                if hasattr(part, "get_image_features")
+            ),
+            None,
+        )
+        if self.function is None:
             raise NotApplicableError("the class does not say what an image becomes")
         problems = []
         for layout in (
@@ -82,9 +93,8 @@ class Images:
 
     def _features(self, inputs: dict[str, Any]) -> int:
         """How many tokens an image becomes."""
-        function = self.model.get_image_features
-        known = inspect.signature(function).parameters
-        found = function(**{n: x for n, x in inputs.items() if n in known})
+        known = {*inspect.signature(self.function).parameters, "image_merge_sizes"}
+        found = self.function(**{n: x for n, x in inputs.items() if n in known})
         if not isinstance(found, (Tensor, list, tuple)):
             pooled = found.pooler_output
             found = found.last_hidden_state if pooled is None else pooled
@@ -120,6 +130,15 @@ class Images:
         """The same with patches of two dimensions (Kimi)."""
         given, patch = self._flat(rows), _number(getattr(self.vision, "patch_size", PATCH))
         return {**given, "pixel_values": given["pixel_values"].view(rows * 16, -1, patch, patch)}
+
+    def _tiles(self, rows: int) -> dict[str, Any]:
+        """Tiles of an image in a shape of its own (Mllama)."""
+        size = self._size()
+        return {
+            "pixel_values": self._noise(rows, 1, 2, 3, size, size),
+            "aspect_ratio_ids": torch.tensor([[2]] * rows),
+            "aspect_ratio_mask": torch.ones(rows, 1, 2, dtype=torch.long),
+        }
 
     def _placed(self, rows: int) -> dict[str, Any]:
         """Patches and where each one is (Gemma 4)."""
