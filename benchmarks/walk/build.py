@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from typing import Any
@@ -67,6 +68,15 @@ def check_runs(model: Any, inputs: dict[str, Any]) -> None:
         copy.deepcopy(model)(**inputs)
     except Exception as problem:
         raise CannotBuildError(f"run as it is: {first_line(problem)}") from problem
+
+
+def in_double(model: Any) -> Any:
+    """A copy in float64, whose experts run one by one: their grouped kernels know no float64."""
+    model = copy.deepcopy(model).double()
+    if hasattr(model, "set_experts_implementation"):
+        with contextlib.suppress(Exception):
+            model.set_experts_implementation("eager")
+    return model
 
 
 def make_loud(model: nn.Module, std: float = 0.2) -> None:

@@ -86,6 +86,8 @@ class Images:
         is_image = ids == self.token
         rows = int(is_image.any(1).sum())
         given = self.layout(rows) if rows else {}
+        if rows and "aspect_ratio_ids" in given:
+            given["cross_attention_mask"] = torch.ones(*ids.shape, 1, 2, dtype=torch.long)
         for name in ("mm_token_type_ids", "token_type_ids"):
             if takes(self.model, name) and (rows or name == "mm_token_type_ids"):
                 given[name] = is_image.long()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 import os
 import time
@@ -27,7 +26,7 @@ def walk_class(entry: Entry, ways: Iterable[str] | None = None, library: Any = N
         ways: by name; all of its task if None.
         library: instead of fastprefix.
     """
-    from walk.build import CannotBuildError, build, check_runs
+    from walk.build import CannotBuildError, build, check_runs, in_double
     from walk.inputs import arguments, ids_for
     from walk.judge import judge, timed
     from walk.library import Library
@@ -49,7 +48,7 @@ def walk_class(entry: Entry, ways: Iterable[str] | None = None, library: Any = N
         (status, message, error), seconds = timed(lambda: judge(lambda: way(case)))  # noqa: B023
         if status == "wrong" and (error or 1.0) < ROUNDING:
             # a loud model makes much of rounding: with twice the digits nothing may be left of it
-            precise = Case(entry.task, copy.deepcopy(plain).double(), library or Library())
+            precise = Case(entry.task, in_double(plain), library or Library())
             found, more = timed(lambda: judge(lambda: way(precise)))  # noqa: B023
             seconds += more
             if found[0] == "right":

@@ -6,6 +6,7 @@ of every kind of layer one is kept. What this cannot guess is in :mod:`walk.spec
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from typing import Any
@@ -90,7 +91,7 @@ def small(config_class: Any, model_type: str = "", **changes: Any) -> Any:
         changes: fields that are set as they are.
     """
     own = FIELDS.get(model_type or config_class.model_type, {})
-    given = {**own, **changes}
+    given = copy.deepcopy({**own, **changes})  # configurations change what they are given
     default = _default(config_class)
     fields = shrink(default)
     for name, part in (getattr(config_class, "sub_configs", None) or {}).items():

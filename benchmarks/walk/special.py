@@ -14,7 +14,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma4_vision": {"pooling_kernel_size": 2},
     "glm4v_text": _MROPE,
-    "glm_ocr_text": {**_MROPE, "head_dim": 16},
+    "glm_ocr_text": {
+        "rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]},
+        "head_dim": 16,
+    },
     "glm4v_moe_text": {**_MROPE, "head_dim": 16},
     "llama4_vision_model": {
         "intermediate_size": 128,
@@ -170,6 +173,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "ministral": {"head_dim": 8, "num_key_value_heads": 2, "layer_types": _TWO},
     "t5": {"decoder_start_token_id": 0},
+    # without norms its output grows so much that rounding shows
+    "mobilebert": {"normalization_type": "layer_norm"},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "qwen4_exp_text": {
