@@ -5,6 +5,9 @@ random prefix through the library's public door and compared with plain transfor
 each row alone and unpadded with the same numbers concatenated. It passes, is wrong (a result came
 back and was not right), is refused (an error), or does not apply (the bare model, without any
 prefix, does not do it either). Both libraries run in one go.
+
+With ``--all`` every model class of transformers that can be built small is walked instead, with
+fastprefix alone, in the ways of :mod:`walk.ways`.
 """
 
 from __future__ import annotations
@@ -129,9 +132,24 @@ def main() -> None:
     parser.add_argument(
         "--readme", type=Path, help="file whose marked part the short table becomes"
     )
-    parser.add_argument("--time-limit", type=float, default=60.0, help="CPU seconds for a cell")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=60.0,
+        help="CPU seconds for a cell; with --all for a class",
+    )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--all", action="store_true", help="walk every class of transformers")
+    parser.add_argument("--classes", help="with --all: some classes or tasks, with commas")
+    parser.add_argument("--ways", help="with --all: some ways of use, with commas")
     chosen = parser.parse_args()
+    if chosen.all:
+        from walk.command import main as walk_all
+
+        walk_all(chosen, Console())
+        return
+    if chosen.classes or chosen.ways:
+        parser.error("--classes and --ways go with --all")
     everything = (list(ARCHITECTURES), list(CAPABILITIES), list(LIBRARIES))
     if (chosen.architectures, chosen.capabilities, chosen.libraries) == everything:
         chosen.output = chosen.output or Path(__file__).parent / "results"

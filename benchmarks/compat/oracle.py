@@ -91,7 +91,7 @@ def concatenating_attention(
     if _Current.recorded is not None:
         _Current.recorded.append((module, key, value))
     P = 0
-    if _Current.shares is not None:
+    if _Current.shares is not None and module in _Current.shares:  # not in one of images
         queue = _Current.shares[module]
         queue.append(queue.pop(0))  # a module that several layers share serves them in turn
         front = [part[None].expand(B, -1, -1, -1) for part in queue[-1]]
@@ -114,7 +114,7 @@ def concatenating_attention(
         sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(B, -1, Lq, 1)
         scores = torch.cat([scores, sinks], -1)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : P + Lk]
-    return (weights @ value).transpose(1, 2), None
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, concatenating_attention)

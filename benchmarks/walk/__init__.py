@@ -1,0 +1,1 @@
+"""The walk over every model class of transformers that can be built small (``--all``)."""
