@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastprefix.hf.active import ActivePrefix, Recorder
+from fastprefix.hf.judge import Judge
 from fastprefix.hf.keeping import says_stateful
 from fastprefix.hf.probe import (
     Slots,
@@ -44,10 +45,6 @@ Question = Literal["patch", "prefix", "prompt"]
 
 # Tokens of prefix and of text: together fewer than any real window or chunk.
 PREFIX, TEXT = 3, 3
-# The largest error of what a layer makes of a token, relative to its norm: several times what two
-# ways to round differ by, and far below what a lost token or a wrong position changes.
-_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
-_TF32, _COARSE = 5e-3, 3e-2
 _OFF = "check=False switches this check off"
 
 _LOGGER = logging.getLogger("fastprefix")
@@ -150,7 +147,7 @@ def compare_patch(
             return "", 0.0
     finally:
         patched()
-    judge = _Judge(model, trace, inputs)
+    judge = Judge(model, trace, inputs)
     try:
         with held_to(trace, lambda _: 0, judge.compare):
             got = result_of(model(**inputs, fastprefix=Recorder()))
@@ -194,7 +191,7 @@ def compare_prefix(
     shortened = _shortened(model, slots, state) if is_text else None
     held = _held(model, slots, recorder, shortened)
     calls = _slots_of(slots, trace)
-    judge = _Judge(model, trace, inputs)
+    judge = Judge(model, trace, inputs)
     unmoved: list[int] = []
 
     def begin(number: int) -> int:
@@ -254,7 +251,7 @@ def compare_prompt(
     kv = prefilled(ids[:, :PREFIX])
     with recorded(_blocks(model, slots)) as trace:
         want = result_of(behind(None, input_ids=ids))
-    judge = _Judge(model, trace, {})
+    judge = Judge(model, trace, {})
     with held_to(trace, lambda _: PREFIX, judge.compare):
         got = result_of(behind(kv, input_ids=ids[:, PREFIX:]))
     judge.final(got, _last(want, TEXT))
@@ -280,79 +277,6 @@ def _blocks(model: PreTrainedModel, slots: Slots) -> list[nn.Module]:
     return [
         block for stack in dict.fromkeys(stacks) for block in model.get_submodule(stack).children()
     ]
-
-
-class _Judge:
-    """The largest error of what layers make, token by token, where tokens are real."""
-
-    def __init__(self, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
-        self.names = {module: name for name, module in model.named_modules()}
-        self.trace, self.mask = trace, inputs.get("attention_mask")
-        self.tolerance = _tolerance(model)
-        self.worst, self.where, self.judged = 0.0, "", 0
-
-    def name(self, number: int) -> str:
-        """A call's module, for messages."""
-        module = self.trace.calls[number].module
-        return f"{type(module).__name__} ({self.names[module]})"
-
-    def compare(self, number: int, made: Tensor, want: Tensor) -> None:
-        """Compares what a call made with what it is to make, [B, L, width]."""
-        self.judged += 1
-        self._note(self.error(number, made, want), self.name(number))
-
-    def final(self, got: Tensor | None, want: Tensor | None) -> None:
-        """Compares what models return."""
-        if got is None or want is None:
-            return
-        self._note(_error(got, want, self._real(want)), "the model")
-
-    def error(self, number: int, made: Tensor, want: Tensor) -> float:
-        """The largest error of a token, relative to its norm."""
-        return _error(made, want, self._real(want))
-
-    def _real(self, want: Tensor) -> Tensor | None:
-        mask = self.mask
-        if isinstance(mask, Tensor) and mask.shape == want.shape[:2]:
-            return mask.to(want.device).bool()
-        return None
-
-    def _note(self, error: float, where: str) -> None:
-        if error > self.worst or not self.where:
-            self.worst, self.where = error, where
-
-
-def _error(got: Tensor, want: Tensor, real: Tensor | None) -> float:
-    if got.shape != want.shape:
-        return float("inf")
-    got, want = (x.detach().double().reshape(*x.shape[:2], -1) for x in (got, want))
-    if real is not None:
-        got, want = got[real], want[real]
-    if not torch.equal(got.isfinite(), want.isfinite()):
-        return float("inf")
-    difference = (got - want).nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
-    norms = want.nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
-    scale = norms.clamp(min=0.1 * float(norms.square().mean().sqrt()))  # of a token near zero
-    return float((difference / scale.clamp(min=1e-30)).max()) if norms.numel() else 0.0
-
-
-def _tolerance(model: PreTrainedModel) -> float:
-    """For the coarsest arithmetic that a model's layers may use."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {model.dtype}
-    found = max(_TOLERANCES.get(dtype, _COARSE) for dtype in dtypes)
-    if getattr(model, "quantization_method", None) is not None or _quantised(model):
-        found = _COARSE
-    if found < _TF32 and (
-        model.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest"
-    ):
-        found = _TF32
-    return found
-
-
-def _quantised(model: PreTrainedModel) -> bool:
-    """Whether weights are of a type that computes on its own terms."""
-    plain = (nn.Parameter, Tensor)
-    return any(type(parameter.data) not in plain for parameter in model.parameters())
 
 
 def _unable(model: PreTrainedModel) -> str:

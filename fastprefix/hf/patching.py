@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.active import ActivePrefix
-from fastprefix.hf.attention import CAUSAL, NAME, SLOT
+from fastprefix.hf.attention import CAUSAL, SLOT
 from fastprefix.hf.cached_state import check_states
 from fastprefix.hf.check import ask, ask_prefix, compare_patch, recall, remember
 from fastprefix.hf.expand import check_expanded, check_fallback
@@ -34,14 +33,16 @@ from fastprefix.hf.hook import (
     shift,
     take_turn,
 )
+from fastprefix.hf.implementation import PATCHED, implementations, restore, set_implementation
 from fastprefix.hf.keeping import says_stateful
 from fastprefix.hf.multimodal import around, language_model
+from fastprefix.hf.placing import placing_of, position_embeddings
 from fastprefix.hf.positions import counts_padding
-from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe, takes
+from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe
 from fastprefix.hf.room import positions_known
 from fastprefix.hf.sharding import Sharding, find_sharding, refuse_split_heads
 from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Placing, State
-from fastprefix.hf.versions import cached_name, parameters, set_attention
+from fastprefix.hf.versions import parameters
 from fastprefix.kv import Group, LayerShape, PackedPrefixKV, PrefixBank, PrefixKV
 
 # One prefix for all rows, or several by name.
@@ -51,7 +52,6 @@ Prefixes = PrefixKV | PackedPrefixKV | Mapping[str, PrefixKV]
 Fallback = Literal["expand"]
 
 _LOCK = threading.RLock()
-_PATCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def patch_model(
@@ -116,7 +116,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
                 if hasattr(module, name):
                     delattr(module, name)
         delattr(model, STATE)
-        _restore(state.previous)
+        restore(state.previous)
     return model
 
 
@@ -414,16 +414,16 @@ def _patch(
             ) from refusal
         state = patch_expanded(model, refusal)
     setattr(model, STATE, state)
-    _PATCHED.add(model)
+    PATCHED.add(model)
 
 
 def _patch_attention(
     model: PreTrainedModel, example: Mapping[str, Any] | None, check: bool
 ) -> State:
-    state = State(_implementations(model), "auto", example=example)
+    state = State(implementations(model), "auto", example=example)
     known = recall(model) if example is None else None
     try:
-        _set_implementation(model)
+        set_implementation(model)
         refuse_split_heads(model)
         if known is None:
             known = remember(model, probe(model, example))
@@ -432,13 +432,13 @@ def _patch_attention(
             setattr(module, CAUSAL, causal)
         if check:
             state.known = known
-            bare, ours = partial(_restore, state.previous), partial(_set_implementation, model)
+            bare, ours = partial(restore, state.previous), partial(set_implementation, model)
             ask(model, known, "patch", lambda: compare_patch(model, slots, example, bare, ours))
         state.sharding = find_sharding(model)
     except Exception:
         for module in known.slots.causal if known is not None else ():
             delattr(module, CAUSAL)
-        _restore(state.previous)
+        restore(state.previous)
         raise
     state.shapes, state.groups = slots.shapes, slots.groups
     state.stateful = says_stateful(model)
@@ -459,16 +459,16 @@ def _patch_attention(
     if is_encoder_decoder(model):
         stack = model.get_decoder()
         told: Placing = "distance" if len(relative_biases(stack)) == 1 else "fixed"
-        state.placing = "embedding" if _position_embeddings(stack) else told
+        state.placing = "embedding" if position_embeddings(stack) else told
         hooked = {model: "inner", model.base_model: "inner"}
         hooked |= {model.get_encoder(): "fixed", stack: state.placing}
     else:
         stack = language_model(model) or model
-        state.placing = _placing(stack, causal="decoder" in state.groups)
+        state.placing = placing_of(stack, causal="decoder" in state.groups)
         if stack is not model:
             hooked = dict.fromkeys(around(model, stack), "outer")
         hooked |= {stack: state.placing, stack.base_model: state.placing}
-    embeddings = _position_embeddings(stack) if state.placing == "embedding" else []
+    embeddings = position_embeddings(stack) if state.placing == "embedding" else []
     state.positions_known = positions_known(model, stack)
     state.counts_padding, state.frequencies = counts_padding(stack), thresholds(model.config)
     for module, placing in hooked.items():
@@ -483,76 +483,6 @@ def _patch_attention(
     if isinstance(head, nn.Module):
         state.handles.append(head.register_forward_pre_hook(contiguous_input))
     return state
-
-
-def _placing(model: PreTrainedModel, *, causal: bool) -> Placing:
-    """How a model that is one stack learns where its text stands."""
-    by_argument = takes(model, "position_ids")
-    embeddings = _position_embeddings(model)
-    if causal and by_argument and not _counts_itself(model):
-        return "argument"
-    if embeddings:
-        return "embedding"
-    return "given" if by_argument else "fixed"
-
-
-def _counts_itself(stack: nn.Module) -> bool:
-    """Whether a stack counts positions from another number than 0, as it alone knows (RoBERTa)."""
-    return any(hasattr(x, "create_position_ids_from_input_ids") for x in stack.modules())
-
-
-def _position_embeddings(stack: nn.Module) -> list[nn.Module]:
-    """The modules that place a text behind the keys that are in the cache."""
-    return [module for module in stack.modules() if cached_name(module) is not None]
-
-
-def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
-    """The configs of a model and of the models in it, and the implementations to restore."""
-    before = {
-        id(config): implementation
-        for other in _PATCHED
-        if is_patched(other)
-        for config, implementation in state_of(other).previous
-    }
-    configs = {
-        id(config): config
-        for part in model.modules()
-        if isinstance(part, PreTrainedModel)
-        for config in _with_sub_configs(part.config)
-    }
-    return [
-        (config, before.get(key, config._attn_implementation_internal))
-        for key, config in configs.items()
-    ]
-
-
-def _with_sub_configs(config: Any) -> Iterator[Any]:
-    yield config
-    for name in config.sub_configs:
-        if (part := getattr(config, name, None)) is not None:
-            yield from _with_sub_configs(part)
-
-
-def _restore(previous: list[tuple[Any, str | None]]) -> None:
-    """Sets implementations back, but in configs that another patched model shares."""
-    shared = {
-        id(config)
-        for other in _PATCHED
-        if is_patched(other)
-        for config, _ in state_of(other).previous
-    }
-    for config, implementation in previous:
-        if id(config) not in shared:
-            config._attn_implementation_internal = implementation
-
-
-def _set_implementation(model: PreTrainedModel) -> None:
-    set_attention(model, NAME)
-    if model.config._attn_implementation != NAME:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not route its attention through transformers' "
-            "AttentionInterface, so no other attention can take its place"
-        )
 
 
 __all__ = [

@@ -1,0 +1,73 @@
+"""Attention implementations of models: ours set, and what was there before put back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fastprefix.hf.attention import NAME
+from fastprefix.hf.probe import UnsupportedModelError
+from fastprefix.hf.state import STATE, State
+from fastprefix.hf.versions import set_attention
+
+# All patched models: two may share a configuration.
+PATCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
+
+def implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
+    """The configs of a model and of the models in it, and the implementations to restore."""
+    before = {
+        id(config): implementation
+        for state in _states()
+        for config, implementation in state.previous
+    }
+    configs = {
+        id(config): config
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel)
+        for config in _with_sub_configs(part.config)
+    }
+    return [
+        (config, before.get(key, config._attn_implementation_internal))
+        for key, config in configs.items()
+    ]
+
+
+def _with_sub_configs(config: Any) -> Iterator[Any]:
+    yield config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _with_sub_configs(part)
+
+
+def restore(previous: list[tuple[Any, str | None]]) -> None:
+    """Sets implementations back, but in configs that another patched model shares."""
+    shared = {id(config) for state in _states() for config, _ in state.previous}
+    for config, implementation in previous:
+        if id(config) not in shared:
+            config._attn_implementation_internal = implementation
+
+
+def set_implementation(model: PreTrainedModel) -> None:
+    """Makes ours the attention implementation of a model.
+
+    Raises:
+        UnsupportedModelError: its attention does not go through transformers' interface.
+    """
+    set_attention(model, NAME)
+    if model.config._attn_implementation != NAME:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not route its attention through transformers' "
+            "AttentionInterface, so no other attention can take its place"
+        )
+
+
+def _states() -> Iterator[State]:
+    """What patching did to all models that are patched."""
+    for model in PATCHED:
+        state: State | None = getattr(model, STATE, None)
+        if state is not None:
+            yield state
