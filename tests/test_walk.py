@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,9 @@ def walk():
     """The benchmark's modules; ``walk`` is no installed package."""
     patch = pytest.MonkeyPatch()
     patch.syspath_prepend(str(BENCHMARKS))
-    from walk import classes, judge, library, report, run, ways
+    from walk import classes, command, judge, library, report, run, ways
 
-    modules = (classes, judge, library, report, run, ways)
+    modules = (classes, command, judge, library, report, run, ways)
     yield SimpleNamespace(**{module.__name__.split(".")[1]: module for module in modules})
     patch.undo()
     for name in [name for name in sys.modules if name.split(".")[0] in ("walk", "compat")]:
@@ -98,3 +99,15 @@ def test_the_page_counts_every_status_and_names_every_class(walk):
     assert "| patch | 1 | 1 |" in page
     assert "- C, patch: `off by 3 standard deviations`" in page
     assert "- `ValueError: … does not`: B" in page
+
+
+def test_the_file_has_every_cell_with_its_reason(walk):
+    cells = [
+        walk.judge.Cell("A", "causal", "patch", "right", error=1.23e-6),
+        walk.judge.Cell("B", "causal", "patch", "refused", "ValueError: B does not"),
+        walk.judge.Cell("B", "causal", "prompt", "refused", "ValueError: B does not"),
+    ]
+    found = json.loads(walk.command.as_json(cells, {"transformers": "5"}))
+    assert found["reasons"] == ["ValueError: B does not"]
+    assert found["classes"]["A"] == {"task": "causal", "ways": {"patch": ["right", 1.2e-6, None]}}
+    assert found["classes"]["B"]["ways"]["prompt"] == ["refused", None, 0]

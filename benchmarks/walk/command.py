@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -76,15 +76,31 @@ def main(chosen: argparse.Namespace, console: Console) -> list[Cell]:
             console.print(f"{cell.name}, {cell.way}: {cell.status}: {cell.message}", markup=False)
     console.print(_counted(cells))
     packages = {name: version(name) for name in ("fastprefix", "transformers", "torch")}
-    content = {"versions": packages, "cells": [asdict(cell) for cell in cells]}
     if chosen.output:
         chosen.output.mkdir(parents=True, exist_ok=True)
         text = page(cells, packages)
         (chosen.output / "all_models.md").write_text(text, encoding="utf-8")
         chosen.json = chosen.json or chosen.output / "all_models.json"
     if chosen.json:
-        chosen.json.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
+        chosen.json.write_text(as_json(cells, packages), encoding="utf-8")
     return cells
+
+
+def as_json(cells: list[Cell], versions: dict[str, str]) -> str:
+    """The cells with each reason once, a class a line.
+
+    Of a cell: its status, then the error, if any, then the number of the reason, if any.
+    """
+    reasons = list(dict.fromkeys(cell.message for cell in cells if cell.message))
+    numbers = {reason: number for number, reason in enumerate(reasons)}
+    classes: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        entry = classes.setdefault(cell.name, {"task": cell.task, "ways": {}})
+        error = None if cell.error is None else float(f"{cell.error:.2g}")
+        entry["ways"][cell.way] = [cell.status, error, numbers.get(cell.message)]
+    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in classes.items()]
+    head = f'{{"versions": {json.dumps(versions)},\n"reasons": {json.dumps(reasons, indent=0)},\n'
+    return head + '"classes": {\n' + ",\n".join(lines) + "\n}}\n"
 
 
 def _counted(cells: list[Cell]) -> Table:
