@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fastprefix
+from fastprefix.hf import UnsupportedModelError
 from walk.build import first_line
 from walk.oracle import BlindError, NotApplicableError, distance
 
@@ -126,6 +127,8 @@ def deliberate(problem: BaseException) -> bool:
     if isinstance(problem, TypeError) and "unexpected keyword argument" in str(problem):
         # an argument that this version of fastprefix does not have
         return "prefill" in str(problem) or "use_prefix" in str(problem)
+    if isinstance(problem, UnsupportedModelError):
+        return True
     frames = traceback.extract_tb(problem.__traceback__)
     if not frames or not frames[-1].filename.startswith(PACKAGE):
         return False

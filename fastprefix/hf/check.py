@@ -58,7 +58,7 @@ class Known:
         likeness: of these.
         slots: what the probe found.
         answers: to the questions that were asked: "" for right, else what is wrong.
-        errors: the largest relative error that was seen, of those that were right.
+        errors: the largest relative error that was seen; none where nothing could be compared.
     """
 
     likeness: Any
@@ -86,7 +86,7 @@ def ask(
     model: PreTrainedModel,
     known: Known,
     question: Question,
-    compare: Callable[[], tuple[str, float]],
+    compare: Callable[[], tuple[str, float | None]],
 ) -> None:
     """Raises UnsupportedModelError where the answer, found now or before, is not "".
 
@@ -96,15 +96,18 @@ def ask(
         model: to run.
         known: where answers are kept.
         question: which.
-        compare: finds what is wrong, or "", and the error.
+        compare: finds what is wrong, or "", and the error, None where nothing was compared.
     """
     if question not in known.answers:
         why = _unable(model)
         if why:
             _LOGGER.warning("%s: %s is not checked: %s", type(model).__name__, question, why)
+            known.answers[question] = ""
             return
         with undisturbed(model):
-            known.answers[question], known.errors[question] = compare()
+            known.answers[question], error = compare()
+        if error is not None:
+            known.errors[question] = error
     if known.answers[question]:
         raise UnsupportedModelError(known.answers[question])
 
@@ -115,7 +118,7 @@ def compare_patch(
     example: Mapping[str, Any] | None,
     bare: Callable[[], Any],
     patched: Callable[[], Any],
-) -> tuple[str, float]:
+) -> tuple[str, float | None]:
     """Whether a patched model computes what it did before.
 
     Args:
@@ -126,7 +129,7 @@ def compare_patch(
         patched: gives it ours.
 
     Returns:
-        What is wrong, or "", and the largest relative error.
+        What is wrong, or "", and the largest relative error; None where there is none to tell.
     """
     kind = type(model).__name__
     causal = "encoder" not in slots.groups
@@ -144,7 +147,7 @@ def compare_patch(
                 problem = error
         else:
             _LOGGER.warning("%s: patch is not checked: it runs on no sample (%s)", kind, problem)
-            return "", 0.0
+            return "", None
     finally:
         patched()
     judge = Judge(model, trace, inputs)
@@ -152,7 +155,7 @@ def compare_patch(
         with held_to(trace, lambda _: 0, judge.compare):
             got = result_of(model(**inputs, fastprefix=Recorder()))
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        return f"{kind}: patched, it does not run as before ({error}). {_OFF}", 0.0
+        return f"{kind}: patched, it does not run as before ({error}). {_OFF}", None
     if not judge.judged:
         judge.final(got, want)
     if judge.worst > judge.tolerance:
@@ -165,7 +168,7 @@ def compare_patch(
 
 def compare_prefix(
     model: PreTrainedModel, slots: Slots, state: State, example: Mapping[str, Any] | None
-) -> tuple[str, float]:
+) -> tuple[str, float | None]:
     """Whether every layer of a patched model attends to its own share of a prefix.
 
     Args:
@@ -175,7 +178,7 @@ def compare_prefix(
         example: what to run it on; made from the config if None.
 
     Returns:
-        What is wrong, or "", and the largest relative error.
+        What is wrong, or "", and the largest relative error; None where there is none to tell.
     """
     kind = type(model).__name__
     is_text = example is None and reads_text(model)
@@ -185,8 +188,12 @@ def compare_prefix(
         inputs = shortest_inputs(model) if example is None else dict(example)
     inputs |= no_cache(model)
     recorder = Recorder()
-    with recorded(slots.modules) as trace:
-        model(**inputs, fastprefix=recorder)
+    try:
+        with recorded(slots.modules) as trace:
+            model(**inputs, fastprefix=recorder)
+    except Exception as problem:  # whatever a model of anybody's raises on such an input
+        _LOGGER.warning("%s: prefix is not checked: it runs on no sample (%s)", kind, problem)
+        return "", None
     recorder = recorder.only(slots.modules)
     shortened = _shortened(model, slots, state) if is_text else None
     held = _held(model, slots, recorder, shortened)
@@ -214,12 +221,12 @@ def compare_prefix(
         with held_to(trace, begin, look):
             model(**_behind(model, state, inputs, shortened), fastprefix=active)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as error:
-        return f"{kind}: it does not run with a prefix ({error}). {_OFF}", 0.0
+        return f"{kind}: it does not run with a prefix ({error}). {_OFF}", None
     if unmoved:
         return (
             f"{kind}: a prefix of its own does not change what {judge.name(unmoved[0])} computes. "
             f"{_OFF}"
-        ), 0.0
+        ), None
     if judge.worst > judge.tolerance:
         return (
             f"{kind}: with a prefix of keys and values, {judge.where} computes something else than "
@@ -233,7 +240,7 @@ def compare_prompt(
     slots: Slots,
     prefilled: Callable[[Tensor], PrefixKV],
     behind: Callable[..., Any],
-) -> tuple[str, float]:
+) -> tuple[str, float | None]:
     """Whether a text behind a prefilled prompt gets the outputs of both in one sequence.
 
     All blocks of the stack are held to that sequence, those without attention among them.
@@ -245,7 +252,7 @@ def compare_prompt(
         behind: runs the model on keyword arguments with a prefix, or with None.
 
     Returns:
-        What is wrong, or "", and the largest relative error.
+        What is wrong, or "", and the largest relative error; None where there is none to tell.
     """
     ids: Tensor = tokens(model, 1, PREFIX + TEXT)["input_ids"]
     kv = prefilled(ids[:, :PREFIX])

@@ -25,11 +25,11 @@ def thresholds(config: Any) -> tuple[tuple[str, int], ...]:
     found: dict[tuple[str, int], None] = {}
     for one in flat:
         kind = (one.get("rope_type") or one.get("type") or "") if isinstance(one, dict) else ""
-        known = text.max_position_embeddings if kind else 0
+        known = getattr(text, "max_position_embeddings", 0)
         if kind == "longrope":
             original = getattr(text, "original_max_position_embeddings", None) or known
             found[kind, int(one.get("original_max_position_embeddings") or original)] = None
-        elif "dynamic" in kind:
+        elif "dynamic" in kind and known:
             found[kind, int(known)] = None
     return tuple(found)
 

@@ -46,7 +46,8 @@ def behind_prefix(
             positions = torch.where(bare, plain, positions)
     if position_ids is not None:  # the outer model's, which count pads, from 0 or 1 (PaliGemma)
         positions = positions + (position_ids - plain)
-    return positions + offset
+    # a row for each of the batch, as some models index them (Qwen4-Exp)
+    return (positions + offset).expand(inputs.shape[0], -1)
 
 
 def counts_padding(stack: nn.Module) -> bool:

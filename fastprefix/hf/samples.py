@@ -60,10 +60,11 @@ def no_cache(model: PreTrainedModel) -> dict[str, Any]:
 
 def _ordinary(model: PreTrainedModel, number: int) -> Tensor:
     """So many token ids, spread over the vocabulary, without those that the config names."""
-    embedding: Any = model.get_input_embeddings()
-    size = int(embedding.weight.shape[0])
+    text = model.config.get_text_config()
+    weight = getattr(model.get_input_embeddings(), "weight", None)  # Musicgen has several
+    size = int(text.vocab_size if weight is None else weight.shape[0])
     named: set[int] = set()
-    for config in (model.config, model.config.get_text_config()):
+    for config in (model.config, text):
         for name, value in config.to_dict().items():
             if "token" in name and isinstance(value, (int, list)):
                 ids = value if isinstance(value, list) else [value]
