@@ -134,36 +134,43 @@ def compare_patch(
     kind = type(model).__name__
     causal = "encoder" not in slots.groups
     choices = samples(model, PREFIX + TEXT, causal) if example is None else [dict(example)]
+    runs: list[tuple[dict[str, Any], Trace, Tensor | None]] = []
     problem: Exception | None = None
     bare()
     try:
         for inputs in choices:
+            if runs and "attention_mask" not in runs[-1][0]:
+                break  # with a mask and without: implementations treat them apart
             inputs |= no_cache(model)
             try:
                 with recorded(slots.modules) as trace:
                     want = result_of(model(**inputs))
-                break
             except Exception as error:  # whatever a model of anybody's raises on such an input
                 problem = error
-        else:
-            _LOGGER.warning("%s: patch is not checked: it runs on no sample (%s)", kind, problem)
-            return "", None
+            else:
+                runs.append((inputs, trace, want))
     finally:
         patched()
-    judge = Judge(model, trace, inputs)
-    try:
-        with held_to(trace, lambda _: 0, judge.compare):
-            got = result_of(model(**inputs, fastprefix=Recorder()))
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        return f"{kind}: patched, it does not run as before ({error}). {_OFF}", None
-    if not judge.judged:
-        judge.final(got, want)
-    if judge.worst > judge.tolerance:
-        return (
-            f"{kind}: patched and without a prefix, {judge.where} computes something else than "
-            f"before (relative error {judge.worst:.1e}). {_OFF}"
-        ), judge.worst
-    return "", judge.worst
+    if not runs:
+        _LOGGER.warning("%s: patch is not checked: it runs on no sample (%s)", kind, problem)
+        return "", None
+    worst = 0.0
+    for inputs, trace, want in runs:
+        judge = Judge(model, trace, inputs)
+        try:
+            with held_to(trace, lambda _: 0, judge.compare):
+                got = result_of(model(**inputs, fastprefix=Recorder()))
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            return f"{kind}: patched, it does not run as before ({error}). {_OFF}", None
+        if not judge.judged:
+            judge.final(got, want)
+        if judge.worst > judge.tolerance:
+            return (
+                f"{kind}: patched and without a prefix, {judge.where} computes something else than "
+                f"before (relative error {judge.worst:.1e}). {_OFF}"
+            ), judge.worst
+        worst = max(worst, judge.worst)
+    return "", worst
 
 
 def compare_prefix(
@@ -195,32 +202,43 @@ def compare_prefix(
         _LOGGER.warning("%s: prefix is not checked: it runs on no sample (%s)", kind, problem)
         return "", None
     recorder = recorder.only(slots.modules)
-    shortened = _shortened(model, slots, state) if is_text else None
-    held = _held(model, slots, recorder, shortened)
-    calls = _slots_of(slots, trace)
-    judge = Judge(model, trace, inputs)
-    unmoved: list[int] = []
+    stateful, calls = says_stateful(model), _slots_of(slots, trace)
 
-    def begin(number: int) -> int:
-        return PREFIX if any(slots.groups[slot] == shortened for slot in calls[number]) else 0
+    def run(shortened: str | None) -> tuple[Judge, list[int]]:
+        """The model with a prefix; the text of one group of layers is what follows it."""
+        held = _held(model, slots, recorder, shortened)
+        judge, unmoved = Judge(model, trace, inputs), list[int]()
 
-    stateful = says_stateful(model)
+        def begin(number: int) -> int:
+            return PREFIX if any(slots.groups[slot] == shortened for slot in calls[number]) else 0
 
-    def look(number: int, made: Tensor, want: Tensor) -> None:
-        if not calls[number]:
-            return
-        same = judge.error(number, made, want) <= judge.tolerance
-        if not all(held[slot] for slot in calls[number]):
-            unmoved.extend([number] if same else [])
-        elif same or not stateful:  # else attention may start from a state, which is a prompt's
-            judge.compare(number, made, want)
+        def look(number: int, made: Tensor, want: Tensor) -> None:
+            if not calls[number]:
+                return
+            same = judge.error(number, made, want) <= judge.tolerance
+            if not all(held[slot] for slot in calls[number]):
+                unmoved.extend([number] if same else [])
+            elif same or not stateful:  # else attention may start from a state, a prompt's own
+                judge.compare(number, made, want)
 
-    kv = _shares(recorder, held, PREFIX if shortened is not None else 0)
-    active = ActivePrefix(kv, state.backend)
-    try:
+        kv = _shares(recorder, held, PREFIX if shortened is not None else 0)
         with held_to(trace, begin, look):
-            model(**_behind(model, state, inputs, shortened), fastprefix=active)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as error:
+            model(
+                **_behind(model, state, inputs, shortened),
+                fastprefix=ActivePrefix(kv, state.backend),
+            )
+        return judge, unmoved
+
+    shortened = _shortened(model, slots, state) if is_text else None
+    expected = (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError)
+    try:
+        try:
+            judge, unmoved = run(shortened)
+        except expected:
+            if shortened is None or not is_encoder_decoder(model):
+                raise
+            judge, unmoved = run(None)  # classifiers want one text in encoder and decoder
+    except expected as error:
         return f"{kind}: it does not run with a prefix ({error}). {_OFF}", None
     if unmoved:
         return (

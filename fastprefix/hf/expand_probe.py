@@ -111,7 +111,15 @@ def cached_keys_values(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Pre
     Args:
         model: left as it was.
         inputs: input_ids [1, P] or inputs_embeds [1, P, hidden].
+
+    Raises:
+        NotImplementedError: other inputs, those of images say.
     """
+    if len(inputs) != 1:
+        raise NotImplementedError(
+            f"{', '.join(sorted(set(inputs) - {'input_ids', 'inputs_embeds'}))}: "
+            f"{type(model).__name__} with fallback='expand' takes a prompt of text alone"
+        )
     stack = _find_stack(model)
     assert stack is not None
     cache = DynamicCache(config=stack.config)

@@ -191,7 +191,8 @@ def shift(
     positions, reach = kwargs.get("position_ids"), 0
     if positions is not None:
         positions = positions + offset
-    elif hasattr(module, "create_position_ids_from_input_ids"):  # RoBERTa counts no padding
+    elif "position_ids" in names and hasattr(module, "create_position_ids_from_input_ids"):
+        # RoBERTa counts no padding
         make: Any = module
         if kwargs.get("input_ids") is not None:
             positions = make.create_position_ids_from_input_ids(

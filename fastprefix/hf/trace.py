@@ -28,12 +28,13 @@ class Call:
 
     Attributes:
         module: the module.
-        given: the hidden states that it was handed; None where it was handed them in no known way.
+        given: the hidden states that it was handed, and what has the same shape (MobileBERT's
+            queries, keys and values), by the name or the number of the argument.
         made: its output, the first tensor of it.
     """
 
     module: nn.Module
-    given: Tensor | None
+    given: dict[str | int, Tensor]
     made: Tensor
 
 
@@ -91,13 +92,13 @@ def held_to(
         if turn >= len(numbers[module]):
             return None
         number = numbers[module][turn]
-        given, now = trace.calls[number].given, _given(args, kwargs)
-        if given is None or now is None:
-            return None
-        want = given[:, begin(number) :]
-        if want.shape != now.shape:
-            return None
-        return _replaced(args, kwargs, want)
+        now = _given(args, kwargs)
+        wanted = {
+            place: x[:, begin(number) :]
+            for place, x in trace.calls[number].given.items()
+            if place in now and x[:, begin(number) :].shape == now[place].shape
+        }
+        return _replaced(args, kwargs, wanted) if wanted else None
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if threading.get_ident() != thread:
@@ -162,15 +163,24 @@ def result_of(output: Any) -> Tensor | None:
     return next(found, None)
 
 
-def _given(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    found = args[0] if args else kwargs.get(_INPUT)
-    return found if isinstance(found, Tensor) and found.dim() == 3 else None
+def _given(args: Any, kwargs: dict[str, Any]) -> dict[str | int, Tensor]:
+    """The hidden states [B, L, width] among a call's arguments, and what is like them."""
+    places: dict[str | int, Any] = {}
+    places.update(enumerate(args))
+    places.update(kwargs)
+    first = args[0] if args else kwargs.get(_INPUT)
+    if not isinstance(first, Tensor) or first.dim() != 3:
+        return {}
+    return {
+        place: x
+        for place, x in places.items()
+        if isinstance(x, Tensor) and x.shape == first.shape and x.dtype == first.dtype
+    }
 
 
-def _replaced(args: Any, kwargs: dict[str, Any], given: Tensor) -> Any:
-    if args:
-        return (given, *args[1:]), kwargs
-    return args, {**kwargs, _INPUT: given}
+def _replaced(args: Any, kwargs: dict[str, Any], given: dict[str | int, Tensor]) -> Any:
+    positional = tuple(given.get(place, x) for place, x in enumerate(args))
+    return positional, {name: given.get(name, x) for name, x in kwargs.items()}
 
 
 def _first(output: Any) -> Tensor | None:
