@@ -4,7 +4,7 @@
     python tests/versions/adapters.py check FOLDER    # in another
 
 Weights, inputs and logits lie beside each adapter, so that nothing depends on how a release draws
-its random numbers. A file in PEFT's format is also checked to say the same position offset.
+its random numbers. A new prefix must also get the position offset that the saved one has.
 """
 
 from __future__ import annotations
@@ -187,7 +187,13 @@ def check(folder: Path) -> list[str]:
             logits = _with_prompt(model, PrefixKV.load(place / "prompt.safetensors"))
         else:
             make = PromptTuningModel if isinstance(config, PromptConfig) else PrefixTuningModel
-            logits = _logits(make.from_pretrained(model, place / "adapter"), model, config)
+            tuned = make.from_pretrained(model, place / "adapter")
+            logits = _logits(tuned, model, config)
+            if isinstance(tuned, PrefixTuningModel):
+                saved = tuned.export().position_offset
+                new = PrefixTuningModel(_new(name), config).export().position_offset
+                if saved != new:
+                    wrong.append(f"{kind}: saved with a position offset of {saved}, now {new}")
         expected = load_file(place / "logits.safetensors")["logits"]
         error = (logits - expected).abs().max().item()
         print(f"{kind}: {error:.1e}")

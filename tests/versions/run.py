@@ -59,7 +59,7 @@ def _transformers(version: str | None, peft: str | None) -> dict[str, str | None
     return {"transformers": version, "peft": peft, "huggingface_hub": None, "tokenizers": None}
 
 
-_FLOOR = _transformers("5.17.0", "0.19.1")  # transformers 5.17 takes PEFT 0.19.1 or newer itself
+_FLOOR = _transformers("5.17.0", "0.20.0")  # with PEFT 0.19 Gemma's prefixes are not PEFT 0.20's
 _ANY_TORCH = {"torch": None, "triton": None, "torchao": None}
 # torch 2.9 names an older Triton than ours takes, so that Triton goes on top of it
 _OLD_TORCH = (("torch==2.9.1",), ("--no-deps", "triton==3.6.0"))
