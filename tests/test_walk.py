@@ -47,6 +47,34 @@ def test_a_class_that_bypasses_the_interface_is_refused_or_expanded_with_the_rea
         assert "AttentionInterface" in cell.message
 
 
+# One class of each kind that once gave wrong results or an error that nobody meant.
+KINDS = {
+    "masks causal though the layers say otherwise": "BigBirdPegasusForCausalLM",
+    "masks that decide between both sides": "SplinterForQuestionAnswering",
+    "keys appended inside the layer": "DeepseekV4ForCausalLM",
+    "attention called twice": "DiffLlamaForCausalLM",
+    "a mask made of values": "DogeForCausalLM",
+    "a state that nobody tells of": "Lfm2MoeForCausalLM",
+    "positions from another number than 0": "XLMRobertaForCausalLM",
+    "positions indexed by row": "Qwen4ExpForCausalLM",
+    "no limit of positions in the configuration": "RecurrentGemmaForCausalLM",
+    "several embeddings": "MusicgenForCausalLM",
+    "layers handed several inputs": "MobileBertForQuestionAnswering",
+    "an encoder-decoder that wants one text in both": "BartForSequenceClassification",
+    "a decoder's own positions": "M2M100ForConditionalGeneration",
+    "both sides without a mask, one side with it": "PaliGemmaForConditionalGeneration",
+}
+
+
+@pytest.mark.parametrize("name", KINDS.values(), ids=KINDS)
+def test_no_kind_is_wrong_or_fails_unawares(walk, name):
+    if name not in walk.classes.all_classes():
+        pytest.skip(f"this transformers has no {name}")
+    for cell in walked(walk, name).values():
+        assert cell.status not in ("wrong", "crash"), cell
+        assert cell.status != "refused" or cell.message
+
+
 def test_a_wrong_prefix_is_judged_wrong(walk):
     class Halved(walk.library.Library):
         """Every result comes back, from half of each value."""
