@@ -19,7 +19,7 @@ from fastprefix import (
     unpatch_model,
     use_prefix,
 )
-from fastprefix.hf import layer_groups, layer_shapes
+from fastprefix.hf import UnsupportedModelError, layer_groups, layer_shapes
 from fastprefix.hf.multimodal import language_model
 
 EXACT = {"rtol": 0, "atol": 1e-9}
@@ -332,14 +332,23 @@ def test_what_makes_no_prompt():
 
 
 def test_a_prompt_that_would_see_the_text():
-    """PaliGemma's tokens see each other on both sides."""
+    """PaliGemma's tokens see each other on both sides, by what types they have."""
     model = build("paligemma")
+    model.set_attn_implementation("eager")
     given = inputs("paligemma")
     with pytest.raises(ValueError, match="prompt sees the text"):
         PrefixKV.prefill(model, **given)
     types = torch.zeros_like(given["input_ids"])
     with pytest.raises(ValueError, match="prompt sees the text"):
         PrefixKV.prefill(model, **given, token_type_ids=types)
+
+
+def test_a_model_that_sees_both_sides_where_it_has_no_mask():
+    """With sdpa PaliGemma is causal where a row is padded, and else is not."""
+    model = build("paligemma")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedModelError, match="without a prefix"):
+        patch_model(model)
 
 
 def test_cross_attention_to_an_image_is_refused():
