@@ -24,7 +24,7 @@ class Judge:
         self.names = {module: name for name, module in model.named_modules()}
         self.trace, self.mask = trace, inputs.get("attention_mask")
         self.tolerance = _tolerance(model)
-        self.worst, self.where, self.judged = 0.0, "", 0
+        self.worst, self.where = 0.0, ""
 
     def name(self, number: int) -> str:
         """A call's module, for messages."""
@@ -33,7 +33,6 @@ class Judge:
 
     def compare(self, number: int, made: Tensor, want: Tensor) -> None:
         """Compares what a call made with what it is to make, [B, L, width]."""
-        self.judged += 1
         self._note(self.error(number, made, want), self.name(number))
 
     def final(self, got: Tensor | None, want: Tensor | None) -> None:

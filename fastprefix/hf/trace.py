@@ -164,16 +164,18 @@ def result_of(output: Any) -> Tensor | None:
 
 
 def _given(args: Any, kwargs: dict[str, Any]) -> dict[str | int, Tensor]:
-    """The hidden states [B, L, width] among a call's arguments, and what is like them."""
-    places: dict[str | int, Any] = {}
-    places.update(enumerate(args))
-    places.update(kwargs)
+    """The hidden states [B, L, width] among a call's arguments, and what stands beside them.
+
+    Not by its name, though: an encoder's states, which cross-attention is handed, are compared.
+    """
     first = args[0] if args else kwargs.get(_INPUT)
     if not isinstance(first, Tensor) or first.dim() != 3:
         return {}
+    if not args:
+        return {_INPUT: first}
     return {
         place: x
-        for place, x in places.items()
+        for place, x in enumerate(args)
         if isinstance(x, Tensor) and x.shape == first.shape and x.dtype == first.dtype
     }
 

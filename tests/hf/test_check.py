@@ -274,3 +274,19 @@ def test_the_check_sees_what_it_is_for(tiny, monkeypatch, wrong):
     monkeypatch.setattr(checks, "_shares", broken)
     with pytest.raises(UnsupportedModelError, match="with a prefix"):
         use(model, tiny)
+
+
+class ReadsMask(LlamaDecoderLayer):
+    """Reads the mask outside of its attention, in the form that eager attention has it."""
+
+    def forward(self, hidden_states, attention_mask=None, *args: Any, **kwargs: Any):
+        out = super().forward(hidden_states, attention_mask, *args, **kwargs)
+        hidden = out if isinstance(out, Tensor) else out[0]
+        if attention_mask is not None and attention_mask.dim() == 4:
+            hidden = 2 * hidden
+        return hidden if isinstance(out, Tensor) else (hidden, *out[1:])
+
+
+def test_what_reads_the_mask_besides_attention_is_seen(tiny):
+    with pytest.raises(UnsupportedModelError, match="without a prefix"):
+        patch_model(stranger(tiny, ReadsMask))
