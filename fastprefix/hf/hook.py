@@ -115,6 +115,8 @@ def _place(
     """Says where a call's rows and text are, and moves the text behind the prefix."""
     kv, cu_seqlens = active.kv, None
     assert kv is not None
+    if state.frequencies and placing == "argument":
+        check_cache(module, kwargs)
     _check_lengths(kwargs, kv.position_offset)
     if placing == "argument":
         cu_seqlens = unpack(module.config, kwargs, names)
@@ -154,8 +156,6 @@ def _place(
         positions = behind_prefix(kwargs, offset, bare, active.asked)
         kwargs["position_ids"] = positions
         check_room(state.positions_known, most, _reach(kwargs) + most, positions)
-        if state.frequencies:
-            check_cache(module, kwargs)
         if state.frequencies and kv.in_window:
             prompts = _prompts(active)
             check_frequencies(state.frequencies, prompts, _reach(kwargs) + most, positions)

@@ -160,7 +160,8 @@ def layer_sources(model: PreTrainedModel) -> tuple[int, ...]:
     have keys and values for every layer, but PEFT, which puts them in the cache, only for those
     that make their own.
     """
-    return state_of(model).sources
+    state = state_of(model)
+    return state.sources or tuple(range(len(state.shapes)))
 
 
 def default_offset(model: PreTrainedModel, num_virtual_tokens: int) -> int:

@@ -153,7 +153,7 @@ def island(values: Tensor, sea: float | bool) -> Tensor:
 def exact(
     inputs: list[Tensor], grad_out: Tensor, options: dict[str, Any], dtype: torch.dtype
 ) -> list[Tensor | None]:
-    """out, lse and the seven gradients of the reference in a dtype."""
+    """out, lse and the seven gradients of the reference's maths in a dtype, rounded all the way."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
     chosen = dict(options)
     learned = learnable(options)
@@ -162,7 +162,9 @@ def exact(
             chosen[name] = options[name].to(dtype)
     for name in learned:
         leaves.append(chosen[name].requires_grad_())
-    out, lse = reference.forward(*leaves[:5], Options(**chosen))
+    # not `forward`, which computes in float32: kernels are held to these roundings too
+    out, lse = reference._attend(*leaves[:5], Options(**chosen))
+    lse = lse.to(torch.promote_types(dtype, torch.float32))
     grads: list[Tensor | None] = [torch.zeros_like(x) for x in leaves]
     if out.requires_grad:
         grads = list(torch.autograd.grad(out, leaves, grad_out.to(dtype), materialize_grads=True))

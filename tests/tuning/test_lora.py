@@ -178,7 +178,7 @@ def test_rows_with_prefixes_of_their_own(tiny, tuned, theirs, inputs):
     theirs.eval()
     ids, mask, _ = inputs.values()
     names = ["b", None, "default"]
-    got = tuned(ids, mask, prefix_names=names).logits
+    got = tuned(ids, mask, position_ids=tiny.positions(mask), prefix_names=names).logits
     for row, name in enumerate(names):
         real = mask[row].bool()
         text, ones = ids[row][real][None], mask[row][real][None]
