@@ -65,16 +65,17 @@ def inject(
                 "in this one, which would run without its prefix; open one here as well: "
                 "use_prefix(model, kv), or use_prefix(model, None) for no prefix"
             )
+    # (names are cut to args: Dynamo in torch 2.9 refuses a zip of unequal lengths)
     if isinstance(active, ActivePrefix) and active.positioned:  # the outer model's hook was here
         if active.cu_seqlens is None:
             return None
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(names[: len(args)], args, strict=False)), **kwargs}
         return (), {**kwargs, "attention_mask": no_mask(kwargs)}
     if placing == "embedding":
         setattr(ACTIVE, state.key + OFFSET, (0, 0))  # whatever a call that failed has left
     if not isinstance(active, ActivePrefix) or active.kv is None:
         return None  # nothing, or a recorder
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    kwargs = {**dict(zip(names[: len(args)], args, strict=False)), **kwargs}
     _check_checkpointing(module, state)
     if placing == "inner":
         kwargs[NAME] = active
@@ -144,7 +145,7 @@ def shift(
     if most == 0:
         return None
     setattr(ACTIVE, state.key + OFFSET, (0, 0))  # for the stack's own call alone
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    kwargs = {**dict(zip(names[: len(args)], args, strict=False)), **kwargs}
     if isinstance(offset, Tensor) and not {"inputs_embeds", "position_ids"} <= set(names):
         raise NotImplementedError(
             f"rows: {type(module).__name__} cannot be told of positions that differ by row; takes "
