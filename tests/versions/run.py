@@ -113,8 +113,13 @@ def main() -> None:
         chosen = list(known.values()) if names == ["all"] else [known[name] for name in names]
     results = []
     for environment in chosen:
-        _set_up(environment)
-        results.append(_pytest(environment))
+        try:
+            _set_up(environment)
+        except subprocess.CalledProcessError as error:
+            print(f"{environment.name}: {error}")
+            results.append(Result(environment.name, "", "pip install", 0, 1, 0, 0.0))
+        else:
+            results.append(_pytest(environment))
     if names in (["ci"], ["all"]):
         _set_up(newest)
         results += [_adapters(FLOOR, newest), _adapters(newest, FLOOR)]
