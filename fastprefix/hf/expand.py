@@ -35,7 +35,7 @@ from fastprefix.hf.packing import inputs_of, refuse_packed
 from fastprefix.hf.positions import behind_prefix
 from fastprefix.hf.room import check_room
 from fastprefix.hf.state import ACTIVE, HOOKED, State
-from fastprefix.hf.versions import CACHE_NAMES, cache_name, cache_of, length_of, parameters
+from fastprefix.hf.versions import CACHE_NAMES, by_name, cache_name, cache_of, length_of, parameters
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 
 FALLBACKS = (None, "expand")
@@ -153,7 +153,7 @@ def _enter(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pre-hook of the stack: the prefix goes into the cache, mask and positions follow."""
     state: State = getattr(module, HOOKED)
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    kwargs = by_name(names, args, kwargs)
     active = active_of(module, kwargs.pop(NAME, None), state)
     cache = cache_of(kwargs)
     if not isinstance(active, ActivePrefix) or active.kv is None:

@@ -18,7 +18,7 @@ from fastprefix.hf.packing import inputs_of, no_mask, refuse_packed, unpack
 from fastprefix.hf.positions import behind_prefix
 from fastprefix.hf.room import check_room
 from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
-from fastprefix.hf.versions import cache_of, cached_name, length_of
+from fastprefix.hf.versions import by_name, cache_of, cached_name, length_of
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 
 # Behind a state's key: by how much the stack at hand moves its text, at most and by row.
@@ -64,17 +64,17 @@ def inject(
     if isinstance(active, ActivePrefix) and active.positioned:  # the outer model's hook was here
         if active.cu_seqlens is None:
             return None
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        kwargs = by_name(names, args, kwargs)
         return (), {**kwargs, "attention_mask": no_mask(kwargs)}
     if not isinstance(active, Recorder):
         clear(state)
     if placing == "embedding":
         setattr(ACTIVE, state.key + OFFSET, (0, 0))  # whatever a call that failed has left
     if isinstance(active, Recorder) and placing == "argument":
-        active.positions = {**dict(zip(names, args, strict=False)), **kwargs}.get("position_ids")
+        active.positions = by_name(names, args, kwargs).get("position_ids")
     if not isinstance(active, ActivePrefix) or active.kv is None:
         return None  # nothing, or a recorder
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    kwargs = by_name(names, args, kwargs)
     _check_checkpointing(module, state)
     if placing == "outer":
         kwargs[NAME] = active if active.asked else replace(active, asked=Asked.of(kwargs))
@@ -180,7 +180,7 @@ def shift(
     if most == 0:
         return None
     setattr(ACTIVE, state.key + OFFSET, (0, 0))  # for the stack's own call alone
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    kwargs = by_name(names, args, kwargs)
     if isinstance(offset, Tensor) and not {"inputs_embeds", "position_ids"} <= set(names):
         raise NotImplementedError(
             f"rows: {type(module).__name__} cannot be told of positions that differ by row; takes "

@@ -29,6 +29,14 @@ def parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
+def by_name(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A call's arguments, those that were given by position under the names of parameters."""
+    # cut first: Dynamo in torch 2.9 refuses a zip of unequal lengths
+    return {**dict(zip(names[: len(args)], args, strict=False)), **kwargs}
+
+
 def cache_name(names: tuple[str, ...] | list[str]) -> str | None:
     """What a forward with parameters of these names calls its cache; None if it takes none."""
     return next((name for name in CACHE_NAMES if name in names), None)

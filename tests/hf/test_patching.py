@@ -147,7 +147,11 @@ def test_a_patched_model_saves_a_plain_one(tiny, model, bare, tmp_path):
     )
 
 
-def test_a_patched_model_pickles(tiny, model):
+def test_a_patched_model_pickles(tiny, model, bare):
+    try:
+        torch.save(bare, io.BytesIO())
+    except AttributeError as error:  # some layers of transformers 5.20
+        pytest.skip(f"nor does a bare model of this release: {error}")
     ids, mask = tiny.batch()
     kv = tiny.random_kv(model)
     patch_model(model)

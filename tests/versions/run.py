@@ -37,7 +37,7 @@ class Environment:
 
     Attributes:
         pins: what differs from constraints.txt; None takes what pip takes.
-        then: installed one after the other when all else is, as pip's arguments.
+        then: pip's arguments, one run after the other, when all else is installed.
         tests: what pytest is given.
         python: of an environment that exists, with which nothing is installed.
     """
@@ -61,12 +61,17 @@ def _transformers(version: str | None, peft: str | None) -> dict[str, str | None
 
 _FLOOR = _transformers("5.17.0", "0.20.0")  # with PEFT 0.19 Gemma's prefixes are not PEFT 0.20's
 _ANY_TORCH = {"torch": None, "triton": None, "torchao": None}
-# torch 2.9 names an older Triton than ours takes, so that Triton goes on top of it
-_OLD_TORCH = (("torch==2.9.1",), ("--no-deps", "triton==3.6.0"))
+# torch 2.9 names an older Triton than ours takes, so that Triton goes on top of it; and torchao
+# needs a newer torch
+_OLD_TORCH = (
+    ("install", "torch==2.9.1"),
+    ("install", "--no-deps", "triton==3.6.0"),
+    ("uninstall", "-y", "torchao"),
+)
 FLOOR = Environment("floor", _FLOOR)
 OTHERS = (
-    Environment("floor torch", {**_FLOOR, "torchao": None}, _OLD_TORCH),
-    Environment("transformers 5.20", _transformers("5.20.2", "0.20.0")),
+    Environment("floor torch", _FLOOR, _OLD_TORCH),
+    Environment("transformers 5.20", _transformers("5.20.2", None)),
     Environment("transformers 5.23", _transformers("5.23.0", None)),
     Environment("newest torch", {**_transformers(None, None), **_ANY_TORCH}, tests=("tests",)),
 )
@@ -108,8 +113,13 @@ def main() -> None:
         chosen = list(known.values()) if names == ["all"] else [known[name] for name in names]
     results = []
     for environment in chosen:
-        _set_up(environment)
-        results.append(_pytest(environment))
+        try:
+            _set_up(environment)
+        except subprocess.CalledProcessError as error:
+            print(f"{environment.name}: {error}")
+            results.append(Result(environment.name, "", "pip install", 0, 1, 0, 0.0))
+        else:
+            results.append(_pytest(environment))
     if names in (["ci"], ["all"]):
         _set_up(newest)
         results += [_adapters(FLOOR, newest), _adapters(newest, FLOOR)]
@@ -162,7 +172,7 @@ def _set_up(environment: Environment) -> None:
     _pip(python, "install", "-c", str(file), "-e", f"{ROOT}[test]")
     _pip(python, "install", "-c", str(file), "--no-deps", *MODELS)
     for arguments in environment.then:
-        _pip(python, "install", *arguments)
+        _pip(python, *arguments)
     stamp.write_text(made_from)
 
 
