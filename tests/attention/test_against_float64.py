@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastprefix.attention.backends import composed
+from fastprefix.attention.backends.composed import flash
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
@@ -76,7 +76,7 @@ def test_forward_lse_and_gradients(masking_backend, case, make_problem, assert_a
 )
 def test_composed_in_half_precision_throughout(case, make_problem, assert_accurate, monkeypatch):
     """As for long texts; the backward of short ones, as here, is float32 otherwise."""
-    monkeypatch.setattr(composed, "_SHORT", 0)
+    monkeypatch.setattr(flash, "_SHORT", 0)
     problem = build(make_problem, case)
     assert_accurate(problem, problem.by("composed"))
 

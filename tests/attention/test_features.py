@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastprefix.attention.backends import composed
+from fastprefix.attention.backends.composed import flash
 from fastprefix.attention.selection import BACKENDS, FEATURES
 
 HALF = [torch.bfloat16, torch.float16]
@@ -65,7 +65,7 @@ def test_composed_is_reference_in_half_precision_throughout(
     dtype, feature, feature_calls, assert_as_reference, monkeypatch
 ):
     """As for long texts; the backward of short ones, as here, is float32 otherwise."""
-    monkeypatch.setattr(composed, "_SHORT", 0)
+    monkeypatch.setattr(flash, "_SHORT", 0)
     call = feature_calls.build(features={feature}, dtype=dtype, **SIZES["prefill"])
     assert_as_reference(call, "composed")
 

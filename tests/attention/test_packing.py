@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastprefix import prefix_attention
-from fastprefix.attention.backends import composed, composed_features
+from fastprefix.attention.backends import composed
+from fastprefix.attention.backends.composed import parts
 from fastprefix.attention.call import Options
 
 BACKENDS = ["reference", "composed"]
@@ -200,7 +201,7 @@ class TestComposed:
                 features=features, B=5, pad="holes", past=3, lengths=(4, 6), window=9
             )
             whole = call.by("composed")
-            monkeypatch.setattr(composed_features, "_MASK_ELEMENTS", 1)
+            monkeypatch.setattr(parts, "_MASK_ELEMENTS", 1)
             torch.testing.assert_close(call.by("composed"), whole, **CLOSE)
             monkeypatch.undo()
 

@@ -1,0 +1,72 @@
+"""Two calls of PyTorch's own flash kernel, one for the prefix and one for the sequence, merged.
+
+The prefix call folds batch and query group into rows: [1, Hkv, B·g·Lq, D] against one copy of the
+prefix [1, Hkv, P, D]. Its backward therefore returns the prefix's gradient already summed over
+the batch. In the backward both calls get the GLOBAL output and log-sum-exp, which makes each
+part's gradient the exact share of the whole (FlashAttention-2, section 3.1: dS = P * (dP - delta),
+where P and delta depend on the other part only through lse and out).
+
+Runs on the CPU, whose flash kernel returns the log-sum-exp and takes a broadcast mask.
+
+- flash: PyTorch's two kernels, and the layout that they take
+- sequence: how the sequence part is laid out for them
+- plain: calls with one prefix, one sequence a row, and masks
+- parts, features: what only some calls use (several prefixes, packed sequences, windows, sinks, a
+  bias), out of the same two kernels
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastprefix.attention.backends.composed import features, plain
+from fastprefix.attention.call import Options
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
+    inputs = (query, key, value, prefix_key, prefix_value)
+    chosen = plain if plain.is_plain(options) else features
+    return chosen.forward(*inputs, options)
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, prefix_key, prefix_value, sinks and prefix_bias.
+
+    Args:
+        grad_out: gradient of out, [B, Hq, Lq, Dv].
+        query: as in the forward, like key, value, the prefix and the options.
+        key: see query.
+        value: see query.
+        prefix_key: see query.
+        prefix_value: see query.
+        out: the forward's output.
+        lse: the forward's log-sum-exp.
+        options: see query.
+        needs: which of the seven gradients to compute.
+
+    Returns:
+        The gradients, None where not needed; that of prefix_bias only where it is [Hq].
+    """
+    inputs = (grad_out, query, key, value, prefix_key, prefix_value)
+    if plain.is_plain(options):
+        return (*plain.backward(*inputs, out, lse, options, needs[:5]), None, None)
+    return features.backward(*inputs, out, lse, options, needs)

@@ -1,0 +1,218 @@
+"""The parts that a call is cut into: sequence pieces and prefix groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastprefix.attention.backends.composed.flash import (
+    FLOOR,
+    additive,
+    flash_forward,
+    fold_rows,
+    unfold_rows,
+    unsee,
+)
+from fastprefix.attention.backends.composed.sequence import SequencePart
+from fastprefix.attention.call import Options
+
+# Largest mask that a prefix call may build, in elements: groups that need more are cut by rows.
+_MASK_ELEMENTS = 1 << 24
+
+
+class Piece(NamedTuple):
+    """Queries and the sequence keys that they may see: positions along Lq and along Lk."""
+
+    queries: slice
+    keys: slice
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """The view of a [B, Hq, Lq, ...] tensor."""
+        return x[:, :, self.queries]
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """The view of a [B, Hkv, Lk, D] tensor."""
+        return x[:, :, self.keys]
+
+    def part(self, query: Tensor, key: Tensor, options: Options) -> SequencePart:
+        """How this piece is laid out for the kernel."""
+        query, key = self.of_queries(query), self.of_keys(key)
+        padding, mask, window = options.key_padding_mask, options.attn_mask, options.sliding_window
+        if padding is not None:
+            padding = padding[:, self.keys]
+        if mask is not None and mask.dim() > 0 and mask.shape[-1] > 1:
+            mask = mask[..., self.keys]
+        if window is not None and max(query.shape[2], key.shape[2]) <= window:
+            window = None
+        return SequencePart(query, key, padding, mask, options.is_causal, window)
+
+
+def pieces(query: Tensor, key: Tensor, options: Options) -> Iterator[Piece]:
+    """One piece, without the keys that lie behind every query's window; or one per sequence."""
+    B, Hq, Lq, _ = query.shape
+    Lk = key.shape[2]
+    if B * Hq * Lq * Lk == 0:
+        return
+    if options.cu_seqlens is not None:
+        for start, end in pairwise(options.cu_seqlens.tolist()):
+            if end > start:
+                yield Piece(slice(start, end), slice(start, end))
+        return
+    window = options.sliding_window
+    first = 0 if window is None else max(0, Lk - Lq - window + 1)
+    yield Piece(slice(0, Lq), slice(first, Lk))
+
+
+class Group(NamedTuple):
+    """Rows that attend to the same prefix.
+
+    Attributes:
+        columns: of the packed prefix, without those that lie behind every row's window.
+        end: the prefix's last column + 1.
+        rows: of the batch, or tokens where sequences are packed; None for all.
+        tokens: whether rows are tokens.
+        real_before: how many real tokens stand before each query, [B, 1, Lq]; None where all of
+            the columns are seen.
+    """
+
+    columns: slice
+    end: int
+    rows: Tensor | None
+    tokens: bool
+    real_before: Tensor | None
+
+    def take(self, x: Tensor) -> Tensor:
+        """The rows of a [B, H, Lq, ...] tensor."""
+        return x if self.rows is None else x.index_select(2 if self.tokens else 0, self.rows)
+
+    def put(self, out: Tensor, lse: Tensor, rows_out: Tensor, rows_lse: Tensor) -> None:
+        """Overwrites the rows of output and log-sum-exp."""
+        for whole, part in ((out, rows_out), (lse, rows_lse)):
+            if self.rows is None:
+                whole.copy_(part)
+            else:
+                whole.index_copy_(2 if self.tokens else 0, self.rows, part)
+
+    def add(self, whole: Tensor, part: Tensor) -> None:
+        """Adds to the rows of a tensor."""
+        if self.rows is None:
+            whole += part
+        else:
+            whole.index_add_(2 if self.tokens else 0, self.rows, part.to(whole.dtype))
+
+    def mask(self, query: Tensor, Hkv: int, options: Options) -> Tensor | None:
+        """What is added to the scores, [1, 1 or Hkv, rows, columns] in the order of `fold_rows`."""
+        bias = options.prefix_bias
+        if self.real_before is None and (bias is None or bias.dim() == 1):
+            return None
+        B, Hq, Lq, _ = self.take(query).shape
+        if bias is not None and bias.dim() == 3:
+            if self.tokens and self.rows is not None:
+                bias = bias.index_select(1, self.rows)
+            added = additive(bias[..., self.columns], query.dtype)  # [1, Hq, Lq, columns]
+        else:
+            wide = torch.promote_types(query.dtype, torch.float32)
+            added = torch.zeros(1, 1, 1, 1, dtype=wide, device=query.device)
+        if self.real_before is not None and options.sliding_window is not None:
+            column = torch.arange(self.columns.start, self.columns.stop, device=query.device)
+            gap = self.end - column + self.take(self.real_before)[..., None]
+            added = added.masked_fill(gap >= options.sliding_window, FLOOR)
+        if added.shape[1] == 1:  # one for all heads: a group's queries are rows of one head
+            return fold_rows(added.expand(B, Hq // Hkv, Lq, -1), 1)
+        return fold_rows(added.expand(B, Hq, Lq, -1), Hkv)
+
+    def attend(
+        self, query: Tensor, prefix_key: Tensor, prefix_value: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of the rows over their prefix alone."""
+        Hkv = prefix_key.shape[0]
+        rows = self.take(query)
+        mask = self.mask(query, Hkv, options)
+        out, lse = flash_forward(
+            fold_rows(rows, Hkv), prefix_key[None, :, self.columns],
+            prefix_value[None, :, self.columns], 0.0, False, attn_mask=mask, scale=options.scale,
+        )  # fmt: skip
+        lse = unfold_rows(lse, rows.shape[:3])
+        lse = lse if mask is None else unsee(lse)
+        return unfold_rows(out, rows.shape), lse + head_bias(options, lse)
+
+
+def groups(query: Tensor, key: Tensor, prefix_key: Tensor, options: Options) -> Iterator[Group]:
+    """The groups of a call; together they hold each row at most once for each prefix column."""
+    B, Hq, Lq, _ = query.shape
+    if query.numel() == 0 or prefix_key.shape[1] == 0:
+        return
+    bias, window = options.prefix_bias, options.sliding_window
+    tokens = options.cu_seqlens is not None
+    each_head = bias is not None and bias.dim() == 3
+    in_window = options.prefix_in_window and window is not None
+    real_before = _real_before(query, key, options) if in_window else None
+    for first, end, rows in _members(prefix_key, options):
+        group = Group(slice(first, end), end, rows, tokens, None)
+        if real_before is not None and window is not None:
+            fewest, most = (int(count) for count in group.take(real_before).aminmax())
+            first = max(first, end + fewest - window + 1)
+            if first >= end:
+                continue
+            partly = end - first + most >= window
+            group = group._replace(
+                columns=slice(first, end), real_before=real_before if partly else None
+            )
+        masked = each_head or group.real_before is not None
+        row = (Hq if each_head else Hq // prefix_key.shape[0]) * Lq * (end - first)
+        if tokens or not masked or B * row <= _MASK_ELEMENTS:
+            yield group
+            continue
+        rows = torch.arange(B, device=query.device) if rows is None else rows
+        for some in rows.split(max(1, _MASK_ELEMENTS // row)):
+            yield group._replace(rows=some)
+
+
+def _members(prefix_key: Tensor, options: Options) -> Iterator[tuple[int, int, Tensor | None]]:
+    """First column, last column + 1 and rows of each prefix that is not empty."""
+    if options.prefix_lengths is None or options.prefix_index is None:
+        yield 0, prefix_key.shape[1], None
+        return
+    index = options.prefix_index.tolist()
+    users: dict[int, list[int]] = {}
+    for row, number in enumerate(index):
+        users.setdefault(number, []).append(row)
+    end = 0
+    for number, length in enumerate(options.prefix_lengths.tolist()):
+        end += length
+        mine = users.get(number)
+        if length == 0 or mine is None:
+            continue
+        if options.cu_seqlens is not None:
+            cu_seqlens = options.cu_seqlens.tolist()
+            rows = torch.cat([torch.arange(cu_seqlens[m], cu_seqlens[m + 1]) for m in mine])
+            if rows.numel() > 0:
+                yield end - length, end, rows
+        else:
+            yield end - length, end, None if len(mine) == len(index) else torch.tensor(mine)
+
+
+def _real_before(query: Tensor, key: Tensor, options: Options) -> Tensor:
+    """How many real tokens of its sequence stand before each query, [B, 1, Lq]."""
+    B, _, Lq, _ = query.shape
+    Lk = key.shape[2]
+    if options.cu_seqlens is not None:
+        starts, lengths = options.cu_seqlens[:-1].long(), options.cu_seqlens.diff()
+        return (torch.arange(Lq) - starts.repeat_interleave(lengths))[None, None]
+    if options.key_padding_mask is None:
+        return torch.arange(Lk - Lq, Lk).expand(B, 1, Lq)
+    real = options.key_padding_mask.long()
+    return (real.cumsum(1) - real)[:, None, Lk - Lq :]
+
+
+def head_bias(options: Options, lse: Tensor) -> Tensor:
+    """What a prefix_bias [Hq] adds to the prefix part's log-sum-exp [B, Hq, Lq]."""
+    bias = options.prefix_bias
+    if bias is None or bias.dim() == 3:
+        return lse.new_zeros(())
+    return bias.to(lse.dtype).masked_fill(bias <= FLOOR, -math.inf)[:, None]

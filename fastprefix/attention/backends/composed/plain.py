@@ -1,0 +1,168 @@
+"""Calls with one prefix, one sequence a row, and masks: two flash calls and a merge."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastprefix.attention.backends.composed.flash import (
+    FLOOR,
+    equal_head_sizes,
+    flash_backward,
+    flash_forward,
+    fold_rows,
+    unfold_rows,
+)
+from fastprefix.attention.backends.composed.sequence import SequencePart
+from fastprefix.attention.call import Options
+
+
+def is_plain(options: Options) -> bool:
+    """Whether one prefix, one sequence a row and the masks are all there is."""
+    return (
+        options.prefix_lengths is None
+        and options.cu_seqlens is None
+        and options.sliding_window is None
+        and options.sinks is None
+        and options.prefix_bias is None
+    )
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """The forward of :func:`is_plain` calls."""
+    masks, scale = (options.key_padding_mask, options.attn_mask), options.scale
+    masked = options.key_padding_mask is not None or options.attn_mask is not None
+    Dv = value.shape[-1]
+    query, key, value, prefix_key, prefix_value = equal_head_sizes(
+        query, key, value, prefix_key, prefix_value
+    )
+    B, Hq, Lq, _ = query.shape
+    P, Lk = prefix_key.shape[1], key.shape[2]
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    if query.numel() == 0 or P + Lk == 0:
+        lse = torch.full((B, Hq, Lq), float("-inf"), dtype=lse_dtype, device=query.device)
+        return query.new_zeros(B, Hq, Lq, Dv), lse
+    if Lq == 1 and P > 0 and Lk > 0 and not masked:
+        out, lse = _decode(query, key, value, prefix_key, prefix_value, scale)
+        return out[..., :Dv], lse
+
+    if Lk > 0:
+        part = SequencePart(query, key, *masks, options.is_causal)
+        out, lse = flash_forward(
+            part.fold(query), part.keys(key), part.keys(value), 0.0, part.is_causal,
+            attn_mask=part.bias, scale=scale,
+        )  # fmt: skip
+        out, lse = part.unfold(out), part.unfold(lse)
+    if P > 0:
+        Hkv = prefix_key.shape[0]
+        prefix_out, prefix_lse = flash_forward(
+            fold_rows(query, Hkv), prefix_key[None], prefix_value[None], 0.0, False, scale=scale
+        )
+        prefix_out = unfold_rows(prefix_out, query.shape)
+        prefix_lse = unfold_rows(prefix_lse, query.shape[:3])
+        if Lk == 0:
+            out, lse = prefix_out, prefix_lse
+        else:
+            # exp(lse_p) / (exp(lse_p) + exp(lse_s)), in the accumulation dtype
+            weight = torch.sigmoid(prefix_lse - lse)[..., None]
+            out = torch.lerp(out.to(lse_dtype), prefix_out.to(lse_dtype), weight).to(query.dtype)
+            lse = torch.logaddexp(lse, prefix_lse)
+    elif masked:
+        blind = lse < FLOOR / 2
+        out = out.masked_fill(blind[..., None], 0.0)
+        lse = lse.masked_fill(blind, float("-inf"))
+    return out[..., :Dv], lse
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One query per row that sees everything: the general path's result in fewer small steps.
+
+    A generated token calls this once a layer, where each PyTorch call costs about as much as the
+    arithmetic; the flash calls should be most of what is left.
+    """
+    B, Hq, _, D = query.shape
+    Hkv = prefix_key.shape[0]
+    grouped = query.reshape(B, Hkv, Hq // Hkv, D)
+    out, lse = flash_forward(grouped, key, value, 0.0, False, scale=scale)
+    rows = grouped.transpose(0, 1).reshape(1, Hkv, -1, D)
+    prefix_out, prefix_lse = flash_forward(
+        rows, prefix_key[None], prefix_value[None], 0.0, False, scale=scale
+    )
+    prefix_out = prefix_out.view(Hkv, B, -1, D).transpose(0, 1)
+    prefix_lse = prefix_lse.view(Hkv, B, -1).transpose(0, 1)
+    weight = torch.sigmoid(prefix_lse - lse)[..., None]
+    merged = torch.lerp(out.to(weight.dtype), prefix_out.to(weight.dtype), weight)
+    lse = torch.logaddexp(lse, prefix_lse)
+    return merged.to(query.dtype).reshape(query.shape), lse.reshape(B, Hq, 1)
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The backward of :func:`is_plain` calls: five gradients."""
+    masks, scale = (options.key_padding_mask, options.attn_mask), options.scale
+    D, Dv = query.shape[-1], value.shape[-1]
+    query, key, value, prefix_key, prefix_value, out, grad_out = equal_head_sizes(
+        query, key, value, prefix_key, prefix_value, out, grad_out
+    )
+    P, Lk = prefix_key.shape[1], key.shape[2]
+    inputs = (query, key, value, prefix_key, prefix_value)
+    if query.numel() == 0 or P + Lk == 0:
+        return tuple(
+            torch.zeros_like(x)[..., :width] if need else None
+            for x, width, need in zip(inputs, (D, D, Dv, D, Dv), needs, strict=True)
+        )
+    need_query, need_key, need_value, need_prefix_key, need_prefix_value = needs
+    # a row that saw nothing: exp(score - inf) = 0 gives zero gradients
+    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+
+    dq: Tensor | None = None
+    dk = torch.zeros_like(key) if need_key else None
+    dv = torch.zeros_like(value) if need_value else None
+    if Lk > 0 and (need_query or need_key or need_value):
+        part = SequencePart(query, key, *masks, options.is_causal)
+        dq, dk, dv = flash_backward(
+            part.fold(grad_out), part.fold(query), part.keys(key), part.keys(value),
+            part.fold(out), part.fold(lse),
+            is_causal=part.is_causal, attn_mask=part.bias, scale=scale,
+        )  # fmt: skip
+        dq, dk, dv = part.unfold(dq), part.sum_keys(dk), part.sum_keys(dv)
+    dpk = torch.zeros_like(prefix_key) if need_prefix_key else None
+    dpv = torch.zeros_like(prefix_value) if need_prefix_value else None
+    if P > 0 and (need_query or need_prefix_key or need_prefix_value):
+        Hkv = prefix_key.shape[0]
+        dq_prefix, dpk, dpv = flash_backward(
+            fold_rows(grad_out, Hkv), fold_rows(query, Hkv), prefix_key[None], prefix_value[None],
+            fold_rows(out, Hkv), fold_rows(lse, Hkv), is_causal=False, attn_mask=None, scale=scale,
+        )  # fmt: skip
+        dq_prefix = unfold_rows(dq_prefix, query.shape)
+        dq = dq_prefix if dq is None else dq + dq_prefix
+        dpk, dpv = dpk[0], dpv[0]
+    widths = (D, D, Dv, D, Dv)
+    return tuple(
+        grad[..., :width].to(query.dtype) if need and grad is not None else None
+        for grad, width, need in zip((dq, dk, dv, dpk, dpv), widths, needs, strict=True)
+    )
