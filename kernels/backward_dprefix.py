@@ -92,6 +92,10 @@ def prefix_attn_bwd_dprefix_kernel(
     o_q = o_m[:, None] * s_qm + o_d[None, :]  # [BM, BD]
     o_do = o_m[:, None] * s_dom + o_dv[None, :]  # [BM, BDV]
     for i_x in tl.range(0, steps, 1):
+        # of this sequence; not Lq and Lk themselves: an argument that equals 1 is a constant, which
+        # a loop cannot assign to
+        n_q = Lq
+        n_k = Lk
         if key_tiles is not None:
             p_entry = query_tiles + (t_first + i_x // GROUP) * 2
             i_seq = tl.load(p_entry)
@@ -102,8 +106,8 @@ def prefix_attn_bwd_dprefix_kernel(
             if cu is not None:
                 i_b = i_b * 0
                 i_start = tl.load(cu + i_seq)
-                Lq = tl.load(cu + i_seq + 1) - i_start
-                Lk = Lq
+                n_q = tl.load(cu + i_seq + 1) - i_start
+                n_k = n_q
         else:
             i_seq = i_bg // GROUP
             i_b = i_seq.to(tl.int64)
@@ -114,8 +118,8 @@ def prefix_attn_bwd_dprefix_kernel(
         i_head = i_h * GROUP + i_g
         o_low = None
         if IN_WINDOW:
-            m_m = i_m + o_m < Lq
-            o_low = P - i_n - window + 1 + ranks(rank, i_b, i_m + o_m, m_m, Lq, Lk)
+            m_m = i_m + o_m < n_q
+            o_low = P - i_n - window + 1 + ranks(rank, i_b, i_m + o_m, m_m, n_q, n_k)
         b_shift = None
         p_rows = None
         if BIAS_DIM == 1:
@@ -127,7 +131,7 @@ def prefix_attn_bwd_dprefix_kernel(
             p_q + (i_b * s_qb + i_g * s_qh + i_token * s_qm) + o_q,
             p_do + (i_b * s_dob + i_g * s_doh + i_token * s_dom) + o_do,
             p_lse2 + o_row + o_m, p_delta + o_row + o_m, p_rows, s_bn, b_shift,
-            i_m + o_m < Lq, m_n, o_d, o_dv, o_n, o_low, None,
+            i_m + o_m < n_q, m_n, o_d, o_dv, o_n, o_low, None,
             scale, softcap, seed, dropped, keep, i_n + o_n, i_m + o_m,
             (i_seq * Hkv * GROUP + i_head).to(tl.int32),
             HEAD, HEAD_V, BLOCK_D, BLOCK_DV, not EVEN, dpk is not None, dpv is not None, PRECISION,

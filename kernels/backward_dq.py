@@ -44,11 +44,17 @@ def dq_sweep(
     o_k = o_n[:, None] * s_kn + o_d[None, :]  # [BN, BD]
     o_v = o_n[:, None] * s_vn + o_dv[None, :]  # [BN, BDV]
     scale_log2 = scale * LOG2E
+    # Pointers that the loop carries. The 64-bit products of i_n and a stride inside the loop make
+    # ptxas serialise the tensor cores of sm_90 (C7515): a wait after every product.
+    p_k += tl.cast(lo, tl.int64) * s_kn
+    p_v += tl.cast(lo, tl.int64) * s_vn
+    step_k = tl.cast(s_kn, tl.int64) * BLOCK_N
+    step_v = tl.cast(s_vn, tl.int64) * BLOCK_N
     for i_n in tl.range(lo, hi, BLOCK_N):
         m_n = i_n + o_n < length
         o_start = tl.cast(i_n, tl.int64)
-        b_k = load_tile(p_k + o_start * s_kn + o_k, m_n, o_d, HEAD, BLOCK_D, BOUND)  # [BN, BD]
-        b_v = load_tile(p_v + o_start * s_vn + o_v, m_n, o_dv, HEAD_V, BLOCK_DV, BOUND)
+        b_k = load_tile(p_k + o_k, m_n, o_d, HEAD, BLOCK_D, BOUND)  # [BN, BD]
+        b_v = load_tile(p_v + o_v, m_n, o_dv, HEAD_V, BLOCK_DV, BOUND)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         if softcap is not None:
             b_t = cap(b_s, scale_log2, softcap)
@@ -81,6 +87,8 @@ def dq_sweep(
         if softcap is not None:
             b_ds *= 1.0 - b_t * b_t
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        p_k += step_k
+        p_v += step_v
     return b_dq, b_dbias
 
 

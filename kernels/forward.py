@@ -51,10 +51,16 @@ def fwd_sweep(
     o_k = o_n[:, None] * s_kn + o_d[None, :]  # [BN, BD]
     o_v = o_n[:, None] * s_vn + o_dv[None, :]  # [BN, BDV]
     scale_log2 = scale * LOG2E
+    # Pointers that the loop carries. The 64-bit products of i_n and a stride inside the loop make
+    # ptxas serialise the tensor cores of sm_90 (C7515): a wait after every product.
+    p_k += tl.cast(lo, tl.int64) * s_kn
+    p_v += tl.cast(lo, tl.int64) * s_vn
+    step_k = tl.cast(s_kn, tl.int64) * BLOCK_N
+    step_v = tl.cast(s_vn, tl.int64) * BLOCK_N
     for i_n in tl.range(lo, hi, BLOCK_N):
         m_n = i_n + o_n < length
         o_start = tl.cast(i_n, tl.int64)
-        b_k = load_tile(p_k + o_start * s_kn + o_k, m_n, o_d, HEAD, BLOCK_D, BOUND)  # [BN, BD]
+        b_k = load_tile(p_k + o_k, m_n, o_d, HEAD, BLOCK_D, BOUND)  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         if softcap is not None:
             b_s = cap(b_s, scale_log2, softcap) * (softcap * LOG2E)
@@ -86,9 +92,11 @@ def fwd_sweep(
         b_acc = b_acc * b_alpha[:, None]
         if seed is not None:
             b_p *= kept(seed, dropped, (column + i_n + o_n)[None, :], o_query, o_head)
-        b_v = load_tile(p_v + o_start * s_vn + o_v, m_n, o_dv, HEAD_V, BLOCK_DV, BOUND)
+        b_v = load_tile(p_v + o_v, m_n, o_dv, HEAD_V, BLOCK_DV, BOUND)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_max = b_new
+        p_k += step_k
+        p_v += step_v
     return b_acc, b_max, b_sum
 
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 # Matrix-unit instructions of each vendor, and accesses to spilled registers.
 MATRIX = re.compile(r"(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b|v_(mfma|wmma|smfmac)_")
 SPILL = re.compile(r"(LDL|STL)\b|scratch_(load|store)_")
+# A wait for asynchronous matrix instructions (HGMMA, sm_90). Where ptxas serialises them (its
+# message C7515) one stands behind each.
+WAIT = re.compile(r"WARPGROUP\.DEPBAR\b")
 
 _SASS_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z]\S*)\s*(.*?)\s*;")
 _SASS_END = re.compile(r"(EXIT|RET|BRX|BRXU|JMX|KILL)\b")
@@ -52,6 +55,7 @@ class Loop:
         conditional: the loop's other instructions.
         matrix_instructions: how many of the instructions feed the matrix units.
         spill_instructions: how many of them move spilled registers.
+        matrix_waits: how many of them wait for HGMMA.
         shapes: matrix instructions by shape, {"HGMMA.64x128x16": 16}.
         flops: FLOP of the matrix instructions of all warps of the program in one iteration.
         per_kiloflop: warp-instructions per 1000 of these.
@@ -62,6 +66,7 @@ class Loop:
     conditional: int
     matrix_instructions: int
     spill_instructions: int
+    matrix_waits: int
     shapes: dict[str, int]
     flops: int
     per_kiloflop: float
@@ -208,10 +213,11 @@ def _loop(
     """The figures of the blocks that run in every iteration."""
     shapes: dict[str, int] = {}
     flops = 0.0
-    spilled = 0
+    spilled = waits = 0
     for start, end in (blocks[b] for b in sorted(always)):
         for i in range(start, end):
             spilled += is_spill(code[i])
+            waits += WAIT.match(code[i].name) is not None
             if is_matrix(code[i]):
                 name, work, share = matrix_shape(code, i)
                 shapes[name] = shapes.get(name, 0) + 1
@@ -223,6 +229,7 @@ def _loop(
         conditional=conditional,
         matrix_instructions=sum(shapes.values()),
         spill_instructions=spilled,
+        matrix_waits=waits,
         shapes=shapes,
         flops=round(flops),
         per_kiloflop=instructions * warps * 1000 / flops,

@@ -31,7 +31,7 @@ from . import inspect_code, inspect_device, inspect_traffic, launch, tilings
 from .offline_cases import DTYPES, Case, Job, gpu_target, is_main, launch_target, launches
 
 POINTERS = {
-    torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
+    torch.bool: "*u1", torch.int32: "*i32", torch.int64: "*i64",
     **{dtype: f"*{name}" for name, dtype in DTYPES.items()},
 }  # fmt: skip
 
@@ -116,23 +116,30 @@ class Failure:
 
 
 def source(step: launch.Launch, target: GPUTarget) -> ASTSource:
-    """The specialisation that Triton's own launcher would derive from these arguments."""
+    """The specialisation that Triton's own launcher would derive from these arguments.
+
+    An argument of `do_not_specialize` is neither a constant where it equals 1 nor known to be a
+    multiple of 16; one of `do_not_specialize_on_alignment` may be a constant.
+    """
     backend = make_backend(target)
     signature, constants, attributes = {}, {}, {}
-    for position, name in enumerate(step.kernel.arg_names):
+    for position, parameter in enumerate(step.kernel.params):
+        name = parameter.name
         value = step.constants.get(name, step.arguments.get(name))
+        align = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+        one = one and not parameter.do_not_specialize
         if name in step.constants or value is None or one:
             signature[name], constants[(position,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
-            special = backend.get_tensor_specialization(value, align=True)
+            special = backend.get_tensor_specialization(value, align=align)
             attributes[(position,)] = backend.parse_attr(special)
         elif isinstance(value, bool):
             signature[name] = "u1"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            special = backend.get_int_specialization(value, align=True)
+            special = backend.get_int_specialization(value, align=align)
             attributes[(position,)] = backend.parse_attr(special)
         else:
             signature[name] = "fp32"
@@ -298,7 +305,8 @@ def reports(job: Job, save: Path | None = None) -> list[Report | Failure]:
 
 def violations(r: Report | Failure) -> list[str]:
     """What a kernel must not do and does: not compile, overflow shared memory; on the main path
-    (bf16, D 64 or 128, no features) spill, or compute without the matrix units.
+    (bf16, D 64 or 128, no features) spill, or compute without the matrix units; and on sm_90 wait
+    in a loop for more than every fourth product: then nothing runs beside the tensor cores.
     """
     if isinstance(r, Failure):
         return [f"does not compile: {r.error.splitlines()[0]}"]
@@ -311,6 +319,12 @@ def violations(r: Report | Failure) -> list[str]:
         found.append(f"spills {r.spill_bytes} bytes, {r.spill_instructions} instructions")
     if main and r.kernel in PRODUCTS and not r.tensor_core_instructions:
         found.append("does not use the matrix units")
+    for loop in r.loops:
+        if loop.matrix_waits * 4 > loop.matrix_instructions:
+            found.append(
+                f"serialises the tensor cores: {loop.matrix_waits} waits for "
+                f"{loop.matrix_instructions} products in the loop over {loop.name}"
+            )
     return found
 
 

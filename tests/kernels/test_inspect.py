@@ -45,6 +45,20 @@ def test_a_loop_and_its_cost():
     assert loop.per_kiloflop == pytest.approx(4 * 5 * 1000 / loop.flops)
 
 
+def test_waits_for_asynchronous_products_are_counted():
+    HGMMA = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0"
+    code = sass(
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        HGMMA,  # 0x10: the loop
+        HGMMA,
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        "@P0 BRA 0x10",
+        "EXIT",
+    )
+    (loop,) = inspect_code.hot_loops(code, warps=4)
+    assert (loop.matrix_instructions, loop.matrix_waits) == (2, 1)
+
+
 def test_only_innermost_loops_with_matrix_instructions_count():
     code = sass(
         "NOP",  # 0x00: outer loop

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from fastprefix.kernels.offline_cases import (
     parse_target,
     table_jobs,
 )
-from fastprefix.kernels.offline_report import Failure, Report, loop_names, violations
+from fastprefix.kernels.offline_report import Failure, NamedLoop, Report, loop_names, violations
 from fastprefix.kernels.problem import Problem
 
 KERNELS = {
@@ -62,6 +63,21 @@ def test_a_second_run_disassembles_nothing(tmp_path):
         was | {"registers": int(f"7{was['registers']}"), "occupancy": again[0]["occupancy"]}
     ]
     assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_sizes_of_one_translate_and_are_specialised_as_triton_does():
+    """Random problems, by `small_sizes.py` in a process of its own: it needs real JIT functions."""
+    script = str(Path(__file__).with_name("small_sizes.py"))
+    done = subprocess.run(
+        [sys.executable, script, "25", "1"],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["wrong"] == {}
+    assert found["kernels"] > 50
 
 
 @pytest.mark.parametrize(
@@ -156,6 +172,15 @@ def report(**changes) -> Report:
     return Report(**(found | limits | counts | changes))
 
 
+def loop(waits: int) -> NamedLoop:
+    """A hot loop of eight products."""
+    return NamedLoop(
+        start=0, instructions=64, conditional=0, matrix_instructions=8, spill_instructions=0,
+        matrix_waits=waits, shapes={"HGMMA.64x128x16": 8}, flops=1 << 20, per_kiloflop=0.5,
+        name="prefix",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("found", "said"),
     [
@@ -168,6 +193,11 @@ def report(**changes) -> Report:
         (report(spill_bytes=0, spill_instructions=None), []),
         (report(tensor_core_instructions=0), ["does not use the matrix units"]),
         (report(tensor_core_instructions=0, kernel="prefix_attn_bwd_delta_kernel"), []),
+        (report(loops=(loop(waits=2),)), []),
+        (
+            report(loops=(loop(waits=8),)),
+            ["serialises the tensor cores: 8 waits for 8 products in the loop over prefix"],
+        ),
         (Failure(Case("cuda:80"), "k", "PassError: no\nmore"), ["does not compile: PassError: no"]),
     ],
 )

@@ -153,7 +153,11 @@ class Compiled:
 
 
 class Lean:
-    """Loops cost no more than the best known ones, masked loops at most 5% more."""
+    """Loops cost no more than the best known ones, masked loops at most 5% more.
+
+    So does the prefix's gradient, which nobody else computes: it is held to dK and dV, whose loop
+    need not find the sequence and head of each tile.
+    """
 
     @pytest.mark.skipif(
         tilings.TRITON >= (3, 9), reason="tiles are chosen with 3.7; see kernels/README.md for 3.9"
@@ -168,7 +172,7 @@ class Lean:
             ("prefix_attn_bwd_dq_kernel", "prefix"): dq,
             ("prefix_attn_bwd_dq_kernel", "sequence"): dq,
             ("prefix_attn_bwd_dkv_kernel", "rows"): dkv,
-            ("prefix_attn_bwd_dprefix_kernel", "rows"): dkv,
+            ("prefix_attn_bwd_dprefix_kernel", "rows"): dkv * 1.05,
         }
         seen = set()
         for r in main_path(found):
