@@ -122,9 +122,10 @@ def load_state(tuned: nn.Module, saved: Checkpoint) -> None:
     try:
         tuned.load_state_dict(saved.state)
     except RuntimeError as error:
+        told = " ".join(str(error).split())
         raise ValueError(
-            f"{saved.file}: does not fit this model ({error}). A LoRA that was trained inside the "
-            "base must be in it, and in the file"
+            f"{saved.file}: does not fit this model ({told}). A LoRA that was trained inside the "
+            "base must be in the model, too"
         ) from error
 
 
