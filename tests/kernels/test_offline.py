@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+
 from fastprefix.kernels import launch, tilings
 from fastprefix.kernels.offline import main
 from fastprefix.kernels.offline_cases import (
