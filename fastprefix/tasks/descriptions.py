@@ -10,9 +10,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal, get_args
 
+from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
+
 Split = Literal["train", "heldout"]
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class Record:
     """Attributes, in the order of the prompt, and one sentence that describes them."""
@@ -27,6 +30,7 @@ class Record:
         return " | ".join(f"{key}: {value}" for key, value in self.attributes.items())
 
 
+@refuses_unknown_arguments
 def load_descriptions(split: Split) -> list[Record]:
     """Return the records of one split of the data set that ships with the package.
 
@@ -39,6 +43,7 @@ def load_descriptions(split: Split) -> list[Record]:
     return _parse(file.read_bytes(), file.name, _from_json)
 
 
+@refuses_unknown_arguments
 def load_records(path: str | PathLike[str]) -> list[Record]:
     """Return the records of a file of one's own.
 

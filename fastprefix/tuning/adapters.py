@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
 from fastprefix.hf.peft_base import BASE_FOLDER
 from fastprefix.tuning.base import TunedModel
@@ -17,6 +18,7 @@ from fastprefix.tuning.config import PrefixConfig
 DEFAULT = "default"
 
 
+@methods_refuse_unknown_arguments
 class NamedAdapters(TunedModel):
     """Encoders by name. One of them is active, which is what a forward uses that names none.
 

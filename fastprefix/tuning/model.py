@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
 from fastprefix.hf.patching import (
     Fallback,
@@ -39,8 +40,10 @@ from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
 from fastprefix.tuning.base import load_heads, saved_heads, with_inputs_of_bases
 from fastprefix.tuning.build import new_encoder
 from fastprefix.tuning.config import PrefixConfig
+from fastprefix.tuning.misspelt import refuse_misspelt, refuse_misspelt_option
 
 
+@methods_refuse_unknown_arguments
 class PrefixTuningModel(NamedAdapters):
     """Prefix tuning: the base model is frozen, its attention sees a trained prefix.
 
@@ -137,8 +140,10 @@ class PrefixTuningModel(NamedAdapters):
             kwargs: whatever else the base model's forward takes.
 
         Raises:
+            TypeError: an unknown argument whose name is like that of a known one.
             ValueError: prefix_names has an unknown name, or not one for each row.
         """
+        refuse_misspelt("forward", kwargs, self._inputs)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -179,6 +184,7 @@ class PrefixTuningModel(NamedAdapters):
         """
         kwargs.setdefault("use_cache", True)
         generate: Any = self.base_model.generate  # models for other tasks have none
+        refuse_misspelt_option(generate, kwargs, self._inputs)
         if prefix_names is None:
             if self._adapters_disabled:
                 return generate(*args, **kwargs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.hf.patching import UnsupportedModelError, use_prefix
 from fastprefix.hf.peft_base import (
     find_base_adapter,
@@ -29,6 +30,7 @@ from fastprefix.tuning.base import (
     saved_heads,
     with_inputs_of_bases,
 )
+from fastprefix.tuning.misspelt import refuse_misspelt, refuse_misspelt_option
 from fastprefix.tuning.prompt_config import PromptConfig
 from fastprefix.tuning.prompt_encoder import PromptEncoder
 from fastprefix.tuning.prompt_layout import Layout, Padding, lay_out, positions
@@ -37,6 +39,7 @@ from fastprefix.tuning.prompt_layout import Layout, Padding, lay_out, positions
 _PER_TOKEN = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
 
 
+@methods_refuse_unknown_arguments
 class PromptTuningModel(TunedModel):
     """Prompt tuning, P-tuning, infix tuning: the base is frozen, its input has a trained part.
 
@@ -141,10 +144,12 @@ class PromptTuningModel(TunedModel):
             kwargs: whatever else the base model's forward takes.
 
         Raises:
+            TypeError: an unknown argument whose name is like that of a known one.
             ValueError: infix_positions are missing, out of range, or given for a prompt in front;
                 the mask is not one of padding; a cache holds tokens already; the sequences are
                 packed.
         """
+        refuse_misspelt("forward", kwargs, self._inputs)
         self._check(attention_mask, position_ids, kwargs)
         embeds = self._embeddings(input_ids, inputs_embeds)
         B, L = embeds.shape[:2]
@@ -191,6 +196,7 @@ class PromptTuningModel(TunedModel):
             ValueError: see :meth:`forward`.
         """
         generate: Any = self.base_model.generate  # models for other tasks have none
+        refuse_misspelt_option(generate, kwargs, self._inputs)
         kwargs["use_cache"] = kwargs.get("use_cache", True)  # the Trainer switches it off
         given = {} if attention_mask is None else {"attention_mask": attention_mask}
         if self._is_causal and self.prompt_config.placement == "prefix":

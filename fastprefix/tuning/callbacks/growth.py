@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
 from fastprefix.encoders import Encoder
 from fastprefix.tuning.callbacks.find import trained_encoders
 
 _GROWN = "num_virtual_tokens"  # an entry of the log history says when a prefix grew
 
 
+@methods_refuse_unknown_arguments
 class ProgressiveLength(TrainerCallback):
     """Adds virtual tokens whenever the training loss stops falling.
 
@@ -100,6 +102,7 @@ class ProgressiveLength(TrainerCallback):
         return lately > (1.0 - self.threshold) * before
 
 
+@refuses_unknown_arguments
 def grow(encoder: Encoder, num_tokens: int, optimizer: Optimizer) -> None:
     """Makes the encoder's prefix longer, and its optimizer go on with it.
 

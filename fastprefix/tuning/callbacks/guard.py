@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
+
 _LOGGER = logging.get_logger(__name__)
 
 
+@methods_refuse_unknown_arguments
 class StopOnCollapse(TrainerCallback):
     """Stops when numbers are no longer finite or the loss has collapsed, and restores the prefix.
 

@@ -6,12 +6,14 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
 from fastprefix.tuning.callbacks.find import trained_encoders
 
 First = Literal["last", "first"]
 
 
+@methods_refuse_unknown_arguments
 class ProgressiveLayers(TrainerCallback):
     """Trains the prefixes of a few layers, then of more and more, until it trains all.
 

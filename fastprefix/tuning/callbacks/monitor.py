@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
 from fastprefix.hf.mass import attention_mass
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.callbacks.find import trained_encoders
 
 
+@methods_refuse_unknown_arguments
 class PrefixMonitor(TrainerCallback):
     """Records gradient norms by layer, and the attention that the prefix takes by layer and head.
 
