@@ -19,6 +19,8 @@ import torch
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _Class = TypeVar("_Class", bound=type)
+# Marks a function that refuses already.
+_CHECKED = "_refuses_unknown_arguments"
 
 
 def unknown_argument(function: str, name: str, known: Iterable[str]) -> TypeError:
@@ -71,6 +73,7 @@ def refuses_unknown_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
                 raise unknown_argument(told, name, shown)
         return function(*args, **kwargs)
 
+    vars(checked)[_CHECKED] = True
     return checked
 
 
@@ -85,7 +88,9 @@ def methods_refuse_unknown_arguments(cls: _Class) -> _Class:
             continue
         kind = type(found) if isinstance(found, (classmethod, staticmethod)) else None
         function = found.__func__ if kind is not None else found
-        if inspect.isfunction(function) and _named(function) and not _takes_any(function):
+        if not inspect.isfunction(function) or _CHECKED in vars(function):
+            continue
+        if _named(function) and not _takes_any(function):
             checked = refuses_unknown_arguments(function)
             setattr(cls, name, checked if kind is None else kind(checked))
     return cls

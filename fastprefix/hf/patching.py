@@ -399,8 +399,7 @@ def state_of(model: PreTrainedModel) -> State:
 
 
 def _check_type(model: object) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: got {type(model).__name__}, takes a transformers PreTrainedModel")
+    check_type("model", model, PreTrainedModel, "a transformers PreTrainedModel")
 
 
 def _patch(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastprefix.hf.hub import Source, source
 from fastprefix.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE, find
 
 BASE_FOLDER = "base_model"
@@ -81,20 +82,15 @@ def save_base_adapter(folder: Path, model: PreTrainedModel) -> None:
     config.save_pretrained(folder)
 
 
-def find_base_adapter(name_or_folder: str | Path) -> Path | None:
+def find_base_adapter(name_or_folder: str | Path | Source) -> Path | None:
     """The sub-folder that :func:`save_base_adapter` wrote, or None."""
-    folder = Path(name_or_folder)
-    if folder.is_dir():
-        return folder / BASE_FOLDER if (folder / BASE_FOLDER / CONFIG_FILE).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        config = hf_hub_download(str(name_or_folder), f"{BASE_FOLDER}/{CONFIG_FILE}")
-    except EntryNotFoundError:
+    place = source(name_or_folder)
+    config = place.look_for(f"{BASE_FOLDER}/{CONFIG_FILE}")
+    if config is None:
         return None
-    hf_hub_download(str(name_or_folder), f"{BASE_FOLDER}/{WEIGHTS_FILE}")
-    return Path(config).parent
+    if place.folder is None:  # downloaded beside it
+        place.find(f"{BASE_FOLDER}/{WEIGHTS_FILE}")
+    return config.parent
 
 
 def is_base_adapter(model: PreTrainedModel, folder: Path) -> bool:

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from os import PathLike
-from pathlib import Path
 from typing import Literal, get_args
 
-from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
+from fastprefix.arguments import (
+    as_path,
+    methods_refuse_unknown_arguments,
+    refuses_unknown_arguments,
+)
 
 Split = Literal["train", "heldout"]
 
@@ -38,7 +41,7 @@ def load_descriptions(split: Split) -> list[Record]:
         ValueError: ``split`` is neither "train" nor "heldout".
     """
     if split not in get_args(Split):
-        raise ValueError(f"split is {split!r}; it must be one of {', '.join(get_args(Split))}")
+        raise ValueError(f"split: got {split!r}, takes one of {get_args(Split)}")
     file = resources.files("fastprefix.tasks") / "data" / f"descriptions-{split}.jsonl"
     return _parse(file.read_bytes(), file.name, _from_json)
 
@@ -54,10 +57,11 @@ def load_records(path: str | PathLike[str]) -> list[Record]:
 
     Raises:
         OSError: the file cannot be read.
+        TypeError: path is no path.
         ValueError: the file has no record or is not UTF-8, or a line is malformed; the message
             names the file and the line.
     """
-    path = Path(path)
+    path = as_path("path", path)
     parse_line = _from_json if path.suffix.lower() == ".jsonl" else _from_text
     return _parse(path.read_bytes(), str(path), parse_line)
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastprefix.arguments import methods_refuse_unknown_arguments
+from fastprefix.arguments import check_names, check_type, methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
 from fastprefix.hf.peft_base import BASE_FOLDER
 from fastprefix.tuning.base import TunedModel
+from fastprefix.tuning.checkpoint import described
 from fastprefix.tuning.config import PrefixConfig
 
 DEFAULT = "default"
@@ -73,6 +75,19 @@ class NamedAdapters(TunedModel):
         """The name of the active adapter, in a list as in PEFT."""
         return [self.active_adapter]
 
+    def get_extra_state(self) -> Tensor:
+        """As in the base class; of a prefix that grew, as long as it is."""
+        configs = {}
+        for name, config in self.prefix_configs.items():
+            encoder = self.encoders[name]
+            assert isinstance(encoder, Encoder)
+            layout = encoder.layout
+            lengths = None if config.layer_lengths is None else list(layout.lengths)
+            configs[name] = replace(
+                config, num_virtual_tokens=layout.num_virtual_tokens, layer_lengths=lengths
+            )
+        return described(type(self).__name__, configs, self.active_adapter)
+
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Makes an adapter the active one, and the only one that is trained.
 
@@ -111,8 +126,8 @@ class NamedAdapters(TunedModel):
         others = [name for name in self.encoders if name != adapter_name]
         if not others:
             raise ValueError(
-                f"adapter_name: got {adapter_name!r}, the only adapter; add another one first, or "
-                "unpatch the model to have it without"
+                f"adapter_name: got {adapter_name!r}, the only adapter, takes one of several; add "
+                "another one first, or unpatch the model to have it without"
             )
         trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
         del self.encoders[adapter_name], self.prefix_configs[adapter_name]
@@ -143,8 +158,11 @@ class NamedAdapters(TunedModel):
         self.prefix_configs[adapter_name] = config
 
     def _check_new(self, adapter_name: str) -> None:
+        check_type("adapter_name", adapter_name, str, "a name")
         if adapter_name in self.encoders:
-            raise ValueError(f"adapter_name: got {adapter_name!r}, which there is already")
+            raise ValueError(
+                f"adapter_name: got {adapter_name!r}, which there is already, takes a new name"
+            )
         # a folder's name and a part of a parameter's
         if not adapter_name or set(adapter_name) & set("./\\") or adapter_name == BASE_FOLDER:
             raise ValueError(
@@ -164,8 +182,11 @@ class NamedAdapters(TunedModel):
 
     def _check_rows(self, prefix_names: Sequence[str | None], rows: int | None) -> None:
         """prefix_names: a known name or None for each row, rows of them unless None."""
+        check_names("prefix_names", prefix_names, "a name, or None, for each row of the batch")
         if self._adapters_disabled:
-            raise ValueError("prefix_names: got names while adapters are disabled")
+            raise ValueError(
+                "prefix_names: got names, takes None inside disable_adapter(), where no adapter is"
+            )
         if rows is not None and len(prefix_names) != rows:
             raise ValueError(
                 f"prefix_names: got {len(prefix_names)} names, takes {rows}, one for each row of "

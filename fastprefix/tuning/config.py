@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from fastprefix.arguments import (
     check_flag,
@@ -20,6 +20,7 @@ from fastprefix.arguments import (
 from fastprefix.encoders.build import Reparameterization
 from fastprefix.encoders.init import Resize
 from fastprefix.kv import Group
+from fastprefix.tuning.config_files import ConfigFiles, plain
 
 Init = Literal["random", "orthogonal", "zero", "text", "embeddings", "vocab", "prefix"]
 # PEFT's; None leaves it open, as PEFT does
@@ -34,9 +35,13 @@ TASK_TYPES = (
 )
 
 
+# of both kinds; PEFT has the first for cartridges alone, and the second nowhere
+_BESIDE = ("num_frozen_tokens", "prefix_in_window")
+
+
 @methods_refuse_unknown_arguments
 @dataclass
-class PrefixConfig:
+class PrefixConfig(ConfigFiles):
     """Configuration of prefix tuning (Li and Liang 2021).
 
     Layers are the model's attention layers, counted from 0 in the order in which they run.
@@ -90,7 +95,8 @@ class PrefixConfig:
             unless given.
         peft_type: "PREFIX_TUNING" or "CARTRIDGE": as what PEFT loads the adapter.
         fallback: what to do with a base that cannot be patched, see :func:`fastprefix.patch_model`:
-            None or "expand". Of the first adapter of a model; not saved.
+            None or "expand". Of the first adapter of a model; not saved with it.
+        inference_mode: do not train the prefix, nor the modules that are saved beside it.
 
     Raises:
         TypeError: a field is of another type than above; the message names it.
@@ -123,13 +129,16 @@ class PrefixConfig:
     gated: bool = False
     peft_type: Literal["PREFIX_TUNING", "CARTRIDGE"] = "PREFIX_TUNING"
     fallback: Literal["expand"] | None = None
+    inference_mode: bool = False
 
-    @property
-    def is_prompt_learning(self) -> bool:
-        """True, as of PEFT's configurations of prefixes."""
-        return True
+    model_class: ClassVar[str] = "PrefixTuningModel"
+    peft_kinds: ClassVar[dict[str, tuple[str, ...]]] = {
+        "PREFIX_TUNING": ("encoder_hidden_size", "init_weights", "prefix_projection", *_BESIDE),
+        "CARTRIDGE": _BESIDE,
+    }
 
     def __post_init__(self) -> None:
+        self.task_type = plain(self.task_type)  # PEFT's is an enum
         self._check_types()
         if self.task_type not in TASK_TYPES:
             raise ValueError(f"task_type: got {self.task_type!r}, takes one of {TASK_TYPES}")
@@ -170,7 +179,7 @@ class PrefixConfig:
             check_number(name, getattr(self, name))
         for name in (
             "prefix_projection", "encoder_per_layer", "encoder_orthogonal", "share_layers",
-            "prefix_in_window", "gated",
+            "prefix_in_window", "gated", "inference_mode",
         ):  # fmt: skip
             check_flag(name, getattr(self, name))
         if self.init_text is not None:
@@ -179,6 +188,33 @@ class PrefixConfig:
             check_type("init_prefix", self.init_prefix, (str, os.PathLike), "a path, or None")
         if self.modules_to_save is not None:
             check_names("modules_to_save", self.modules_to_save, "a list of names, or None")
+
+    @classmethod
+    def _converted(cls, kind: str, taken: dict[str, Any]) -> dict[str, Any]:
+        start = taken.pop("init_weights", None)
+        if start not in (None, "zero"):
+            raise ValueError(f"config.init_weights: got {start!r}, takes 'zero' or None")
+        if start == "zero":
+            taken["init"] = "zero"
+        if not taken.get("prefix_projection"):
+            taken.pop("encoder_hidden_size", None)
+        return {"peft_type": kind, **taken}
+
+    @classmethod
+    def _beside(cls, about: dict[str, Any]) -> dict[str, Any]:
+        names = {"num_frozen_tokens": "num_frozen_tokens", "in_window": "prefix_in_window"}
+        return {ours: about[name] for name, ours in names.items() if name in about}
+
+    def _peft_fields(self) -> dict[str, Any]:
+        told = super()._peft_fields()
+        if self.peft_type == "CARTRIDGE":
+            return {**told, "num_frozen_tokens": self.num_frozen_tokens}
+        return {
+            **told,
+            "encoder_hidden_size": self.encoder_hidden_size,
+            "init_weights": "zero" if self.init == "zero" else None,
+            "prefix_projection": self.prefix_projection,
+        }
 
     def _check_choice(self, name: str, literal: Any) -> None:
         if getattr(self, name) not in get_args(literal):
@@ -218,7 +254,8 @@ class PrefixConfig:
         most = 3 if kind == "MLP" else None
         if most and self.encoder_num_layers > most:
             raise ValueError(
-                f"encoder_num_layers: got {self.encoder_num_layers}, takes 1 to {most} for an {kind}"
+                f"encoder_num_layers: got {self.encoder_num_layers}, takes 1 to {most} for an "
+                f"{kind}"
             )
         if self.encoder_per_layer and kind != "MLP":
             raise ValueError(f"encoder_per_layer: got True, takes False for an {kind}")

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
-from fastprefix.arguments import nearest, unknown_argument
+from fastprefix.arguments import nearest, shown, unknown_argument
 from fastprefix.hf.versions import CACHE_NAMES, parameters
 
 # What forwards hand on although none of them names it.
@@ -69,6 +69,17 @@ def refuse_misspelt_option(
     """
     options = (*inspect.signature(generate).parameters, *GenerationConfig().to_dict())
     refuse_misspelt("generate", given, {**dict.fromkeys(options, False), **known})
+
+
+def check_tensors(**given: Any) -> None:
+    """Refuses what is no tensor among a forward's inputs, of which the base would say less.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, value in given.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: got {shown(value)}, takes a tensor, or None")
 
 
 # With a name that nobody knows torch.compile breaks its graph here: better than to miss it.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.arguments import methods_refuse_unknown_arguments
+from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments, shown
+from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import UnsupportedModelError, use_prefix
 from fastprefix.hf.peft_base import (
     find_base_adapter,
@@ -22,6 +25,7 @@ from fastprefix.hf.peft_prompts import INFIX_KIND, load_prompt, save_prompt
 from fastprefix.hf.prefill import prefill_embeddings
 from fastprefix.hf.versions import cache_of, length_of
 from fastprefix.kv import PrefixKV
+from fastprefix.tuning import hub
 from fastprefix.tuning.base import (
     TunedModel,
     embedding_weight,
@@ -30,7 +34,15 @@ from fastprefix.tuning.base import (
     saved_heads,
     with_inputs_of_bases,
 )
-from fastprefix.tuning.misspelt import refuse_misspelt, refuse_misspelt_option
+from fastprefix.tuning.checkpoint import (
+    Checkpoint,
+    as_it_was,
+    fresh,
+    load_state,
+    read_checkpoint,
+)
+from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_misspelt_option
+from fastprefix.tuning.peft_configs import agreed, as_prompt_config, tokenizer_of
 from fastprefix.tuning.prompt_config import PromptConfig
 from fastprefix.tuning.prompt_encoder import PromptEncoder
 from fastprefix.tuning.prompt_layout import Layout, Padding, lay_out, positions
@@ -54,7 +66,8 @@ class PromptTuningModel(TunedModel):
 
     Args:
         model: the base; all its parameters are frozen.
-        config: see :class:`PromptConfig`.
+        config: a :class:`PromptConfig`, or PEFT's PromptTuningConfig or PromptEncoderConfig; with
+            inference_mode nothing is trained.
         tokenizer: the base's; needed for init="text".
 
     Raises:
@@ -71,13 +84,16 @@ class PromptTuningModel(TunedModel):
     def __init__(
         self,
         model: PreTrainedModel,
-        config: PromptConfig,
+        config: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        model = unwrap(model)
+        tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
+        config, model = as_prompt_config(config), unwrap(model)
         taken = inspect.signature(model.forward).parameters
         if "inputs_embeds" not in taken:
-            raise ValueError(f"model: {type(model).__name__} takes no inputs_embeds")
+            raise ValueError(
+                f"model: got {type(model).__name__}, takes one whose forward has inputs_embeds"
+            )
         start = initial_ids(config, model, tokenizer)  # before anything is changed
         super().__init__(model)
         self.prompt_config = config
@@ -87,6 +103,9 @@ class PromptTuningModel(TunedModel):
                 embeddings = model.get_input_embeddings()(start.to(model.device))
             self.encoder.start_from(embeddings)
         self.train_heads(config.modules_to_save, config.task_type)
+        if config.inference_mode:
+            self.encoder.requires_grad_(False)
+            self._freeze_heads()
         self._takes_positions = "position_ids" in taken
         self._is_causal = not model.config.is_encoder_decoder and (
             config.task_type == "CAUSAL_LM"
@@ -144,12 +163,16 @@ class PromptTuningModel(TunedModel):
             kwargs: whatever else the base model's forward takes.
 
         Raises:
-            TypeError: an unknown argument whose name is like that of a known one.
+            TypeError: an unknown argument whose name is like that of a known one, or an input that
+                is no tensor.
             ValueError: infix_positions are missing, out of range, or given for a prompt in front;
                 the mask is not one of padding; a cache holds tokens already; the sequences are
                 packed.
         """
         refuse_misspelt("forward", kwargs, self._inputs)
+        check_tensors(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds
+        )
         self._check(attention_mask, position_ids, kwargs)
         embeds = self._embeddings(input_ids, inputs_embeds)
         B, L = embeds.shape[:2]
@@ -224,7 +247,10 @@ class PromptTuningModel(TunedModel):
             return generate(**fed, **kwargs)
         settings = kwargs.get("generation_config")
         if getattr(settings, "max_length", None) and not getattr(settings, "max_new_tokens", None):
-            raise ValueError("generation_config.max_length: takes max_new_tokens with a prompt")
+            raise ValueError(
+                f"generation_config.max_length: got {getattr(settings, 'max_length', None)}, takes max_new_tokens "
+                "in its place with a prompt"
+            )
         if kwargs.get("max_length") is not None:  # transformers would count the prompt
             length = kwargs.pop("max_length") - input_ids.shape[1]
             kwargs.setdefault("max_new_tokens", length)
@@ -256,18 +282,51 @@ class PromptTuningModel(TunedModel):
             )
         return prefill_embeddings(self.base_model, self.export_embeddings())
 
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+    @refuses_unknown_arguments
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        *,
+        push_to_hub: bool = False,
+    ) -> None:
         """Writes the prompt, and heads trained beside it, in PEFT's format.
 
         A network is dropped, as PEFT does. An infix, which PEFT does not know, gets a peft_type
         of ours, so that PEFT refuses it. An adapter inside the base is written beside it, into
-        the sub-folder "base_model".
+        the sub-folder "base_model". A model card, README.md, says what it is and how to load it;
+        the text of one that is there stays.
+
+        Args:
+            save_directory: made if need be.
+            safe_serialization: whether the weights are safetensors, or a file of ``torch.save``
+                that PEFT reads, too.
+            selected_adapters: by name; all if None.
+            is_main_process: whether this process writes.
+            push_to_hub: False; :meth:`push_to_hub` uploads.
 
         Raises:
-            ValueError: see :func:`fastprefix.hf.peft_base.save_base_adapter`.
+            ValueError: no adapter of a name, or the folder is a file; see also
+                :func:`fastprefix.hf.peft_base.save_base_adapter`.
         """
+        for name in selected_adapters or ():
+            if name not in self.peft_config:
+                raise ValueError(
+                    f"selected_adapters: got {name!r}, takes one of {list(self.peft_config)}"
+                )
+        hub.check_directory(save_directory, push_to_hub)
+        embeddings = self.export_embeddings()
+        if not is_main_process:
+            return
+        if selected_adapters is None or selected_adapters:
+            self._save_prompt(Path(save_directory), embeddings, safe_serialization)
+        self.create_or_update_model_card(save_directory)
+
+    def _save_prompt(self, folder: Path, embeddings: Tensor, safe_serialization: bool) -> None:
+        """Writes the prompt, exported."""
         config, base = self.prompt_config, self.base_model.config.get_text_config()
-        kind = "P_TUNING" if config.encoder_reparameterization_type else "PROMPT_TUNING"
         fields: dict[str, Any] = {
             "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
             "modules_to_save": self.head_names(),
@@ -275,47 +334,107 @@ class PromptTuningModel(TunedModel):
             "num_layers": getattr(base, "num_hidden_layers", None),
             "task_type": config.task_type,
         }
-        if config.placement == "infix":
-            kind = INFIX_KIND
-        elif kind == "P_TUNING":
+        if config.peft_type == "P_TUNING":
             fields["encoder_reparameterization_type"] = config.encoder_reparameterization_type
             fields["encoder_hidden_size"] = config.encoder_hidden_size or self._width
             fields["encoder_num_layers"] = config.encoder_num_layers
             fields["encoder_dropout"] = config.encoder_dropout
-        save_base_adapter(Path(folder), self.base_model)
-        save_prompt(folder, self.export_embeddings(), fields, kind=kind, heads=self.heads())
+        save_base_adapter(folder, self.base_model)
+        save_prompt(
+            folder,
+            embeddings,
+            fields,
+            kind=config.peft_type,
+            heads=self.heads(),
+            safe_serialization=safe_serialization,
+        )
 
     @classmethod
+    @refuses_unknown_arguments
     def from_pretrained(
-        cls, model: PreTrainedModel, name_or_folder: str | Path, *, is_trainable: bool = False
+        cls,
+        model: PreTrainedModel,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Any = None,
+        *,
+        torch_device: str | torch.device | None = None,
+        low_cpu_mem_usage: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | None = None,
     ) -> PromptTuningModel:
         """Loads a PROMPT_TUNING or P_TUNING adapter that fastprefix or PEFT saved.
 
-        With it comes the adapter inside the base that was saved beside it.
+        With it comes the adapter inside the base that was saved beside it. A checkpoint that
+        transformers' Trainer wrote of such a model, which holds its parameters, is loaded, too.
 
         Args:
             model: the base; frozen. Heads that were trained beside the prompt replace its own.
-            name_or_folder: a folder, or a repository name on the Hugging Face hub.
+            model_id: a folder, or a repository name on the Hugging Face hub.
+            adapter_name: "default", which the prompt is called.
             is_trainable: whether to train the prompt further (directly; a network is gone).
+            config: a :class:`PromptConfig` or PEFT's for such prompts, which the files must agree
+                with.
+            torch_device: where the files are read to; the prompt ends on the base's device.
+            low_cpu_mem_usage: as in PEFT; a prompt is small, and loaded the same way with either.
+            subfolder: of model_id, where the files are.
+            revision: of the repository: a branch, tag or commit.
+            token: the hub's.
+            cache_dir: where downloads go.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: not an input-level prompt for this model.
+            TypeError: config is none of a prompt.
+            ValueError: not an input-level prompt for this model, or config does not agree with it.
         """
+        hub.check_loading(torch_device, low_cpu_mem_usage)
+        if adapter_name != "default":
+            raise ValueError(f"adapter_name: got {adapter_name!r}, takes 'default'")
+        place = Source(str(model_id), subfolder, revision, token, cache_dir)
+        wanted = None if config is None else as_prompt_config(config)
         model = unwrap(model)
-        prompt = load_prompt(name_or_folder, embedding_weight(model).shape[1])
-        config = PromptConfig(
+        if (saved := read_checkpoint(place, cls.__name__)) is not None:
+            return cls._of_checkpoint(model, saved, is_trainable, wanted, place)
+        prompt = load_prompt(place, embedding_weight(model).shape[1])
+        found = PromptConfig(
             num_virtual_tokens=prompt.embeddings.shape[0],
             task_type=prompt.config.get("task_type"),
             modules_to_save=saved_heads(prompt.config, prompt.heads),
             placement="infix" if prompt.config["peft_type"] == INFIX_KIND else "prefix",
+            inference_mode=not is_trainable,
         )
-        inside = find_base_adapter(name_or_folder)
+        if wanted is not None:
+            found = agreed(wanted, found, place)
+        inside = find_base_adapter(place)
         if inside is not None:
             load_base_adapter(model, inside, is_trainable=is_trainable)
         load_heads(model, prompt.heads)
-        tuned = cls(model, config)
+        tuned = cls(model, found)
         tuned.encoder.start_from(prompt.embeddings)
+        if not is_trainable:
+            tuned.requires_grad_(False)
+        return tuned.train(is_trainable)
+
+    @classmethod
+    def _of_checkpoint(
+        cls,
+        model: PreTrainedModel,
+        saved: Checkpoint,
+        is_trainable: bool,
+        wanted: PromptConfig | None,
+        place: Source,
+    ) -> PromptTuningModel:
+        (settings,) = saved.adapters.values()
+        config = PromptConfig(**settings)
+        if wanted is not None:
+            agreed(wanted, config, place)
+        with as_it_was(model, lambda _: None):
+            tuned = cls(model, PromptConfig(**fresh(settings)))
+            load_state(tuned, saved)
+        tuned.prompt_config = replace(config, inference_mode=not is_trainable)
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
@@ -326,7 +445,8 @@ class PromptTuningModel(TunedModel):
 
     def _embeddings(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids, inputs_embeds: takes exactly one of them")
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"input_ids, inputs_embeds: got {got}, takes one of them")
         if inputs_embeds is not None:
             return inputs_embeds
         return self.base_model.get_input_embeddings()(input_ids)
@@ -341,8 +461,8 @@ class PromptTuningModel(TunedModel):
             )
         if length_of(cache_of(kwargs)) and not self._is_encoder_decoder:
             raise ValueError(
-                "past_key_values: got a cache that holds tokens, behind which the prompt would "
-                "come again; use generate(), or export() and use_prefix"
+                "past_key_values: got a cache that holds tokens, takes an empty one: the prompt "
+                "would come again behind them; use generate(), or export() and use_prefix"
             )
         packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
         if position_ids is not None and mask is None and not torch.compiler.is_compiling():
@@ -362,8 +482,12 @@ class PromptTuningModel(TunedModel):
     ) -> Tensor | None:
         if self.prompt_config.placement == "prefix":
             if infix_positions is not None:
-                raise ValueError("infix_positions: takes none with placement='prefix'")
+                raise ValueError(
+                    f"infix_positions: got {shown(infix_positions)}, takes None with "
+                    "placement='prefix'"
+                )
             return None
+        check_tensors(infix_positions=infix_positions)
         if infix_positions is None or infix_positions.shape != (B,):
             got = None if infix_positions is None else list(infix_positions.shape)
             raise ValueError(f"infix_positions: got {got}, takes [B] = [{B}] for an infix")
