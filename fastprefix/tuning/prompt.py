@@ -246,10 +246,11 @@ class PromptTuningModel(TunedModel):
         if self._is_encoder_decoder:
             return generate(**fed, **kwargs)
         settings = kwargs.get("generation_config")
-        if getattr(settings, "max_length", None) and not getattr(settings, "max_new_tokens", None):
+        most = getattr(settings, "max_length", None)
+        if most and not getattr(settings, "max_new_tokens", None):
             raise ValueError(
-                f"generation_config.max_length: got {getattr(settings, 'max_length', None)}, takes max_new_tokens "
-                "in its place with a prompt"
+                f"generation_config.max_length: got {most}, takes None and max_new_tokens in its "
+                "place with a prompt"
             )
         if kwargs.get("max_length") is not None:  # transformers would count the prompt
             length = kwargs.pop("max_length") - input_ids.shape[1]
