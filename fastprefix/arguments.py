@@ -10,7 +10,7 @@ import functools
 import inspect
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -148,7 +148,8 @@ def check_number(name: str, value: object) -> None:
 
 def check_flag(name: str, value: object) -> None:
     """TypeError unless a value is True or False: any text, "False" too, would count as True."""
-    if isinstance(value, (bool, torch.SymBool)) or type(value).__name__ in ("bool_", "bool"):
+    numpys = type(value).__name__ in ("bool_", "bool")
+    if numpys or isinstance(value, (bool, torch.SymBool)):
         return
     if isinstance(value, int) and value in (0, 1):
         return
@@ -159,7 +160,7 @@ def check_names(name: str, value: object, what: str) -> None:
     """TypeError unless a value is a sequence of text or None: one text is one of letters."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name}: got {shown(value)}, takes {what}")
-    for one in value:
+    for one in () if isinstance(value, Iterator) else value:  # which could be looked at but once
         if one is not None and not isinstance(one, str):
             raise TypeError(f"{name}: got {shown(one)} among them, takes {what}")
 

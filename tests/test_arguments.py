@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
+from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, PromptConfig, PromptTuningModel
 from fastprefix.arguments import refuses_unknown_arguments, unknown_argument
 from fastprefix.tuning.trainer import PrefixSeq2SeqTrainer, PrefixTrainer
 
@@ -183,6 +183,15 @@ def test_what_flows_through_forwards_is_let_through(tuned):
         prefix_allowed_tokens_fn=lambda row, seen: [5],
     )  # fmt: skip
     assert (allowed[:, -2:] == 5).all()
+
+
+def test_prefill_tells_the_nearest_input_of_the_model(tiny):
+    ids = torch.ones(1, 3, dtype=torch.long)
+    wrong = r"^prefill of a LlamaForCausalLM: got atention_mask, did you mean attention_mask\?$"
+    with pytest.raises(TypeError, match=wrong):
+        PrefixKV.prefill(tiny.build("llama"), ids, atention_mask=ids)
+    with pytest.raises(TypeError, match=r"got pixel_values, takes input_ids, attention_mask"):
+        PrefixKV.prefill(tiny.build("llama"), ids, pixel_values=ids)
 
 
 @pytest.mark.parametrize("kind", [PrefixTrainer, PrefixSeq2SeqTrainer])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastprefix.arguments import nearest, shown
+from fastprefix.arguments import shown, unknown_argument
 from fastprefix.hf.versions import CACHE_NAMES, parameters
 
 # What a forward takes besides, and a prompt's run says itself.
@@ -35,12 +35,7 @@ def prompt_inputs(
     known = [name for name in _known(model) if name not in _NO_INPUTS]
     for name in found:
         if name not in known:
-            near = nearest(name, known)
-            hint = f"; did you mean {near}?" if near else ""
-            raise TypeError(
-                f"{name}: not among the inputs of which {type(model).__name__} can make a "
-                f"prompt{hint}"
-            )
+            raise unknown_argument(f"prefill of a {type(model).__name__}", name, known)
     given = [input_ids, found.get("inputs_embeds")]
     if (given[0] is None) == (given[1] is None):
         got = "neither" if given[0] is None else "both"
@@ -101,7 +96,12 @@ def _check_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if rows is None or ids.device.type == "meta":
         return
-    least, most = (int(x) for x in ids.aminmax())
+    # those of images and sound are replaced before they are looked up, and may lie beyond
+    special = [token for _, _, token in _places(model)]
+    text = ids[~torch.isin(ids, ids.new_tensor(special))]
+    if text.numel() == 0:
+        return
+    least, most = (int(x) for x in text.aminmax())
     if least < 0 or most >= rows:
         raise ValueError(
             f"input_ids: got ids from {least} to {most}, takes 0 to {rows - 1}: the model's "
@@ -116,13 +116,21 @@ def _check_pictures(model: PreTrainedModel, found: Mapping[str, Any]) -> None:
         for name, x in found.items()
     ):
         return
-    for kind, default in _KINDS.items():
+    for kind, field, token in _places(model):
+        if bool((found["input_ids"] == token).any()):
+            default = _KINDS[kind]
+            names = [name for name in _known(model) if name.startswith(default)]
+            raise ValueError(
+                f"input_ids: got the token {token} of the config's {field}, takes "
+                f"{names[0] if names else default} beside it: as "
+                "PrefixKV.prefill(model, **processor(text=..., images=...))"
+            )
+
+
+def _places(model: PreTrainedModel) -> Iterator[tuple[str, str, int]]:
+    """The tokens that images, videos and sound replace: what, the config's field, and the token."""
+    for kind in _KINDS:
         for field in (f"{kind}_token_id", f"{kind}_token_index"):
             token = getattr(model.config, field, None)
-            if isinstance(token, int) and bool((found["input_ids"] == token).any()):
-                names = [name for name in _known(model) if name.startswith(default)]
-                raise ValueError(
-                    f"input_ids: got the token {token} of the config's {field}, takes "
-                    f"{names[0] if names else default} beside it: as "
-                    "PrefixKV.prefill(model, **processor(text=..., images=...))"
-                )
+            if isinstance(token, int):
+                yield kind, field, token

@@ -162,9 +162,7 @@ class PrefixTuningModel(NamedAdapters):
             ValueError: prefix_names has an unknown name, or not one for each row.
         """
         refuse_misspelt("forward", kwargs, self._inputs)
-        check_tensors(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds
-        )
+        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
