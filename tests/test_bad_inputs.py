@@ -283,6 +283,8 @@ MODELS = [
      lambda w: PrefixKV.from_text(w.model, None, "a")),
     ("model", "'gpt2'", "PreTrainedModel", TypeError,
      lambda w: PrefixTuningModel("gpt2", PrefixConfig())),
+    ("model", "Linear", "PreTrainedModel", TypeError,
+     lambda w: PromptTuningModel(nn.Linear(2, 2), PromptConfig())),
     ("config", "dict", "PrefixConfig", TypeError,
      lambda w: PrefixTuningModel(w.fresh(), {"num_virtual_tokens": 2})),
     ("config", "PrefixConfig", "PromptConfig", TypeError,

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments, shown
+from fastprefix.arguments import (
+    check_type,
+    methods_refuse_unknown_arguments,
+    refuses_unknown_arguments,
+    shown,
+)
 from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import UnsupportedModelError, use_prefix
 from fastprefix.hf.peft_base import (
@@ -89,6 +94,7 @@ class PromptTuningModel(TunedModel):
     ) -> None:
         tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
         config, model = as_prompt_config(config), unwrap(model)
+        check_type("model", model, PreTrainedModel, "a transformers PreTrainedModel")
         taken = inspect.signature(model.forward).parameters
         if "inputs_embeds" not in taken:
             raise ValueError(
