@@ -149,7 +149,7 @@ KEYS = (torch.zeros(2, 5, 4),)
             [torch.zeros(6).half()],
             False,
             TypeError,
-            r"heads\[0\]: got torch.float16, takes a float32",
+            r"heads\[0\]: got torch.float16, takes",
         ),
         ("bias", [torch.zeros(6, 1)], False, ValueError, r"got shape \[6, 1\], takes \[Hq\]"),
         ("bias", [torch.zeros(5)], False, ValueError, "a multiple of the 2 key/value heads"),
