@@ -34,6 +34,8 @@ def prompt_inputs(
     found = {name: x for name, x in inputs.items() if x is not None}
     known = [name for name in _known(model) if name not in _NO_INPUTS]
     for name in found:
+        if name in _NO_INPUTS:
+            raise TypeError(f"{name}: got {shown(found[name])}, takes None: it is no prompt's")
         if name not in known:
             raise unknown_argument(f"prefill of a {type(model).__name__}", name, known)
     given = [input_ids, found.get("inputs_embeds")]
