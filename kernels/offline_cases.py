@@ -90,21 +90,23 @@ FEATURES: dict[str, Callable[[Case], dict[str, Any]]] = {
 }
 # All of them at least once, in kernels that are as few as can be: two kinds of masks exclude each
 # other, and cu_seqlens both.
-MEETINGS = (
+MEETINGS: tuple[tuple[str, ...], ...] = (
     ("attn_mask", "prefix_bias", "sliding_window", "padding", "sinks", "negative_scale"),
     ("bool_mask", "prefix_bias_columns", "prefix_in_window", "softcap"),
     ("cu_seqlens", "packed", "dropout"),
 )
-DECODE_MEETINGS = (
+DECODE_MEETINGS: tuple[tuple[str, ...], ...] = (
     ("padding", "sliding_window", "softcap", "sinks", "prefix_bias"),
     ("padding", "sliding_window", "packed", "batch_invariant"),
 )
 # Queries that fill a tile of 32 rows, and heads that allow few keys: most of a feature's code
 # stands in every score, so with whole tiles the features would take longer to compile than all the
 # rows of the tables.
-SHORT = {"query_length": 32, "length": 32, "group": 1, "head_size": 128, "value_head_size": 64}
+SHORT: dict[str, Any] = {
+    "query_length": 32, "length": 32, "group": 1, "head_size": 128, "value_head_size": 64
+}  # fmt: skip
 # A step of decoding, whose odd lengths nothing may specialise on.
-DECODE = {"batch": 33, "query_length": 1, "length": 2047, "prefix": 4097}
+DECODE: dict[str, Any] = {"batch": 33, "query_length": 1, "length": 2047, "prefix": 4097}
 
 
 def parse_target(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from fastprefix.arguments import refuses_unknown_arguments
 from fastprefix.attention import checks
 from fastprefix.attention.call import Options
 from fastprefix.attention.op import prefix_attention_forward
@@ -66,6 +67,7 @@ def prefix_attention(
     return_lse: Literal[True],
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@refuses_unknown_arguments
 def prefix_attention(
     query: Tensor,
     key: Tensor,
@@ -151,7 +153,7 @@ def prefix_attention(
             go together; the message names the argument. Values of prefix_index, prefix_lengths
             and cu_seqlens are read on the CPU, asserted on the device elsewhere, and trusted
             under torch.compile.
-        TypeError: not a tensor, or a dtype does not fit.
+        TypeError: not a tensor, number or flag where one goes, or a dtype does not fit.
         RuntimeError: the backend cannot do what the call needs; the message names those that can.
 
     Example:
@@ -170,6 +172,16 @@ def prefix_attention(
     checks.check_tensors(query, key, value, prefix_key, prefix_value)
     if key_padding_mask is not None:
         checks.check_key_padding_mask(key_padding_mask, query, key)
+    if not (
+        type(is_causal) is type(prefix_in_window) is type(batch_invariant) is type(return_lse)
+        and type(is_causal) is bool
+    ):
+        checks.check_flags(
+            is_causal=is_causal,
+            prefix_in_window=prefix_in_window,
+            batch_invariant=batch_invariant,
+            return_lse=return_lse,
+        )
     if is_causal:
         checks.check_causal(query, key)
     D, Dv = query.shape[-1], value.shape[-1]

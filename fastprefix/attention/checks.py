@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprefix.arguments import check_flag, check_number
 from fastprefix.attention.call import Options
 
 
@@ -64,8 +65,15 @@ def check_causal(query: Tensor, key: Tensor) -> None:
         )
 
 
+def check_flags(**flags: object) -> None:
+    """Each argument that is True or False."""
+    for name, value in flags.items():
+        check_flag(name, value)
+
+
 def check_scale(scale: float) -> None:
     """scale: a finite number."""
+    check_number("scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, takes a finite number")
 
@@ -225,8 +233,11 @@ def _check_numbers(options: Options, query: Tensor, key: Tensor) -> None:
                 "Lk >= Lq"
             )
     softcap = options.softcap
+    if softcap is not None:
+        check_number("softcap", softcap)
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0.0):
         raise ValueError(f"softcap: got {softcap}, takes a finite number above 0, or None")
+    check_number("dropout_p", options.dropout_p)
     if not 0.0 <= options.dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {options.dropout_p}, takes 0 <= dropout_p < 1")
     if options.dropout_p and options.batch_invariant:

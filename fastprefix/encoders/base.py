@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders.flat import Layout
 from fastprefix.encoders.reweighting import HeadNumbers
 from fastprefix.kv import LayerShape, PrefixKV
 
 
+@methods_refuse_unknown_arguments
 class Encoder(nn.Module, ABC):
     """Makes a prefix out of trainable parameters; called, it gives a :class:`PrefixKV`.
 

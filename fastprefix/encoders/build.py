@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from fastprefix.arguments import refuses_unknown_arguments
 from fastprefix.encoders.base import Encoder
 from fastprefix.encoders.direct import DirectEncoder, SharedEncoder
 from fastprefix.encoders.lstm import LSTMEncoder
@@ -14,6 +15,7 @@ from fastprefix.kv import LayerShape
 Reparameterization = Literal["MLP", "LSTM"]
 
 
+@refuses_unknown_arguments
 def slot_lengths(
     num_slots: int,
     num_virtual_tokens: int,
@@ -48,6 +50,7 @@ def slot_lengths(
     return tuple(num_virtual_tokens if slot in layers else 0 for slot in range(num_slots))
 
 
+@refuses_unknown_arguments
 def build_encoder(
     shapes: Sequence[LayerShape],
     lengths: int | Sequence[int],

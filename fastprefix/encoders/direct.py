@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders.base import Encoder
 from fastprefix.kv import LayerShape
 
 
+@methods_refuse_unknown_arguments
 class DirectEncoder(Encoder):
     """One trainable number for each number of the prefix (Li and Liang 2021, "no reparam").
 
@@ -81,6 +83,7 @@ class DirectEncoder(Encoder):
         return (embedding.numel() - self.trained.num_numbers) // self.trained.width
 
 
+@methods_refuse_unknown_arguments
 class SharedEncoder(Encoder):
     """One block of trainable keys and values that all layers use.
 

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
 from fastprefix.kv import LayerShape, PrefixKV
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class Layout:
     """Where the numbers of a prefix lie in its flat matrix.
@@ -139,11 +141,13 @@ class Layout:
         return torch.cat(columns, dim=1)
 
 
+@refuses_unknown_arguments
 def flat_width(shapes: Sequence[LayerShape]) -> int:
     """Numbers that one virtual token holds in all layers."""
     return sum(shape.width for shape in shapes)
 
 
+@refuses_unknown_arguments
 def to_prefix_kv(
     flat: Tensor, shapes: Sequence[LayerShape], position_offset: int | None = None
 ) -> PrefixKV:
@@ -164,6 +168,7 @@ def to_prefix_kv(
     return Layout.make(shapes, flat.shape[0]).to_prefix_kv(flat, position_offset)
 
 
+@refuses_unknown_arguments
 def to_flat(kv: PrefixKV) -> Tensor:
     """The inverse of :func:`to_prefix_kv`: [P, width].
 

@@ -9,12 +9,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastprefix.arguments import refuses_unknown_arguments
 from fastprefix.encoders.flat import Layout
 from fastprefix.kv import PrefixKV
 
 Resize = Literal["pad", "repeat", "resample"]
 
 
+@refuses_unknown_arguments
 def orthogonal(layout: Layout, std: float) -> Tensor:
     """Random prefix whose virtual tokens are orthogonal in every layer, keys and values apart.
 
@@ -39,6 +41,7 @@ def orthogonal(layout: Layout, std: float) -> Tensor:
     return layout.to_flat(PrefixKV(tuple(keys), tuple(values), 0))
 
 
+@refuses_unknown_arguments
 def resize(
     kv: PrefixKV, lengths: int | Sequence[int], method: Resize = "pad", *, pad_std: float = 0.02
 ) -> PrefixKV:

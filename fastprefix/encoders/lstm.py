@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders.network import NetworkEncoder, orthogonalize
 from fastprefix.kv import LayerShape
 
 
+@methods_refuse_unknown_arguments
 class LSTMEncoder(NetworkEncoder):
     """embedding -> bidirectional LSTM -> linear -> ReLU -> linear (Liu et al. 2021, section 3.2).
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders.network import NetworkEncoder, orthogonalize
 from fastprefix.kv import LayerShape
 
 
+@methods_refuse_unknown_arguments
 class MLPEncoder(NetworkEncoder):
     """embedding -> linear (-> tanh -> linear) (Li and Liang 2021, section 4.3).
 

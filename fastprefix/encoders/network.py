@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders.base import Encoder
 from fastprefix.encoders.flat import Layout
 from fastprefix.kv import LayerShape
@@ -16,6 +17,7 @@ from fastprefix.kv import LayerShape
 _SAMPLES = 256
 
 
+@methods_refuse_unknown_arguments
 class NetworkEncoder(Encoder):
     """A network over an embedding, run once for a forward pass, not once for a row of the batch.
 

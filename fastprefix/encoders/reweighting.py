@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.kv import Reweighting
 from fastprefix.kv.reweighting import Kind
 
 
+@methods_refuse_unknown_arguments
 class HeadNumbers(nn.Module):
     """The biases or gates of a prefix; called, it gives a :class:`fastprefix.kv.Reweighting`.
 

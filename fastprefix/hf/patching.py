@@ -17,6 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastprefix.arguments import check_flag, check_names, check_type, refuses_unknown_arguments
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.active import ActivePrefix
 from fastprefix.hf.attention import CAUSAL, SLOT
@@ -54,6 +55,7 @@ Fallback = Literal["expand"]
 _LOCK = threading.RLock()
 
 
+@refuses_unknown_arguments
 def patch_model(
     model: PreTrainedModel,
     backend: str = "auto",
@@ -84,15 +86,18 @@ def patch_model(
         The model itself. Patching a patched model only sets the backend.
 
     Raises:
-        TypeError: not a transformers model.
+        TypeError: not a transformers model, or example no mapping.
         ValueError: unknown backend or fallback.
         UnsupportedModelError: the model cannot take a prefix. It is left as it was.
     """
     _check_type(model)
-    if backend != "auto" and backend not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend: got {backend!r}, takes one of {names}")
     check_fallback(fallback)
+    check_flag("check", check)
+    if example is not None:
+        check_type("example", example, Mapping, "the keyword arguments of a forward, or None")
     with _LOCK:
         if not is_patched(model):
             _patch(model, example, check, fallback)
@@ -101,6 +106,7 @@ def patch_model(
     return model
 
 
+@refuses_unknown_arguments
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes :func:`patch_model`: the model is what it was, attention implementation included.
 
@@ -120,11 +126,13 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@refuses_unknown_arguments
 def is_patched(model: PreTrainedModel) -> bool:
     """Whether :func:`patch_model` holds for a model."""
     return getattr(model, STATE, None) is not None
 
 
+@refuses_unknown_arguments
 def layer_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
     """Key and value shapes of a patched model's attention layers, as seen in a forward pass.
 
@@ -148,11 +156,13 @@ def is_expanded(model: PreTrainedModel) -> bool:
     return state_of(model).expanded is not None
 
 
+@refuses_unknown_arguments
 def layer_groups(model: PreTrainedModel) -> tuple[Group, ...]:
     """Which part of a patched model each attention layer belongs to, in the same order."""
     return state_of(model).groups
 
 
+@refuses_unknown_arguments
 def layer_sources(model: PreTrainedModel) -> tuple[int, ...]:
     """Which layer of a patched model each layer has the text's keys and values from.
 
@@ -185,6 +195,7 @@ def check_prefix(model: PreTrainedModel) -> None:
     ask_prefix(model, state_of(model))
 
 
+@refuses_unknown_arguments
 @contextlib.contextmanager
 def use_prefix(
     model: PreTrainedModel,
@@ -218,7 +229,7 @@ def use_prefix(
         fallback: see :func:`patch_model`.
 
     Raises:
-        TypeError: kv is not a PrefixKV, nor several by name, nor None.
+        TypeError: kv is not a PrefixKV, nor several by name, nor None, or rows are no names.
         ValueError: kv does not fit the model's layers, or rows does not fit kv; in the forward,
             rows does not fit the batch.
         UnsupportedModelError: see :func:`patch_model`.
@@ -295,6 +306,8 @@ def activate(
             "alone: switch it off"
         )
     state = state_of(model)
+    if rows is not None:
+        check_names("rows", rows, "a name, or None, for each row of the batch")
     if kv is None:
         if rows is not None:
             raise ValueError("rows: got names with no prefix, takes several by name as kv")
@@ -386,8 +399,7 @@ def state_of(model: PreTrainedModel) -> State:
 
 
 def _check_type(model: object) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: got {type(model).__name__}, takes a transformers PreTrainedModel")
+    check_type("model", model, PreTrainedModel, "a transformers PreTrainedModel")
 
 
 def _patch(

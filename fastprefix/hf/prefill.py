@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastprefix.arguments import check_type
 from fastprefix.hf.active import Recorder
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.caches import take
@@ -40,6 +41,7 @@ def prefill(
     **inputs: Any,
 ) -> PrefixKV:
     """Runs a prompt through the model once; see :meth:`fastprefix.PrefixKV.prefill`."""
+    check_type("model", model, PreTrainedModel, "a transformers PreTrainedModel")
     made = prompt_inputs(model, input_ids, inputs)
     with patched(model, fallback, check=check):
         return _as_prompt(model, check, **made)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastprefix.arguments import shown, unknown_argument
 from fastprefix.hf.versions import CACHE_NAMES, parameters
 
 # What a forward takes besides, and a prompt's run says itself.
@@ -27,22 +27,21 @@ def prompt_inputs(
     """Keyword arguments of one forward over a prompt.
 
     Raises:
-        TypeError: input_ids and inputs_embeds, neither or both, or what the forward does not take.
+        TypeError: input_ids are no ids, input_ids and inputs_embeds, neither or both, or what the
+            forward does not take.
         ValueError: not one prompt without padding, or images in the text alone.
     """
     found = {name: x for name, x in inputs.items() if x is not None}
     known = [name for name in _known(model) if name not in _NO_INPUTS]
     for name in found:
+        if name in _NO_INPUTS:
+            raise TypeError(f"{name}: got {shown(found[name])}, takes None: it is no prompt's")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise TypeError(
-                f"{name}: not among the inputs of which {type(model).__name__} can make a "
-                f"prompt{hint}"
-            )
+            raise unknown_argument(f"prefill of a {type(model).__name__}", name, known)
     given = [input_ids, found.get("inputs_embeds")]
     if (given[0] is None) == (given[1] is None):
-        raise TypeError("input_ids, inputs_embeds: takes one of them")
+        got = "neither" if given[0] is None else "both"
+        raise TypeError(f"input_ids, inputs_embeds: got {got}, takes one of them")
     if input_ids is not None:
         found = {"input_ids": one_prompt(model, input_ids), **found}
         _check_pictures(model, found)
@@ -55,7 +54,8 @@ def prompt_inputs(
         or not bool(torch.as_tensor(mask).bool().all())
     ):
         raise ValueError(
-            f"attention_mask: takes ones alone, {list(length)}: a prompt without padding"
+            f"attention_mask: got {list(torch.as_tensor(mask).shape)}, takes ones alone, "
+            f"{list(length)}: a prompt without padding"
         )
     return {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in found.items()}
 
@@ -69,22 +69,46 @@ def one_prompt(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Ten
     """Token ids [1, P] of one text.
 
     Raises:
-        ValueError: the model reads no text, or input_ids is empty or holds several.
+        TypeError: input_ids are no numbers.
+        ValueError: the model reads no text, input_ids is empty or holds several, or an id that is
+            not in the model's vocabulary.
     """
     if "input_ids" not in parameters(model):
         raise ValueError(
             f"model: got {type(model).__name__}, which reads {model.main_input_name}, takes one "
             "that reads text"
         )
-    ids = torch.as_tensor(input_ids, device=model.device)
+    takes = "takes the token ids of one prompt, [P] or [1, P], P at least 1"
+    try:
+        ids = torch.as_tensor(input_ids, device=model.device)
+    except (RuntimeError, TypeError, ValueError):
+        hint = "; PrefixKV.from_text takes a text" if isinstance(input_ids, str) else ""
+        raise TypeError(f"input_ids: got {shown(input_ids)}, {takes}{hint}") from None
     if ids.dim() == 1:
         ids = ids[None]
-    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point():
-        raise ValueError(
-            f"input_ids: got {ids.dtype} of shape {list(ids.shape)}, takes the token ids of one "
-            "prompt, [P] or [1, P], P at least 1"
-        )
+    whole = not ids.is_floating_point() and ids.dtype is not torch.bool
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or not whole:
+        raise ValueError(f"input_ids: got {ids.dtype} of shape {list(ids.shape)}, {takes}")
+    _check_vocabulary(model, ids)
     return ids
+
+
+def _check_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:
+    """Refuses ids that the model has no embedding for; on a GPU they would end the process."""
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if rows is None or ids.device.type == "meta":
+        return
+    # those of images and sound are replaced before they are looked up, and may lie beyond
+    special = [token for _, _, token in _places(model)]
+    text = ids[~torch.isin(ids, ids.new_tensor(special))]
+    if text.numel() == 0:
+        return
+    least, most = (int(x) for x in text.aminmax())
+    if least < 0 or most >= rows:
+        raise ValueError(
+            f"input_ids: got ids from {least} to {most}, takes 0 to {rows - 1}: the model's "
+            "vocabulary"
+        )
 
 
 def _check_pictures(model: PreTrainedModel, found: Mapping[str, Any]) -> None:
@@ -94,13 +118,21 @@ def _check_pictures(model: PreTrainedModel, found: Mapping[str, Any]) -> None:
         for name, x in found.items()
     ):
         return
-    for kind, default in _KINDS.items():
+    for kind, field, token in _places(model):
+        if bool((found["input_ids"] == token).any()):
+            default = _KINDS[kind]
+            names = [name for name in _known(model) if name.startswith(default)]
+            raise ValueError(
+                f"input_ids: got the token {token} of the config's {field}, takes "
+                f"{names[0] if names else default} beside it: as "
+                "PrefixKV.prefill(model, **processor(text=..., images=...))"
+            )
+
+
+def _places(model: PreTrainedModel) -> Iterator[tuple[str, str, int]]:
+    """The tokens that images, videos and sound replace: what, the config's field, and the token."""
+    for kind in _KINDS:
         for field in (f"{kind}_token_id", f"{kind}_token_index"):
             token = getattr(model.config, field, None)
-            if isinstance(token, int) and bool((found["input_ids"] == token).any()):
-                names = [name for name in _known(model) if name.startswith(default)]
-                raise ValueError(
-                    f"input_ids: got the token {token} of the config's {field}, takes "
-                    f"{names[0] if names else default} beside it: as "
-                    "PrefixKV.prefill(model, **processor(text=..., images=...))"
-                )
+            if isinstance(token, int):
+                yield kind, field, token

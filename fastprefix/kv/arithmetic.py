@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastprefix.arguments import check_number, check_type, refuses_unknown_arguments
 from fastprefix.kv.prefix import PrefixKV
 from fastprefix.kv.reweighting import Kind, Reweighting
 
@@ -19,6 +20,7 @@ Method = Literal["linear", "spherical"]
 _STEPS = 2000
 
 
+@refuses_unknown_arguments
 def interpolate(
     kvs: Sequence[PrefixKV], weights: Sequence[float], method: Method = "linear"
 ) -> PrefixKV:
@@ -36,14 +38,18 @@ def interpolate(
         method: "linear" or "spherical".
 
     Raises:
+        TypeError: kvs are no prefixes, or weights no numbers.
         ValueError: the prefixes differ in shape or meaning, the weights are not as above, the
             spherical mean is not unique (opposite vectors) or not found, or several prompts carry
             states of a model's layers.
     """
+    _check_prefixes(kvs)
     if method not in get_args(Method):
         raise ValueError(f"method: got {method!r}, takes one of {get_args(Method)}")
     if len(kvs) != len(weights) or not kvs:
         raise ValueError(f"weights: got {len(weights)} for {len(kvs)} prefixes, takes one for each")
+    for weight in weights:
+        check_number("weights", weight)
     if not all(math.isfinite(w) and w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(f"weights: got {list(weights)}, takes numbers from 0 that sum to 1")
     _check_alike(kvs)
@@ -62,6 +68,7 @@ def interpolate(
     return replace(averaged, reweighting=Reweighting(reweightings[0].kind, heads))
 
 
+@refuses_unknown_arguments
 def concatenate(kvs: Sequence[PrefixKV]) -> PrefixKV:
     """Prefixes end to end as one, e.g. a shared one and a task's own; gradients reach each.
 
@@ -71,10 +78,12 @@ def concatenate(kvs: Sequence[PrefixKV]) -> PrefixKV:
     and each begins at position 0; prefill the joined text instead.
 
     Raises:
+        TypeError: kvs are no prefixes.
         ValueError: no prefix, layers of different shapes, a prompt (in_window, or with states)
             among several, or prefixes whose heads are reweighted differently, or by parameters of
             their own.
     """
+    _check_prefixes(kvs)
     if not kvs:
         raise ValueError("kvs: got none, takes at least one prefix")
     if len(kvs) > 1 and any(kv.in_window for kv in kvs):
@@ -98,6 +107,7 @@ def concatenate(kvs: Sequence[PrefixKV]) -> PrefixKV:
     return replace(joined, position_offset=offset, reweighting=kvs[0].reweighting)
 
 
+@refuses_unknown_arguments
 def orthogonality_penalty(kvs: Sequence[PrefixKV]) -> Tensor:
     """Mean squared cosine between the virtual tokens of different prefixes; a loss term.
 
@@ -105,8 +115,10 @@ def orthogonality_penalty(kvs: Sequence[PrefixKV]) -> Tensor:
     orthogonal to every token of the others; differentiable; 0 for a single prefix.
 
     Raises:
+        TypeError: kvs are no prefixes.
         ValueError: layers of different shapes, or layers of one prefix differ in length.
     """
+    _check_prefixes(kvs)
     if not kvs:
         raise ValueError("kvs: got none, takes at least one prefix")
     rows = []
@@ -124,6 +136,13 @@ def orthogonality_penalty(kvs: Sequence[PrefixKV]) -> Tensor:
             total = total + (one @ other.T).square().sum()
             pairs += one.shape[0] * other.shape[0]
     return total / max(pairs, 1)
+
+
+def _check_prefixes(kvs: Sequence[PrefixKV]) -> None:
+    """TypeError unless they are prefixes."""
+    check_type("kvs", kvs, (list, tuple), "a list of prefixes")
+    for i, kv in enumerate(kvs):
+        check_type(f"kvs[{i}]", kv, PrefixKV, "a PrefixKV")
 
 
 def _check_alike(kvs: Sequence[PrefixKV]) -> None:

@@ -6,11 +6,18 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
+from fastprefix.arguments import (
+    as_path,
+    check_names,
+    check_type,
+    methods_refuse_unknown_arguments,
+)
 from fastprefix.kv.arithmetic import Method, concatenate, interpolate
 from fastprefix.kv.budget import KVBudget, check_name, file_name, names_in
 from fastprefix.kv.prefix import PrefixKV
 
 
+@methods_refuse_unknown_arguments
 class PrefixBank(MutableMapping[str, PrefixKV]):
     """Prefixes by name, all for one model: a dict that checks, combines and saves them.
 
@@ -27,6 +34,8 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
     """
 
     def __init__(self, budget: KVBudget | None = None) -> None:
+        if budget is not None:
+            check_type("budget", budget, KVBudget, "a KVBudget, or None")
         self.budget = budget
         self._held: dict[str, PrefixKV] = {}
         self._lock = threading.RLock()
@@ -54,7 +63,10 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
             if self.budget is not None:
                 self.budget.put(name, kv, priority=priority, pinned=pinned)
             elif priority or pinned:
-                raise ValueError("priority, pinned: this bank has no budget that would heed them")
+                raise ValueError(
+                    f"priority, pinned: got {priority} and {pinned}, takes 0 and False in a bank "
+                    "that has no budget, which would heed them"
+                )
             else:
                 self._held[name] = kv
 
@@ -62,8 +74,10 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
         """The prefixes that the rows of a batch name, each once; any one if none names one.
 
         Raises:
+            TypeError: rows are no names.
             ValueError: a name that is not here.
         """
+        check_names("rows", rows, "a name, or None, for each row")
         names = [name for name in dict.fromkeys(rows) if name is not None]
         for name in names:
             if name not in self:
@@ -75,8 +89,10 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
 
         Raises:
             KeyError: a name that is not here.
+            TypeError: weights are not numbers by name.
             ValueError: see :func:`fastprefix.kv.interpolate`.
         """
+        check_type("weights", weights, Mapping, "a dict of numbers by name")
         return interpolate([self[name] for name in weights], list(weights.values()), method)
 
     def concatenate(self, names: Sequence[str]) -> PrefixKV:
@@ -84,8 +100,10 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
 
         Raises:
             KeyError: a name that is not here.
+            TypeError: names are none.
             ValueError: see :func:`fastprefix.kv.concatenate`.
         """
+        check_names("names", names, "a list of names")
         return concatenate([self[name] for name in names])
 
     def save(self, folder: str | Path) -> None:
@@ -93,7 +111,7 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
 
         Files of other prefixes that lie in the folder stay there.
         """
-        folder = Path(folder)
+        folder = as_path("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in self:
             self[name].save(folder / file_name(name))
@@ -106,9 +124,11 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
             FileNotFoundError: no such folder, or nothing in it.
             ValueError: a file is not whole, or made for other layers than the others.
         """
-        files = names_in(Path(folder))
+        files = names_in(as_path("folder", folder))
         if not files:
-            raise FileNotFoundError(f"folder: {folder} holds no prefixes")
+            raise FileNotFoundError(
+                f"folder: got {folder}, which holds no prefixes, takes one of PrefixBank.save()"
+            )
         bank = cls()
         for name, file in files.items():
             bank.add(name, PrefixKV.load(file))

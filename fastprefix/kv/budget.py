@@ -12,6 +12,15 @@ from urllib.parse import quote, unquote
 
 import torch
 
+from fastprefix.arguments import (
+    as_device,
+    as_path,
+    check_flag,
+    check_type,
+    check_whole,
+    methods_refuse_unknown_arguments,
+    refuses_unknown_arguments,
+)
 from fastprefix.kv.prefix import PARTIAL, LayerShape, PrefixKV, measure, written_apart
 
 _SUFFIX = ".safetensors"
@@ -22,6 +31,7 @@ class KVBudgetError(RuntimeError):
     """A prefix does not fit, whatever is evicted; nothing was changed."""
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class Eviction:
     """What left the device to make room.
@@ -62,6 +72,7 @@ class _Entry:
     home: PrefixKV | Path
 
 
+@methods_refuse_unknown_arguments
 class KVBudget:
     """Named prefixes, of which as many bytes as allowed lie on a device.
 
@@ -83,8 +94,10 @@ class KVBudget:
         evictions: all of them so far, oldest first.
 
     Raises:
-        ValueError: max_bytes is below 0, no folder for device "cpu", or a file in the folder is
-            not whole.
+        NotADirectoryError: the folder is a file.
+        TypeError: max_bytes is no whole number, folder no path, or device no device.
+        ValueError: max_bytes is below 0, no such device, no folder for device "cpu", or a file in
+            the folder is not whole.
         KVBudgetError: what is pinned in the folder does not fit.
     """
 
@@ -94,10 +107,9 @@ class KVBudget:
         folder: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        if max_bytes < 0:
-            raise ValueError(f"max_bytes: got {max_bytes}, takes 0 or more")
-        self.max_bytes, self.device = max_bytes, torch.device(device)
-        self.folder = None if folder is None else Path(folder)
+        check_whole("max_bytes", max_bytes, 0)
+        self.max_bytes, self.device = max_bytes, as_device("device", device)
+        self.folder = None if folder is None else as_path("folder", folder)
         if self.folder is None and self.device.type == "cpu":
             raise ValueError("folder: got None with device 'cpu', takes a folder to evict to")
         self.evictions: list[Eviction] = []
@@ -105,6 +117,8 @@ class KVBudget:
         self._clock = 0
         self._lock = threading.RLock()
         if self.folder is not None:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise NotADirectoryError(f"folder: got {folder}, which is a file, takes a folder")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._open(self.folder)
 
@@ -136,14 +150,20 @@ class KVBudget:
             What was evicted for it. An unpinned prefix larger than the budget goes home at once.
 
         Raises:
-            TypeError: name is not text.
+            TypeError: name is not text, kv no PrefixKV, priority no whole number, or pinned neither
+                True nor False.
             ValueError: no name or too long a one, kv requires gradients, or, with a folder, is not
                 all finite.
             KVBudgetError: pinned, and it does not fit beside the other pinned ones.
         """
         check_name(name)
+        check_type("kv", kv, PrefixKV, "a PrefixKV")
+        check_type("priority", priority, int, "a whole number")
+        check_flag("pinned", pinned)
         if kv.requires_grad:
-            raise ValueError("kv: got a prefix that requires gradients; put kv.detach()")
+            raise ValueError(
+                "kv: got a prefix that requires gradients, takes a finished one: kv.detach()"
+            )
         with self._lock:
             others = sum(e.nbytes for n, e in self._entries.items() if e.pinned and n != name)
             if pinned and others + kv.nbytes > self.max_bytes:
@@ -218,7 +238,9 @@ class KVBudget:
         with self._lock:
             entry = self._entry(name)
             if entry.pinned:
-                raise ValueError(f"name: {name!r} is pinned; unpin it first")
+                raise ValueError(
+                    f"name: got {name!r}, which is pinned, takes one that is not; unpin it first"
+                )
             return self._evict(name, entry) if entry.resident else None
 
     def set_priority(self, name: str, priority: int) -> None:
@@ -363,7 +385,7 @@ def check_name(name: str) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, takes text")
     if not name:
-        raise ValueError("name: got an empty one")
+        raise ValueError("name: got '', takes text that is not empty")
     file_name(name)
 
 
@@ -390,6 +412,7 @@ def names_in(folder: Path) -> dict[str, Path]:
     return {unquote(file.name[: -len(_SUFFIX)]): file for file in files}
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class KVPlan:
     """Bytes that prefixes will take.
@@ -408,6 +431,7 @@ class KVPlan:
         return sum(self.nbytes.values())
 
 
+@refuses_unknown_arguments
 def plan_kv_bytes(
     shapes: Sequence[LayerShape],
     num_virtual_tokens: Mapping[str, int],

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.kv.prefix import LayerShape, PrefixKV
 from fastprefix.kv.reweighting import Kind, kind_of
 from fastprefix.kv.states import States, mapped
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True, eq=False)
 class PackedPrefixKV:
     """N prefixes end to end along P, layer by layer; made by :meth:`pack`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastprefix.arguments import (
+    as_device,
+    as_path,
+    check_flag,
+    check_type,
+    check_whole,
+    methods_refuse_unknown_arguments,
+    shown,
+)
 from fastprefix.kv.reweighting import Reweighting, kind_of
 from fastprefix.kv.states import LayerState, checked, mapped, named, outline, restored, tensors_of
 
@@ -31,6 +40,7 @@ _FORMAT = "fastprefix-kv"
 PARTIAL = (".fastprefix-", ".partial")
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class LayerShape:
     """What one attention layer's keys and values look like.
@@ -51,6 +61,7 @@ class LayerShape:
         return self.num_heads * (self.key_size + self.value_size)
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True, eq=False)
 class PrefixKV:
     """Keys and values of a prefix, layer by layer; every sequence of a batch shares them.
@@ -84,8 +95,10 @@ class PrefixKV:
     states: tuple[LayerState, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keys", tuple(self.keys))
-        object.__setattr__(self, "values", tuple(self.values))
+        for name in ("keys", "values"):
+            given = getattr(self, name)
+            check_type(name, given, Iterable, "a floating-point tensor for each layer")
+            object.__setattr__(self, name, tuple(given))
         if not self.keys or len(self.keys) != len(self.values):
             raise ValueError(
                 f"keys, values: got {len(self.keys)} and {len(self.values)} layers, "
@@ -95,7 +108,8 @@ class PrefixKV:
         for name, tensors in (("keys", self.keys), ("values", self.values)):
             for layer, tensor in enumerate(tensors):
                 if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                    raise TypeError(f"{name}[{layer}]: takes a floating-point tensor")
+                    got = tensor.dtype if isinstance(tensor, Tensor) else shown(tensor)
+                    raise TypeError(f"{name}[{layer}]: got {got}, takes a floating-point tensor")
                 if tensor.dim() != 3 or tensor.shape[:2] != self.keys[layer].shape[:2]:
                     raise ValueError(
                         f"{name}[{layer}]: got shape {list(tensor.shape)}, takes [Hkv, P, D], "
@@ -106,15 +120,11 @@ class PrefixKV:
                         f"{name}[{layer}]: got {tensor.dtype} on {tensor.device}, "
                         f"takes {first.dtype} on {first.device} as keys[0]"
                     )
-        try:
-            object.__setattr__(self, "position_offset", operator.index(self.position_offset))
-        except TypeError:
-            raise TypeError(
-                f"position_offset: got {self.position_offset!r}, takes a whole number"
-            ) from None
-        if self.position_offset < 0:
-            raise ValueError(f"position_offset: got {self.position_offset}, takes 0 or more")
+        check_whole("position_offset", self.position_offset, 0)
+        object.__setattr__(self, "position_offset", operator.index(self.position_offset))
+        check_flag("in_window", self.in_window)
         if self.reweighting is not None:
+            check_type("reweighting", self.reweighting, Reweighting, "a Reweighting, or None")
             self.reweighting.check(self.keys, self.in_window)
         object.__setattr__(self, "states", checked(self.states, first))
 
@@ -174,7 +184,14 @@ class PrefixKV:
             text: a system prompt, a document; special tokens are added as the tokenizer does.
             check: see :meth:`prefill`.
             fallback: see :meth:`prefill`.
+
+        Raises:
+            TypeError: text is not one text, or tokenizer cannot be called.
+            ValueError: the text has no tokens; see also :meth:`prefill`.
         """
+        check_type("text", text, str, "one text")
+        if not callable(tokenizer):
+            raise TypeError(f"tokenizer: got {shown(tokenizer)}, takes the model's tokenizer")
         ids = tokenizer(text)["input_ids"]
         return cls.prefill(model, ids, check=check, fallback=fallback)
 
@@ -224,7 +241,12 @@ class PrefixKV:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Key [Hkv, P, D] and value [Hkv, P, Dv] of a layer."""
-        return self.keys[index], self.values[index]
+        try:
+            return self.keys[index], self.values[index]
+        except IndexError:
+            raise IndexError(
+                f"index: got {index}, takes a layer, 0 to {self.num_layers - 1}"
+            ) from None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PrefixKV:
         """The same prefix with every tensor changed."""
@@ -237,8 +259,17 @@ class PrefixKV:
         )
 
     def select(self, layers: Sequence[int]) -> PrefixKV:
-        """The prefix of some attention layers alone; states stay those of all layers."""
+        """The prefix of some attention layers alone; states stay those of all layers.
+
+        Raises:
+            IndexError: there is no such layer.
+        """
         weights = self.reweighting
+        for layer in layers:
+            if not -self.num_layers <= layer < self.num_layers:
+                raise IndexError(
+                    f"layers: got {layer}, takes layers from 0 to {self.num_layers - 1}"
+                )
         return replace(
             self,
             keys=tuple(self.keys[layer] for layer in layers),
@@ -281,10 +312,15 @@ class PrefixKV:
         """A copy on another device or in another dtype; itself where nothing changes.
 
         What reweights heads stays in float32, and states in their own dtype.
+
+        Raises:
+            TypeError: dtype is no torch.dtype, or device no device.
+            ValueError: there is no such device.
         """
-        if (dtype is None or dtype == self.dtype) and (
-            device is None or torch.device(device) == self.device
-        ):
+        if dtype is not None:
+            check_type("dtype", dtype, torch.dtype, "a torch.dtype")
+        device = None if device is None else as_device("device", device)
+        if (dtype is None or dtype == self.dtype) and (device is None or device == self.device):
             return self
         moved = self.map(lambda tensor: tensor.to(device=device))
         return replace(
@@ -308,8 +344,10 @@ class PrefixKV:
 
         Raises:
             OSError: it cannot be written.
+            TypeError: file is no path.
             ValueError: the values are not all finite; no file could be loaded again.
         """
+        file = as_path("file", file)
         self._check_finite("kv")
         tensors = {}
         for layer in range(self.num_layers):
@@ -342,9 +380,11 @@ class PrefixKV:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a PrefixKV file, or its values are not all finite.
+            TypeError: file is no path.
+            ValueError: not a PrefixKV file, its values are not all finite, or no such device.
         """
-        if not Path(file).is_file():
+        file, device = as_path("file", file), as_device("device", device)
+        if not file.is_file():
             raise FileNotFoundError(f"file: {file} does not exist")
         try:
             with safe_open(file, framework="pt", device=str(device)) as opened:

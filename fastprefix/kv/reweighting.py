@@ -9,9 +9,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastprefix.arguments import methods_refuse_unknown_arguments
+
 Kind = Literal["bias", "gate"]
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True, eq=False)
 class Reweighting:
     """A number for each query head of each layer that has a prefix.
@@ -38,7 +41,8 @@ class Reweighting:
             raise ValueError(f"kind: got {self.kind!r}, takes one of {get_args(Kind)}")
         for layer, tensor in enumerate(self.heads):
             if not isinstance(tensor, Tensor) or tensor.dtype is not torch.float32:
-                raise TypeError(f"heads[{layer}]: takes a float32 tensor")
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"heads[{layer}]: got {got}, takes a float32 tensor")
             if tensor.dim() != 1:
                 raise ValueError(f"heads[{layer}]: got shape {list(tensor.shape)}, takes [Hq]")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
+from fastprefix.arguments import check_type, methods_refuse_unknown_arguments
 
+
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True, eq=False)
 class LayerState:
     """The state of one layer behind a prompt, of one row; a batch gets a copy for each of its rows.
@@ -58,9 +61,11 @@ def checked(states: Sequence[LayerState] | None, like: Tensor) -> States | None:
     """
     if states is None:
         return None
+    check_type("states", states, Iterable, "LayerState objects, or None")
     states = tuple(states)
     if not all(isinstance(one, LayerState) for one in states):
-        raise TypeError("states: takes LayerState objects, or None")
+        got = sorted({type(one).__name__ for one in states})
+        raise TypeError(f"states: got {', '.join(got)}, takes LayerState objects, or None")
     layers = [one.layer for one in states]
     if not states or len(set(layers)) != len(layers):
         raise ValueError(f"states: got layers {layers}, takes each once, at least one, or None")

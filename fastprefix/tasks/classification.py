@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
+from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class Example:
     """A text and the name of its class."""
@@ -23,6 +26,7 @@ class Example:
     label: str
 
 
+@refuses_unknown_arguments
 def load_folders(root: str | PathLike[str]) -> list[Example]:
     """Return the texts of a folder that has a folder for each class, as BBC news comes.
 
@@ -53,6 +57,7 @@ def load_folders(root: str | PathLike[str]) -> list[Example]:
     return examples
 
 
+@refuses_unknown_arguments
 def split_examples(
     examples: Sequence[Example], heldout_share: float = 0.2
 ) -> tuple[list[Example], list[Example]]:
@@ -88,6 +93,7 @@ def split_examples(
     return sides
 
 
+@methods_refuse_unknown_arguments
 class ClassificationDataset(Dataset[dict[str, Any]]):
     """Examples encoded once; items have ``input_ids``, ``attention_mask`` and ``labels``.
 

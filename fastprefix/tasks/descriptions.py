@@ -7,12 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from os import PathLike
-from pathlib import Path
 from typing import Literal, get_args
+
+from fastprefix.arguments import (
+    as_path,
+    methods_refuse_unknown_arguments,
+    refuses_unknown_arguments,
+)
 
 Split = Literal["train", "heldout"]
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class Record:
     """Attributes, in the order of the prompt, and one sentence that describes them."""
@@ -27,6 +33,7 @@ class Record:
         return " | ".join(f"{key}: {value}" for key, value in self.attributes.items())
 
 
+@refuses_unknown_arguments
 def load_descriptions(split: Split) -> list[Record]:
     """Return the records of one split of the data set that ships with the package.
 
@@ -34,11 +41,12 @@ def load_descriptions(split: Split) -> list[Record]:
         ValueError: ``split`` is neither "train" nor "heldout".
     """
     if split not in get_args(Split):
-        raise ValueError(f"split is {split!r}; it must be one of {', '.join(get_args(Split))}")
+        raise ValueError(f"split: got {split!r}, takes one of {get_args(Split)}")
     file = resources.files("fastprefix.tasks") / "data" / f"descriptions-{split}.jsonl"
     return _parse(file.read_bytes(), file.name, _from_json)
 
 
+@refuses_unknown_arguments
 def load_records(path: str | PathLike[str]) -> list[Record]:
     """Return the records of a file of one's own.
 
@@ -49,10 +57,11 @@ def load_records(path: str | PathLike[str]) -> list[Record]:
 
     Raises:
         OSError: the file cannot be read.
+        TypeError: path is no path.
         ValueError: the file has no record or is not UTF-8, or a line is malformed; the message
             names the file and the line.
     """
-    path = Path(path)
+    path = as_path("path", path)
     parse_line = _from_json if path.suffix.lower() == ".jsonl" else _from_text
     return _parse(path.read_bytes(), str(path), parse_line)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.utils.data import Dataset
 
+from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
 from fastprefix.tasks.descriptions import Record
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def encode_start(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.bos_token_id, *ids] if _puts_bos(tokenizer) else list(ids)
 
 
+@refuses_unknown_arguments
 def encode_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids of the prompt and its line break: what generation starts from.
 
@@ -50,6 +52,7 @@ def _puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bos is not None and tokenizer("")["input_ids"][:1] == [bos]
 
 
+@refuses_unknown_arguments
 def encode_record(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Return ``input_ids``, ``attention_mask`` and ``labels`` of one record, of equal length.
 
@@ -79,6 +82,7 @@ def encode_record(record: Record, tokenizer: PreTrainedTokenizerBase, max_length
     }
 
 
+@methods_refuse_unknown_arguments
 class DescriptionDataset(Dataset[Encoded]):
     """Records encoded once, for ``transformers.Trainer`` or a ``DataLoader`` with ``Collator``.
 
@@ -99,6 +103,7 @@ class DescriptionDataset(Dataset[Encoded]):
         return self._items[index]
 
 
+@methods_refuse_unknown_arguments
 class Collator:
     """Pads encoded records to the longest of the batch.
 

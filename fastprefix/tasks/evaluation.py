@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from fastprefix.arguments import refuses_unknown_arguments
 from fastprefix.tasks.descriptions import Record
 from fastprefix.tasks.encode import IGNORED, Collator, DescriptionDataset, Encoded, encode_prompt
 
 
+@refuses_unknown_arguments
 @torch.no_grad()
 def target_loss(
     model: Any, items: DescriptionDataset, collator: Collator, batch_size: int = 16
@@ -39,6 +41,7 @@ def target_loss(
     return total / tokens
 
 
+@refuses_unknown_arguments
 @torch.no_grad()
 def describe(
     model: Any, tokenizer: Any, records: Sequence[Record], max_new_tokens: int = 60

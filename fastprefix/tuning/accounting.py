@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
 from fastprefix.tuning.hub import CARD_FILE
 from fastprefix.tuning.prompt import PromptTuningModel
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class ParameterCount:
     """What a tuned model costs beside full fine-tuning.
@@ -62,6 +64,7 @@ class ParameterCount:
         )
 
 
+@refuses_unknown_arguments
 def count_parameters(tuned: Any) -> ParameterCount:
     """Counts a tuned model; the bytes by saving it to a temporary folder.
 

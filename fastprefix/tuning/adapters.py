@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastprefix.arguments import check_names, check_type, methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
 from fastprefix.hf.peft_base import BASE_FOLDER
 from fastprefix.tuning.base import TunedModel
@@ -17,6 +18,7 @@ from fastprefix.tuning.config import PrefixConfig
 DEFAULT = "default"
 
 
+@methods_refuse_unknown_arguments
 class NamedAdapters(TunedModel):
     """Encoders by name. One of them is active, which is what a forward uses that names none.
 
@@ -109,8 +111,8 @@ class NamedAdapters(TunedModel):
         others = [name for name in self.encoders if name != adapter_name]
         if not others:
             raise ValueError(
-                f"adapter_name: got {adapter_name!r}, the only adapter; add another one first, or "
-                "unpatch the model to have it without"
+                f"adapter_name: got {adapter_name!r}, the only adapter, takes one of several; add "
+                "another one first, or unpatch the model to have it without"
             )
         trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
         del self.encoders[adapter_name], self.prefix_configs[adapter_name]
@@ -141,8 +143,11 @@ class NamedAdapters(TunedModel):
         self.prefix_configs[adapter_name] = config
 
     def _check_new(self, adapter_name: str) -> None:
+        check_type("adapter_name", adapter_name, str, "a name")
         if adapter_name in self.encoders:
-            raise ValueError(f"adapter_name: got {adapter_name!r}, which there is already")
+            raise ValueError(
+                f"adapter_name: got {adapter_name!r}, which there is already, takes a new name"
+            )
         # a folder's name and a part of a parameter's
         if not adapter_name or set(adapter_name) & set("./\\") or adapter_name == BASE_FOLDER:
             raise ValueError(
@@ -162,8 +167,11 @@ class NamedAdapters(TunedModel):
 
     def _check_rows(self, prefix_names: Sequence[str | None], rows: int | None) -> None:
         """prefix_names: a known name or None for each row, rows of them unless None."""
+        check_names("prefix_names", prefix_names, "a name, or None, for each row of the batch")
         if self._adapters_disabled:
-            raise ValueError("prefix_names: got names while adapters are disabled")
+            raise ValueError(
+                "prefix_names: got names, takes None inside disable_adapter(), where no adapter is"
+            )
         if rows is not None and len(prefix_names) != rows:
             raise ValueError(
                 f"prefix_names: got {len(prefix_names)} names, takes {rows}, one for each row of "

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.peft import PeftAdapterMixin
 
-from fastprefix.arguments import refuses_unknown_arguments
+from fastprefix.arguments import (
+    check_type,
+    methods_refuse_unknown_arguments,
+    refuses_unknown_arguments,
+    shown,
+)
 from fastprefix.hf import pipelines
 from fastprefix.hf.peft_base import freeze
 from fastprefix.hf.versions import disable_checkpointing, enable_checkpointing, is_checkpointing
@@ -20,6 +25,7 @@ from fastprefix.tuning import hub
 from fastprefix.tuning.checkpoint import EXTRA, described
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.config_files import ConfigFiles
+from fastprefix.tuning.misspelt import forward_inputs
 from fastprefix.tuning.prompt_config import PromptConfig
 
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
@@ -42,6 +48,7 @@ _BASE_ALONE = (
 )
 
 
+@methods_refuse_unknown_arguments
 class TunedModel(nn.Module):
     """A frozen base and encoders that are trained.
 
@@ -62,10 +69,12 @@ class TunedModel(nn.Module):
     config_class: ClassVar[type[ConfigFiles]]
 
     def __init__(self, model: PreTrainedModel) -> None:
+        check_type("model", model, PreTrainedModel, "a transformers PreTrainedModel")
         super().__init__()
         freeze(model)
         pipelines.accept(type(self).__name__)
         self.base_model = model
+        self._inputs = forward_inputs(model, inspect.signature(type(self).forward).parameters)
         self._heads: tuple[str, ...] = ()
         self.register_load_state_dict_post_hook(_allow_no_base)
         self.register_state_dict_post_hook(_drop_base)
@@ -420,10 +429,12 @@ def initial_ids(
     if config.init == "vocab":
         return torch.randint(embedding_weight(model).shape[0], (P,))
     if tokenizer is None:
-        raise ValueError(f"tokenizer: got None, init={config.init!r} needs one")
+        raise ValueError(f"tokenizer: got None, takes the model's with init={config.init!r}")
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer: got {shown(tokenizer)}, takes the model's tokenizer")
     ids = torch.tensor(tokenizer(config.init_text)["input_ids"])
     if len(ids) == 0:
-        raise ValueError(f"init_text: {config.init_text!r} has no tokens")
+        raise ValueError(f"init_text: got {config.init_text!r}, takes a text with tokens")
     return ids.repeat(-(-P // len(ids)))[:P]
 
 

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from fastprefix.arguments import (
+    check_flag,
+    check_names,
+    check_number,
+    check_type,
+    check_whole,
+    methods_refuse_unknown_arguments,
+    shown,
+)
 from fastprefix.encoders.build import Reparameterization
 from fastprefix.encoders.init import Resize
 from fastprefix.kv import Group
@@ -29,6 +39,7 @@ TASK_TYPES = (
 _BESIDE = ("num_frozen_tokens", "prefix_in_window")
 
 
+@methods_refuse_unknown_arguments
 @dataclass
 class PrefixConfig(ConfigFiles):
     """Configuration of prefix tuning (Li and Liang 2021).
@@ -88,7 +99,7 @@ class PrefixConfig(ConfigFiles):
         inference_mode: do not train the prefix, nor the modules that are saved beside it.
 
     Raises:
-        TypeError: layers or layer_lengths are not sequences of integers.
+        TypeError: a field is of another type than above; the message names it.
         ValueError: a field has a value it does not take; the message names it.
     """
 
@@ -128,8 +139,7 @@ class PrefixConfig(ConfigFiles):
 
     def __post_init__(self) -> None:
         self.task_type = plain(self.task_type)  # PEFT's is an enum
-        if self.num_virtual_tokens < 1:
-            raise ValueError(f"num_virtual_tokens: got {self.num_virtual_tokens}, takes 1 or more")
+        self._check_types()
         if self.task_type not in TASK_TYPES:
             raise ValueError(f"task_type: got {self.task_type!r}, takes one of {TASK_TYPES}")
         if self.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
@@ -140,25 +150,44 @@ class PrefixConfig(ConfigFiles):
             raise ValueError(f"fallback: got {self.fallback!r}, takes None or 'expand'")
         self._check_encoder()
         self._check_layers()
-        if self.position_offset is not None and self.position_offset < 0:
-            raise ValueError(f"position_offset: got {self.position_offset}, takes 0 or more")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, takes 0 <= dropout < 1")
         self._check_choice("init", Init)
         if (self.init in ("text", "embeddings")) != bool(self.init_text):
             raise ValueError(
-                f"init_text: got {self.init_text!r} with init={self.init!r}; a text goes with "
-                "init='text' or 'embeddings' and only with them"
+                f"init_text: got {self.init_text!r} with init={self.init!r}, takes a text with "
+                "init='text' or 'embeddings', and None with any other"
             )
         if (self.init == "prefix") != bool(self.init_prefix):
             raise ValueError(
-                f"init_prefix: got {self.init_prefix!r} with init={self.init!r}; a prefix goes "
-                "with init='prefix' and only with it"
+                f"init_prefix: got {self.init_prefix!r} with init={self.init!r}, takes a file, a "
+                "folder or a name with init='prefix', and None with any other"
             )
         self._check_choice("init_resize", Resize)
         if not 0.0 <= self.init_std < float("inf"):
             raise ValueError(f"init_std: got {self.init_std}, takes 0 or more")
         self._check_reweighting()
+
+    def _check_types(self) -> None:
+        """What can be told of each field alone: a number where one goes, and so on."""
+        check_whole("num_virtual_tokens", self.num_virtual_tokens, 1)
+        check_whole("encoder_hidden_size", self.encoder_hidden_size, 1, none=True)
+        check_whole("encoder_num_layers", self.encoder_num_layers, 1)
+        check_whole("num_frozen_tokens", self.num_frozen_tokens, 0)
+        check_whole("position_offset", self.position_offset, 0, none=True)
+        for name in ("dropout", "init_std"):
+            check_number(name, getattr(self, name))
+        for name in (
+            "prefix_projection", "encoder_per_layer", "encoder_orthogonal", "share_layers",
+            "prefix_in_window", "gated", "inference_mode",
+        ):  # fmt: skip
+            check_flag(name, getattr(self, name))
+        if self.init_text is not None:
+            check_type("init_text", self.init_text, str, "a text, or None")
+        if self.init_prefix is not None:
+            check_type("init_prefix", self.init_prefix, (str, os.PathLike), "a path, or None")
+        if self.modules_to_save is not None:
+            check_names("modules_to_save", self.modules_to_save, "a list of names, or None")
 
     @classmethod
     def _converted(cls, kind: str, taken: dict[str, Any]) -> dict[str, Any]:
@@ -222,15 +251,11 @@ class PrefixConfig(ConfigFiles):
     def _check_encoder(self) -> None:
         self._check_choice("encoder_reparameterization_type", Reparameterization)
         kind = self.encoder_reparameterization_type
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            raise ValueError(
-                f"encoder_hidden_size: got {self.encoder_hidden_size}, takes 1 or more"
-            )
         most = 3 if kind == "MLP" else None
-        if self.encoder_num_layers < 1 or (most and self.encoder_num_layers > most):
+        if most and self.encoder_num_layers > most:
             raise ValueError(
-                f"encoder_num_layers: got {self.encoder_num_layers}, takes "
-                f"{'1 to 3' if most else '1 or more'} for an {kind}"
+                f"encoder_num_layers: got {self.encoder_num_layers}, takes 1 to {most} for an "
+                f"{kind}"
             )
         if self.encoder_per_layer and kind != "MLP":
             raise ValueError(f"encoder_per_layer: got True, takes False for an {kind}")
@@ -240,8 +265,8 @@ class PrefixConfig(ConfigFiles):
             for name, default in defaults.items():
                 if getattr(self, name) != default:
                     raise ValueError(
-                        f"{name}: got {getattr(self, name)!r} without a network; set "
-                        "prefix_projection=True"
+                        f"{name}: got {getattr(self, name)!r} without a network, takes "
+                        f"{default!r}; or set prefix_projection=True"
                     )
         elif self.share_layers:
             raise ValueError("share_layers: got True, takes False with prefix_projection=True")
@@ -251,12 +276,14 @@ class PrefixConfig(ConfigFiles):
             given = getattr(self, name)
             if given is None:
                 continue
-            if isinstance(given, str) or not all(type(number) is int for number in given):
-                raise TypeError(f"{name}: got {given!r}, takes a list of integers")
+            listed = isinstance(given, Iterable) and not isinstance(given, str)
+            if not listed or not all(type(number) is int for number in given):
+                raise TypeError(f"{name}: got {shown(given)}, takes a list of integers")
             setattr(self, name, list(given))
             if not given or min(given) < 0:
                 raise ValueError(f"{name}: got {list(given)}, takes numbers of 0 or more")
         if self.groups is not None:
+            check_names("groups", self.groups, f"some of {get_args(Group)}, or None for all")
             if not self.groups or not set(self.groups) <= set(get_args(Group)):
                 raise ValueError(
                     f"groups: got {self.groups!r}, takes some of {get_args(Group)}, or None for all"
@@ -279,7 +306,7 @@ class PrefixConfig(ConfigFiles):
         if max(lengths) != self.num_virtual_tokens:
             raise ValueError(
                 f"layer_lengths: got {lengths} with num_virtual_tokens={self.num_virtual_tokens}, "
-                "which must be the longest of them"
+                "takes lengths of which that is the longest"
             )
         shortest = min(length for length in lengths if length)
         if not 0 <= self.num_frozen_tokens < shortest:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from fastprefix.arguments import refuses_unknown_arguments
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_files import CONFIG_FILE, read_about, read_config
 
@@ -35,6 +35,7 @@ class PeftsOwn(Protocol):
         """All fields."""
 
 
+@methods_refuse_unknown_arguments
 class ConfigFiles:
     """What a dataclass of a configuration takes from this: PEFT's methods, and PEFT's fields.
 
@@ -84,7 +85,6 @@ class ConfigFiles:
         partial.replace(folder / CONFIG_FILE)
 
     @classmethod
-    @refuses_unknown_arguments
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,

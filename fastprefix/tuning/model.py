@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.arguments import refuses_unknown_arguments
+from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
 from fastprefix.encoders import Encoder
 from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import (
@@ -52,9 +52,11 @@ from fastprefix.tuning.checkpoint import (
 )
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.config_files import PeftsOwn
+from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_misspelt_option
 from fastprefix.tuning.peft_configs import agreed, as_prefix_config
 
 
+@methods_refuse_unknown_arguments
 class PrefixTuningModel(NamedAdapters):
     """Prefix tuning: the base model is frozen, its attention sees a trained prefix.
 
@@ -159,8 +161,12 @@ class PrefixTuningModel(NamedAdapters):
             kwargs: whatever else the base model's forward takes.
 
         Raises:
+            TypeError: an unknown argument whose name is like that of a known one, an input that is
+                no tensor, or prefix_names that are no names.
             ValueError: prefix_names has an unknown name, or not one for each row.
         """
+        refuse_misspelt("forward", kwargs, self._inputs)
+        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -201,6 +207,7 @@ class PrefixTuningModel(NamedAdapters):
         """
         kwargs.setdefault("use_cache", True)
         generate: Any = self.base_model.generate  # models for other tasks have none
+        refuse_misspelt_option(generate, kwargs, self._inputs)
         if prefix_names is None:
             if self._adapters_disabled:
                 return generate(*args, **kwargs)

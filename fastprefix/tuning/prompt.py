@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.arguments import refuses_unknown_arguments
+from fastprefix.arguments import (
+    check_type,
+    methods_refuse_unknown_arguments,
+    refuses_unknown_arguments,
+    shown,
+)
 from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import UnsupportedModelError, use_prefix
 from fastprefix.hf.peft_base import (
@@ -42,6 +47,7 @@ from fastprefix.tuning.checkpoint import (
     read_checkpoint,
 )
 from fastprefix.tuning.config_files import PeftsOwn
+from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_misspelt_option
 from fastprefix.tuning.peft_configs import agreed, as_prompt_config, tokenizer_of
 from fastprefix.tuning.prompt_config import PromptConfig
 from fastprefix.tuning.prompt_encoder import PromptEncoder
@@ -51,6 +57,7 @@ from fastprefix.tuning.prompt_layout import Layout, Padding, lay_out, positions
 _PER_TOKEN = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
 
 
+@methods_refuse_unknown_arguments
 class PromptTuningModel(TunedModel):
     """Prompt tuning, P-tuning, infix tuning: the base is frozen, its input has a trained part.
 
@@ -90,9 +97,12 @@ class PromptTuningModel(TunedModel):
         tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
         config = as_prompt_config(config)
         model = unwrap(model)
+        check_type("model", model, PreTrainedModel, "a transformers PreTrainedModel")
         taken = inspect.signature(model.forward).parameters
         if "inputs_embeds" not in taken:
-            raise ValueError(f"model: {type(model).__name__} takes no inputs_embeds")
+            raise ValueError(
+                f"model: got {type(model).__name__}, takes one whose forward has inputs_embeds"
+            )
         start = initial_ids(config, model, tokenizer)  # before anything is changed
         super().__init__(model)
         self.prompt_config = config
@@ -162,10 +172,16 @@ class PromptTuningModel(TunedModel):
             kwargs: whatever else the base model's forward takes.
 
         Raises:
+            TypeError: an unknown argument whose name is like that of a known one, or an input that
+                is no tensor.
             ValueError: infix_positions are missing, out of range, or given for a prompt in front;
                 the mask is not one of padding; a cache holds tokens already; the sequences are
                 packed.
         """
+        refuse_misspelt("forward", kwargs, self._inputs)
+        check_tensors(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds
+        )
         self._check(attention_mask, position_ids, kwargs)
         embeds = self._embeddings(input_ids, inputs_embeds)
         B, L = embeds.shape[:2]
@@ -212,6 +228,7 @@ class PromptTuningModel(TunedModel):
             ValueError: see :meth:`forward`.
         """
         generate: Any = self.base_model.generate  # models for other tasks have none
+        refuse_misspelt_option(generate, kwargs, self._inputs)
         kwargs["use_cache"] = kwargs.get("use_cache", True)  # the Trainer switches it off
         given = {} if attention_mask is None else {"attention_mask": attention_mask}
         if self._is_causal and self.prompt_config.placement == "prefix":
@@ -238,8 +255,12 @@ class PromptTuningModel(TunedModel):
         if self._is_encoder_decoder:
             return generate(**fed, **kwargs)
         settings = kwargs.get("generation_config")
-        if getattr(settings, "max_length", None) and not getattr(settings, "max_new_tokens", None):
-            raise ValueError("generation_config.max_length: takes max_new_tokens with a prompt")
+        most = getattr(settings, "max_length", None)
+        if most and not getattr(settings, "max_new_tokens", None):
+            raise ValueError(
+                f"generation_config.max_length: got {most}, takes None and max_new_tokens in its "
+                "place with a prompt"
+            )
         if kwargs.get("max_length") is not None:  # transformers would count the prompt
             length = kwargs.pop("max_length") - input_ids.shape[1]
             kwargs.setdefault("max_new_tokens", length)
@@ -434,7 +455,8 @@ class PromptTuningModel(TunedModel):
 
     def _embeddings(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids, inputs_embeds: takes exactly one of them")
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"input_ids, inputs_embeds: got {got}, takes one of them")
         if inputs_embeds is not None:
             return inputs_embeds
         return self.base_model.get_input_embeddings()(input_ids)
@@ -449,8 +471,8 @@ class PromptTuningModel(TunedModel):
             )
         if length_of(cache_of(kwargs)) and not self._is_encoder_decoder:
             raise ValueError(
-                "past_key_values: got a cache that holds tokens, behind which the prompt would "
-                "come again; use generate(), or export() and use_prefix"
+                "past_key_values: got a cache that holds tokens, takes an empty one: the prompt "
+                "would come again behind them; use generate(), or export() and use_prefix"
             )
         packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
         if position_ids is not None and mask is None and not torch.compiler.is_compiling():
@@ -470,8 +492,12 @@ class PromptTuningModel(TunedModel):
     ) -> Tensor | None:
         if self.prompt_config.placement == "prefix":
             if infix_positions is not None:
-                raise ValueError("infix_positions: takes none with placement='prefix'")
+                raise ValueError(
+                    f"infix_positions: got {shown(infix_positions)}, takes None with "
+                    "placement='prefix'"
+                )
             return None
+        check_tensors(infix_positions=infix_positions)
         if infix_positions is None or infix_positions.shape != (B,):
             got = None if infix_positions is None else list(infix_positions.shape)
             raise ValueError(f"infix_positions: got {got}, takes [B] = [{B}] for an infix")

@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from fastprefix.arguments import (
+    check_names,
+    check_number,
+    check_type,
+    check_whole,
+    methods_refuse_unknown_arguments,
+)
 from fastprefix.hf.peft_prompts import INFIX_KIND
 from fastprefix.tuning.config import TASK_TYPES
 from fastprefix.tuning.config_files import ConfigFiles, plain
@@ -21,6 +28,7 @@ _NETWORK = (
 _INITS: dict[str, Init] = {"RANDOM": "random", "TEXT": "text", "SAMPLE_VOCAB": "vocab"}
 
 
+@methods_refuse_unknown_arguments
 @dataclass
 class PromptConfig(ConfigFiles):
     """Configuration of prompts that enter a model as embeddings.
@@ -48,6 +56,7 @@ class PromptConfig(ConfigFiles):
             for what a network reads.
 
     Raises:
+        TypeError: a field is of another type than above; the message names it.
         ValueError: a field has a value it does not take; the message names it.
     """
 
@@ -102,6 +111,16 @@ class PromptConfig(ConfigFiles):
         return told
 
     def __post_init__(self) -> None:
+        check_whole("num_virtual_tokens", self.num_virtual_tokens, 1)
+        check_whole("encoder_hidden_size", self.encoder_hidden_size, 1, none=True)
+        check_whole("encoder_num_layers", self.encoder_num_layers, 1)
+        check_number("encoder_dropout", self.encoder_dropout)
+        if self.init_std is not None:
+            check_number("init_std", self.init_std)
+        if self.init_text is not None:
+            check_type("init_text", self.init_text, str, "a text, or None")
+        if self.modules_to_save is not None:
+            check_names("modules_to_save", self.modules_to_save, "a list of names, or None")
         self.task_type = plain(self.task_type)  # PEFT's is an enum
         network = (*get_args(Reparameterization), None)
         for name, choices in (
@@ -112,24 +131,20 @@ class PromptConfig(ConfigFiles):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, takes one of {choices}")
-        for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, takes 1 or more")
         if self.encoder_reparameterization_type != "LSTM" and (
             self.encoder_num_layers != 2 or self.encoder_dropout != 0.0
         ):
             raise ValueError(
                 f"encoder_num_layers, encoder_dropout: got {self.encoder_num_layers} and "
-                f"{self.encoder_dropout}, which are the LSTM's; takes them with "
+                f"{self.encoder_dropout}, which are the LSTM's, takes 2 and 0.0 without "
                 "encoder_reparameterization_type='LSTM'"
             )
         if not 0.0 <= self.encoder_dropout < 1.0:
             raise ValueError(f"encoder_dropout: got {self.encoder_dropout}, takes 0 to under 1")
         if (self.init == "text") != bool(self.init_text):
             raise ValueError(
-                f"init_text: got {self.init_text!r} with init={self.init!r}; a text goes with "
-                "init='text' and only with it"
+                f"init_text: got {self.init_text!r} with init={self.init!r}, takes a text with "
+                "init='text', and None with any other"
             )
         if self.init_std is not None and not self.init_std >= 0.0:
             raise ValueError(f"init_std: got {self.init_std}, takes 0 or more")

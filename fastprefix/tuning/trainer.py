@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,11 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.generic import find_labels
 
+from fastprefix.arguments import (
+    methods_refuse_unknown_arguments,
+    refuses_unknown_arguments,
+    unknown_argument,
+)
 from fastprefix.hf.versions import checkpointing_arguments
 from fastprefix.tuning.callbacks import PrefixMonitor, ProgressiveLayers, ProgressiveLength
 from fastprefix.tuning.model import PrefixTuningModel
@@ -40,11 +46,13 @@ class _Defaults:
     )
 
 
+@methods_refuse_unknown_arguments
 @dataclass
 class PrefixTrainingArguments(_Defaults, TrainingArguments):
     """``transformers.TrainingArguments`` with defaults for a prefix."""
 
 
+@methods_refuse_unknown_arguments
 @dataclass
 class PrefixSeq2SeqTrainingArguments(_Defaults, Seq2SeqTrainingArguments):
     """``transformers.Seq2SeqTrainingArguments`` with defaults for a prefix."""
@@ -56,10 +64,15 @@ else:
     _Base = object
 
 
+@methods_refuse_unknown_arguments
 class _SavesTheAdapter(_Base):
     """What both trainers add to transformers' own."""
 
     def __init__(self, model: Any, args: TrainingArguments, **options: Any) -> None:
+        known = inspect.signature(super().__init__).parameters
+        for name in options:
+            if name not in known:
+                raise unknown_argument(type(self).__name__, name, known)
         # transformers switches the base's cache off for good; here it does so while it trains
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model, args, **options)
@@ -141,6 +154,7 @@ class PrefixSeq2SeqTrainer(_SavesTheAdapter, Seq2SeqTrainer):
         super().__init__(model, args or PrefixSeq2SeqTrainingArguments(), **options)
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class FitOptions:
     """How :func:`fit` trains.
@@ -164,6 +178,7 @@ class FitOptions:
     seed: int = 0
 
 
+@refuses_unknown_arguments
 def fit(
     tuned: PrefixTuningModel,
     data: Dataset[Any],

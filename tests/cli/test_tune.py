@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastprefix.kernels import launch, tune_store
 from typer.testing import CliRunner
 
 from fastprefix.cli.app import app
 from fastprefix.cli.tune import run_tuning
+from fastprefix.kernels import launch, tune_store
 
 CPU = torch.device("cpu")
 SIZES = {"batch": 1, "kv_heads": 1, "group": 1, "length": 16, "prefix": 16}

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastprefix.kernels import tilings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from fastprefix.kernels import tilings
 
 pytestmark = [
     pytest.mark.skipif(

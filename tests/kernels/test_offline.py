@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastprefix.kernels import launch, tilings
 from fastprefix.kernels.offline import main
 from fastprefix.kernels.offline_cases import (

@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+
 from fastprefix.kernels import decode_plan, tilings
 from fastprefix.kernels.offline_cases import FEATURES, launch_target
 

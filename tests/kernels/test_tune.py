@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from fastprefix.kernels import (
     launch,
     prefix_attention_backward,

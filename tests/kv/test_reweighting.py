@@ -144,7 +144,13 @@ KEYS = (torch.zeros(2, 5, 4),)
     ("kind", "heads", "in_window", "error", "message"),
     [
         ("scale", [torch.zeros(6)], False, ValueError, "kind: got 'scale'"),
-        ("bias", [torch.zeros(6).half()], False, TypeError, r"heads\[0\]: takes a float32"),
+        (
+            "bias",
+            [torch.zeros(6).half()],
+            False,
+            TypeError,
+            r"heads\[0\]: got torch.float16, takes",
+        ),
         ("bias", [torch.zeros(6, 1)], False, ValueError, r"got shape \[6, 1\], takes \[Hq\]"),
         ("bias", [torch.zeros(5)], False, ValueError, "a multiple of the 2 key/value heads"),
         ("bias", [torch.zeros(0)], False, ValueError, "a multiple of the 2 key/value heads"),

@@ -28,7 +28,7 @@ def test_shipped_splits_load():
     assert len(train) > 400
     assert len(heldout) >= 80
     assert all(list(r.attributes)[:2] == ["name", "type"] for r in train + heldout)
-    with pytest.raises(ValueError, match=r"'test'.*train, heldout"):
+    with pytest.raises(ValueError, match=r"split: got 'test', takes .*'train', 'heldout'"):
         load_descriptions("test")
 
 

@@ -19,5 +19,7 @@ def trained_encoders(model: nn.Module) -> list[Encoder]:
         if isinstance(module, Encoder) and module.embedding.requires_grad
     ]
     if not encoders:
-        raise ValueError(f"model: got a {type(model).__name__} without a trainable prefix")
+        raise ValueError(
+            f"model: got a {type(model).__name__} without a trainable prefix, takes one with"
+        )
     return encoders

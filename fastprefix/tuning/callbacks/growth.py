@@ -9,12 +9,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastprefix.arguments import (
+    check_number,
+    check_whole,
+    methods_refuse_unknown_arguments,
+    refuses_unknown_arguments,
+)
 from fastprefix.encoders import Encoder
 from fastprefix.tuning.callbacks.find import trained_encoders
 
 _GROWN = "num_virtual_tokens"  # an entry of the log history says when a prefix grew
 
 
+@methods_refuse_unknown_arguments
 class ProgressiveLength(TrainerCallback):
     """Adds virtual tokens whenever the training loss stops falling.
 
@@ -35,14 +42,15 @@ class ProgressiveLength(TrainerCallback):
         patience: how many logged losses in a row may miss it before the prefix grows.
 
     Raises:
+        TypeError: an argument is not a number.
         ValueError: an argument is not positive (threshold: negative, or not below 1). When training
             begins: several processes, or a prefix longer than the maximum.
     """
 
     def __init__(self, step: int, maximum: int, threshold: float = 0.01, patience: int = 2) -> None:
         for name, value in (("step", step), ("maximum", maximum), ("patience", patience)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, takes 1 or more")
+            check_whole(name, value, 1)
+        check_number("threshold", threshold)
         if not 0.0 <= threshold < 1.0:
             raise ValueError(f"threshold: got {threshold}, takes 0 <= threshold < 1")
         self.step, self.maximum = step, maximum
@@ -67,7 +75,10 @@ class ProgressiveLength(TrainerCallback):
         for encoder in trained_encoders(kwargs["model"]):
             length = encoder.layout.num_virtual_tokens
             if length > self.maximum:
-                raise ValueError(f"maximum: got {self.maximum} for a prefix of {length} tokens")
+                raise ValueError(
+                    f"maximum: got {self.maximum}, takes {length} or more for a prefix of "
+                    f"{length} tokens"
+                )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -100,6 +111,7 @@ class ProgressiveLength(TrainerCallback):
         return lately > (1.0 - self.threshold) * before
 
 
+@refuses_unknown_arguments
 def grow(encoder: Encoder, num_tokens: int, optimizer: Optimizer) -> None:
     """Makes the encoder's prefix longer, and its optimizer go on with it.
 

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from fastprefix.arguments import check_number, check_whole, methods_refuse_unknown_arguments
+
 _LOGGER = logging.get_logger(__name__)
 
 
+@methods_refuse_unknown_arguments
 class StopOnCollapse(TrainerCallback):
     """Stops when numbers are no longer finite or the loss has collapsed, and restores the prefix.
 
@@ -30,14 +33,15 @@ class StopOnCollapse(TrainerCallback):
         reason: why training was stopped, or None.
 
     Raises:
+        TypeError: factor or patience are no numbers.
         ValueError: factor is not above 1, or patience is not positive.
     """
 
     def __init__(self, factor: float = 3.0, patience: int = 2) -> None:
+        check_number("factor", factor)
+        check_whole("patience", patience, 1)
         if not factor > 1.0:
             raise ValueError(f"factor: got {factor}, takes more than 1")
-        if patience < 1:
-            raise ValueError(f"patience: got {patience}, takes 1 or more")
         self.factor, self.patience = factor, patience
         self.reason: str | None = None
 

@@ -6,12 +6,14 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastprefix.arguments import check_whole, methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
 from fastprefix.tuning.callbacks.find import trained_encoders
 
 First = Literal["last", "first"]
 
 
+@methods_refuse_unknown_arguments
 class ProgressiveLayers(TrainerCallback):
     """Trains the prefixes of a few layers, then of more and more, until it trains all.
 
@@ -26,14 +28,14 @@ class ProgressiveLayers(TrainerCallback):
             "first".
 
     Raises:
+        TypeError: steps or layers are no whole numbers.
         ValueError: steps or layers are not positive, or another first. When training begins:
             weight_decay, which would shrink what is not trained.
     """
 
     def __init__(self, steps: int, layers: int = 1, first: First = "last") -> None:
         for name, value in (("steps", steps), ("layers", layers)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, takes 1 or more")
+            check_whole(name, value, 1)
         if first not in get_args(First):
             raise ValueError(f"first: got {first!r}, takes one of {get_args(First)}")
         self.steps, self.layers, self.first = steps, layers, first

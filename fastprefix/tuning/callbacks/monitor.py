@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastprefix.arguments import check_type, methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
 from fastprefix.hf.mass import attention_mass
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.callbacks.find import trained_encoders
 
 
+@methods_refuse_unknown_arguments
 class PrefixMonitor(TrainerCallback):
     """Records gradient norms by layer, and the attention that the prefix takes by layer and head.
 
@@ -29,9 +32,14 @@ class PrefixMonitor(TrainerCallback):
         history: dicts with ``step``, ``loss``, ``prefix_grad_norm`` (a number for each layer, 0 for
             one without a prefix) and, with a batch, ``attention_mass`` (a list over the query heads
             for each layer: the mean share of the attention that falls on the prefix).
+
+    Raises:
+        TypeError: batch is no dict.
     """
 
     def __init__(self, batch: dict[str, Tensor] | None = None) -> None:
+        if batch is not None:
+            check_type("batch", batch, Mapping, "a dict of a forward's inputs, or None")
         self.batch = batch
         self.history: list[dict[str, Any]] = []
         self._norms: list[float] = []

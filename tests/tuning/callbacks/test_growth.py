@@ -161,5 +161,5 @@ def test_arguments(name, value):
 
 
 def test_prefix_longer_than_the_maximum(make_trainer):
-    with pytest.raises(ValueError, match="maximum: got 3 for a prefix of 4 tokens"):
+    with pytest.raises(ValueError, match="maximum: got 3, takes 4 or more for a prefix of 4"):
         make_trainer({}, [ProgressiveLength(1, 3)]).train()
