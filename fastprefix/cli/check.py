@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from fastprefix.cli.console import console
+from fastprefix.cli.console import console, working
 from fastprefix.cli.loading import load_model
 from fastprefix.hf.check import PREFIX, recall
 from fastprefix.hf.patching import check_prefix, layer_groups, patch_model, unpatch_model
@@ -33,13 +33,16 @@ def run_check(name: str, dtype: str) -> None:
         dtype: of the weights.
     """
     begin = time.perf_counter()
-    model = load_model(name, getattr(torch, dtype))
+    with working(f"loading {name}"):
+        model = load_model(name, getattr(torch, dtype))
     loading = time.perf_counter() - begin
     table = Table(title=f"{type(model).__name__}, {dtype}")
     for column in ("", "", "why, or the largest relative error of a layer"):
         table.add_column(column)
     begin = time.perf_counter()
-    for question, verdict, why in answers(model):
+    with working("checking"):
+        found = answers(model)
+    for question, verdict, why in found:
         table.add_row(_QUESTIONS[question], verdict, Text(why))
     checking = time.perf_counter() - begin
     console.print(table)

@@ -1,53 +1,88 @@
-"""Terminal output shared by the sub-commands."""
+"""What the sub-commands print: results on standard output, all else on standard error.
+
+Where standard error is not a terminal, progress is a few plain lines without control characters.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import sys
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
 
-console = Console()
+console = Console()  # results
+messages = Console(stderr=True)
+
+_LINES = 10  # of one piece of work, where there is no terminal
 
 
 def quiet_libraries() -> None:
-    """Leaves the terminal to our own progress bars."""
+    """Keeps what concerns nobody here off the terminal; call it before anything is imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not _is_terminal():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    if not _is_terminal():
+        transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="peft|torch|transformers")
 
 
-class TrainingProgress(TrainerCallback):
-    """A rich progress bar with the running loss."""
+def tell(line: str) -> None:
+    """Prints one line on standard error."""
+    sys.stdout.flush()  # a terminal shows both in the order in which they were written
+    print(line, file=sys.stderr, flush=True)
 
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-            console=console,
-        )
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Shows the bar."""
-        self._progress.start()
-        self._task = self._progress.add_task("training", total=state.max_steps, loss="-")
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Says what takes time: beside a spinner on a terminal, on a line of its own elsewhere."""
+    if not _is_terminal():
+        tell(what)
+        yield
+        return
+    with messages.status(escape(what)):
+        yield
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Moves the bar."""
-        if logs and "loss" in logs:
-            self._progress.update(
-                self._task, completed=state.global_step, loss=f"{float(logs['loss']):.3f}"
-            )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leaves the finished bar on the screen."""
-        self._progress.stop()
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar on a terminal, at most ten lines elsewhere; whatever ends the block ends it too.
+
+    Args:
+        what: is done.
+        total: steps.
+
+    Returns:
+        What to call with the number of steps done so far, and a note on them.
+    """
+    if not _is_terminal():
+        every = -(-total // _LINES)
+
+        def line(done: int, note: str) -> None:
+            if done % every == 0 or done == total:
+                tell(f"{what}: {done} of {total}" + (f", {note}" if note else ""))
+
+        yield line
+        return
+    columns = (
+        *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()),
+        *(TextColumn("{task.fields[note]}", markup=False), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=messages) as shown:
+        bar = shown.add_task(what, total=total, note="")
+        yield lambda done, note: shown.update(bar, completed=done, note=note)
+
+
+def _is_terminal() -> bool:
+    return messages.is_terminal and not messages.is_dumb_terminal

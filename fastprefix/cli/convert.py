@@ -20,7 +20,10 @@ from rich.text import Text
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastprefix.cli.console import console
+from fastprefix.cli.console import console, working
+from fastprefix.cli.errors import blaming, complain
+from fastprefix.cli.inputs import place_to_write
+from fastprefix.cli.loading import load_causal, load_config, load_seq2seq
 from fastprefix.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from fastprefix.hf.peft_format import (
     OWN_KIND,
@@ -93,18 +96,9 @@ class Base:
         """The model, for a task of PEFT's."""
         if self._model is None:
             assert self.name is not None
-            with console.status(f"loading {self.name}"):
-                if task_type == "SEQ_2_SEQ_LM":
-                    from transformers import AutoModelForSeq2SeqLM
-
-                    loaded: Any = AutoModelForSeq2SeqLM.from_pretrained(
-                        self.name, dtype=self._dtype
-                    )
-                    self._model = loaded.eval()
-                else:
-                    from fastprefix.cli.loading import load
-
-                    self._model = load(self.name, self._dtype)[0]
+            load = load_seq2seq if task_type == "SEQ_2_SEQ_LM" else load_causal
+            with working(f"loading {self.name}"):
+                self._model = load(self.name, self._dtype)
         return self._model
 
     def sources(self, task_type: str | None) -> tuple[int, ...] | None:
@@ -114,11 +108,9 @@ class Base:
         """
         if self.name is None:
             return None
-        from transformers import AutoConfig
-
         from fastprefix.hf.patching import layer_sources, patched
 
-        if not getattr(AutoConfig.from_pretrained(self.name).get_text_config(), _SHARED, 0):
+        if not getattr(load_config(self.name).get_text_config(), _SHARED, 0):
             return None
         model = self.model(task_type)
         with patched(model):
@@ -137,18 +129,14 @@ def run_conversion(
     """Plans all conversions, shows them, and does them unless one of them cannot be done.
 
     Raises:
-        FileNotFoundError: the source does not exist.
         ValueError: it holds nothing to convert, or something that cannot be converted, or a
             target exists and force is not given. Nothing is written then.
     """
-    if to is not None and to not in FORMATS:
-        raise ValueError(f"--to: got {to!r}, takes one of {', '.join(FORMATS)}")
-    if not source.exists():
-        raise FileNotFoundError(f"source: {source} does not exist")
     base = Base(base_name, getattr(torch, dtype))
-    paths, left = _find(source)
-    if not paths:
-        raise ValueError(f"source: {source} holds no prefix, prompt or cartridge{_told(left)}")
+    with blaming("source"):
+        paths, left = _find(source)
+        if not paths:
+            raise ValueError(f"{source} holds no prefix, prompt or cartridge{_told(left)}")
     several = source.is_dir() and paths != [source]
     sources = [_read(path, base) for path in paths]
     if to is None:
@@ -164,14 +152,17 @@ def run_conversion(
     for path, kind in left:
         console.print(Text(f"left alone: {path} ({kind})"))
     problems = [f"{step.source.path}: {step.problem}" for step in steps if step.problem]
+    for problem in problems[:-1]:
+        complain(problem, 1)
     if problems:
-        raise ValueError("\n".join([*problems, "nothing was written"]))
+        raise ValueError(f"{problems[-1]}; nothing was written")
     if dry_run:
         return
     # what a base has to compute is computed before the first target is written
     writes = [(step.target, _writer(step, base)) for step in steps]
     for path, write in writes:
-        _replace(path, write)
+        with blaming("target"):
+            _replace(path, write)
 
 
 def _find(source: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
@@ -218,18 +209,21 @@ def _is_prefix(file: Path) -> bool:
 
 def _read(path: Path, base: Base) -> Source:
     if path.is_file():
-        return Source(path, FILE, PrefixKV.load(path), sources=base.sources(None))
+        with blaming("source"):
+            kv = PrefixKV.load(path)
+        return Source(path, FILE, kv, sources=base.sources(None))
     config, file = read_config(path, _KNOWN)
     kind = config["peft_type"]
     if kind in (*PROMPT_KINDS, INFIX_KIND):
-        prompt = load_prompt(path)
+        with blaming("source"):
+            prompt = load_prompt(path)
         return Source(path, kind, None, prompt.embeddings, config, prompt.heads)
     shapes = groups = sources = None
     if kind != OWN_KIND and (config.get("num_transformer_submodules") or 1) > 1:
         if base.name is None:
             raise ValueError(
-                f"{file}: is for an encoder-decoder, whose layers the base alone knows; takes "
-                "--base"
+                f"source: {file} is for an encoder-decoder, whose layers the base alone knows; "
+                "takes --base"
             )
         from fastprefix.hf.patching import layer_groups, layer_shapes, patched
 
@@ -238,7 +232,8 @@ def _read(path: Path, base: Base) -> Source:
             shapes, groups = layer_shapes(model), layer_groups(model)
     else:
         sources = base.sources(config.get("task_type"))
-    adapter = load_adapter(path, shapes, groups, sources)
+    with blaming("source"):
+        adapter = load_adapter(path, shapes, groups, sources)
     return Source(path, kind, adapter.kv, None, config, adapter.heads, groups, sources)
 
 
@@ -278,6 +273,9 @@ def _check(step: Step, base: Base, force: bool) -> str | None:
         return f"{step.target} is a folder"
     if step.target.is_file() and to != FILE:
         return f"{step.target} is a file"
+    problem = place_to_write(step.target)
+    if problem is not None:
+        return problem
     if not force and step.target.exists() and (to == FILE or any(step.target.iterdir())):
         return f"{step.target} exists; --force replaces it"
     return None

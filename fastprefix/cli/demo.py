@@ -13,16 +13,19 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
-from fastprefix.cli.console import TrainingProgress, console
+from fastprefix.cli.console import console, working
+from fastprefix.cli.errors import blaming
 from fastprefix.cli.loading import load
+from fastprefix.cli.outputs import write_text
 from fastprefix.cli.prompts import save_template
+from fastprefix.cli.training import train_prefix
 from fastprefix.experiments.versus_peft import Workload, compare
 from fastprefix.hf import unpatch_model
 from fastprefix.hf.versions import peft_mismatch
 from fastprefix.tasks import Collator, DescriptionDataset, Record, load_descriptions
 from fastprefix.tasks.evaluation import describe, target_loss
 from fastprefix.tuning import PrefixConfig, PrefixTuningModel
-from fastprefix.tuning.trainer import FitOptions, fit
+from fastprefix.tuning.trainer import FitOptions
 
 _INIT_TEXT = (
     "Describe the item given by its attributes in one plain sentence that names it first, "
@@ -43,7 +46,7 @@ def run_demo(
             f"[bold yellow]Without PEFT beside it:[/] {no_peft}. Its figures would be wrong "
             "and are left out; `make demo` sets up an environment in which both run."
         )
-    with console.status(f"loading {model_name}"):
+    with working(f"loading {model_name}"):
         model, tokenizer = load(model_name, torch.bfloat16)
     heldout = load_descriptions("heldout")
     collator = Collator(tokenizer)
@@ -52,14 +55,14 @@ def run_demo(
     shown = heldout[:: max(1, len(heldout) // 3)][:3]
 
     console.rule("1. Train a 32-token prefix")
-    with console.status("held-out loss and descriptions without a prefix"):
+    with working("held-out loss and descriptions without a prefix"):
         before = target_loss(model, heldout_items, collator)
         said_before = describe(model, tokenizer, shown)
     config = PrefixConfig(num_virtual_tokens=32, init="text", init_text=_INIT_TEXT)
     tuned = PrefixTuningModel(model, config, tokenizer)
     tuned.print_trainable_parameters()
-    fit(tuned, train_items, collator, FitOptions(steps=steps, seed=seed), [TrainingProgress()])
-    with console.status("held-out loss and descriptions with the prefix"):
+    train_prefix(tuned, train_items, collator, FitOptions(steps=steps, seed=seed))
+    with working("held-out loss and descriptions with the prefix"):
         after = target_loss(tuned, heldout_items, collator)
         said_after = describe(tuned, tokenizer, shown)
     fall = 1 - after / before
@@ -74,8 +77,9 @@ def run_demo(
     probe = collator([heldout_items[i] for i in range(8)])
     with torch.no_grad():
         logits = tuned(**probe).logits
-    tuned.save_pretrained(output)
-    save_template(tokenizer, output)
+    with blaming("--output"):
+        tuned.save_pretrained(output)
+        save_template(tokenizer, output)
     unpatch_model(model)
     reloaded = PrefixTuningModel.from_pretrained(model, output)
     with torch.no_grad():
@@ -96,7 +100,7 @@ def run_demo(
 
         console.rule("3. Beside PEFT, in this run")
         workload = Workload()
-        with console.status("decoding and training with both libraries, a minute or two"):
+        with working("decoding and training with both libraries, a minute or two"):
             measured = compare(model, workload)
         figures |= measured
         console.print(_comparison(measured, workload))
@@ -105,7 +109,8 @@ def run_demo(
     figures["threads"] = torch.get_num_threads()
     figures["seconds"] = time.perf_counter() - started
     if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+        with blaming("--json"):
+            write_text(json_file, json.dumps(figures, indent=2) + "\n")
         console.print(f"figures written to {json_file}")
     return figures
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.text import Text
 from transformers import set_seed
 
-from fastprefix.cli.console import console
-from fastprefix.cli.loading import load
+from fastprefix.cli.console import messages, tell, working
+from fastprefix.cli.errors import blaming
+from fastprefix.cli.loading import load_causal, load_tokenizer
 from fastprefix.cli.prompts import encode, shared, template_of
 from fastprefix.hf import use_prefix
 from fastprefix.hf.peft_files import read_config
-from fastprefix.hf.peft_format import OWN_KIND, PREFIX_KINDS
-from fastprefix.hf.peft_prompts import PROMPT_KINDS
+from fastprefix.hf.peft_format import OWN_KIND, PREFIX_KINDS, load_adapter
+from fastprefix.hf.peft_prompts import PROMPT_KINDS, load_prompt
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning import PrefixTuningModel, PromptTuningModel
 
@@ -30,21 +33,31 @@ def run_generation(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    as_json: bool = False,
 ) -> None:
     """Loads, generates one batch, prints what came after each prompt.
 
     Prompts are turns of a chat if the model has a template for one, or an adapter a template that
-    it was trained with; `raw` takes them as they are.
+    it was trained with; `raw` takes them as they are. Standard output gets the texts alone; as
+    JSON, a list of objects with a prompt and its text.
     """
     set_seed(seed)
-    with console.status(f"loading {model_name}"):
-        model, tokenizer = load(model_name, getattr(torch, dtype))
-        kv = None
+    tuned: type[PrefixTuningModel | PromptTuningModel] | None = None
+    named = "--adapter"
+    if adapter is not None:
+        if not Path(adapter).is_dir():
+            named += f": got {adapter}, which is no folder here"
+        with blaming(named):
+            tuned = _kind_of(adapter)
+    tokenizer = load_tokenizer(model_name)
+    with blaming(named):
         template = None if raw else template_of(adapter, tokenizer)
-        if adapter is not None:
-            kind = read_config(adapter, (*PREFIX_KINDS, OWN_KIND, *PROMPT_KINDS))[0]["peft_type"]
-            tuned = PromptTuningModel if kind in PROMPT_KINDS else PrefixTuningModel
-            kv = tuned.from_pretrained(model, adapter).export()
+    with working(f"loading {model_name}"):
+        model = load_causal(model_name, getattr(torch, dtype))
+        kv = None
+        if tuned is not None and adapter is not None:
+            with blaming(named):
+                kv = tuned.from_pretrained(model, adapter).export()
             rows = encode(prompts, tokenizer, template)
         elif system_prompt is None:
             rows = encode(prompts, tokenizer, template)
@@ -61,9 +74,9 @@ def run_generation(
             kv = PrefixKV.prefill(model, rows[0][:count])
             rows = [row[count:] for row in rows]
     if not all(rows):
-        raise ValueError("prompt: got an empty one, takes a token at least")
+        raise ValueError("prompt: got one without a token, takes a text")
     if kv is not None:
-        console.print(
+        tell(
             f"prefix of {kv.num_virtual_tokens} tokens, one copy for all {len(prompts)} prompts: "
             f"{kv.nbytes / 1e6:.2f} MB"
         )
@@ -82,6 +95,21 @@ def run_generation(
         )
     new = ids[:, batch["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    if as_json:
+        pairs = zip(prompts, texts, strict=True)
+        print(json.dumps([{"prompt": prompt, "text": text} for prompt, text in pairs], indent=1))
+        return
     for prompt, text in zip(prompts, texts, strict=True):
-        console.print(Text(prompt, style="bold"))
-        console.print(Text(text))
+        messages.print(Text(prompt, style="bold"), soft_wrap=True)
+        print(text, flush=True)
+
+
+def _kind_of(adapter: str) -> type[PrefixTuningModel | PromptTuningModel]:
+    """What loads an adapter, whose files are read to see whether they are whole."""
+    config, _ = read_config(adapter, (*PREFIX_KINDS, OWN_KIND, *PROMPT_KINDS))
+    if config["peft_type"] in PROMPT_KINDS:
+        load_prompt(adapter)
+        return PromptTuningModel
+    if (config.get("num_transformer_submodules") or 1) == 1:  # else the model's layers are needed
+        load_adapter(adapter)
+    return PrefixTuningModel

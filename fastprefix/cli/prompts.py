@@ -11,13 +11,14 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import CHAT_TEMPLATE_FILE
 
+from fastprefix.cli.outputs import write_text
 from fastprefix.hf.peft_files import find
 from fastprefix.tasks.encode import encode_start, prompt_template
 
 
 def save_template(tokenizer: Tokenizer, adapter: Path) -> None:
     """Keeps beside an adapter how its prompts were written in training."""
-    (adapter / CHAT_TEMPLATE_FILE).write_text(prompt_template(tokenizer), encoding="utf-8")
+    write_text(adapter / CHAT_TEMPLATE_FILE, prompt_template(tokenizer))
 
 
 def template_of(adapter: str | None, tokenizer: Tokenizer) -> str | None:

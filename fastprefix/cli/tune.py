@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastprefix.cli.console import console
+from fastprefix.cli.console import console, progress
 
 
 def run_tuning(
@@ -52,11 +51,8 @@ def run_tuning(
         "tried",
         title=name_of_device,
     )
-    columns = TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bar = progress.add_task("", total=len(jobs))
-        for D, dtype, step in jobs:
-            progress.update(bar, description=f"{step} {D} {dtype}")
+    with progress("tuning", len(jobs)) as show:
+        for done, (D, dtype, step) in enumerate(jobs, start=1):
             found = tune.tune(tune.Shape(D, DTYPES[dtype], **sizes), step, device)
             # kept one by one, so that what was found outlives an interruption
             file = tune_store.save(name_of_device, {found.name: found.best})
@@ -64,7 +60,7 @@ def run_tuning(
                 found.name, str(tuple(found.table)), f"{found.table_ms:.3f}",
                 str(tuple(found.best)), f"{found.best_ms:.3f}", str(found.tried),
             )  # fmt: skip
-            progress.advance(bar)
+            show(done, f"{step} {D} {dtype}")
     launch.forget_devices()
     console.print(table)
     console.print(f"rows, keys, warps, stages; kept in {file}", soft_wrap=True)

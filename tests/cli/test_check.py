@@ -46,4 +46,4 @@ def test_a_model_that_cannot_be_patched_says_why(tmp_path: Path) -> None:
 def test_a_missing_folder_is_one_line() -> None:
     result = CliRunner().invoke(app, ["check", "./nowhere"])
     assert result.exit_code == 1
-    assert "model: ./nowhere does not exist" in result.output
+    assert "model: got './nowhere', which does not exist" in result.output

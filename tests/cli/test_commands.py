@@ -186,20 +186,3 @@ def test_training_on_a_file_of_ones_own(tiny_folder: str, tmp_path: Path) -> Non
     )
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "adapter_config.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("generate", "hello", "--model", "/no/such/folder"), "/no/such/folder"),
-        (("generate", "hello", "--adapter", "a", "--system-prompt", "b"), "--system-prompt"),
-        (("train", "--output", "out", "--init", "nothing"), "init"),
-        (("train", "--output", "out", "--data", "missing.jsonl"), "missing.jsonl"),
-    ],
-)
-def test_mistakes_end_in_one_line_and_exit_code_1(arguments: tuple[str, ...], said: str) -> None:
-    result = run(*arguments)
-    assert result.exit_code == 1
-    assert "error:" in result.output
-    assert said in result.output.replace("\n", "")
-    assert "Traceback" not in result.output

@@ -1,0 +1,187 @@
+"""Everything that goes wrong becomes one line on standard error and an exit code.
+
+1: what was asked for cannot be done. 2: the command line itself is wrong. 130: Ctrl-C. No line
+holds an errno. ``FASTPREFIX_TRACEBACK=1`` shows where the library's own errors were raised instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+# typer brings a click of its own in newer releases and takes the installed one in older ones
+_UsageError: Any = typer.BadParameter.__base__
+_LONGEST = 1000  # characters of a line; some libraries list all that they know
+
+
+class Commands(TyperGroup):
+    """The sub-commands, whose errors end in one line."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Runs a command line; of its own accord it raises nothing but ``SystemExit``."""
+        extra |= {"prog_name": prog_name, "complete_var": complete_var}
+        extra |= {"windows_expand_args": windows_expand_args, "standalone_mode": False}
+        if not standalone_mode:
+            return super().main(args, **extra)
+        arguments = list(sys.argv[1:] if args is None else args)
+        for stream in (sys.stdout, sys.stderr):  # a model may say what the terminal cannot show
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            done = super().main(arguments or ["--help"], **extra)
+            code = done if isinstance(done, int) else 0
+        except _UsageError as error:
+            code = complain(_usage(error, arguments), 2)
+        except (typer.Abort, KeyboardInterrupt):
+            code = complain("interrupted", 130)
+        except BrokenPipeError:  # the reader of a pipe has gone; there is nobody to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = 1
+        except Exception as error:
+            if not isinstance(error, _expected()) or os.environ.get("FASTPREFIX_TRACEBACK"):
+                raise
+            code = complain(reason(error), 1)
+        sys.exit(code)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Tells Ctrl-C from a command that exits by itself."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """A command's name, or the nearest one in an error."""
+        names = self.list_commands(ctx)
+        if args[0] not in names:
+            near = difflib.get_close_matches(args[0], names)
+            raise typer.BadParameter(
+                f"command: got {args[0]!r}, takes one of {', '.join(names)}{_meant(near)}", ctx=ctx
+            )
+        return super().resolve_command(ctx, args)
+
+
+def complain(message: str, code: int) -> int:
+    """Prints one line and returns the exit code."""
+    line = " ".join(message.split())
+    if len(line) > _LONGEST:
+        line = line[:_LONGEST] + " ..."
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    typer.echo(typer.style("error:", fg="red", bold=True) + " " + line, err=True)
+    return code
+
+
+def reason(error: BaseException) -> str:
+    """An error's message without the numbers of the operating system."""
+    if isinstance(error, OSError) and error.strerror:
+        what = error.strerror[0].lower() + error.strerror[1:]
+        return what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    message = str(error).partition("\nException raised from")[0].strip()
+    message = re.sub(r"\[Errno -?\d+\] ?| ?\(os error \d+\)", "", message)
+    if not message:
+        return type(error).__name__
+    # these say no more than a name
+    told_by_kind = isinstance(error, (LookupError, AttributeError, AssertionError))
+    return f"{type(error).__name__}: {message}" if told_by_kind else message
+
+
+@contextlib.contextmanager
+def blaming(argument: str) -> Iterator[None]:
+    """Names the argument in the errors of what reads or writes its value."""
+    try:
+        yield
+    except _expected() as error:
+        raise ValueError(f"{argument}: {reason(error)}") from error
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """What the library raises, and those below it, when the input is at fault."""
+    from safetensors import SafetensorError
+
+    expected: tuple[type[Exception], ...] = (
+        *(ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError),
+        *(MemoryError, OverflowError, SafetensorError),
+    )
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        expected += (HfHubHTTPError,)
+    return expected
+
+
+def _usage(error: Any, arguments: Sequence[str]) -> str:
+    """A wrong command line in the grammar of the library's errors."""
+    param: Any = getattr(error, "param", None)
+    option: Any = getattr(error, "option_name", None)
+    where = f" ({error.ctx.command_path} --help)" if error.ctx is not None else ""
+    possible = getattr(error, "possibilities", None)
+    if type(error).__name__ == "MissingParameter" and param is not None:
+        return f"{_name(param)}: got nothing, takes {_takes(param) or 'a value'}{where}"
+    if type(error).__name__ == "NoSuchOption":
+        dash = "; a text that begins with a dash goes behind --" * option[1:2].isdigit()
+        return f"{option}: no such option{_meant(sorted(possible or ()))}{dash}{where}"
+    if option is not None:  # of a flag, or of an option at the end of the line
+        given = "does not take a value" in error.message
+        return (
+            f"{option}: got {'a value, takes none' if given else 'nothing, takes a value'}{where}"
+        )
+    if param is None:
+        return f"{error.message[0].lower()}{error.message[1:].rstrip('.')}{where}"
+    typed, takes = _typed(param, arguments), _takes(param)
+    if typed is None or takes is None:
+        return f"{_name(param)}: {error.message.rstrip('.')}{where}"
+    return f"{_name(param)}: got {typed!r}, takes {takes}{where}"
+
+
+def _meant(near: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _name(param: Any) -> str:
+    return next((name for name in param.opts if name.startswith("--")), param.name)
+
+
+def _typed(param: Any, arguments: Sequence[str]) -> str | None:
+    """What was given to an option, as typed; None where only the parser knows."""
+    found = []
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in param.opts and equals:
+            found.append(value)
+        elif argument in param.opts and place + 1 < len(arguments):
+            found.append(arguments[place + 1])
+    return ", ".join(found) if found else None
+
+
+def _takes(param: Any) -> str | None:
+    """What an option takes, of its declaration; None where that says nothing."""
+    kind = getattr(param, "type_descriptor", None) or param.type
+    choices = getattr(kind, "choices", None)
+    if choices:
+        return f"one of {', '.join(str(getattr(choice, 'value', choice)) for choice in choices)}"
+    about = str(getattr(kind, "annotation", "")) + getattr(kind, "name", "")
+    if "int" not in about and "float" not in about:
+        return None
+    number = "an integer" if "int" in about else "a finite number"
+    low, high = (getattr(param, end, getattr(kind, end, None)) for end in ("min", "max"))
+    if low is None:
+        return number
+    return f"{number}, {low:g} or more" if high is None else f"{number} from {low} to {high}"

@@ -1,0 +1,32 @@
+"""Training as the sub-commands do it, with its progress shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from fastprefix.cli.console import progress
+from fastprefix.tasks import Collator, DescriptionDataset
+from fastprefix.tuning import PrefixTuningModel
+from fastprefix.tuning.trainer import FitOptions, fit
+
+
+def train_prefix(
+    tuned: PrefixTuningModel, items: DescriptionDataset, collator: Collator, options: FitOptions
+) -> list[float]:
+    """The training loss of each step; see :func:`fastprefix.tuning.trainer.fit`."""
+    with progress("training", options.steps) as show:
+        return fit(tuned, items, collator, options, [_Show(show)])
+
+
+class _Show(TrainerCallback):
+    """Shows the running loss of each step."""
+
+    def __init__(self, show: Any) -> None:
+        self._show = show
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Moves the bar."""
+        if logs and "loss" in logs:
+            self._show(state.global_step, f"loss {float(logs['loss']):.3f}")
