@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastprefix.hf.devices import device_of
 from fastprefix.hf.versions import CACHE_NAMES, parameters
 
 # What a forward takes besides, and a prompt's run says itself.
@@ -57,7 +58,9 @@ def prompt_inputs(
         raise ValueError(
             f"attention_mask: takes ones alone, {list(length)}: a prompt without padding"
         )
-    return {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in found.items()}
+    return {
+        name: x.to(device_of(model)) if isinstance(x, Tensor) else x for name, x in found.items()
+    }
 
 
 def _known(model: PreTrainedModel) -> list[str]:
@@ -76,7 +79,7 @@ def one_prompt(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Ten
             f"model: got {type(model).__name__}, which reads {model.main_input_name}, takes one "
             "that reads text"
         )
-    ids = torch.as_tensor(input_ids, device=model.device)
+    ids = torch.as_tensor(input_ids, device=device_of(model))
     if ids.dim() == 1:
         ids = ids[None]
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point():
