@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastprefix.attention.backends import composed, reference, triton
 from fastprefix.attention.call import SCHEMA, Options
+from fastprefix.attention.transforms import SECOND, is_differentiated, refuse
 
 # What may need a gradient: the five tensors and two of the options.
 DIFFERENTIABLE = ("query", "key", "value", "prefix_key", "prefix_value", "sinks", "prefix_bias")
@@ -42,6 +43,10 @@ def prefix_attention_forward(
     if backend == "reference":
         return reference.forward(query, key, value, prefix_key, prefix_value, options)
     tensors = (query, key, value, prefix_key, prefix_value)
+    if is_differentiated(backend):
+        from fastprefix.attention.differentiated import forward  # which imports the compiler
+
+        return forward(*tensors, *options, backend)
     if _observed(tensors, options):
         return prefix_attention_op(*tensors, *options, backend)
     return _run_forward(tensors, options, backend)
@@ -127,7 +132,8 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return tuple(grads)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """What the op keeps for its backward."""
     tensors, fields, ctx.backend = inputs[:5], inputs[5:-1], inputs[-1]
     needed = ctx.needs_input_grad
     sequence = needed[0] or needed[1] or needed[2]
@@ -142,7 +148,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     )
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    """The op's gradients, for each of its arguments."""
     # grad_lse is zeros: `prefix_attention` hands out a detached lse
     saved = ctx.saved_tensors
     # of what was not kept only the shape matters; one row stands for all, so nobody copies it
@@ -156,16 +163,30 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     ]
     wanted = (*range(5), _SINKS, _BIAS)
     needs = [ctx.needs_input_grad[place] for place in wanted]
-    grads = prefix_attention_backward_op(
-        grad_out, *tensors, *saved[5:7], *fields, ctx.backend, needs
-    )
+    run: Any = prefix_attention_backward_op
+    if is_differentiated(ctx.backend):
+        from fastprefix.attention.differentiated import backward as run
+    grads = run(grad_out, *tensors, *saved[5:7], *fields, ctx.backend, needs)
     result: list[Tensor | None] = [None] * (5 + len(fields) + 1)
     for place, grad, need in zip(wanted, grads, needs, strict=True):
         result[place] = grad if need else None
     return tuple(result)
 
 
-prefix_attention_op.register_autograd(_backward, setup_context=_setup_context)
+prefix_attention_op.register_autograd(backward, setup_context=setup_context)
+
+
+def keep_backend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """What the backward op keeps: the name that its refusal tells."""
+    ctx.backend = inputs[-2]
+
+
+def refuse_second(ctx: Any, *grads: Tensor) -> None:
+    """In place of the backward op's gradients."""
+    refuse(ctx.backend, SECOND)
+
+
+prefix_attention_backward_op.register_autograd(refuse_second, setup_context=keep_backend)
 
 
 def _as_blhd(x: Tensor) -> Tensor:

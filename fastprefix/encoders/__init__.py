@@ -1,6 +1,6 @@
 """Parameterisations of a prefix. Each is a module that, called, gives a :class:`PrefixKV`."""
 
-from fastprefix.encoders.base import Encoder
+from fastprefix.encoders.base import Encoder, evaluating
 from fastprefix.encoders.build import build_encoder, slot_lengths
 from fastprefix.encoders.direct import DirectEncoder, SharedEncoder
 from fastprefix.encoders.flat import Layout, flat_width, to_flat, to_prefix_kv
@@ -20,6 +20,7 @@ __all__ = [
     "NetworkEncoder",
     "SharedEncoder",
     "build_encoder",
+    "evaluating",
     "flat_width",
     "orthogonal",
     "resize",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,23 @@ from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders.flat import Layout
 from fastprefix.encoders.reweighting import HeadNumbers
 from fastprefix.kv import LayerShape, PrefixKV
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def evaluating(module: _Module) -> _Module:
+    """A module in evaluation mode, with the same parameters.
+
+    A twin of one that is in training, which stays so: other threads may be running it.
+    """
+    if not module.training:
+        return module
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__, training=False)
+    twin.__dict__["_modules"] = {
+        name: None if part is None else evaluating(part) for name, part in module._modules.items()
+    }
+    return twin
 
 
 @methods_refuse_unknown_arguments

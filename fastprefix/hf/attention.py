@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -37,8 +38,9 @@ HARMLESS = frozenset(
         "output_hidden_states", "output_router_logits", "return_dict", "use_cache",
     }
 )  # fmt: skip
-# While models are probed: the modules that attended without a keyword argument of the forward call.
-MISSED: list[list[nn.Module]] = []
+# While models are probed: the thread that does so, and the modules that attended in it without a
+# keyword argument of the forward call.
+MISSED: list[tuple[int, list[nn.Module]]] = []
 
 
 def prefix_attention_forward(
@@ -128,8 +130,9 @@ def prefix_attention_forward(
     if isinstance(fastprefix, Recorder):
         fastprefix.record(module, query, key, value, causal, sliding_window, is_causal)
     elif active is None and MISSED:
-        for missed in MISSED:
-            missed.append(module)
+        for thread, missed in MISSED:
+            if thread == threading.get_ident():
+                missed.append(module)
 
     call = Call(query, key, value, is_causal=causal, sliding_window=sliding_window)
     longest = _add_prefix(call, module, active) if active is not None else 0

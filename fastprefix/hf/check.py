@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastprefix.hf.active import ActivePrefix, Recorder
+from fastprefix.hf.devices import device_of, dtype_of, is_offloaded
 from fastprefix.hf.judge import Judge
 from fastprefix.hf.keeping import says_stateful
 from fastprefix.hf.probe import (
@@ -311,7 +312,7 @@ def _blocks(model: PreTrainedModel, slots: Slots) -> list[nn.Module]:
 def _unable(model: PreTrainedModel) -> str:
     """Why a model cannot be run alone and compared; "" where it can."""
     parameters = list(model.parameters())
-    if any(parameter.is_meta for parameter in parameters):
+    if any(x.is_meta for x in parameters) and not is_offloaded(model):
         return "some of its weights are on the meta device"
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return "its weights are sharded"
@@ -323,7 +324,7 @@ def _unable(model: PreTrainedModel) -> str:
 
 
 def _likeness(model: PreTrainedModel) -> Any:
-    return tuple(map(id, model.modules())), model.dtype, model.device
+    return tuple(map(id, model.modules())), dtype_of(model), device_of(model)
 
 
 def ask_prefix(model: PreTrainedModel, state: State) -> None:

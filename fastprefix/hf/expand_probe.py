@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from fastprefix.hf.active import ActivePrefix
+from fastprefix.hf.devices import device_of
 from fastprefix.hf.expand import install
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, takes
 from fastprefix.hf.room import positions_known
@@ -57,7 +58,7 @@ def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> St
         if type(layer) is not DynamicLayer:
             raise refused(f"its cache has a {type(layer).__name__}, which drops what it holds")
     vocabulary = int(stack.config.get_text_config().vocab_size)
-    ids = (torch.arange(_PREFIX + _TEXT, device=model.device) + 1)[None] % vocabulary
+    ids = (torch.arange(_PREFIX + _TEXT, device=device_of(model)) + 1)[None] % vocabulary
     with _evaluating(model), torch.no_grad():
         try:
             cache = DynamicCache(config=stack.config)

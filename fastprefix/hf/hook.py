@@ -12,12 +12,13 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from fastprefix.hf.active import ActivePrefix, Recorder
 from fastprefix.hf.attention import NAME
 from fastprefix.hf.cached_state import begin, clear
+from fastprefix.hf.devices import is_replica
 from fastprefix.hf.frequencies import check_cache, check_frequencies
 from fastprefix.hf.multimodal import Asked
 from fastprefix.hf.packing import inputs_of, no_mask, refuse_packed, unpack
 from fastprefix.hf.positions import behind_prefix
 from fastprefix.hf.room import check_room
-from fastprefix.hf.state import ACTIVE, HOOKED, Placing, State
+from fastprefix.hf.state import ACTIVE, HOOKED, WANTING_NONE, Placing, State
 from fastprefix.hf.versions import by_name, cache_of, cached_name, length_of
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 
@@ -72,8 +73,10 @@ def inject(
         setattr(ACTIVE, state.key + OFFSET, (0, 0))  # whatever a call that failed has left
     if isinstance(active, Recorder) and placing == "argument":
         active.positions = by_name(names, args, kwargs).get("position_ids")
-    if not isinstance(active, ActivePrefix) or active.kv is None:
-        return None  # nothing, or a recorder
+    if isinstance(active, Recorder) or (active is None and state.backend == "auto"):
+        return None
+    if active is None or active.kv is None:  # plain attention, by the backend that was asked for
+        return args, {**kwargs, NAME: ActivePrefix(None, state.backend, positioned=True)}
     kwargs = by_name(names, args, kwargs)
     _check_checkpointing(module, state)
     if placing == "outer":
@@ -95,7 +98,11 @@ def active_of(module: nn.Module, given: Any, state: State) -> Any:
         RuntimeError: this thread has none, and another has a use_prefix block open.
     """
     active = getattr(ACTIVE, state.key, None) if given is None else given
-    if active is None and state.prefixes:
+    if active is None and state.opened and is_replica(module):
+        # nn.DataParallel runs it in a thread for the one that called; which is clear if it is one
+        threads = {thread for thread, _ in state.opened}
+        active = state.opened[-1][1] if len(threads) == 1 else None
+    if active is None and state.prefixes and not getattr(ACTIVE, WANTING_NONE, False):
         raise RuntimeError(
             f"{type(module).__name__}: a use_prefix block is open in another thread and none "
             "in this one, which would run without its prefix; open one here as well: "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastprefix.hf.devices import device_of
 from fastprefix.hf.trace import Trace
 
 # The largest error of what a layer makes of a token, relative to its norm: several times what two
@@ -78,7 +79,7 @@ def _tolerance(model: PreTrainedModel) -> float:
     if getattr(model, "quantization_method", None) is not None or _quantised(model):
         found = _COARSE
     if found < _TF32 and (
-        model.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest"
+        device_of(model).type != "cpu" or torch.get_float32_matmul_precision() != "highest"
     ):
         found = _TF32
     return found

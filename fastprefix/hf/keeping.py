@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf.active import ActivePrefix, Recorder
 from fastprefix.hf.caches import cache_in, is_state_layer, kept, new_cache, take
+from fastprefix.hf.devices import device_of
 from fastprefix.hf.pieces import PARTS, join, plan, split
 from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Keeping, State
 from fastprefix.hf.versions import CACHE_NAMES, cache_name, parameters
@@ -88,7 +89,7 @@ def _find(model: PreTrainedModel, state: State) -> Keeping:
     if "use_cache" not in names and "kwargs" not in names:
         return Keeping(said, "its layers keep a state besides" if said else None)
     ids = _tokens(model)
-    places = torch.arange(ids.shape[1], device=model.device)[None]
+    places = torch.arange(ids.shape[1], device=device_of(model))[None]
     placed = "position_ids" in names
 
     def run(
@@ -172,7 +173,7 @@ def _find(model: PreTrainedModel, state: State) -> Keeping:
         with suppress(Exception):  # what a model raises here it cannot do either
             if shared:
                 text = mask[:, _FRONT:] if pads else None
-                active = ActivePrefix(prompt.to(model.device, model.dtype), state.backend)
+                active = ActivePrefix(prompt.to(device_of(model), model.dtype), state.backend)
                 after = run(tokens, positions - _FRONT, mask=text, carried=active)
             else:
                 given = {"attention_mask": mask, "input_ids": tokens}
@@ -213,6 +214,7 @@ def _watching(model: nn.Module, cache: Any) -> Iterator[dict[str, list[int]]]:
     """By name, the innermost modules that hand a cache states in this block, and their layers."""
     owners: dict[str, list[int]] = {}
     running: list[str] = []
+    thread = threading.get_ident()
     handles: list[Any] = []
 
     def note(layer: int) -> None:
@@ -220,12 +222,16 @@ def _watching(model: nn.Module, cache: Any) -> Iterator[dict[str, list[int]]]:
         if layer not in layers:
             layers.append(layer)
 
+    def enter(name: str, *_: Any) -> None:
+        if threading.get_ident() == thread:
+            running.append(name)
+
     def leave(*_: Any) -> None:
-        running.pop()
+        if threading.get_ident() == thread:
+            running.pop()
 
     for name, module in model.named_modules():
-        enter = partial(lambda name, *_: running.append(name), name)
-        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_pre_hook(partial(enter, name)))
         handles.append(module.register_forward_hook(leave))
 
     if hasattr(cache, "linear_cache"):
@@ -286,7 +292,7 @@ def _tokens(model: PreTrainedModel) -> Tensor:
     plain = [i for i in range(min(size, 1000)) if i not in special] or [0]
     count = _FRONT + _REST
     chosen = [plain[(i * len(plain) // count + 7 * i) % len(plain)] for i in range(count)]
-    return torch.tensor([chosen], device=model.device)
+    return torch.tensor([chosen], device=device_of(model))
 
 
 def _logits(output: Any) -> Tensor:

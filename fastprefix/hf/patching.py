@@ -23,6 +23,7 @@ from fastprefix.hf.active import ActivePrefix
 from fastprefix.hf.attention import CAUSAL, SLOT
 from fastprefix.hf.cached_state import check_states
 from fastprefix.hf.check import ask, ask_prefix, compare_patch, recall, remember
+from fastprefix.hf.devices import device_of, dtype_of
 from fastprefix.hf.expand import check_expanded, check_fallback
 from fastprefix.hf.expand_probe import can_expand, patch_expanded
 from fastprefix.hf.frequencies import thresholds
@@ -41,6 +42,7 @@ from fastprefix.hf.placing import placing_of, position_embeddings
 from fastprefix.hf.positions import counts_padding
 from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe
 from fastprefix.hf.room import positions_known
+from fastprefix.hf.running import LOCK, count_forwards, held_up
 from fastprefix.hf.sharding import Sharding, find_sharding, refuse_split_heads
 from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Placing, State
 from fastprefix.hf.versions import parameters
@@ -51,8 +53,6 @@ Prefixes = PrefixKV | PackedPrefixKV | Mapping[str, PrefixKV]
 
 # What else to try with a model that cannot be patched.
 Fallback = Literal["expand"]
-
-_LOCK = threading.RLock()
 
 
 @refuses_unknown_arguments
@@ -98,7 +98,7 @@ def patch_model(
     check_flag("check", check)
     if example is not None:
         check_type("example", example, Mapping, "the keyword arguments of a forward, or None")
-    with _LOCK:
+    with LOCK:
         if not is_patched(model):
             _patch(model, example, check, fallback)
         state = state_of(model)
@@ -110,11 +110,17 @@ def patch_model(
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes :func:`patch_model`: the model is what it was, attention implementation included.
 
+    While :func:`use_prefix` blocks are open, in any thread, they keep their prefixes: the last of
+    them restores the model.
+
     Raises:
         ValueError: the model is not patched.
     """
-    with _LOCK:
+    with LOCK:
         state = state_of(model)
+        if state.blocks:
+            state.lasting = False
+            return model
         for handle in state.handles:
             handle.remove()
         for module in model.modules():
@@ -243,14 +249,16 @@ def use_prefix(
         active, state = activate(model, kv, rows, check=check), state_of(model)
         key, counts = state.key, kv is not None
         outer = getattr(ACTIVE, key, None)
-        with _LOCK:
+        with LOCK:
             state.prefixes += counts
+            state.opened = (*state.opened, (threading.get_ident(), active))
         setattr(ACTIVE, key, active)
         try:
             yield model
         finally:
-            with _LOCK:
+            with LOCK:
                 state.prefixes -= counts
+                state.opened = tuple(one for one in state.opened if one[1] is not active)
             setattr(ACTIVE, key, outer)
             if outer is None:
                 delattr(ACTIVE, key)
@@ -268,17 +276,18 @@ def patched(
     """
     _check_type(model)
     check_fallback(fallback)
-    with _LOCK:
+    with LOCK:
         if not is_patched(model):
             _patch(model, None, check, fallback)
+            count_forwards(model, state_of(model), unpatch_model)
         state = state_of(model)
         state.blocks += 1
     try:
         yield model
     finally:
-        with _LOCK:
+        with LOCK:
             state.blocks -= 1
-            if state.blocks == 0 and not state.lasting and is_patched(model):
+            if not (state.blocks or state.running or state.lasting) and is_patched(model):
                 unpatch_model(model)
 
 
@@ -299,7 +308,8 @@ def activate(
         NotImplementedError: kv is a prompt, and the model keeps more of a text than the prompt
             holds or than it can start from, or sees it in chunks.
     """
-    if model.device.type == "meta":
+    device, dtype = device_of(model), dtype_of(model)
+    if device.type == "meta":
         raise ValueError(
             "model: its weights are on the meta device. FSDP's cpu_ram_efficient_loading puts them "
             "there and brings back what state_dict() holds, which of a tuned model is the adapter "
@@ -312,7 +322,7 @@ def activate(
         if rows is not None:
             raise ValueError("rows: got names with no prefix, takes several by name as kv")
         return ActivePrefix(None, state.backend)
-    device, dtype = model.device, model.dtype  # converted once here, not in every layer
+    # what follows is converted once here, not in every layer
     if isinstance(kv, Mapping):
         # of a bank, those alone that a row asks for: the others may lie on a disk
         named = kv.select(rows) if isinstance(kv, PrefixBank) and rows is not None else kv
@@ -409,7 +419,8 @@ def _patch(
     fallback: Fallback | None,
 ) -> None:
     try:
-        state = _patch_attention(model, example, check)
+        with held_up(model):
+            state = _patch_attention(model, example, check)
         if fallback is not None and check:
             setattr(model, STATE, state)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from fastprefix.hf.active import Recorder
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.caches import take
 from fastprefix.hf.check import ask, ask_prefix, compare_prompt
+from fastprefix.hf.devices import device_of
 from fastprefix.hf.expand_probe import cached_keys_values
 from fastprefix.hf.keeping import keeping_of, refuse
 from fastprefix.hf.multimodal import language_model, next_position
@@ -57,7 +59,7 @@ def prefill_embeddings(model: PreTrainedModel, embeddings: Tensor) -> PrefixKV:
     Raises:
         ValueError: not a decoder-only model.
     """
-    return _as_prompt(model, True, inputs_embeds=embeddings[None].to(model.device, model.dtype))
+    return _as_prompt(model, True, inputs_embeds=embeddings[None].to(device_of(model), model.dtype))
 
 
 def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
@@ -92,7 +94,7 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
         ValueError: see :func:`text_keys_values`; or an encoder-decoder, whose cross-attention sees
             no embeddings, or blocks whose inputs have different shapes.
     """
-    ids, first = one_prompt(model, input_ids), list[Tensor]()
+    ids, first, thread = one_prompt(model, input_ids), list[Tensor](), threading.get_ident()
     if is_encoder_decoder(model):
         raise ValueError(
             f"init: got 'embeddings' for {type(model).__name__}, takes 'text': the cross-attention "
@@ -100,6 +102,8 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
         )
 
     def from_the_start(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != thread:
+            return args, kwargs
         given = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(given, Tensor) or (first and given.shape != first[0].shape):
             raise ValueError(

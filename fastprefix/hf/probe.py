@@ -6,6 +6,7 @@ Where layers share a module (ALBERT) each call is a slot of its own.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf import attention, masks
 from fastprefix.hf.active import Recorder
+from fastprefix.hf.devices import device_of
 from fastprefix.hf.multimodal import language_model
 from fastprefix.hf.versions import parameters
 from fastprefix.kv import Group, LayerShape
@@ -89,7 +91,7 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
     missed: list[nn.Module] = []
     model.eval()
     made: list[tuple[Tensor, bool]] = []
-    attention.MISSED.append(missed)
+    attention.MISSED.append((threading.get_ident(), missed))
     masks.MADE.append(made)
     try:
         recorder = run(Recorder())
@@ -103,7 +105,7 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
         raise UnsupportedModelError(f"{kind}: {error}") from error
     finally:
         # by identity: lists of the same length may be equal
-        attention.MISSED[:] = [other for other in attention.MISSED if other is not missed]
+        attention.MISSED[:] = [other for other in attention.MISSED if other[1] is not missed]
         masks.MADE[:] = [other for other in masks.MADE if other is not made]
         for module in training:
             module.training = True
@@ -184,12 +186,12 @@ def shortest_inputs(model: PreTrainedModel) -> dict[str, Any]:
             f"{type(model).__name__}: takes {main}, and nothing here knows how to make one; pass "
             "patch_model an example of the model's inputs"
         )
-    inputs = {main: made.to(model.device)}
-    if main == "input_ids" and model.device.type == "meta":
+    inputs = {main: made.to(device_of(model))}
+    if main == "input_ids" and device_of(model).type == "meta":
         # without a mask transformers looks at values, which there are none of
         inputs["attention_mask"] = torch.ones_like(inputs[main])
     if is_encoder_decoder(model):
-        inputs["decoder_input_ids"] = torch.tensor([[last]], device=model.device)
+        inputs["decoder_input_ids"] = torch.tensor([[last]], device=device_of(model))
     return inputs
 
 
@@ -225,10 +227,12 @@ def _shared(
     if not repeated:
         return (), {}
     calls: Counter[nn.Module] = Counter()
-    recorder = Recorder()
+    recorder, own = Recorder(), threading.get_ident()
     before: dict[nn.Module, list[int]] = {module: [] for module in repeated}
 
     def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != own:
+            return
         calls[module] += 1
         if module in before and kwargs.get(attention.NAME) is recorder:
             before[module].append(recorder.modules.count(module))

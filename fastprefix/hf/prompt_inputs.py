@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastprefix.arguments import shown, unknown_argument
+from fastprefix.hf.devices import device_of
 from fastprefix.hf.versions import CACHE_NAMES, parameters
 
 # What a forward takes besides, and a prompt's run says itself.
@@ -57,7 +58,9 @@ def prompt_inputs(
             f"attention_mask: got {list(torch.as_tensor(mask).shape)}, takes ones alone, "
             f"{list(length)}: a prompt without padding"
         )
-    return {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in found.items()}
+    return {
+        name: x.to(device_of(model)) if isinstance(x, Tensor) else x for name, x in found.items()
+    }
 
 
 def _known(model: PreTrainedModel) -> list[str]:
@@ -80,7 +83,7 @@ def one_prompt(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Ten
         )
     takes = "takes the token ids of one prompt, [P] or [1, P], P at least 1"
     try:
-        ids = torch.as_tensor(input_ids, device=model.device)
+        ids = torch.as_tensor(input_ids, device=device_of(model))
     except (RuntimeError, TypeError, ValueError):
         hint = "; PrefixKV.from_text takes a text" if isinstance(input_ids, str) else ""
         raise TypeError(f"input_ids: got {shown(input_ids)}, {takes}{hint}") from None

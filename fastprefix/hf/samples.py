@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastprefix.hf.devices import device_of
 from fastprefix.hf.multimodal import language_model
 from fastprefix.hf.probe import is_encoder_decoder, shortest_inputs, takes
 
@@ -26,7 +27,7 @@ def samples(model: PreTrainedModel, length: int, causal: bool) -> Iterator[dict[
     """
     if reads_text(model):
         pads = length // 3
-        mask = torch.ones(2, length, dtype=torch.long, device=model.device)
+        mask = torch.ones(2, length, dtype=torch.long, device=device_of(model))
         where = slice(0, pads) if causal else slice(length - pads, length)
         mask[1, where] = 0
         batch = tokens(model, 2, length)
@@ -71,7 +72,7 @@ def _ordinary(model: PreTrainedModel, number: int) -> Tensor:
                 named.update(x for x in ids if isinstance(x, int))
     free = [x for x in range(min(size, 4096)) if x not in named] or [0]
     chosen = [free[(7 + 13 * i) % len(free)] for i in range(number)]
-    return torch.tensor(chosen, device=model.device)
+    return torch.tensor(chosen, device=device_of(model))
 
 
 def _token(model: PreTrainedModel, name: str) -> int | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,6 +22,22 @@ HOOKED = "_fastprefix_hooked"  # on it and on all that has a hook which looks fo
 # run one model with different prefixes; not a ContextVar, which torch.compile cannot trace. A
 # thread in no block is refused while another's is open: it may have been started for that block.
 ACTIVE = threading.local()
+WANTING_NONE = "wanting_none"  # there: see `wanting_none`
+
+
+@contextlib.contextmanager
+def wanting_none() -> Iterator[None]:
+    """A thread that is in no `use_prefix` block wants no prefix, and is not refused in this one.
+
+    For calls that run a model as it is, whether or not other threads have it patched.
+    """
+    before = getattr(ACTIVE, WANTING_NONE, False)
+    setattr(ACTIVE, WANTING_NONE, True)
+    try:
+        yield
+    finally:
+        setattr(ACTIVE, WANTING_NONE, before)
+
 
 # How a stack of layers (a decoder, an encoder) can be told where its text stands:
 # "argument": by position_ids, which follow the attention mask where they are not given;
@@ -79,7 +96,9 @@ class State:
         backend: of the operator.
         lasting: patched by `patch_model`, not just for the blocks that need it.
         blocks: how many blocks rely on the patch at the moment, in all threads.
+        running: how many forwards do, of a model that is patched for blocks alone.
         prefixes: how many `use_prefix` blocks with a prefix are open, in all threads.
+        opened: all blocks that are open, in the order of opening, with their threads.
         shapes: of the attention layers' keys and values, all ranks' heads.
         query_heads: of these layers, all ranks'.
         groups: which part of the model each layer belongs to.
@@ -103,7 +122,9 @@ class State:
     backend: str
     lasting: bool = False
     blocks: int = 0
+    running: int = 0
     prefixes: int = 0
+    opened: tuple[tuple[int, Any], ...] = ()
     shapes: tuple[LayerShape, ...] = ()
     query_heads: tuple[int, ...] = ()
     groups: tuple[Group, ...] = ()
@@ -121,24 +142,25 @@ class State:
     handles: list[RemovableHandle] = field(default_factory=list)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: see ``__setstate__``."""
+        return {**vars(self), "key": "", **_OF_COPIES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Each model that a pickle is read into has a key of its own, as deep copies have."""
+        vars(self).update(state, key=uuid.uuid4().hex)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """A copied model is patched for good, and sees none of the original's prefixes."""
-        fresh = State(copy.deepcopy(self.previous, memo), self.backend, True)
-        return replace(
-            fresh,
-            shapes=self.shapes,
-            query_heads=self.query_heads,
-            groups=self.groups,
-            sources=self.sources,
-            placing=self.placing,
-            positions_known=self.positions_known,
-            counts_padding=self.counts_padding,
-            frequencies=self.frequencies,
-            sharding=self.sharding,
-            known=copy.deepcopy(self.known, memo),
-            example=self.example,
-            stateful=self.stateful,
-            keeping=self.keeping,
-            expanded=self.expanded,
-            handles=copy.deepcopy(self.handles, memo),
-        )
+        own = {n: copy.deepcopy(getattr(self, n), memo) for n in ("previous", "known", "handles")}
+        return replace(self, **own, key=uuid.uuid4().hex, **_OF_COPIES)
+
+
+# A copy is patched for good, since no block of its own will restore it.
+_OF_COPIES: dict[str, Any] = {
+    "lasting": True,
+    "blocks": 0,
+    "running": 0,
+    "prefixes": 0,
+    "opened": (),
+}

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastprefix.hf.devices import device_of
+
 _INPUT = "hidden_states"
 
 
@@ -137,7 +139,7 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """
     kept = {x: x.rope_deltas for x in model.modules() if hasattr(x, "rope_deltas")}
     training = [module for module in model.modules() if module.training]
-    device = model.device
+    device = device_of(model)
     devices = [device] if device.type == "cuda" else []
     model.eval()
     try:

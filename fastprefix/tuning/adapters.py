@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,6 +18,9 @@ from fastprefix.tuning.base import TunedModel
 from fastprefix.tuning.config import PrefixConfig
 
 DEFAULT = "default"
+
+# In which models adapters are disabled, by id: a `disable_adapter` block belongs to its thread.
+_DISABLED = threading.local()
 
 
 @methods_refuse_unknown_arguments
@@ -35,6 +40,7 @@ class NamedAdapters(TunedModel):
     encoders: nn.ModuleDict
     prefix_configs: dict[str, PrefixConfig]
     active_adapter: str
+    _disabled_for_replica = False
 
     def __init__(
         self, model: PreTrainedModel, adapter_name: str, config: PrefixConfig, encoder: Encoder
@@ -42,7 +48,6 @@ class NamedAdapters(TunedModel):
         super().__init__(model)
         self.encoders = nn.ModuleDict()
         self.prefix_configs = {}
-        self._adapters_disabled = False
         self._insert(adapter_name, config, encoder)
         self.set_adapter(adapter_name)
 
@@ -124,13 +129,27 @@ class NamedAdapters(TunedModel):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """In this block the model is its base alone. A LoRA inside the base stays."""
-        before = self._adapters_disabled
-        self._adapters_disabled = True
+        """In this block, and in this thread, the model is its base alone.
+
+        A LoRA inside the base stays.
+        """
+        name, before = f"in_{id(self)}", self._adapters_disabled
+        setattr(_DISABLED, name, True)
         try:
             yield
         finally:
-            self._adapters_disabled = before
+            if not before:
+                delattr(_DISABLED, name)
+
+    @property
+    def _adapters_disabled(self) -> bool:
+        return getattr(_DISABLED, f"in_{id(self)}", self._disabled_for_replica)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """A replica runs in another thread, and is disabled as its original is in this one."""
+        replica: Any = super()._replicate_for_data_parallel()
+        replica._disabled_for_replica = self._adapters_disabled
+        return replica
 
     def _insert(self, adapter_name: str, config: PrefixConfig, encoder: Encoder) -> None:
         """Adds an encoder, frozen, in the mode of the model.

@@ -19,6 +19,7 @@ from fastprefix.arguments import (
     shown,
 )
 from fastprefix.hf import pipelines
+from fastprefix.hf.devices import device_of, dtype_of, is_offloaded
 from fastprefix.hf.peft_base import freeze
 from fastprefix.hf.versions import disable_checkpointing, enable_checkpointing, is_checkpointing
 from fastprefix.tuning import hub
@@ -177,7 +178,7 @@ class TunedModel(nn.Module):
 
         Raises:
             ValueError: the base has no module of a given name, or one whose parameters another
-                module shares (tied embeddings).
+                module shares (tied embeddings), or that is offloaded.
         """
         wanted = _HEADS.get(task_type or "", ()) if names is None else tuple(names)
         found = {
@@ -198,7 +199,12 @@ class TunedModel(nn.Module):
                     f"modules_to_save: got {trained[id(parameter)]!r}, whose numbers are those of "
                     f"{name!r} too, which would be trained with it; takes modules of their own"
                 )
-        for module in found.values():
+        for name, module in found.items():
+            if is_offloaded(module):
+                raise ValueError(
+                    f"modules_to_save: got {name!r}, which is offloaded, takes modules that stay "
+                    "on a device: its weights are others in each call, and would not be trained"
+                )
             module.requires_grad_(True)
         self._heads = tuple(found)
 
@@ -292,12 +298,12 @@ class TunedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The base model's device."""
-        return self.base_model.device
+        return device_of(self.base_model)
 
     @property
     def dtype(self) -> torch.dtype:
         """The base model's dtype; the encoder keeps float32."""
-        return self.base_model.dtype
+        return dtype_of(self.base_model)
 
     @property
     def tp_size(self) -> int | None:
@@ -379,10 +385,16 @@ def load_heads(model: PreTrainedModel, heads: Mapping[str, Tensor]) -> None:
     """Puts an adapter's heads into the base.
 
     Raises:
-        ValueError: the base has no such parameters, or of another shape. It is left as it was.
+        ValueError: the base has no such parameters, or of another shape, or they are offloaded.
+            It is left as it was.
     """
     state = model.state_dict()
     for name, tensor in heads.items():
+        if name in state and state[name].is_meta:
+            raise ValueError(
+                f"adapter: holds {name}, which this {type(model).__name__} has offloaded, takes "
+                "one that is on a device"
+            )
         if name not in state or state[name].shape != tensor.shape:
             has = list(state[name].shape) if name in state else "no such parameter"
             raise ValueError(

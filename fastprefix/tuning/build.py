@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Encoder, HeadNumbers, Layout, build_encoder, slot_lengths
+from fastprefix.hf.devices import device_of
 from fastprefix.hf.patching import (
     default_offset,
     is_expanded,
@@ -71,7 +72,7 @@ def new_encoder(
         heads = [n if length else 0 for n, length in zip(query_heads(model), lengths, strict=True)]
         fixed = None if isinstance(config.prefix_bias, str) else config.prefix_bias
         encoder.reweighting = HeadNumbers("gate" if config.gated else "bias", heads, fixed)
-    encoder = encoder.to(model.device)
+    encoder = encoder.to(device_of(model))
     if start is not None:
         encoder.start_from(start)
     if (sharding := sharding_of(model)) is not None:

@@ -58,7 +58,6 @@ class ConfigFiles:
         told: Any = self
         return {"peft_type": told.peft_type, **asdict(told)}
 
-    @refuses_unknown_arguments
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes adapter_config.json, for :meth:`from_pretrained` and PEFT's.
 

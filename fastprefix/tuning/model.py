@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
-from fastprefix.encoders import Encoder
+from fastprefix.encoders import Encoder, evaluating
 from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import (
     Fallback,
@@ -175,17 +175,16 @@ class PrefixTuningModel(NamedAdapters):
             "labels": labels,
         }
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        if prefix_names is None:
-            if self._adapters_disabled:
-                return self.base_model(**kwargs)
+        if prefix_names is None and self._adapters_disabled:
+            active = activate(self.base_model, None)
+        elif prefix_names is None:
             active = activate(self.base_model, self._prefix(self.active_adapter))
         else:
             # packed sequences are counted where they run
             self._check_rows(prefix_names, None if _may_be_packed(kwargs) else _batch_size(kwargs))
             named = {name: self._prefix(name) for name in _distinct(prefix_names)}
-            if not named:
-                return self.base_model(**kwargs)
-            active = activate(self.base_model, named, prefix_names)
+            # none is said as well: other threads may have a prefix for theirs
+            active = activate(self.base_model, named or None, prefix_names if named else None)
         return self.base_model(fastprefix=active, **kwargs)
 
     @torch.no_grad()
@@ -209,16 +208,13 @@ class PrefixTuningModel(NamedAdapters):
         generate: Any = self.base_model.generate  # models for other tasks have none
         refuse_misspelt_option(generate, kwargs, self._inputs)
         if prefix_names is None:
-            if self._adapters_disabled:
-                return generate(*args, **kwargs)
-            with use_prefix(self.base_model, self.export()):
+            with use_prefix(self.base_model, None if self._adapters_disabled else self.export()):
                 return generate(*args, **kwargs)
         given = {"inputs": args[0]} if args else kwargs
         self._check_rows(prefix_names, _batch_size(given))
         named = {name: self.export(name) for name in _distinct(prefix_names)}
-        if not named:
-            return generate(*args, **kwargs)
-        with use_prefix(self.base_model, named, prefix_names):
+        rows = prefix_names if named else None
+        with use_prefix(self.base_model, named or None, rows):
             return generate(*args, **kwargs)
 
     @torch.no_grad()
@@ -233,20 +229,18 @@ class PrefixTuningModel(NamedAdapters):
         """
         name = self.active_adapter if adapter_name is None else adapter_name
         self._check_known("adapter_name", [name])
-        encoder = self.encoders[name]
-        training = encoder.training
-        try:
-            encoder.eval()
-            return self._prefix(name).detach()
-        finally:
-            encoder.train(training)
+        return self._prefix(name, evaluating(self.encoders[name])).detach()
 
-    def _prefix(self, adapter_name: str) -> PrefixKV:
+    def _prefix(self, adapter_name: str, encoder: nn.Module | None = None) -> PrefixKV:
         """A prefix with gradients, for all layers: those that have none get length 0.
 
         Of an encoder that FSDP sharded, outside its forward, the whole: all ranks make this call.
+
+        Args:
+            adapter_name: whose.
+            encoder: in place of the adapter's own.
         """
-        kv: PrefixKV = _whole(self.encoders[adapter_name])
+        kv: PrefixKV = _whole(self.encoders[adapter_name] if encoder is None else encoder)
         slides = self.prefix_configs[adapter_name].prefix_in_window
         return replace(kv, in_window=True) if slides else kv
 

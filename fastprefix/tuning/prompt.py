@@ -18,6 +18,8 @@ from fastprefix.arguments import (
     refuses_unknown_arguments,
     shown,
 )
+from fastprefix.encoders import evaluating
+from fastprefix.hf.devices import device_of
 from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import UnsupportedModelError, use_prefix
 from fastprefix.hf.peft_base import (
@@ -28,6 +30,7 @@ from fastprefix.hf.peft_base import (
 )
 from fastprefix.hf.peft_prompts import INFIX_KIND, load_prompt, save_prompt
 from fastprefix.hf.prefill import prefill_embeddings
+from fastprefix.hf.state import wanting_none
 from fastprefix.hf.versions import cache_of, length_of
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning import hub
@@ -106,10 +109,10 @@ class PromptTuningModel(TunedModel):
         start = initial_ids(config, model, tokenizer)  # before anything is changed
         super().__init__(model)
         self.prompt_config = config
-        self.encoder = PromptEncoder(config, embedding_weight(model).shape[1]).to(model.device)
+        self.encoder = PromptEncoder(config, embedding_weight(model).shape[1]).to(device_of(model))
         if start is not None:
             with torch.no_grad():  # by the module, which may scale what it looks up
-                embeddings = model.get_input_embeddings()(start.to(model.device))
+                embeddings = model.get_input_embeddings()(start.to(device_of(model)))
             self.encoder.start_from(embeddings)
         self.train_heads(config.modules_to_save, config.task_type)
         if config.inference_mode:
@@ -196,7 +199,8 @@ class PromptTuningModel(TunedModel):
             if kwargs.get(name) is not None:
                 fed[name] = _moved(kwargs.pop(name), layout)
         as_tuple = kwargs.get("return_dict") is False
-        output = self.base_model(**{**kwargs, **fed, "return_dict": True})
+        with wanting_none():  # other threads may have a prefix for their calls
+            output = self.base_model(**{**kwargs, **fed, "return_dict": True})
         if not self._is_encoder_decoder:
             whole = layout.length + layout.prompt_length
             for name, dims in _PER_TOKEN.items():
@@ -253,7 +257,8 @@ class PromptTuningModel(TunedModel):
         whole = fed["inputs_embeds"].shape[:2]
         fed.setdefault("attention_mask", torch.ones(whole, dtype=torch.long, device=embeds.device))
         if self._is_encoder_decoder:
-            return generate(**fed, **kwargs)
+            with wanting_none():
+                return generate(**fed, **kwargs)
         settings = kwargs.get("generation_config")
         most = getattr(settings, "max_length", None)
         if most and not getattr(settings, "max_new_tokens", None):
@@ -264,17 +269,13 @@ class PromptTuningModel(TunedModel):
         if kwargs.get("max_length") is not None:  # transformers would count the prompt
             length = kwargs.pop("max_length") - input_ids.shape[1]
             kwargs.setdefault("max_new_tokens", length)
-        return generate(input_ids=input_ids, **fed, **kwargs)
+        with wanting_none():
+            return generate(input_ids=input_ids, **fed, **kwargs)
 
     @torch.no_grad()
     def export_embeddings(self) -> Tensor:
         """The prompt as it stands, [P, width]: no dropout, no network, no graph."""
-        training = self.encoder.training
-        try:
-            self.encoder.eval()
-            return self.encoder().detach().clone()
-        finally:
-            self.encoder.train(training)
+        return evaluating(self.encoder)().detach().clone()
 
     def export(self) -> PrefixKV:
         """The prompt's keys and values, as the base computes them: what a batch can share.

@@ -207,7 +207,7 @@ def test_second_derivatives_are_refused_and_not_wrong(fused_backend, make_proble
     leaves = [x.requires_grad_() for x in problem.tensors.values()]
     out = prefix_attention(*leaves, backend=fused_backend)
     grads = torch.autograd.grad((out**2).sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"backward|autograd|differentiable"):
+    with pytest.raises(NotImplementedError, match="takes 'reference'"):
         torch.autograd.grad(sum(g.sum() for g in grads), leaves)
 
 

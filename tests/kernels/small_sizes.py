@@ -15,13 +15,14 @@ import sys
 from typing import Any
 
 import torch
+from triton._C.libtriton import ir, native_specialize_impl
+from triton.compiler.compiler import make_backend
+
 from fastprefix.kernels import decode, launch, tilings
 from fastprefix.kernels.backward import prefix_attention_backward
 from fastprefix.kernels.forward import prefix_attention_forward
 from fastprefix.kernels.offline_cases import gpu_target
 from fastprefix.kernels.offline_report import source
-from triton._C.libtriton import ir, native_specialize_impl
-from triton.compiler.compiler import make_backend
 
 TARGET = gpu_target("cuda:90")
 FAMILY = tilings.family_of_capability(9, 0)

@@ -1,0 +1,96 @@
+"""Forwards of other threads, while a model is patched for a block and restored behind it.
+
+A forward makes its masks first, and every layer then looks up which attention reads them. Ours
+reads the masks of all others, but they do not read ours: so no forward may begin while a model is
+tried out with one and the other, and none that began with ours may end without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastprefix.hf.state import ACTIVE, State
+
+LOCK = threading.RLock()
+
+# Behind a state's key: the modules whose forwards a thread is in, the innermost last.
+_ENTERED = "_entered"
+
+
+@contextlib.contextmanager
+def held_up(model: PreTrainedModel) -> Iterator[None]:
+    """Forwards that other threads begin in this block wait for its end; it holds :data:`LOCK`."""
+    with LOCK:
+        handles = [part.register_forward_pre_hook(_wait) for part in _models(model)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _wait(*_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        with LOCK:
+            pass
+
+
+def count_forwards(
+    model: PreTrainedModel, state: State, restore: Callable[[PreTrainedModel], Any]
+) -> None:
+    """Counts the forwards of a model that is patched for some blocks; the last one restores it.
+
+    Where the blocks end before the forwards do.
+
+    Args:
+        model: just patched.
+        state: of the patch.
+        restore: undoes it.
+    """
+    for part in _models(model):
+        enter = partial(_enter, state=state)
+        leave = partial(_leave, state=state, model=model, restore=restore)
+        state.handles.append(part.register_forward_pre_hook(enter, prepend=True))
+        state.handles.append(part.register_forward_hook(leave, always_call=True))
+
+
+def _enter(module: nn.Module, args: Any, *, state: State) -> None:
+    if torch.compiler.is_compiling():
+        return
+    with LOCK:
+        state.running += 1
+    entered = getattr(ACTIVE, state.key + _ENTERED, ())
+    setattr(ACTIVE, state.key + _ENTERED, (*entered, id(module)))
+
+
+def _leave(
+    module: nn.Module,
+    args: Any,
+    output: Any,
+    *,
+    state: State,
+    model: PreTrainedModel,
+    restore: Callable[[PreTrainedModel], Any],
+) -> None:
+    entered = getattr(ACTIVE, state.key + _ENTERED, ())
+    if not entered or entered[-1] != id(module):
+        return  # began before the model was patched, or is compiled
+    setattr(ACTIVE, state.key + _ENTERED, entered[:-1])
+    if len(entered) == 1:
+        delattr(ACTIVE, state.key + _ENTERED)
+    with LOCK:
+        state.running -= 1
+        if not (state.running or state.blocks or state.lasting):
+            restore(model)
+
+
+def _models(model: PreTrainedModel) -> list[nn.Module]:
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
