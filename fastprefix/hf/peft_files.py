@@ -2,27 +2,52 @@
 
 What the tensors mean is told by :mod:`fastprefix.hf.peft_format` and
 :mod:`fastprefix.hf.peft_prompts`; here they are named tensors beside a configuration.
+
+Our weights hold a sha256 of themselves (:mod:`fastprefix.files`) and the configuration that they
+were saved with, so that a damaged file, or a configuration of another saving, is refused. PEFT's
+hold neither: of those, a damaged number loads as another one unless it is none any more.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from fastprefix.files import (
+    finish,
+    json_object,
+    json_text,
+    read_json,
+    read_safetensors,
+    reason,
+    write_safetensors,
+    written_together,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TENSOR = "prompt_embeddings"
 _HEAD = "base_model."
 _METADATA = "fastprefix"
+_SAVED_WITH = "config"  # in that metadata
+# Fields that somebody may change in a configuration: nothing that we load depends on them.
+_FREE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+_TYPES: dict[str, tuple[type, str]] = {
+    "modules_to_save": (list, "a list of names"),
+    "num_attention_heads": (int, "a whole number"),
+    "num_frozen_tokens": (int, "a whole number"),
+    "num_layers": (int, "a whole number"),
+    "num_transformer_submodules": (int, "a whole number"),
+    "num_virtual_tokens": (int, "a whole number"),
+    "task_type": (str, "text"),
+    "token_dim": (int, "a whole number"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +80,7 @@ def write_adapter(
     heads: dict[str, Tensor] | None = None,
     about: dict[str, Any] | None = None,
 ) -> None:
-    """Writes both files; see :class:`AdapterFiles`. Neither is ever half there.
+    """Writes both files, together; see :class:`AdapterFiles`. Neither is ever half there.
 
     Args:
         folder: made if need be; files of these names in it are replaced.
@@ -63,26 +88,52 @@ def write_adapter(
         embeddings: [num_virtual_tokens, width]; None where they lie in a file of their own.
         heads: by the names of the base's ``state_dict``.
         about: JSON values.
+
+    Raises:
+        OSError: they cannot be written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {_HEAD + name: head for name, head in (heads or {}).items()}
     if embeddings is not None:
         tensors[TENSOR] = embeddings
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", _METADATA: json.dumps(about or {})}
-    # both files whole before either takes its name
-    partial_weights, partial_config = (
-        folder / f"{name}.{os.getpid()}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)
-    )
-    try:
-        save_file(tensors, partial_weights, metadata=metadata)
-        partial_config.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        partial_weights.replace(folder / WEIGHTS_FILE)
-        partial_config.replace(folder / CONFIG_FILE)
-    finally:
-        partial_weights.unlink(missing_ok=True)
-        partial_config.unlink(missing_ok=True)
+    with written_together(folder) as partial:
+        write_safetensors(partial / WEIGHTS_FILE, tensors, saved_with(config, about))
+        (partial / CONFIG_FILE).write_text(json_text(config), encoding="utf-8")
+
+
+def saved_with(config: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Metadata for weights that tells the configuration which goes with them; see :func:`agreed`.
+
+    Args:
+        config: as it is written beside them.
+        about: what else they tell, JSON values.
+    """
+    kept = {name: value for name, value in config.items() if name not in _FREE}
+    return {_METADATA: json.dumps({**(about or {}), _SAVED_WITH: kept})}
+
+
+def agreed(
+    config: dict[str, Any], about: dict[str, Any], config_file: Path, weights_file: Path
+) -> dict[str, Any]:
+    """A configuration, with what it does not say from the weights beside it.
+
+    Args:
+        config: as read.
+        about: our metadata of the weights, from which the configuration is taken out.
+        config_file: for messages.
+        weights_file: likewise.
+
+    Raises:
+        ValueError: a field is another than in the configuration that the weights were saved with.
+    """
+    saved = about.pop(_SAVED_WITH, {})
+    for name, want in saved.items():
+        got = config.get(name, want)
+        if got != want and got is not None:
+            raise ValueError(
+                f"{config_file}: got {name} {got!r}, takes {want!r}, with which "
+                f"{weights_file.name} was saved; the two files are not of one saving"
+            )
+    return {**saved, **config}
 
 
 def read_config(name_or_folder: str | Path, kinds: Collection[str]) -> tuple[dict[str, Any], Path]:
@@ -97,16 +148,18 @@ def read_config(name_or_folder: str | Path, kinds: Collection[str]) -> tuple[dic
         ValueError: not JSON, or of another peft_type.
     """
     file = find(name_or_folder, CONFIG_FILE)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8
-        raise ValueError(f"{file}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: got a JSON {type(config).__name__}, takes an object")
-    kind = config.get("peft_type")
-    if kind not in kinds:
+    config = read_json(file)
+    for name, (kind, told) in _TYPES.items():
+        value = config.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{file}: got {name} {_short(value)}, takes {told}, or null")
+    if not all(isinstance(name, str) for name in config.get("modules_to_save") or []):
+        raise ValueError(f"{file}: got modules_to_save that are no names, takes a list of names")
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in kinds:
         raise ValueError(
-            f"{file}: got peft_type {kind!r}, takes {' or '.join(map(repr, sorted(kinds)))}"
+            f"{file}: got peft_type {_short(peft_type)}, takes "
+            f"{' or '.join(map(repr, sorted(kinds)))}"
         )
     return config, file
 
@@ -125,33 +178,44 @@ def read_adapter(name_or_folder: str | Path, kinds: Collection[str]) -> AdapterF
     config, config_file = read_config(name_or_folder, kinds)
     weights_file = find(name_or_folder, WEIGHTS_FILE)
     tensors, about = _tensors(weights_file, with_embeddings=True)
+    config = agreed(config, about, config_file, weights_file)
     embeddings = tensors.pop(TENSOR)
     heads = {name.removeprefix(_HEAD): tensor for name, tensor in tensors.items()}
     return AdapterFiles(config, embeddings, heads, about, config_file, weights_file)
 
 
-def read_heads(name_or_folder: str | Path) -> dict[str, Tensor]:
-    """The heads of a folder whose prefix lies in a file of its own.
+def read_heads(
+    name_or_folder: str | Path, kinds: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the heads of a folder whose prefix lies in a file of its own.
 
     Raises:
         FileNotFoundError: no such folder, or no weights in it.
         ValueError: cut short, of unknown tensors, or not all finite.
     """
-    tensors, _ = _tensors(find(name_or_folder, WEIGHTS_FILE), with_embeddings=False)
-    return {name.removeprefix(_HEAD): tensor for name, tensor in tensors.items()}
+    config, config_file = read_config(name_or_folder, kinds)
+    weights_file = find(name_or_folder, WEIGHTS_FILE)
+    tensors, about = _tensors(weights_file, with_embeddings=False)
+    config = agreed(config, about, config_file, weights_file)
+    return config, {name.removeprefix(_HEAD): tensor for name, tensor in tensors.items()}
+
+
+def told_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Our metadata of a weights file; empty in PEFT's."""
+    return json_object(metadata.get(_METADATA, "{}"))
 
 
 def _tensors(file: Path, with_embeddings: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a weights file, and our metadata."""
+
+    def check(names: Sequence[str], metadata: Mapping[str, str]) -> None:
+        strange = [name for name in names if name != TENSOR and not name.startswith(_HEAD)]
+        if strange or (TENSOR in names) != with_embeddings:
+            wanted = [repr(TENSOR)] * with_embeddings + [repr(f"{_HEAD}*")]
+            raise ValueError(f"got tensors {_short(names)}, takes {' and '.join(wanted)}")
+
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            names = list(opened.keys())
-            strange = [name for name in names if name != TENSOR and not name.startswith(_HEAD)]
-            if strange or (TENSOR in names) != with_embeddings:
-                wanted = [repr(TENSOR)] * with_embeddings + [repr(f"{_HEAD}*")]
-                raise ValueError(f"got tensors {names}, takes {' and '.join(wanted)}")
-            tensors = {name: opened.get_tensor(name) for name in names}
+        tensors, metadata = read_safetensors(file, check)
         if with_embeddings:
             flat = tensors[TENSOR]
             if flat.dim() != 2 or not flat.is_floating_point() or 0 in flat.shape:
@@ -162,9 +226,14 @@ def _tensors(file: Path, with_embeddings: bool) -> tuple[dict[str, Tensor], dict
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds a NaN or infinity")
-        return tensors, json.loads(metadata.get(_METADATA, "{}"))
+        return tensors, told_in(metadata)
     except Exception as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{file}: {reason(error)}") from error
+
+
+def _short(value: object) -> str:
+    told = repr(value)
+    return told if len(told) <= 200 else f"{told[:200]}..."
 
 
 def find(name_or_folder: str | Path, file: str) -> Path:
@@ -172,9 +241,11 @@ def find(name_or_folder: str | Path, file: str) -> Path:
 
     Raises:
         FileNotFoundError: no such folder, or no such file in it.
+        ValueError: see :func:`fastprefix.files.finish`.
     """
     folder = Path(name_or_folder)
     if folder.is_dir():
+        finish(folder)
         path = folder / file
         if not path.is_file():
             raise FileNotFoundError(f"{folder}: no {file} in this folder")

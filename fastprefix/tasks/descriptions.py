@@ -83,6 +83,8 @@ def _from_json(line: str) -> Record:
         value = json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise _MalformedError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise _MalformedError(f"not JSON that can be read: {error}") from error
     except RecursionError as error:
         raise _MalformedError("not JSON that can be read: nested too deeply") from error
     if not isinstance(value, dict):

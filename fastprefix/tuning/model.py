@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Encoder
+from fastprefix.files import written_together
 from fastprefix.hf.patching import (
     Fallback,
     activate,
@@ -26,6 +27,7 @@ from fastprefix.hf.patching import (
     use_prefix,
 )
 from fastprefix.hf.peft_base import (
+    check_base_adapter,
     find_base_adapter,
     is_base_adapter,
     load_base_adapter,
@@ -231,16 +233,19 @@ class PrefixTuningModel(NamedAdapters):
         computes something else with it for long texts.
 
         The adapter "default" goes into the folder itself, others into sub-folders of their names.
-        An adapter inside the base is written beside each, into its sub-folder "base_model".
+        An adapter inside the base is written beside each, into its sub-folder "base_model". All
+        files of an adapter take their places together: a process that is killed leaves those of
+        before, or the new ones.
 
         Args:
             folder: made if need be.
             selected_adapters: by name; all if None.
 
         Raises:
+            OSError: they cannot be written.
             ValueError: no adapter of a name; see also
                 :func:`fastprefix.hf.peft_format.save_adapter` and
-                :func:`fastprefix.hf.peft_base.save_base_adapter`.
+                :func:`fastprefix.hf.peft_base.check_base_adapter`.
         """
         names = list(self.encoders) if selected_adapters is None else list(selected_adapters)
         self._check_known("selected_adapters", names)
@@ -265,16 +270,18 @@ class PrefixTuningModel(NamedAdapters):
             if config.peft_type == "PREFIX_TUNING":
                 fields["encoder_hidden_size"] = config.encoder_hidden_size
                 fields["prefix_projection"] = config.prefix_projection
-            save_base_adapter(place, self.base_model)
-            save_adapter(
-                place,
-                self.export(name),
-                fields,
-                kind=config.peft_type,
-                heads=self.heads(),
-                groups=layer_groups(self.base_model),
-                sources=layer_sources(self.base_model),
-            )
+            check_base_adapter(place, self.base_model)
+            with written_together(place) as partial:
+                save_base_adapter(partial, self.base_model)
+                save_adapter(
+                    partial,
+                    self.export(name),
+                    fields,
+                    kind=config.peft_type,
+                    heads=self.heads(),
+                    groups=layer_groups(self.base_model),
+                    sources=layer_sources(self.base_model),
+                )
 
     @classmethod
     def from_pretrained(

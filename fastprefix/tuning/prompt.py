@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastprefix.files import written_together
 from fastprefix.hf.patching import UnsupportedModelError, use_prefix
 from fastprefix.hf.peft_base import (
+    check_base_adapter,
     find_base_adapter,
     load_base_adapter,
     save_base_adapter,
@@ -230,10 +232,12 @@ class PromptTuningModel(TunedModel):
 
         A network is dropped, as PEFT does. An infix, which PEFT does not know, gets a peft_type
         of ours, so that PEFT refuses it. An adapter inside the base is written beside it, into
-        the sub-folder "base_model".
+        the sub-folder "base_model". All files take their places together: a process that is
+        killed leaves those of before, or the new ones.
 
         Raises:
-            ValueError: see :func:`fastprefix.hf.peft_base.save_base_adapter`.
+            OSError: they cannot be written.
+            ValueError: see :func:`fastprefix.hf.peft_base.check_base_adapter`.
         """
         config, base = self.prompt_config, self.base_model.config.get_text_config()
         kind = "P_TUNING" if config.encoder_reparameterization_type else "PROMPT_TUNING"
@@ -251,8 +255,10 @@ class PromptTuningModel(TunedModel):
             fields["encoder_hidden_size"] = config.encoder_hidden_size or self._width
             fields["encoder_num_layers"] = config.encoder_num_layers
             fields["encoder_dropout"] = config.encoder_dropout
-        save_base_adapter(Path(folder), self.base_model)
-        save_prompt(folder, self.export_embeddings(), fields, kind=kind, heads=self.heads())
+        check_base_adapter(Path(folder), self.base_model)
+        with written_together(folder) as partial:
+            save_base_adapter(partial, self.base_model)
+            save_prompt(partial, self.export_embeddings(), fields, kind=kind, heads=self.heads())
 
     @classmethod
     def from_pretrained(

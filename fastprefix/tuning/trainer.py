@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
@@ -15,9 +16,12 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils.generic import find_labels
 
+from fastprefix.files import remove_leftovers, written_together
 from fastprefix.hf.versions import checkpointing_arguments
 from fastprefix.tuning.callbacks import PrefixMonitor, ProgressiveLayers, ProgressiveLength
 from fastprefix.tuning.model import PrefixTuningModel
@@ -59,6 +63,8 @@ else:
 class _SavesTheAdapter(_Base):
     """What both trainers add to transformers' own."""
 
+    _partial: Path | None = None  # where a checkpoint is being written
+
     def __init__(self, model: Any, args: TrainingArguments, **options: Any) -> None:
         # transformers switches the base's cache off for good; here it does so while it trains
         use_cache = getattr(model.config, "use_cache", None)
@@ -70,6 +76,9 @@ class _SavesTheAdapter(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See ``transformers.Trainer.train``."""
+        folder = Path(self.args.output_dir or "")
+        if self.args.should_save and folder.is_dir():
+            remove_leftovers(folder)  # before the last checkpoint is looked for
         model: Any = self.model
         use_cache = getattr(model.config, "use_cache", None)
         if use_cache is not None:
@@ -102,6 +111,53 @@ class _SavesTheAdapter(_Base):
             folder = output_dir if output_dir is not None else self.args.output_dir
             model: Any = self.accelerator.unwrap_model(self.model)
             model.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A whole checkpoint, or none: it is written elsewhere and then takes its name.
+
+        In a run of several processes, which all write into it, it is written in place.
+        """
+        if self.args.world_size > 1:
+            super()._save_checkpoint(model, trial)
+            return
+        folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with written_together(folder) as self._partial:
+                # transformers' own looks here for the best checkpoint, and for old ones to delete
+                super()._save_checkpoint(model, trial)
+                self._tell_best(folder, self._partial / name)
+        except RuntimeError as error:  # of torch.save, on a full disk say
+            raise OSError(f"output_dir: {folder / name} cannot be written: {error}") from error
+        finally:
+            self._partial = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._partial is None:  # else it has not its place yet
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _tell_best(self, folder: Path, written: Path) -> None:
+        """Names the best checkpoint by its place, in the state that was written, too."""
+        best = self.state.best_global_step
+        if self.args.save_strategy == "no" or not best:
+            return
+        place = folder / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        if place.name == written.name or place.exists():
+            self.state.best_model_checkpoint = str(place)
+        if self.args.should_save:
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
 
 class PrefixTrainer(_SavesTheAdapter, Trainer):
