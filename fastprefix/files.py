@@ -53,10 +53,15 @@ _mine: set[Path] = set()  # folders that this process writes in
 
 
 @contextlib.contextmanager
-def written_whole(file: str | Path) -> Iterator[Path]:
+def written_whole(file: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Where to write a file that takes its name when the block ends.
 
     A block that raises, or a process that is killed in it, leaves the file as it was.
+
+    Args:
+        file: replaced if it exists.
+        durable: whether to wait until the disk has it, so that no loss of power leaves the name
+            without what it should name; on a busy disk that can take seconds.
 
     Raises:
         OSError: it cannot be written; the message names the file.
@@ -69,9 +74,9 @@ def written_whole(file: str | Path) -> Iterator[Path]:
         # after the other differ in it, which is how another process sees that there is a new one.
         now = time.time_ns()
         os.utime(partial, ns=(now, now))
-        _to_disk(partial)
+        if durable:
+            _to_disk(partial)
         partial.replace(file)
-        _to_disk(file.parent)
 
 
 @contextlib.contextmanager
@@ -161,7 +166,11 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def write_safetensors(
-    file: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    file: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    durable: bool = True,
 ) -> None:
     """Writes a safetensors file, whole, with a sha256 of what is in it.
 
@@ -169,6 +178,7 @@ def write_safetensors(
         file: replaced if it exists.
         tensors: of any device and strides; those that share memory are written apart.
         metadata: beside them.
+        durable: see :func:`written_whole`.
 
     Raises:
         OSError: it cannot be written.
@@ -182,7 +192,7 @@ def write_safetensors(
         seen.add(storage)
     sealed = {"format": "pt", **metadata}
     sealed[_SEAL] = _digest(tensors, sealed)
-    with written_whole(file) as partial:
+    with written_whole(file, durable=durable) as partial:
         save_file(tensors, partial, metadata=sealed)
 
 

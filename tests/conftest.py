@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,6 +78,16 @@ def tiny() -> ModuleType:
 def interruptions() -> ModuleType:
     """``interruptions.py`` beside this file: children that are killed, or have no room."""
     return _beside("interruptions.py")
+
+
+@pytest.fixture
+def ram_path(tmp_path: Path) -> Iterator[Path]:
+    """As tmp_path, in memory where that can be: for thousands of files, each waited for."""
+    if not Path("/dev/shm").is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(params=["llama", "qwen2", "gpt2"])

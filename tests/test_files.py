@@ -78,11 +78,14 @@ def test_a_block_that_raises_changes_nothing(folder, tmp_path):
 def test_a_file_where_a_folder_belongs(folder):
     before = listing(folder)
     (folder / "other").write_text("a file")
-    with pytest.raises(FileExistsError, match=r"other is a file, takes none or a folder"), (
-        files.written_together(folder)
-    ) as partial:
-        (partial / "a.txt").write_text("new")
-        (partial / "other").mkdir()
+
+    def save():
+        with files.written_together(folder) as partial:
+            (partial / "a.txt").write_text("new")
+            (partial / "other").mkdir()
+
+    with pytest.raises(FileExistsError, match=r"other is a file, takes none or a folder"):
+        save()
     assert listing(folder) == {**before, "other": "a file"}
 
 

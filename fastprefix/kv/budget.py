@@ -73,7 +73,8 @@ class KVBudget:
     used for longest, and comes back when it is asked for. A prefix is in its home (a file, or the
     CPU's memory) before :meth:`put` returns, so that eviction only drops a copy: with a folder, a
     process that is killed at any moment loses nothing that it had put, and a new KVBudget on the
-    folder finds it. Threads may share a budget.
+    folder finds it. (What was put in the seconds before a loss of power may be lost; a file of
+    which that left a part is refused by name.) Threads may share a budget.
 
     Room is made before a prefix comes to the device, so that what the budget keeps there never
     takes more than max_bytes, not for a moment. A prefix that a caller still holds is not freed by
@@ -174,7 +175,7 @@ class KVBudget:
                 home = before.home if before is not None else self.folder / file_name(name)
                 assert isinstance(home, Path)
                 with self._index(name, (priority, pinned)):
-                    kv.save(home)
+                    kv.write(home, durable=False)
                     version = _version(home)
             self._entries.pop(name, None)
             entry = _Entry(
@@ -425,7 +426,7 @@ class KVBudget:
             if told is not None:
                 index[name] = told
             about = {one: {"priority": p, "pinned": stays} for one, (p, stays) in index.items()}
-            with written_whole(self.folder / _INDEX) as partial:
+            with written_whole(self.folder / _INDEX, durable=False) as partial:
                 # written first: a disk that is full refuses it before anything has changed
                 partial.write_text(json_text(sealed({"prefixes": about})), encoding="utf-8")
                 yield

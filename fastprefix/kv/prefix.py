@@ -313,6 +313,19 @@ class PrefixKV:
             OSError: it cannot be written.
             ValueError: the values are not all finite; no file could be loaded again.
         """
+        self.write(file)
+
+    def write(self, file: str | Path, *, durable: bool = True) -> None:
+        """What :meth:`save` does, if need be without waiting for the disk.
+
+        Args:
+            file: see :meth:`save`.
+            durable: see :func:`fastprefix.files.written_whole`.
+
+        Raises:
+            OSError: see :meth:`save`.
+            ValueError: see :meth:`save`.
+        """
         self._check_finite("kv")
         tensors = {}
         for layer in range(self.num_layers):
@@ -329,7 +342,7 @@ class PrefixKV:
             "reweighting": kind_of(self.reweighting),
             "states": outline(self.states),
         }
-        write_safetensors(file, tensors, {_FORMAT: json.dumps(about)})
+        write_safetensors(file, tensors, {_FORMAT: json.dumps(about)}, durable=durable)
 
     @classmethod
     def load(cls, file: str | Path, device: torch.device | str = "cpu") -> PrefixKV:
@@ -392,6 +405,8 @@ def measure(file: Path) -> tuple[int, tuple[LayerShape, ...]]:
                     for what in ("key", "value")
                 )
                 shapes.append(LayerShape(key[0], key[2], value[2]))
+        if not shapes:
+            raise ValueError("it has no layers")
         return file.stat().st_size - header_bytes(file), tuple(shapes)
     except FileNotFoundError:
         raise
