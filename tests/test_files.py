@@ -31,11 +31,11 @@ def listing(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(ram_path):
     """Holds files of an earlier saving, and one of somebody else."""
-    write(tmp_path / "folder", "old")
-    (tmp_path / "folder" / "inside" / "notes.txt").write_text("mine")
-    return tmp_path / "folder"
+    write(ram_path / "folder", "old")
+    (ram_path / "folder" / "inside" / "notes.txt").write_text("mine")
+    return ram_path / "folder"
 
 
 def state(folder: Path) -> str:
@@ -61,18 +61,18 @@ def test_whenever_it_is_killed(folder, interruptions):
     assert not list(folder.glob(".fastprefix-*"))
 
 
-def test_a_block_that_raises_changes_nothing(folder, tmp_path):
+def test_a_block_that_raises_changes_nothing(folder, ram_path):
     def fail(place):
         with files.written_together(place) as partial:
             (partial / "a.txt").write_text("new")
             raise RuntimeError("no")
 
-    before = listing(tmp_path)
-    for place in (folder, tmp_path / "more"):
+    before = listing(ram_path)
+    for place in (folder, ram_path / "more"):
         with pytest.raises(RuntimeError, match="no"):
             fail(place)
-    assert listing(tmp_path) == before
-    assert not (tmp_path / "more").exists()
+    assert listing(ram_path) == before
+    assert not (ram_path / "more").exists()
 
 
 def test_a_file_where_a_folder_belongs(folder):
