@@ -43,6 +43,9 @@ except ImportError:  # Windows
 _START, _PARTIAL, _WHOLE = ".fastprefix-", ".partial", ".whole"
 _NAME = re.compile(rf"{re.escape(_START)}([0-9a-f]{{8}})-(\d+)-[0-9a-f]{{32}}{re.escape(_PARTIAL)}")
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+# Behind the name of a file: one of that name goes away when the others take their places.
+GONE = ".fastprefix-gone"
+DAMAGED = "it was damaged or changed: its sha256 is not the one that it was saved with"
 _DAY = 24 * 60 * 60
 _SEAL = "fastprefix-sha256"
 _JSON_SEAL = "sha256"
@@ -56,7 +59,8 @@ _mine: set[Path] = set()  # folders that this process writes in
 def written_whole(file: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Where to write a file that takes its name when the block ends.
 
-    A block that raises, or a process that is killed in it, leaves the file as it was.
+    A block that raises, or a process that is killed in it, leaves the file as it was. Within a
+    block of :func:`written_together`, the file takes its place with the others of that block.
 
     Args:
         file: replaced if it exists.
@@ -67,6 +71,10 @@ def written_whole(file: str | Path, *, durable: bool = True) -> Iterator[Path]:
         OSError: it cannot be written; the message names the file.
     """
     file = Path(file)
+    if _is_apart(file.parent):
+        with _named(f"file: {file}"):
+            yield file
+        return
     with _named(f"file: {file}"), _own_folder(file.parent) as folder:
         partial = folder / file.name
         yield partial
@@ -83,8 +91,10 @@ def written_whole(file: str | Path, *, durable: bool = True) -> Iterator[Path]:
 def written_together(folder: str | Path) -> Iterator[Path]:
     """Where to write files that take their places in a folder together when the block ends.
 
-    Files in it of other names stay; sub-folders are merged. See the head of this module. A folder
-    that this made is removed again if the block raises.
+    Files in it of other names stay; sub-folders are merged; a file that is written under the name
+    of another with :data:`GONE` behind it takes that other one away. See the head of this module.
+    A folder that this made is removed again if the block raises. A block within another one is a
+    part of that.
 
     Args:
         folder: made if need be.
@@ -93,6 +103,11 @@ def written_together(folder: str | Path) -> Iterator[Path]:
         OSError: they cannot be written; the message names the file or the folder.
     """
     folder = Path(folder)
+    if _is_apart(folder):
+        with _named(f"folder: {folder}"):
+            folder.mkdir(exist_ok=True)
+            yield folder
+        return
     made = not folder.exists()
     with _named(f"folder: {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +117,10 @@ def written_together(folder: str | Path) -> Iterator[Path]:
             with _as_in(folder, partial):
                 yield partial
             _check_places(partial, folder)
+            for path in partial.rglob(f"*{GONE}"):
+                there = folder / path.relative_to(partial)
+                if not os.path.lexists(there.with_name(there.name.removesuffix(GONE))):
+                    path.unlink()
             for path in sorted(partial.rglob("*")):
                 _to_disk(path)
             _to_disk(partial)
@@ -191,7 +210,7 @@ def write_safetensors(
             tensors[name] = tensor.clone()
         seen.add(storage)
     sealed = {"format": "pt", **metadata}
-    sealed[_SEAL] = _digest(tensors, sealed)
+    sealed[_SEAL] = digest(tensors, sealed)
     with written_whole(file, durable=durable) as partial:
         save_file(tensors, partial, metadata=sealed)
 
@@ -219,10 +238,8 @@ def read_safetensors(
         # a tensor of the file is the mapped file, and would change with it
         tensors = {name: content.get_tensor(name).clone() for name in names}
     seal = metadata.pop(_SEAL, None)
-    if seal is not None and seal != _digest(tensors, metadata):
-        raise ValueError(
-            "it was damaged or changed: its sha256 is not the one that it was saved with"
-        )
+    if seal is not None and seal != digest(tensors, metadata):
+        raise ValueError(DAMAGED)
     return tensors, metadata
 
 
@@ -316,9 +333,7 @@ def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(seal, str):
         return dict(value)
     if seal != _json_digest(inside):
-        raise ValueError(
-            "it was damaged or changed: its sha256 is not the one that it was saved with"
-        )
+        raise ValueError(DAMAGED)
     return inside
 
 
@@ -330,13 +345,18 @@ def reason(error: BaseException) -> str:
     return told[1].strip() if told else str(error)
 
 
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Of everything that a safetensors file says."""
-    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """A sha256 of everything that a file says.
+
+    Args:
+        tensors: contiguous, on the CPU.
+        metadata: beside them.
+    """
+    found = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return found.hexdigest()
 
 
 def _json_digest(value: Mapping[str, Any]) -> str:
@@ -355,6 +375,12 @@ def _own_folder(parent: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _mine.discard(folder.absolute())
+
+
+def _is_apart(folder: Path) -> bool:
+    """Whether a folder lies in one that this process writes in, and nobody reads."""
+    place = folder.absolute()
+    return any(one in _mine for one in (place, *place.parents))
 
 
 def _is_left(partial: Path) -> bool:
@@ -381,7 +407,7 @@ def _is_left(partial: Path) -> bool:
 def _check_places(source: Path, target: Path) -> None:
     """Refuses what :func:`_move` would stop at half-way."""
     for path in source.iterdir():
-        place = target / path.name
+        place = target / path.name.removesuffix(GONE)
         if not os.path.lexists(place):
             continue
         folders = [one.is_dir() and not one.is_symlink() for one in (path, place)]
@@ -399,7 +425,10 @@ def _move(source: Path, target: Path) -> None:
         for path in list(source.iterdir()):
             place = target / path.name
             with contextlib.suppress(FileNotFoundError):
-                if path.is_dir() and not path.is_symlink() and place.is_dir():
+                if path.name.endswith(GONE):
+                    (target / path.name.removesuffix(GONE)).unlink(missing_ok=True)
+                    path.unlink()
+                elif path.is_dir() and not path.is_symlink() and place.is_dir():
                     _move(path, place)
                     _to_disk(place)
                 else:

@@ -1,4 +1,7 @@
-"""An adapter's folder: adapter_config.json and adapter_model.safetensors, read and written whole.
+"""An adapter's folder: adapter_config.json and the weights, read and written whole.
+
+The weights are adapter_model.safetensors or, as PEFT writes with ``safe_serialization=False``,
+adapter_model.bin, of which nothing but tensors is ever unpickled.
 
 What the tensors mean is told by :mod:`fastprefix.hf.peft_format` and
 :mod:`fastprefix.hf.peft_prompts`; here they are named tensors beside a configuration.
@@ -10,8 +13,9 @@ hold neither: of those, a damaged number loads as another one unless it is none 
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,9 @@ import torch
 from torch import Tensor
 
 from fastprefix.files import (
-    finish,
+    DAMAGED,
+    GONE,
+    digest,
     json_object,
     json_text,
     read_json,
@@ -28,13 +34,17 @@ from fastprefix.files import (
     reason,
     write_safetensors,
     written_together,
+    written_whole,
 )
+from fastprefix.hf.hub import Source, source
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+BIN_FILE = "adapter_model.bin"
 TENSOR = "prompt_embeddings"
 _HEAD = "base_model."
 _METADATA = "fastprefix"
+_SHA256 = "sha256"
 _SAVED_WITH = "config"  # in that metadata
 # Fields that somebody may change in a configuration: nothing that we load depends on them.
 _FREE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
@@ -79,6 +89,8 @@ def write_adapter(
     embeddings: Tensor | None,
     heads: dict[str, Tensor] | None = None,
     about: dict[str, Any] | None = None,
+    *,
+    safe_serialization: bool = True,
 ) -> None:
     """Writes both files, together; see :class:`AdapterFiles`. Neither is ever half there.
 
@@ -88,6 +100,8 @@ def write_adapter(
         embeddings: [num_virtual_tokens, width]; None where they lie in a file of their own.
         heads: by the names of the base's ``state_dict``.
         about: JSON values.
+        safe_serialization: whether the weights are a safetensors file, or a pickled one as of
+            ``torch.save``. A file of the other kind, which PEFT might read instead, is removed.
 
     Raises:
         OSError: they cannot be written.
@@ -95,8 +109,14 @@ def write_adapter(
     tensors = {_HEAD + name: head for name, head in (heads or {}).items()}
     if embeddings is not None:
         tensors[TENSOR] = embeddings
+    metadata = saved_with(config, about)
     with written_together(folder) as partial:
-        write_safetensors(partial / WEIGHTS_FILE, tensors, saved_with(config, about))
+        if safe_serialization:
+            write_safetensors(partial / WEIGHTS_FILE, tensors, metadata)
+            (partial / f"{BIN_FILE}{GONE}").touch()
+        else:
+            _write_bin(partial / BIN_FILE, tensors, metadata)
+            (partial / f"{WEIGHTS_FILE}{GONE}").touch()
         (partial / CONFIG_FILE).write_text(json_text(config), encoding="utf-8")
 
 
@@ -136,7 +156,9 @@ def agreed(
     return {**saved, **config}
 
 
-def read_config(name_or_folder: str | Path, kinds: Collection[str]) -> tuple[dict[str, Any], Path]:
+def read_config(
+    name_or_folder: str | Path | Source, kinds: Collection[str]
+) -> tuple[dict[str, Any], Path]:
     """adapter_config.json and where it lies.
 
     Args:
@@ -164,7 +186,7 @@ def read_config(name_or_folder: str | Path, kinds: Collection[str]) -> tuple[dic
     return config, file
 
 
-def read_adapter(name_or_folder: str | Path, kinds: Collection[str]) -> AdapterFiles:
+def read_adapter(name_or_folder: str | Path | Source, kinds: Collection[str]) -> AdapterFiles:
     """Both files, checked as far as they can be without a model.
 
     Args:
@@ -176,7 +198,7 @@ def read_adapter(name_or_folder: str | Path, kinds: Collection[str]) -> AdapterF
         ValueError: of another peft_type, cut short, of unknown tensors, or not all finite.
     """
     config, config_file = read_config(name_or_folder, kinds)
-    weights_file = find(name_or_folder, WEIGHTS_FILE)
+    weights_file = find_weights(name_or_folder)
     tensors, about = _tensors(weights_file, with_embeddings=True)
     config = agreed(config, about, config_file, weights_file)
     embeddings = tensors.pop(TENSOR)
@@ -185,7 +207,7 @@ def read_adapter(name_or_folder: str | Path, kinds: Collection[str]) -> AdapterF
 
 
 def read_heads(
-    name_or_folder: str | Path, kinds: Collection[str]
+    name_or_folder: str | Path | Source, kinds: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the heads of a folder whose prefix lies in a file of its own.
 
@@ -194,7 +216,7 @@ def read_heads(
         ValueError: cut short, of unknown tensors, or not all finite.
     """
     config, config_file = read_config(name_or_folder, kinds)
-    weights_file = find(name_or_folder, WEIGHTS_FILE)
+    weights_file = find_weights(name_or_folder)
     tensors, about = _tensors(weights_file, with_embeddings=False)
     config = agreed(config, about, config_file, weights_file)
     return config, {name.removeprefix(_HEAD): tensor for name, tensor in tensors.items()}
@@ -203,6 +225,24 @@ def read_heads(
 def told_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Our metadata of a weights file; empty in PEFT's."""
     return json_object(metadata.get(_METADATA, "{}"))
+
+
+def read_about(name_or_folder: str | Path | Source) -> dict[str, Any]:
+    """What the weights of a folder tell beside its configuration; nothing if it has none.
+
+    Raises:
+        ValueError: cut short.
+    """
+    place = source(name_or_folder)
+    file = place.look_for(WEIGHTS_FILE) or place.look_for(BIN_FILE)
+    if file is None:
+        return {}
+    try:
+        about = told_in(_read(file)[1])
+    except Exception as error:
+        raise ValueError(f"{file}: {reason(error)}") from error
+    about.pop(_SAVED_WITH, None)
+    return about
 
 
 def _tensors(file: Path, with_embeddings: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -215,7 +255,7 @@ def _tensors(file: Path, with_embeddings: bool) -> tuple[dict[str, Tensor], dict
             raise ValueError(f"got tensors {_short(names)}, takes {' and '.join(wanted)}")
 
     try:
-        tensors, metadata = read_safetensors(file, check)
+        tensors, metadata = _read(file, check)
         if with_embeddings:
             flat = tensors[TENSOR]
             if flat.dim() != 2 or not flat.is_floating_point() or 0 in flat.shape:
@@ -236,22 +276,87 @@ def _short(value: object) -> str:
     return told if len(told) <= 200 else f"{told[:200]}..."
 
 
-def find(name_or_folder: str | Path, file: str) -> Path:
+def _read(
+    file: Path, check: Callable[[Sequence[str], Mapping[str, str]], object] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a weights file of either kind; see `read_safetensors`."""
+    if file.name == WEIGHTS_FILE:
+        return read_safetensors(file, check)
+    tensors, metadata = _of_bin(file)
+    if check is not None:
+        check(list(tensors), metadata)
+    return tensors, metadata
+
+
+def _write_bin(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """What `write_safetensors` does, as a file of ``torch.save``, which holds tensors alone."""
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    sealed = {**metadata, _SHA256: digest(tensors, metadata)}
+    content = io.BytesIO()  # torch's own errors of writing do not say what was wrong
+    torch.save({**tensors, _METADATA: encoded(sealed)}, content)
+    with written_whole(file) as partial:
+        partial.write_bytes(content.getbuffer())
+
+
+def _of_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """By torch's own unpickler, which makes tensors and nothing that a file could run."""
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            "got a file from which torch.load(weights_only=True) cannot read tensors alone "
+            f"({type(error).__name__}); it may be cut short, or hold more than tensors"
+        ) from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in loaded.items()
+    ):
+        raise ValueError("got something else than tensors by name")
+    tensors = {name: tensor.detach() for name, tensor in loaded.items()}
+    told = tensors.pop(_METADATA, None)
+    if told is None:
+        return tensors, {}
+    metadata = decoded(told)
+    seal = metadata.pop(_SHA256, None)
+    if seal != digest(tensors, metadata):
+        raise ValueError(DAMAGED)
+    return tensors, metadata
+
+
+def encoded(metadata: Mapping[str, str]) -> Tensor:
+    """A file's metadata as a tensor [bytes] of uint8, for files that hold tensors alone."""
+    return torch.tensor(list(json.dumps(metadata).encode()), dtype=torch.uint8)
+
+
+def decoded(tensor: Tensor) -> dict[str, str]:
+    """The inverse of :func:`encoded`.
+
+    Raises:
+        ValueError: it does not hold texts by name.
+    """
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise ValueError(f"got {_METADATA} of {tensor.dtype}, takes bytes")
+    found = json_object(bytes(tensor.tolist()).decode("utf-8"))
+    if not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"got {_METADATA} that is no text, takes text")
+    return found
+
+
+def find(name_or_folder: str | Path | Source, file: str) -> Path:
     """A file of a folder or of a hub repository.
 
     Raises:
         FileNotFoundError: no such folder, or no such file in it.
-        ValueError: see :func:`fastprefix.files.finish`.
     """
-    folder = Path(name_or_folder)
-    if folder.is_dir():
-        finish(folder)
-        path = folder / file
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder}: no {file} in this folder")
-        return path
-    if folder.is_absolute() or str(name_or_folder).count("/") > 1:
-        raise FileNotFoundError(f"{name_or_folder}: no such folder")
-    from huggingface_hub import hf_hub_download
+    return source(name_or_folder).find(file)
 
-    return Path(hf_hub_download(str(name_or_folder), file))
+
+def find_weights(name_or_folder: str | Path | Source) -> Path:
+    """The weights of an adapter, of either kind; safetensors where there are both, as in PEFT.
+
+    Raises:
+        FileNotFoundError: no such folder, or no weights in it.
+    """
+    place = source(name_or_folder)
+    if (found := place.look_for(WEIGHTS_FILE) or place.look_for(BIN_FILE)) is not None:
+        return found
+    return place.find(WEIGHTS_FILE)  # which says that it is missing

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastprefix.encoders.flat import to_flat, to_prefix_kv
 from fastprefix.files import written_together
+from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_files import (
     AdapterFiles,
     find,
@@ -100,6 +101,7 @@ def save_adapter(
     heads: dict[str, Tensor] | None = None,
     groups: Sequence[Group] | None = None,
     sources: Sequence[int] | None = None,
+    safe_serialization: bool = True,
 ) -> None:
     """Writes a prefix so that PEFT's ``PeftModel.from_pretrained`` and ours can load it.
 
@@ -115,6 +117,7 @@ def save_adapter(
         heads: see :class:`Adapter`.
         groups: which part of the model each layer belongs to; one stack if None.
         sources: see :func:`fastprefix.hf.layer_sources`; each layer's own if None.
+        safe_serialization: see :func:`fastprefix.hf.peft_files.write_adapter`.
 
     Raises:
         OSError: it cannot be written.
@@ -127,7 +130,7 @@ def save_adapter(
         fields = {**_common(kv), "peft_type": OWN_KIND, "not_peft": why_not, "kind": kind, **config}
         with written_together(folder) as partial:
             kv.save(partial / KV_FILE)
-            write_adapter(partial, fields, None, heads)
+            write_adapter(partial, fields, None, heads, safe_serialization=safe_serialization)
         return
     submodules, decoder = 1, _decoder(groups)
     if decoder is not None:
@@ -149,11 +152,12 @@ def save_adapter(
         # of which PEFT's configuration for this kind has no field
         about["num_frozen_tokens"] = config.get("num_frozen_tokens", 0)
         config = {name: value for name, value in config.items() if name != "num_frozen_tokens"}
-    write_adapter(folder, {**fields, **config}, to_flat(kv), heads, about)
+    fields |= config
+    write_adapter(folder, fields, to_flat(kv), heads, about, safe_serialization=safe_serialization)
 
 
 def load_adapter(
-    name_or_folder: str | Path,
+    name_or_folder: str | Path | Source,
     shapes: Sequence[LayerShape] | None = None,
     groups: Sequence[Group] | None = None,
     sources: Sequence[int] | None = None,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastprefix.encoders import Encoder
 from fastprefix.hf.peft_base import BASE_FOLDER
 from fastprefix.tuning.base import TunedModel
+from fastprefix.tuning.checkpoint import described
 from fastprefix.tuning.config import PrefixConfig
 
 DEFAULT = "default"
@@ -55,6 +57,34 @@ class NamedAdapters(TunedModel):
     def prefix_config(self) -> PrefixConfig:
         """The active adapter's configuration."""
         return self.prefix_configs[self.active_adapter]
+
+    @property
+    def peft_config(self) -> dict[str, PrefixConfig]:
+        """All adapters' configurations by name; PEFT's name for it."""
+        return self.prefix_configs
+
+    @property
+    def active_peft_config(self) -> PrefixConfig:
+        """The active adapter's configuration; PEFT's name for it."""
+        return self.prefix_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The name of the active adapter, in a list as in PEFT."""
+        return [self.active_adapter]
+
+    def get_extra_state(self) -> Tensor:
+        """As in the base class; of a prefix that grew, as long as it is."""
+        configs = {}
+        for name, config in self.prefix_configs.items():
+            encoder = self.encoders[name]
+            assert isinstance(encoder, Encoder)
+            layout = encoder.layout
+            lengths = None if config.layer_lengths is None else list(layout.lengths)
+            configs[name] = replace(
+                config, num_virtual_tokens=layout.num_virtual_tokens, layer_lengths=lengths
+            )
+        return described(type(self).__name__, configs, self.active_adapter)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Makes an adapter the active one, and the only one that is trained.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastprefix.arguments import refuses_unknown_arguments
 from fastprefix.files import written_together
+from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import UnsupportedModelError, use_prefix
 from fastprefix.hf.peft_base import (
     check_base_adapter,
@@ -23,6 +27,7 @@ from fastprefix.hf.peft_prompts import INFIX_KIND, load_prompt, save_prompt
 from fastprefix.hf.prefill import prefill_embeddings
 from fastprefix.hf.versions import cache_of, length_of
 from fastprefix.kv import PrefixKV
+from fastprefix.tuning import hub
 from fastprefix.tuning.base import (
     TunedModel,
     embedding_weight,
@@ -31,6 +36,14 @@ from fastprefix.tuning.base import (
     saved_heads,
     with_inputs_of_bases,
 )
+from fastprefix.tuning.checkpoint import (
+    Checkpoint,
+    as_it_was,
+    fresh,
+    load_state,
+    read_checkpoint,
+)
+from fastprefix.tuning.peft_configs import agreed, as_prompt_config, tokenizer_of
 from fastprefix.tuning.prompt_config import PromptConfig
 from fastprefix.tuning.prompt_encoder import PromptEncoder
 from fastprefix.tuning.prompt_layout import Layout, Padding, lay_out, positions
@@ -53,7 +66,8 @@ class PromptTuningModel(TunedModel):
 
     Args:
         model: the base; all its parameters are frozen.
-        config: see :class:`PromptConfig`.
+        config: a :class:`PromptConfig`, or PEFT's PromptTuningConfig or PromptEncoderConfig; with
+            inference_mode nothing is trained.
         tokenizer: the base's; needed for init="text".
 
     Raises:
@@ -70,10 +84,11 @@ class PromptTuningModel(TunedModel):
     def __init__(
         self,
         model: PreTrainedModel,
-        config: PromptConfig,
+        config: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        model = unwrap(model)
+        tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
+        config, model = as_prompt_config(config), unwrap(model)
         taken = inspect.signature(model.forward).parameters
         if "inputs_embeds" not in taken:
             raise ValueError(f"model: {type(model).__name__} takes no inputs_embeds")
@@ -86,11 +101,39 @@ class PromptTuningModel(TunedModel):
                 embeddings = model.get_input_embeddings()(start.to(model.device))
             self.encoder.start_from(embeddings)
         self.train_heads(config.modules_to_save, config.task_type)
+        if config.inference_mode:
+            self.encoder.requires_grad_(False)
+            self._freeze_heads()
         self._takes_positions = "position_ids" in taken
         self._is_causal = not model.config.is_encoder_decoder and (
             config.task_type == "CAUSAL_LM"
             or any(getattr(module, "is_causal", False) for module in model.modules())
         )
+
+    @property
+    def peft_config(self) -> dict[str, PromptConfig]:
+        """The configuration under the name "default"; PEFT's name for it."""
+        return {"default": self.prompt_config}
+
+    @property
+    def active_peft_config(self) -> PromptConfig:
+        """The configuration; PEFT's name for it."""
+        return self.prompt_config
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the only prompt."""
+        return "default"
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The name of the only prompt, in a list as in PEFT."""
+        return [self.active_adapter]
+
+    @property
+    def loss_type(self) -> None:
+        """None: the loss counts all labels, for the prompt predicts the first token, too."""
+        return None
 
     @with_inputs_of_bases
     def forward(
@@ -227,20 +270,53 @@ class PromptTuningModel(TunedModel):
             )
         return prefill_embeddings(self.base_model, self.export_embeddings())
 
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+    @refuses_unknown_arguments
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        *,
+        push_to_hub: bool = False,
+    ) -> None:
         """Writes the prompt, and heads trained beside it, in PEFT's format.
 
         A network is dropped, as PEFT does. An infix, which PEFT does not know, gets a peft_type
         of ours, so that PEFT refuses it. An adapter inside the base is written beside it, into
         the sub-folder "base_model". All files take their places together: a process that is
-        killed leaves those of before, or the new ones.
+        killed leaves those of before, or the new ones. A model card, README.md, says what it is
+        and how to load it; the text of one that is there stays.
+
+        Args:
+            save_directory: made if need be.
+            safe_serialization: whether the weights are safetensors, or a file of ``torch.save``
+                that PEFT reads, too.
+            selected_adapters: by name; all if None.
+            is_main_process: whether this process writes.
+            push_to_hub: False; :meth:`push_to_hub` uploads.
 
         Raises:
             OSError: they cannot be written.
-            ValueError: see :func:`fastprefix.hf.peft_base.check_base_adapter`.
+            ValueError: no adapter of a name, or the folder is a file; see also
+                :func:`fastprefix.hf.peft_base.check_base_adapter`.
         """
+        for name in selected_adapters or ():
+            if name not in self.peft_config:
+                raise ValueError(
+                    f"selected_adapters: got {name!r}, takes one of {list(self.peft_config)}"
+                )
+        hub.check_directory(save_directory, push_to_hub)
+        embeddings = self.export_embeddings()
+        if not is_main_process:
+            return
+        if selected_adapters is None or selected_adapters:
+            self._save_prompt(Path(save_directory), embeddings, safe_serialization)
+        self.create_or_update_model_card(save_directory)
+
+    def _save_prompt(self, folder: Path, embeddings: Tensor, safe_serialization: bool) -> None:
+        """Writes the prompt, exported."""
         config, base = self.prompt_config, self.base_model.config.get_text_config()
-        kind = "P_TUNING" if config.encoder_reparameterization_type else "PROMPT_TUNING"
         fields: dict[str, Any] = {
             "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
             "modules_to_save": self.head_names(),
@@ -248,49 +324,109 @@ class PromptTuningModel(TunedModel):
             "num_layers": getattr(base, "num_hidden_layers", None),
             "task_type": config.task_type,
         }
-        if config.placement == "infix":
-            kind = INFIX_KIND
-        elif kind == "P_TUNING":
+        if config.peft_type == "P_TUNING":
             fields["encoder_reparameterization_type"] = config.encoder_reparameterization_type
             fields["encoder_hidden_size"] = config.encoder_hidden_size or self._width
             fields["encoder_num_layers"] = config.encoder_num_layers
             fields["encoder_dropout"] = config.encoder_dropout
-        check_base_adapter(Path(folder), self.base_model)
+        check_base_adapter(folder, self.base_model)
         with written_together(folder) as partial:
             save_base_adapter(partial, self.base_model)
-            save_prompt(partial, self.export_embeddings(), fields, kind=kind, heads=self.heads())
+            save_prompt(
+                partial,
+                embeddings,
+                fields,
+                kind=config.peft_type,
+                heads=self.heads(),
+                safe_serialization=safe_serialization,
+            )
 
     @classmethod
+    @refuses_unknown_arguments
     def from_pretrained(
-        cls, model: PreTrainedModel, name_or_folder: str | Path, *, is_trainable: bool = False
+        cls,
+        model: PreTrainedModel,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Any = None,
+        *,
+        torch_device: str | torch.device | None = None,
+        low_cpu_mem_usage: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | None = None,
     ) -> PromptTuningModel:
         """Loads a PROMPT_TUNING or P_TUNING adapter that fastprefix or PEFT saved.
 
-        With it comes the adapter inside the base that was saved beside it.
+        With it comes the adapter inside the base that was saved beside it. A checkpoint that
+        transformers' Trainer wrote of such a model, which holds its parameters, is loaded, too.
 
         Args:
             model: the base; frozen. Heads that were trained beside the prompt replace its own.
-            name_or_folder: a folder, or a repository name on the Hugging Face hub.
+            model_id: a folder, or a repository name on the Hugging Face hub.
+            adapter_name: "default", which the prompt is called.
             is_trainable: whether to train the prompt further (directly; a network is gone).
+            config: a :class:`PromptConfig` or PEFT's for such prompts, which the files must agree
+                with.
+            torch_device: where the files are read to; the prompt ends on the base's device.
+            low_cpu_mem_usage: as in PEFT; a prompt is small, and loaded the same way with either.
+            subfolder: of model_id, where the files are.
+            revision: of the repository: a branch, tag or commit.
+            token: the hub's.
+            cache_dir: where downloads go.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: not an input-level prompt for this model.
+            TypeError: config is none of a prompt.
+            ValueError: not an input-level prompt for this model, or config does not agree with it.
         """
+        hub.check_loading(torch_device, low_cpu_mem_usage)
+        if adapter_name != "default":
+            raise ValueError(f"adapter_name: got {adapter_name!r}, takes 'default'")
+        place = Source(str(model_id), subfolder, revision, token, cache_dir)
+        wanted = None if config is None else as_prompt_config(config)
         model = unwrap(model)
-        prompt = load_prompt(name_or_folder, embedding_weight(model).shape[1])
-        config = PromptConfig(
+        if (saved := read_checkpoint(place, cls.__name__)) is not None:
+            return cls._of_checkpoint(model, saved, is_trainable, wanted, place)
+        prompt = load_prompt(place, embedding_weight(model).shape[1])
+        found = PromptConfig(
             num_virtual_tokens=prompt.embeddings.shape[0],
             task_type=prompt.config.get("task_type"),
             modules_to_save=saved_heads(prompt.config, prompt.heads),
             placement="infix" if prompt.config["peft_type"] == INFIX_KIND else "prefix",
+            inference_mode=not is_trainable,
         )
-        inside = find_base_adapter(name_or_folder)
+        if wanted is not None:
+            found = agreed(wanted, found, place)
+        inside = find_base_adapter(place)
         if inside is not None:
             load_base_adapter(model, inside, is_trainable=is_trainable)
         load_heads(model, prompt.heads)
-        tuned = cls(model, config)
+        tuned = cls(model, found)
         tuned.encoder.start_from(prompt.embeddings)
+        if not is_trainable:
+            tuned.requires_grad_(False)
+        return tuned.train(is_trainable)
+
+    @classmethod
+    def _of_checkpoint(
+        cls,
+        model: PreTrainedModel,
+        saved: Checkpoint,
+        is_trainable: bool,
+        wanted: PromptConfig | None,
+        place: Source,
+    ) -> PromptTuningModel:
+        (settings,) = saved.adapters.values()
+        config = PromptConfig(**settings)
+        if wanted is not None:
+            agreed(wanted, config, place)
+        with as_it_was(model, lambda _: None):
+            tuned = cls(model, PromptConfig(**fresh(settings)))
+            load_state(tuned, saved)
+        tuned.prompt_config = replace(config, inference_mode=not is_trainable)
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)

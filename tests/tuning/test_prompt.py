@@ -462,6 +462,7 @@ def test_state_dict_holds_the_encoder_and_the_heads(tiny):
         "encoder.embedding",
         "base_model.classifier.weight",
         "base_model.classifier.bias",
+        "_extra_state",
     }
     tuned.load_state_dict(tuned.state_dict())
     trainable, total = tuned.get_nb_trainable_parameters()
