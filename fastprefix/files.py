@@ -355,7 +355,8 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     found = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        numbers: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        found.update(numbers)
     return found.hexdigest()
 
 

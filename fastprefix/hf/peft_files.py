@@ -317,28 +317,26 @@ def _of_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, {}
     metadata = decoded(told)
     seal = metadata.pop(_SHA256, None)
-    if seal != digest(tensors, metadata):
+    texts = all(isinstance(value, str) for value in metadata.values())
+    if not texts or seal != digest(tensors, metadata):
         raise ValueError(DAMAGED)
     return tensors, metadata
 
 
-def encoded(metadata: Mapping[str, str]) -> Tensor:
-    """A file's metadata as a tensor [bytes] of uint8, for files that hold tensors alone."""
-    return torch.tensor(list(json.dumps(metadata).encode()), dtype=torch.uint8)
+def encoded(about: Mapping[str, Any]) -> Tensor:
+    """JSON values as a tensor [bytes] of uint8, for files that hold tensors alone."""
+    return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
 
 
-def decoded(tensor: Tensor) -> dict[str, str]:
+def decoded(tensor: Tensor) -> dict[str, Any]:
     """The inverse of :func:`encoded`.
 
     Raises:
-        ValueError: it does not hold texts by name.
+        ValueError: it does not hold a JSON object.
     """
     if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-        raise ValueError(f"got {_METADATA} of {tensor.dtype}, takes bytes")
-    found = json_object(bytes(tensor.tolist()).decode("utf-8"))
-    if not all(isinstance(value, str) for value in found.values()):
-        raise ValueError(f"got {_METADATA} that is no text, takes text")
-    return found
+        raise ValueError(f"got {tensor.dtype} of shape {list(tensor.shape)}, takes bytes of JSON")
+    return json_object(bytes(tensor.tolist()).decode("utf-8"))
 
 
 def find(name_or_folder: str | Path | Source, file: str) -> Path:

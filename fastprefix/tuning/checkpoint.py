@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastprefix.files import read_safetensors, reason
 from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_files import CONFIG_FILE, decoded, encoded
 
@@ -86,12 +86,14 @@ def read_checkpoint(place: Source, model_class: str) -> Checkpoint | None:
         return None
     try:
         if file.suffix == ".safetensors":
-            state = load_file(file)
+            state, _ = read_safetensors(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
         told = decoded(state[EXTRA]) if EXTRA in state else None
+        if told is not None and told.keys() != {"model_class", "adapters", "active"}:
+            raise ValueError(f"got {sorted(told)} of its model, which no version writes")
     except Exception as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{file}: {reason(error)}") from error
     if told is None:
         raise ValueError(
             f"{file}: got parameters without a configuration of fastprefix, takes an adapter's "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import (
     Seq2SeqTrainer,
@@ -21,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils.generic import find_labels
 
-from fastprefix.files import remove_leftovers, written_together
+from fastprefix.files import reason, remove_leftovers, written_together
 from fastprefix.hf.versions import checkpointing_arguments
 from fastprefix.tuning.callbacks import PrefixMonitor, ProgressiveLayers, ProgressiveLength
 from fastprefix.tuning.model import PrefixTuningModel
@@ -123,12 +125,10 @@ class _SavesTheAdapter(_Base):
         folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            with written_together(folder) as self._partial:
+            with written_together(folder) as self._partial, _named(folder / name):
                 # transformers' own looks here for the best checkpoint, and for old ones to delete
                 super()._save_checkpoint(model, trial)
                 self._tell_best(folder, self._partial / name)
-        except RuntimeError as error:  # of torch.save, on a full disk say
-            raise OSError(f"output_dir: {folder / name} cannot be written: {error}") from error
         finally:
             self._partial = None
         if self.args.push_to_hub:
@@ -158,6 +158,25 @@ class _SavesTheAdapter(_Base):
             self.state.best_model_checkpoint = str(place)
         if self.args.should_save:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+
+@contextlib.contextmanager
+def _named(checkpoint: Path) -> Iterator[None]:
+    """Errors of writing that say which checkpoint it was."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        told = str(error).splitlines()[0] if str(error) else repr(error)
+        torchs = any(mark in told for mark in ("inline_container", "StreamWriter", "iostream"))
+        if isinstance(error, OSError):
+            if error.strerror is None:  # which says what it is about
+                raise
+            told = reason(error)
+        elif isinstance(error, SafetensorError):
+            told = reason(error)
+        elif not torchs:
+            raise
+        raise OSError(f"output_dir: {checkpoint} cannot be written: {told}") from error
 
 
 class PrefixTrainer(_SavesTheAdapter, Trainer):
