@@ -45,7 +45,8 @@ def load_records(path: str | PathLike[str]) -> list[Record]:
     A file whose name ends in ``.jsonl`` holds a JSON object a line,
     ``{"attributes": {"name": "..."}, "description": "..."}``, where attributes are text. Any
     other file holds ``name : ... | price : ...||sentence`` on each line, as E2E does. Lines
-    of white space alone are skipped.
+    of white space alone are skipped. A line that was cut short is refused in a ``.jsonl`` file;
+    that lines are missing, or that a sentence of the other kind was cut, nothing tells.
 
     Raises:
         OSError: the file cannot be read.
