@@ -117,7 +117,7 @@ def written_together(folder: str | Path) -> Iterator[Path]:
             with _as_in(folder, partial):
                 yield partial
             _check_places(partial, folder)
-            for path in partial.rglob(f"*{GONE}"):
+            for path in list(partial.rglob(f"*{GONE}")):
                 there = folder / path.relative_to(partial)
                 if not os.path.lexists(there.with_name(there.name.removesuffix(GONE))):
                     path.unlink()

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastprefix.encoders import Encoder
 from fastprefix.hf.peft_base import BASE_FOLDER
 from fastprefix.tuning.base import TunedModel
-from fastprefix.tuning.checkpoint import described
 from fastprefix.tuning.config import PrefixConfig
 
 DEFAULT = "default"
@@ -72,19 +70,6 @@ class NamedAdapters(TunedModel):
     def active_adapters(self) -> list[str]:
         """The name of the active adapter, in a list as in PEFT."""
         return [self.active_adapter]
-
-    def get_extra_state(self) -> Tensor:
-        """As in the base class; of a prefix that grew, as long as it is."""
-        configs = {}
-        for name, config in self.prefix_configs.items():
-            encoder = self.encoders[name]
-            assert isinstance(encoder, Encoder)
-            layout = encoder.layout
-            lengths = None if config.layer_lengths is None else list(layout.lengths)
-            configs[name] = replace(
-                config, num_virtual_tokens=layout.num_virtual_tokens, layer_lengths=lengths
-            )
-        return described(type(self).__name__, configs, self.active_adapter)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Makes an adapter the active one, and the only one that is trained.

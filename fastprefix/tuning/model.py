@@ -87,6 +87,8 @@ class PrefixTuningModel(NamedAdapters):
         >>> tuned.save_pretrained("adapter")
     """
 
+    config_class = PrefixConfig
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -291,6 +293,14 @@ class PrefixTuningModel(NamedAdapters):
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 
+    def _config_as_it_stands(self, adapter_name: str) -> PrefixConfig:
+        """As in the base class; of a prefix that grew, as long as it is."""
+        config, encoder = self.prefix_configs[adapter_name], self.encoders[adapter_name]
+        assert isinstance(encoder, Encoder)
+        lengths = None if config.layer_lengths is None else list(encoder.layout.lengths)
+        P = encoder.layout.num_virtual_tokens
+        return replace(config, num_virtual_tokens=P, layer_lengths=lengths)
+
     def _save_adapter(self, place: Path, name: str, kv: PrefixKV, safe_serialization: bool) -> None:
         """Writes one adapter, exported, into a folder of its own."""
         config = self.prefix_configs[name]
@@ -358,7 +368,7 @@ class PrefixTuningModel(NamedAdapters):
                 what is inside the base.
             config: a :class:`PrefixConfig` or PEFT's for such prefixes, which the files must agree
                 with; of what they do not tell, dropout is taken from it.
-            torch_device: where the files are read to; the prefix ends on the base's device.
+            torch_device: a device, as in PEFT; the prefix is on the base's, whatever it is.
             low_cpu_mem_usage: as in PEFT; a prefix is small, and loaded the same way with either.
             subfolder: of model_id, where the files are.
             revision: of the repository: a branch, tag or commit.
@@ -377,7 +387,7 @@ class PrefixTuningModel(NamedAdapters):
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
         wanted = None if config is None else as_prefix_config(config)
         model = unwrap(model)
-        if (saved := read_checkpoint(place, cls.__name__)) is not None:
+        if (saved := read_checkpoint(place, cls.config_class.model_class)) is not None:
             return cls._of_checkpoint(
                 model, saved, adapter_name, is_trainable, wanted, place, check, fallback
             )
@@ -411,7 +421,7 @@ class PrefixTuningModel(NamedAdapters):
         """All adapters, by the names that they had; one alone by the name that is given."""
         saved = saved.called(adapter_name)
         settings = {name: {**one, "fallback": fallback} for name, one in saved.adapters.items()}
-        configs = {name: PrefixConfig(**one) for name, one in settings.items()}
+        configs = {name: saved.config(PrefixConfig, one) for name, one in settings.items()}
         if wanted is not None:
             agreed(wanted, configs[saved.active], place)
         first, *others = settings
@@ -464,6 +474,11 @@ class PrefixTuningModel(NamedAdapters):
         """
         hub.check_loading(torch_device, low_cpu_mem_usage)
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
+        if (saved := read_checkpoint(place, self.config_class.model_class)) is not None:
+            raise ValueError(
+                f"{saved.file}: got a Trainer's checkpoint, takes an adapter's folder; "
+                "from_pretrained loads it, and save_pretrained then writes one"
+            )
         adapter, config = _load(place, self.base_model)
         if adapter.heads:
             raise ValueError(

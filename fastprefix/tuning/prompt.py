@@ -80,6 +80,7 @@ class PromptTuningModel(TunedModel):
     """
 
     encoder: PromptEncoder
+    config_class = PromptConfig
 
     def __init__(
         self,
@@ -370,7 +371,7 @@ class PromptTuningModel(TunedModel):
             is_trainable: whether to train the prompt further (directly; a network is gone).
             config: a :class:`PromptConfig` or PEFT's for such prompts, which the files must agree
                 with.
-            torch_device: where the files are read to; the prompt ends on the base's device.
+            torch_device: a device, as in PEFT; the prompt is on the base's, whatever it is.
             low_cpu_mem_usage: as in PEFT; a prompt is small, and loaded the same way with either.
             subfolder: of model_id, where the files are.
             revision: of the repository: a branch, tag or commit.
@@ -388,7 +389,7 @@ class PromptTuningModel(TunedModel):
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
         wanted = None if config is None else as_prompt_config(config)
         model = unwrap(model)
-        if (saved := read_checkpoint(place, cls.__name__)) is not None:
+        if (saved := read_checkpoint(place, cls.config_class.model_class)) is not None:
             return cls._of_checkpoint(model, saved, is_trainable, wanted, place)
         prompt = load_prompt(place, embedding_weight(model).shape[1])
         found = PromptConfig(
@@ -420,7 +421,7 @@ class PromptTuningModel(TunedModel):
         place: Source,
     ) -> PromptTuningModel:
         (settings,) = saved.adapters.values()
-        config = PromptConfig(**settings)
+        config = saved.config(PromptConfig, settings)
         if wanted is not None:
             agreed(wanted, config, place)
         with as_it_was(model, lambda _: None):

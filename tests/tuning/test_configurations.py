@@ -262,5 +262,5 @@ def test_inference_mode_leaves_a_lora_inside_the_base_alone(tiny):
 
 
 def test_groups_are_checked_once_and_well():
-    with pytest.raises(ValueError, match="groups: got .*layers or layer_lengths"):
+    with pytest.raises(ValueError, match=r"groups: got .*layers or layer_lengths"):
         PrefixConfig(4, groups=("encoder",), layers=[0])
