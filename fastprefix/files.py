@@ -6,8 +6,9 @@ folder, which nobody reads and the next one that writes there removes.
 
 Several files that belong together (an adapter's configuration and its weights) take their places
 one after the other, which no rename does at once. Their folder is called ``.fastprefix-*.whole``
-from the moment at which all of them are complete: whoever finds one, after a kill, moves the rest
-of it to its place before reading or writing there.
+from the moment at which all of them are complete: whatever of ours finds one, after a kill, moves
+the rest of it to its place before reading or writing there. (Another library that reads first,
+PEFT say, may find some files of both savings.)
 
 A safetensors file of ours holds a sha256 of all that is in it, names and metadata included. Files
 without one (PEFT's, and our own of before) are read all the same: of those, a damaged number is
@@ -164,6 +165,11 @@ def remove_leftovers(folder: Path) -> None:
     for partial in folder.glob(f"{_START}*{_PARTIAL}"):
         if not partial.is_symlink() and _is_left(partial):
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a folder, by its name, is one in which files are written, or were by a killed one."""
+    return path.name.startswith(_START) and path.suffix in (_PARTIAL, _WHOLE)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastprefix.cli.console import console
-from fastprefix.files import opened
+from fastprefix.files import finish, is_leftover, opened
 from fastprefix.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from fastprefix.hf.peft_format import (
     OWN_KIND,
@@ -180,11 +180,12 @@ def _find(source: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
         return [source], left
 
     def walk(folder: Path) -> Iterator[Path]:
+        finish(folder)
         if (folder / CONFIG_FILE).is_file():
             yield folder
             return
         for path in sorted(folder.iterdir()):
-            if path.is_symlink():
+            if path.is_symlink() or is_leftover(path):
                 continue
             if path.is_dir():
                 yield from walk(path)

@@ -175,7 +175,7 @@ class KVBudget:
                 home = before.home if before is not None else self.folder / file_name(name)
                 assert isinstance(home, Path)
                 with self._index(name, (priority, pinned)):
-                    kv.write(home, durable=False)
+                    kv.save(home, durable=False)
                     version = _version(home)
             self._entries.pop(name, None)
             entry = _Entry(
@@ -454,8 +454,9 @@ def _read_index(file: Path) -> dict[str, tuple[int, bool]]:
         return {}
     try:
         found = read_json(file)
-        if "prefixes" in found and "priority" not in found["prefixes"]:
-            found = found["prefixes"]  # files of older versions have but these
+        inside = found.get("prefixes", {})
+        if "prefixes" in found and not isinstance(inside.get("priority"), int):
+            found = inside  # in files of older versions there is nothing around it
         return {n: (int(e["priority"]), bool(e["pinned"])) for n, e in found.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(

@@ -302,29 +302,21 @@ class PrefixKV:
         """
         return self.map(lambda x: x.detach().clone(memory_format=torch.contiguous_format))
 
-    def save(self, file: str | Path) -> None:
+    def save(self, file: str | Path, *, durable: bool = True) -> None:
         """Writes a safetensors file; :meth:`load` reads it back bit for bit.
 
         The file is whole or, where writing fails or the process is killed, as it was before; a
         kill can leave a folder ``.fastprefix-*.partial`` beside it. It holds a sha256, by which
         :meth:`load` notices what became of it since.
 
+        Args:
+            file: replaced if it exists.
+            durable: whether to wait until the disk has it, as for what a loss of power must not
+                take.
+
         Raises:
             OSError: it cannot be written.
             ValueError: the values are not all finite; no file could be loaded again.
-        """
-        self.write(file)
-
-    def write(self, file: str | Path, *, durable: bool = True) -> None:
-        """What :meth:`save` does, if need be without waiting for the disk.
-
-        Args:
-            file: see :meth:`save`.
-            durable: see :func:`fastprefix.files.written_whole`.
-
-        Raises:
-            OSError: see :meth:`save`.
-            ValueError: see :meth:`save`.
         """
         self._check_finite("kv")
         tensors = {}

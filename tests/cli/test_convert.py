@@ -224,6 +224,15 @@ def test_a_replaced_folder_keeps_its_other_files(theirs, ids, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
+def test_what_a_killed_process_left_is_no_source(theirs, ids, tmp_path):
+    theirs("PREFIX_TUNING", tmp_path / "many" / "a", ids)
+    left = tmp_path / "many" / f".fastprefix-{'0' * 8}-1-{'0' * 32}.partial"
+    theirs("PREFIX_TUNING", left / "half", ids)
+    result = run(tmp_path / "many", tmp_path / "out", "--to", "fastprefix")
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.safetensors"]
+
+
 @pytest.mark.parametrize("to", ["fastprefix", "CARTRIDGE"])
 def test_no_target_is_ever_half_written(theirs, ids, to, tmp_path, monkeypatch):
     theirs("PREFIX_TUNING", tmp_path / "a", ids)

@@ -219,6 +219,12 @@ def test_an_index_of_a_budget(tmp_path):
         refused += 1
     # but for spaces that became other white space
     assert refused > len(damaged) - content.count(b" ") - content.count(b"\n")
+    for name in ("priority", "pinned", "prefixes", "sha256"):  # words of the index itself
+        budget.put(name, make(), priority=9)
+    assert KVBudget(10_000, tmp_path)._entries["b"].pinned
+    for name in ("priority", "pinned", "prefixes", "sha256"):
+        assert KVBudget(10_000, tmp_path)._entries[name].priority == 9
+        budget.remove(name)
     index.write_text(json.dumps({"a": {"priority": 1, "pinned": False}}))  # of an older version
     assert state() == [("a", 1, False), ("b", 0, False)]
 
