@@ -151,7 +151,7 @@ class KVBudget:
         Raises:
             TypeError: name is not text.
             ValueError: no name or too long a one, kv requires gradients, or, with a folder, is not
-                all finite.
+                all finite, or the folder's index is damaged.
             KVBudgetError: pinned, and it does not fit beside the other pinned ones.
             OSError: its file cannot be written; the one before it stays.
         """

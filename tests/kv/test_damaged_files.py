@@ -219,6 +219,9 @@ def test_an_index_of_a_budget(tmp_path):
         refused += 1
     # but for spaces that became other white space
     assert refused > len(damaged) - content.count(b" ") - content.count(b"\n")
+    with pytest.raises(ValueError, match="does not hold priorities and pins"):
+        budget.put("a", make())  # nor does a budget that is open write over it
+    index.write_bytes(content)
     for name in ("priority", "pinned", "prefixes", "sha256"):  # words of the index itself
         budget.put(name, make(), priority=9)
     assert KVBudget(10_000, tmp_path)._entries["b"].pinned
