@@ -34,7 +34,7 @@ def load(device: str) -> dict[str, Tile]:
         device: its name, as the driver says it.
 
     Raises:
-        ValueError: the file does not hold tiles.
+        ValueError: the file does not hold tiles, or not those that were saved.
     """
     try:
         file = _cache(device).get_file(_FILE)
@@ -44,14 +44,14 @@ def load(device: str) -> dict[str, Tile]:
         return {}
     try:
         found = json.loads(Path(file).read_text())
-        tiles = {str(name): Tile(*numbers) for name, numbers in found.items()}
-        sound = all(_sound(tile) for tile in tiles.values())
-    except (ValueError, TypeError, AttributeError):
+        tiles = {str(name): Tile(*numbers) for name, numbers in found["tiles"].items()}
+        sound = all(_sound(tile) for tile in tiles.values()) and _digest(tiles) == found["sha256"]
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(
-            f"{file}: no tiles (rows, keys, warps and stages of each) in it; delete it, or tune "
-            "again"
+            f"{file}: no tiles (rows, keys, warps and stages of each) in it, or damaged ones; "
+            "delete it and tune again"
         )
     return tiles
 
@@ -61,6 +61,10 @@ def _sound(tile: Tile) -> bool:
     return powers and min(tile.rows, tile.keys) >= 16 and isinstance(tile.stages, int)
 
 
+def _digest(tiles: Mapping[str, Tile]) -> str:
+    return hashlib.sha256(json.dumps(tiles, sort_keys=True).encode()).hexdigest()
+
+
 def save(device: str, tiles: Mapping[str, Tile]) -> Path:
     """Keeps tiles for a device, those of earlier that have other names too.
 
@@ -68,4 +72,5 @@ def save(device: str, tiles: Mapping[str, Tile]) -> Path:
         The file that holds them.
     """
     kept = load(device) | dict(tiles)
-    return Path(_cache(device).put(json.dumps(kept, indent=1), _FILE, binary=False))
+    text = json.dumps({"tiles": kept, "sha256": _digest(kept)}, indent=1)
+    return Path(_cache(device).put(text, _FILE, binary=False))

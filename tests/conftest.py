@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,20 +57,37 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """``models.py`` beside this file: tiny models, padded batches, oracles.
-
-    Test files cannot import each other in importlib mode.
-    """
-    spec = importlib.util.spec_from_file_location(
-        "tiny_models", Path(__file__).with_name("models.py")
-    )
+def _beside(file: str) -> ModuleType:
+    """A file beside this one: test files cannot import each other in importlib mode."""
+    path = Path(__file__).with_name(file)
+    spec = importlib.util.spec_from_file_location(f"tiny_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """``models.py`` beside this file: tiny models, padded batches, oracles."""
+    return _beside("models.py")
+
+
+@pytest.fixture(scope="session")
+def interruptions() -> ModuleType:
+    """``interruptions.py`` beside this file: children that are killed, or have no room."""
+    return _beside("interruptions.py")
+
+
+@pytest.fixture
+def ram_path(tmp_path: Path) -> Iterator[Path]:
+    """As tmp_path, in memory where that can be: for thousands of files, each waited for."""
+    if not Path("/dev/shm").is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(params=["llama", "qwen2", "gpt2"])

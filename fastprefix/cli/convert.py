@@ -1,14 +1,11 @@
 """``fastprefix convert``: prefixes and prompts from one kind of file into another.
 
-All sources are read and checked before anything is written; each target is written beside its
-place and then takes it, so that none is ever half there.
+All sources are read and checked before anything is written; each target takes its place whole, so
+that none is ever half there.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +14,14 @@ from typing import Any
 import torch
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastprefix.cli.console import console, working
 from fastprefix.cli.errors import blaming, complain
 from fastprefix.cli.inputs import place_to_write
 from fastprefix.cli.loading import load_causal, load_config, load_seq2seq
+from fastprefix.files import finish, is_leftover, opened
 from fastprefix.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from fastprefix.hf.peft_format import (
     OWN_KIND,
@@ -173,11 +171,12 @@ def _find(source: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
         return [source], left
 
     def walk(folder: Path) -> Iterator[Path]:
+        finish(folder)
         if (folder / CONFIG_FILE).is_file():
             yield folder
             return
         for path in sorted(folder.iterdir()):
-            if path.is_symlink():
+            if path.is_symlink() or is_leftover(path):
                 continue
             if path.is_dir():
                 yield from walk(path)
@@ -201,9 +200,9 @@ def _find(source: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
 
 def _is_prefix(file: Path) -> bool:
     try:
-        with safe_open(file, framework="pt") as opened:
-            return "fastprefix-kv" in (opened.metadata() or {})
-    except (SafetensorError, OSError):
+        with opened(file) as content:
+            return "fastprefix-kv" in (content.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
         return False
 
 
@@ -336,28 +335,9 @@ def _computed(found: Source, base: Base) -> PrefixKV:
 
 
 def _replace(target: Path, write: Callable[[Path], None]) -> None:
-    """Writes beside the target, then puts it in its place; of a folder, other files stay."""
+    """Puts a target in its place, whole; of a folder, other files stay."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    made, before = scratch / "made", scratch / "before"
-    try:
-        write(made)
-        if not target.is_dir():
-            os.replace(made, target)
-            return
-        for path in target.iterdir():
-            if not (made / path.name).exists():
-                copy: Any = shutil.copytree if path.is_dir() else shutil.copy2
-                copy(path, made / path.name)
-        os.rename(target, before)
-        try:
-            os.rename(made, target)
-        except BaseException:
-            os.rename(before, target)
-            raise
-    finally:
-        if target.exists() or not before.exists():  # else it has all that is left of the target
-            shutil.rmtree(scratch, ignore_errors=True)
+    write(target)
 
 
 def _table(steps: list[Step], dry_run: bool) -> Table:

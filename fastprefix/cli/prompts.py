@@ -11,14 +11,15 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import CHAT_TEMPLATE_FILE
 
-from fastprefix.cli.outputs import write_text
+from fastprefix.files import written_whole
 from fastprefix.hf.peft_files import find
 from fastprefix.tasks.encode import encode_start, prompt_template
 
 
 def save_template(tokenizer: Tokenizer, adapter: Path) -> None:
     """Keeps beside an adapter how its prompts were written in training."""
-    write_text(adapter / CHAT_TEMPLATE_FILE, prompt_template(tokenizer))
+    with written_whole(adapter / CHAT_TEMPLATE_FILE) as partial:
+        partial.write_text(prompt_template(tokenizer), encoding="utf-8")
 
 
 def template_of(adapter: str | None, tokenizer: Tokenizer) -> str | None:

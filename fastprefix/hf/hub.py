@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastprefix.files import finish
+
 
 @dataclass(frozen=True)
 class Source:
@@ -40,8 +42,10 @@ class Source:
 
         Raises:
             FileNotFoundError: no such folder, or no such file in it.
+            ValueError: see :func:`fastprefix.files.finish`.
         """
         if (folder := self.folder) is not None:
+            finish(folder)
             path = folder / file
             if not path.is_file():
                 raise FileNotFoundError(f"{self}: no {file} in this folder")

@@ -12,15 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastprefix.files import (
+    read_json,
+    read_safetensors,
+    reason,
+    write_safetensors,
+    written_together,
+)
 from fastprefix.hf.hub import Source, source
-from fastprefix.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE, find
+from fastprefix.hf.peft_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    agreed,
+    find,
+    saved_with,
+    told_in,
+)
 
 BASE_FOLDER = "base_model"
 _PREFIX = "base_model.model."  # of PEFT's names, which count from its wrapper
+# Fields by which PEFT imports modules, or reads files, that a configuration names.
+_ELSEWHERE = ("adapters", "megatron_config")
 
 
 def unwrap(model: Any) -> Any:
@@ -53,11 +68,11 @@ def freeze(model: PreTrainedModel) -> None:
         model.requires_grad_(False)
 
 
-def save_base_adapter(folder: Path, model: PreTrainedModel) -> None:
-    """Writes the active adapter inside a model into a sub-folder, which PEFT loads.
+def check_base_adapter(folder: Path, model: PreTrainedModel) -> None:
+    """Whether the active adapter inside a model can be saved in a folder.
 
     Raises:
-        ValueError: several are active, or the folder holds one of another model.
+        ValueError: several are active, or there is none and the folder holds one of another model.
     """
     folder = folder / BASE_FOLDER
     if not has_base_adapters(model):
@@ -72,14 +87,25 @@ def save_base_adapter(folder: Path, model: PreTrainedModel) -> None:
         raise ValueError(
             f"base_model: got {names} as active PEFT adapters inside it, takes one to be saved"
         )
-    weights = {name: x.clone().contiguous() for name, x in _weights(model, names[0]).items()}
-    config = copy.copy(model.peft_config[names[0]])
+
+
+def save_base_adapter(folder: Path, model: PreTrainedModel) -> None:
+    """Writes the active adapter inside a model, if any, into a sub-folder, which PEFT loads.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: see :func:`check_base_adapter`.
+    """
+    check_base_adapter(folder, model)
+    if not has_base_adapters(model):
+        return
+    (name,) = _active(model)
+    config = copy.copy(model.peft_config[name])
     config.inference_mode = True
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{WEIGHTS_FILE}.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
-    partial.replace(folder / WEIGHTS_FILE)
-    config.save_pretrained(folder)
+    with written_together(folder / BASE_FOLDER) as partial:
+        config.save_pretrained(partial)
+        metadata = saved_with(read_json(partial / CONFIG_FILE))
+        write_safetensors(partial / WEIGHTS_FILE, _weights(model, name), metadata)
 
 
 def find_base_adapter(name_or_folder: str | Path | Source) -> Path | None:
@@ -98,11 +124,12 @@ def is_base_adapter(model: PreTrainedModel, folder: Path) -> bool:
 
     Raises:
         FileNotFoundError: a file is missing.
+        ValueError: a file is damaged.
     """
-    file = find(folder, WEIGHTS_FILE)
+    saved = _read(folder)
     if not has_base_adapters(model) or len(_active(model)) != 1:
         return False
-    saved, found = load_file(file), _weights(model, _active(model)[0])
+    found = _weights(model, _active(model)[0])
     return saved.keys() == found.keys() and all(
         x.shape == found[name].shape and torch.equal(x.to(found[name].dtype), found[name])
         for name, x in saved.items()
@@ -123,9 +150,9 @@ def load_base_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: boo
             "holds another; pass the model without"
         )
     file = find(folder, WEIGHTS_FILE)
+    saved = _read(folder)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        saved = load_file(file)
         if not all(torch.isfinite(x).all() for x in saved.values()):
             raise ValueError("holds a NaN or infinity")
         _put_in(model, folder, saved, is_trainable=is_trainable)
@@ -135,6 +162,33 @@ def load_base_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: boo
         for parameter in trained:
             parameter.requires_grad_(True)
         raise ValueError(f"{file}: {error}") from error
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    """A saved adapter's tensors, if its configuration names no code and no files elsewhere.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: it does, or a file is damaged.
+    """
+    config_file, file = find(folder, CONFIG_FILE), find(folder, WEIGHTS_FILE)
+    config = read_json(config_file)
+    for name in _ELSEWHERE:
+        if config.get(name):
+            raise ValueError(
+                f"{config_file}: got {name} {config[name]!r}, takes none: it names what lies "
+                "outside of this folder"
+            )
+    try:
+        saved, metadata = read_safetensors(file)
+        about = told_in(metadata)
+    except Exception as error:
+        raise ValueError(f"{file}: {reason(error)}") from error
+    whole = agreed(config, about, config_file, file)
+    lost = sorted(whole.keys() - config.keys())
+    if lost:  # PEFT reads the configuration itself, and would take its defaults
+        raise ValueError(f"{config_file}: got no {lost[0]}, takes {whole[lost[0]]!r}")
+    return saved
 
 
 def _weights(model: PreTrainedModel, adapter_name: str) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.encoders.flat import to_flat, to_prefix_kv
+from fastprefix.files import written_together
 from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_files import (
     AdapterFiles,
@@ -119,16 +120,17 @@ def save_adapter(
         safe_serialization: see :func:`fastprefix.hf.peft_files.write_adapter`.
 
     Raises:
+        OSError: it cannot be written.
         ValueError: unknown kind.
     """
     if kind not in PREFIX_KINDS:
         raise ValueError(f"kind: got {kind!r}, takes one of {PREFIX_KINDS}")
     why_not = refusal(kv, groups, sources)
     if why_not is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        kv.save(Path(folder) / KV_FILE)
         fields = {**_common(kv), "peft_type": OWN_KIND, "not_peft": why_not, "kind": kind, **config}
-        write_adapter(folder, fields, None, heads, safe_serialization=safe_serialization)
+        with written_together(folder) as partial:
+            kv.save(partial / KV_FILE)
+            write_adapter(partial, fields, None, heads, safe_serialization=safe_serialization)
         return
     submodules, decoder = 1, _decoder(groups)
     if decoder is not None:
@@ -183,8 +185,10 @@ def load_adapter(
                 f"{find(name_or_folder, KV_FILE)}: got layers of {_told(kv.shapes)}, takes "
                 f"{_told(shapes)} for this model"
             )
-        return Adapter(kv, config, read_heads(name_or_folder))
+        config, heads = read_heads(name_or_folder, (OWN_KIND,))
+        return Adapter(kv, config, heads)
     files = read_adapter(name_or_folder, PREFIX_KINDS)
+    config = files.config
     told = config.get("num_transformer_submodules") or 1
     decoder = _decoder(groups)
     if told != (1 if decoder is None else 2):
@@ -291,6 +295,11 @@ def _shapes(files: AdapterFiles) -> tuple[LayerShape, ...]:
     assert layers is not None
     assert heads is not None
     assert width is not None
+    if 2 * layers * width != files.embeddings.shape[1] or width % heads:
+        raise ValueError(
+            f"{files.config_file}: got num_layers {layers}, num_attention_heads {heads} and "
+            f"token_dim {width}, takes those of {files.embeddings.shape[1]} numbers a token"
+        )
     return (LayerShape(heads, width // heads, width // heads),) * layers
 
 

@@ -56,6 +56,7 @@ def save_prompt(
         safe_serialization: see :func:`fastprefix.hf.peft_files.write_adapter`.
 
     Raises:
+        OSError: it cannot be written.
         ValueError: unknown kind.
     """
     if kind not in (*PROMPT_KINDS, INFIX_KIND):
@@ -101,7 +102,7 @@ def load_prompt(name_or_folder: str | Path | Source, width: int | None = None) -
     """
     files = read_adapter(name_or_folder, (*PROMPT_KINDS, INFIX_KIND))
     config, rows = files.config, files.embeddings.shape[0]
-    P = config.get("num_virtual_tokens", rows)
+    P = config.get("num_virtual_tokens") or rows
     copies = config.get("num_transformer_submodules") or 1
     if P * copies != rows:
         raise ValueError(

@@ -175,10 +175,18 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
             return len(self._held if self.budget is None else self.budget)
 
     def _check(self, name: str, kv: PrefixKV) -> None:
-        other = next((one for one in self if one != name), None)
-        if other is None:
+        for other in self:
+            if other == name:
+                continue
+            try:
+                shapes = (
+                    self._held[other].shapes if self.budget is None else self.budget.shapes(other)
+                )
+                break
+            except KeyError:  # another process removed it just now
+                continue
+        else:
             return
-        shapes = self._held[other].shapes if self.budget is None else self.budget.shapes(other)
         if kv.shapes != shapes:
             raise ValueError(
                 f"kv: {name!r} has layers {list(kv.shapes)}, takes {list(shapes)} as {other!r}"

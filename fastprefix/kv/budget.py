@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,13 @@ from fastprefix.arguments import (
     methods_refuse_unknown_arguments,
     refuses_unknown_arguments,
 )
-from fastprefix.kv.prefix import PARTIAL, LayerShape, PrefixKV, measure, written_apart
+from fastprefix.files import json_text, locked, read_json, remove_leftovers, sealed, written_whole
+from fastprefix.kv.prefix import LayerShape, PrefixKV, measure
 
 _SUFFIX = ".safetensors"
-_INDEX = "index.json"
+_INDEX, _LOCK = "index.json", "index.lock"
+# What tells the files apart that have one name, one after the other.
+_Version = tuple[int, int, int]
 
 
 class KVBudgetError(RuntimeError):
@@ -61,6 +63,7 @@ class _Entry:
         used: when it was last asked for, in a count of all such questions.
         resident: on the device, None while evicted.
         home: where it stays for good: on the CPU, or the file.
+        version: of the file that the other fields are of.
     """
 
     nbytes: int
@@ -70,6 +73,7 @@ class _Entry:
     used: int
     resident: PrefixKV | None
     home: PrefixKV | Path
+    version: _Version | None = None
 
 
 @methods_refuse_unknown_arguments
@@ -80,10 +84,18 @@ class KVBudget:
     used for longest, and comes back when it is asked for. A prefix is in its home (a file, or the
     CPU's memory) before :meth:`put` returns, so that eviction only drops a copy: with a folder, a
     process that is killed at any moment loses nothing that it had put, and a new KVBudget on the
-    folder finds it. One process at a time may use a folder; its threads may share a budget.
+    folder finds it. (What was put in the seconds before a loss of power may be lost; a file of
+    which that left a part is refused by name.) Threads may share a budget.
 
-    A prefix that a caller still holds is not freed by its eviction; only copies that the budget
-    itself keeps are counted.
+    Room is made before a prefix comes to the device, so that what the budget keeps there never
+    takes more than max_bytes, not for a moment. A prefix that a caller still holds is not freed by
+    its eviction; only copies that the budget itself keeps are counted.
+
+    Several processes may use a folder, each with a limit and evictions of its own. Each sees what
+    the others put, replace and remove when it next asks for it: a prefix that it has on its device
+    is loaded again if its file is another by then. Of two that put the same name, the last stays,
+    with its priority and pin. Priorities and pins that another process sets are found when a folder
+    is opened, or a prefix first met. They write one at a time (not so on Windows).
 
     Args:
         max_bytes: that resident prefixes may take together.
@@ -95,9 +107,10 @@ class KVBudget:
 
     Raises:
         NotADirectoryError: the folder is a file.
+        OSError: the folder cannot be made.
         TypeError: max_bytes is no whole number, folder no path, or device no device.
-        ValueError: max_bytes is below 0, no such device, no folder for device "cpu", or a file in
-            the folder is not whole.
+        ValueError: max_bytes is below 0, no such device, no folder for device "cpu", a file in the
+            folder is not whole, or two are of the same prefix.
         KVBudgetError: what is pinned in the folder does not fit.
     """
 
@@ -153,8 +166,9 @@ class KVBudget:
             TypeError: name is not text, kv no PrefixKV, priority no whole number, or pinned neither
                 True nor False.
             ValueError: no name or too long a one, kv requires gradients, or, with a folder, is not
-                all finite.
+                all finite, or the folder's index is damaged.
             KVBudgetError: pinned, and it does not fit beside the other pinned ones.
+            OSError: its file cannot be written; the one before it stays.
         """
         check_name(name)
         check_type("kv", kv, PrefixKV, "a PrefixKV")
@@ -172,17 +186,28 @@ class KVBudget:
                     f"{others:,} of {self.max_bytes:,}"
                 )
             home: PrefixKV | Path
+            version = None
             if self.folder is None:
-                home = kv.to("cpu").detach()
+                home = _copied(kv, torch.device("cpu"))
             else:
-                home = self.folder / file_name(name)
-                kv.save(home)
+                self._known(name)
+                before = self._entries.get(name)
+                home = before.home if before is not None else self.folder / file_name(name)
+                assert isinstance(home, Path)
+                with self._index(name, (priority, pinned)):
+                    kv.save(home, durable=False)
+                    version = _version(home)
             self._entries.pop(name, None)
-            entry = _Entry(kv.nbytes, kv.shapes, priority, pinned, self._tick(), None, home)
+            entry = _Entry(
+                kv.nbytes, kv.shapes, priority, pinned, self._tick(), None, home, version
+            )
             self._entries[name] = entry
-            self._write_index()
+            evicted = self._make_room(entry)
+            if evicted is None:
+                return []
             # a copy: what a caller does to his must not change what was put
-            return self._admit(name, entry, kv.to(self.device).detach())
+            entry.resident = _copied(kv, self.device)
+            return evicted
 
     def get(self, name: str) -> PrefixKV:
         """A prefix on the device, brought back if it had been evicted.
@@ -197,12 +222,15 @@ class KVBudget:
             entry = self._entry(name)
             entry.used = self._tick()
             if entry.resident is None:
+                fits = self._make_room(entry) is not None
                 home = entry.home
-                if isinstance(home, Path):
-                    kv = PrefixKV.load(home, self.device)
-                else:
-                    kv = home.to(self.device)
-                self._admit(name, entry, kv)
+                try:
+                    kv = PrefixKV.load(home, self.device) if isinstance(home, Path) else home
+                except FileNotFoundError:  # another process removed it just now
+                    return self.get(name)
+                kv = kv.to(self.device)
+                if fits and kv.nbytes == entry.nbytes:
+                    entry.resident = kv
                 return kv
             return entry.resident
 
@@ -224,9 +252,9 @@ class KVBudget:
         with self._lock:
             entry = self._entry(name)
             if isinstance(entry.home, Path):
-                entry.home.unlink(missing_ok=True)
+                with self._index(name, None):
+                    entry.home.unlink(missing_ok=True)
             del self._entries[name]
-            self._write_index()
 
     def evict(self, name: str) -> Eviction | None:
         """Sends a prefix home by hand; None where it is there already.
@@ -250,8 +278,9 @@ class KVBudget:
             KeyError: no prefix of this name.
         """
         with self._lock:
-            self._entry(name).priority = priority
-            self._write_index()
+            entry = self._entry(name)
+            entry.priority = priority
+            self._tell(name, entry)
 
     def pin(self, name: str) -> None:
         """Keeps a prefix on the device from now on, and brings it there.
@@ -270,7 +299,7 @@ class KVBudget:
                 )
             self.get(name)
             entry.pinned = True
-            self._write_index()
+            self._tell(name, entry)
 
     def unpin(self, name: str) -> None:
         """Lets a prefix be evicted again.
@@ -279,35 +308,79 @@ class KVBudget:
             KeyError: no prefix of this name.
         """
         with self._lock:
-            self._entry(name).pinned = False
-            self._write_index()
+            entry = self._entry(name)
+            entry.pinned = False
+            self._tell(name, entry)
 
     def __contains__(self, name: object) -> bool:
         """Whether a prefix of this name was put."""
         with self._lock:
-            return name in self._entries
+            return isinstance(name, str) and self._known(name)
 
     def __iter__(self) -> Iterator[str]:
         """All names, wherever the prefixes are."""
         with self._lock:
-            return iter(tuple(self._entries))
+            return iter(self._names())
 
     def __len__(self) -> int:
         """Number of prefixes, wherever they are."""
         with self._lock:
-            return len(self._entries)
+            return len(self._names())
 
     def _entry(self, name: str) -> _Entry:
-        if name not in self._entries:
-            raise KeyError(f"no prefix {name!r}; there are {sorted(self._entries)}")
+        if not self._known(name):
+            raise KeyError(f"no prefix {name!r}; there are {sorted(self._names())}")
         return self._entries[name]
+
+    def _names(self) -> tuple[str, ...]:
+        """Of the prefixes that are there now, the oldest of this budget first."""
+        if self.folder is None:
+            return tuple(self._entries)
+        there = names_in(self.folder)
+        for name in [name for name in self._entries if name not in there]:
+            del self._entries[name]
+        return (*self._entries, *(name for name in there if name not in self._entries))
+
+    def _known(self, name: str) -> bool:
+        """Whether there is a prefix of a name, with what its file now says in its entry."""
+        entry = self._entries.get(name)
+        if self.folder is None:
+            return entry is not None
+        if entry is None:
+            home: PrefixKV | Path | None = names_in(self.folder).get(name)
+        else:
+            home = entry.home
+        if not isinstance(home, Path):
+            return False
+        try:
+            version = _version(home)
+            if entry is not None and entry.version == version:
+                return True
+            nbytes, shapes = measure(home)
+        except FileNotFoundError:
+            self._entries.pop(name, None)
+            return False
+        if entry is None:
+            priority, stays = self._read_index().get(name, (0, False))
+            entry = _Entry(nbytes, shapes, priority, False, self._tick(), None, home, version)
+            self._entries[name] = entry
+            entry.pinned = stays and self._fits_pinned(entry)
+        else:
+            entry.nbytes, entry.shapes, entry.version = nbytes, shapes, version
+            entry.resident = None
+            entry.pinned = entry.pinned and self._fits_pinned(entry)
+        return True
+
+    def _fits_pinned(self, entry: _Entry) -> bool:
+        others = sum(e.nbytes for e in self._entries.values() if e.pinned and e is not entry)
+        return others + entry.nbytes <= self.max_bytes
 
     def _tick(self) -> int:
         self._clock += 1
         return self._clock
 
-    def _admit(self, name: str, entry: _Entry, kv: PrefixKV) -> list[Eviction]:
-        """Makes room and keeps a prefix; leaves everything where no room can be made."""
+    def _make_room(self, entry: _Entry) -> list[Eviction] | None:
+        """What was evicted for an entry; None, and nothing is, where no room can be made."""
         free = self.max_bytes - self.resident_bytes
         leaving = []
         candidates = [
@@ -321,10 +394,8 @@ class KVBudget:
             leaving.append(other_name)
             free += self._entries[other_name].nbytes
         if free < entry.nbytes:
-            return []
-        evicted = [self._evict(other, self._entries[other]) for other in leaving]
-        entry.resident = kv
-        return evicted
+            return None
+        return [self._evict(other, self._entries[other]) for other in leaving]
 
     def _evict(self, name: str, entry: _Entry) -> Eviction:
         entry.resident = None
@@ -335,14 +406,16 @@ class KVBudget:
 
     def _open(self, folder: Path) -> None:
         """Finds what an earlier budget put here; files it was still writing are not among it."""
-        index = folder / _INDEX
-        about = _read_index(index) if index.is_file() else {}
-        for leftover in folder.glob("*".join(PARTIAL)):
-            shutil.rmtree(leftover)
+        about = self._read_index()
+        remove_leftovers(folder)
         for name, file in names_in(folder).items():
-            nbytes, shapes = measure(file)
+            try:
+                version = _version(file)
+                nbytes, shapes = measure(file)
+            except FileNotFoundError:  # another process removed it just now
+                continue
             priority, stays = about.get(name, (0, False))
-            entry = _Entry(nbytes, shapes, priority, stays, self._tick(), None, file)
+            entry = _Entry(nbytes, shapes, priority, stays, self._tick(), None, file, version)
             self._entries[name] = entry
         pinned = {name: entry for name, entry in self._entries.items() if entry.pinned}
         needed = sum(entry.nbytes for entry in pinned.values())
@@ -354,23 +427,62 @@ class KVBudget:
         for name in pinned:
             self.get(name)
 
-    def _write_index(self) -> None:
-        if self.folder is None:
-            return
-        about = {n: {"priority": e.priority, "pinned": e.pinned} for n, e in self._entries.items()}
-        text = json.dumps(about, indent=2, sort_keys=True) + "\n"
-        with written_apart(self.folder / _INDEX) as partial:
-            partial.write_text(text, encoding="utf-8")
+    def _read_index(self) -> dict[str, tuple[int, bool]]:
+        """Priority, and whether it is pinned, by name."""
+        assert self.folder is not None
+        return _read_index(self.folder / _INDEX)
+
+    @contextlib.contextmanager
+    def _index(self, name: str, told: tuple[int, bool] | None) -> Iterator[None]:
+        """Writes a prefix's priority and pin, or that it has none, into the folder's index.
+
+        The block is what goes with it: no other process changes the folder meanwhile, and the
+        index is as it was if it raises.
+        """
+        assert self.folder is not None
+        with locked(self.folder / _LOCK):
+            index = self._read_index()
+            index.pop(name, None)
+            there = names_in(self.folder)
+            index = {one: entry for one, entry in index.items() if one in there}
+            if told is not None:
+                index[name] = told
+            about = {one: {"priority": p, "pinned": stays} for one, (p, stays) in index.items()}
+            with written_whole(self.folder / _INDEX, durable=False) as partial:
+                # written first: a disk that is full refuses it before anything has changed
+                partial.write_text(json_text(sealed({"prefixes": about})), encoding="utf-8")
+                yield
+
+    def _tell(self, name: str, entry: _Entry) -> None:
+        """Writes an entry's priority and pin into the folder's index."""
+        if self.folder is not None:
+            with self._index(name, (entry.priority, entry.pinned)):
+                pass
+
+
+def _version(file: Path) -> _Version:
+    told = file.stat()
+    return told.st_ino, told.st_mtime_ns, told.st_size
+
+
+def _copied(kv: PrefixKV, device: torch.device) -> PrefixKV:
+    """In memory of its own, by one copy."""
+    return kv.map(lambda x: x.detach().to(device, copy=True, memory_format=torch.contiguous_format))
 
 
 def _read_index(file: Path) -> dict[str, tuple[int, bool]]:
-    """Priority, and whether it is pinned, by name."""
+    """Priority, and whether it is pinned, by name; none of either where there is no file."""
+    if not file.is_file():
+        return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
+        inside = found.get("prefixes", {})
+        if "prefixes" in found and not isinstance(inside.get("priority"), int):
+            found = inside  # in files of older versions there is nothing around it
         return {n: (int(e["priority"]), bool(e["pinned"])) for n, e in found.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
-            f"folder: {file} does not hold priorities and pins ({error!r}); without this file all "
+            f"folder: {file} does not hold priorities and pins ({error}); without this file all "
             "prefixes have priority 0"
         ) from error
 
@@ -407,9 +519,21 @@ def file_name(name: str) -> str:
 
 
 def names_in(folder: Path) -> dict[str, Path]:
-    """The prefixes of a folder: files by name."""
-    files = sorted(folder.glob(f"*{_SUFFIX}"))
-    return {unquote(file.name[: -len(_SUFFIX)]): file for file in files}
+    """The prefixes of a folder: files by name.
+
+    Raises:
+        ValueError: two files are of one name, which both can be read as.
+    """
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob(f"*{_SUFFIX}")):
+        name = unquote(file.name[: -len(_SUFFIX)])
+        if name in found:
+            raise ValueError(
+                f"folder: {folder} has {found[name].name} and {file.name}, both for the prefix "
+                f"{name!r}; takes one of them"
+            )
+        found[name] = file
+    return found
 
 
 @methods_refuse_unknown_arguments

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastprefix.arguments import (
@@ -24,6 +20,14 @@ from fastprefix.arguments import (
     check_whole,
     methods_refuse_unknown_arguments,
     shown,
+)
+from fastprefix.files import (
+    header_bytes,
+    json_object,
+    opened,
+    read_safetensors,
+    reason,
+    write_safetensors,
 )
 from fastprefix.kv.reweighting import Reweighting, kind_of
 from fastprefix.kv.states import LayerState, checked, mapped, named, outline, restored, tensors_of
@@ -36,8 +40,6 @@ if TYPE_CHECKING:
 Group = Literal["encoder", "decoder", "cross"]
 
 _FORMAT = "fastprefix-kv"
-# Beginning and end of the folders in which files are written; a killed process may leave one.
-PARTIAL = (".fastprefix-", ".partial")
 
 
 @methods_refuse_unknown_arguments
@@ -336,11 +338,17 @@ class PrefixKV:
         """
         return self.map(lambda x: x.detach().clone(memory_format=torch.contiguous_format))
 
-    def save(self, file: str | Path) -> None:
+    def save(self, file: str | Path, *, durable: bool = True) -> None:
         """Writes a safetensors file; :meth:`load` reads it back bit for bit.
 
         The file is whole or, where writing fails or the process is killed, as it was before; a
-        kill can leave a folder ``.fastprefix-*.partial`` beside it.
+        kill can leave a folder ``.fastprefix-*.partial`` beside it. It holds a sha256, by which
+        :meth:`load` notices what became of it since.
+
+        Args:
+            file: replaced if it exists.
+            durable: whether to wait until the disk has it, as for what a loss of power must not
+                take.
 
         Raises:
             OSError: it cannot be written.
@@ -351,18 +359,12 @@ class PrefixKV:
         self._check_finite("kv")
         tensors = {}
         for layer in range(self.num_layers):
-            tensors[f"layers.{layer}.key"] = self.keys[layer].detach().contiguous()
-            tensors[f"layers.{layer}.value"] = self.values[layer].detach().contiguous()
+            tensors[f"layers.{layer}.key"] = self.keys[layer]
+            tensors[f"layers.{layer}.value"] = self.values[layer]
             if self.reweighting is not None:
-                heads = self.reweighting.heads[layer]
-                tensors[f"layers.{layer}.{self.reweighting.kind}"] = heads.detach().contiguous()
-        tensors |= {name: x.detach().contiguous() for name, x in named(self.states).items()}
-        seen: set[int] = set()
-        for name, tensor in tensors.items():
-            storage = tensor.untyped_storage().data_ptr()
-            if storage in seen:  # layers that share a block; the file's format has no such thing
-                tensors[name] = tensor.clone()
-            seen.add(storage)
+                kind = self.reweighting.kind
+                tensors[f"layers.{layer}.{kind}"] = self.reweighting.heads[layer]
+        tensors |= named(self.states)
         about = {
             "num_layers": self.num_layers,
             "position_offset": self.position_offset,
@@ -370,9 +372,7 @@ class PrefixKV:
             "reweighting": kind_of(self.reweighting),
             "states": outline(self.states),
         }
-        metadata = {"format": "pt", _FORMAT: json.dumps(about)}
-        with written_apart(Path(file)) as partial:
-            save_file(tensors, partial, metadata=metadata)
+        write_safetensors(file, tensors, {_FORMAT: json.dumps(about)}, durable=durable)
 
     @classmethod
     def load(cls, file: str | Path, device: torch.device | str = "cpu") -> PrefixKV:
@@ -381,34 +381,32 @@ class PrefixKV:
         Raises:
             FileNotFoundError: no such file.
             TypeError: file is no path.
-            ValueError: not a PrefixKV file, its values are not all finite, or no such device.
+            ValueError: not a PrefixKV file, not as it was saved, its values are not all finite, or
+                no such device.
         """
         file, device = as_path("file", file), as_device("device", device)
         if not file.is_file():
             raise FileNotFoundError(f"file: {file} does not exist")
         try:
-            with safe_open(file, framework="pt", device=str(device)) as opened:
-                about: dict[str, Any] = json.loads((opened.metadata() or {})[_FORMAT])
-                layers = range(about["num_layers"])
+            found, metadata = read_safetensors(file, lambda names, metadata: _about(metadata))
+            about = _about(metadata)
+            layers = range(about["num_layers"])
 
-                def one(name: str) -> Tensor:
-                    # on the CPU a tensor is the mapped file, and would change with it
-                    found = opened.get_tensor(name)
-                    return found.clone() if found.device.type == "cpu" else found
+            def read(what: str) -> tuple[Tensor, ...]:
+                return tuple(found[f"layers.{layer}.{what}"] for layer in layers)
 
-                def read(what: str) -> tuple[Tensor, ...]:
-                    return tuple(one(f"layers.{layer}.{what}") for layer in layers)
-
-                keys, values = read("key"), read("value")
-                kv = cls(keys, values, int(about["position_offset"]), bool(about["in_window"]))
-                kind = about.get("reweighting")  # older files have none
-                if kind is not None:
-                    kv = replace(kv, reweighting=Reweighting(kind, read(kind)))
-                kv = replace(kv, states=restored(about.get("states"), one))
+            keys, values = read("key"), read("value")
+            kv = cls(keys, values, about["position_offset"], bool(about["in_window"]))
+            kind = about.get("reweighting")  # older files have none
+            if kind is not None:
+                kv = replace(kv, reweighting=Reweighting(kind, read(kind)))
+            kv = replace(kv, states=restored(about.get("states"), found.__getitem__))
+        except FileNotFoundError:  # it was there a moment ago
+            raise FileNotFoundError(f"file: {file} does not exist") from None
         except Exception as error:
-            raise ValueError(f"file: {file} is not a whole PrefixKV file ({error!r})") from error
+            raise _not_whole(file, error) from error
         kv._check_finite(f"file: {file}")
-        return kv
+        return kv.to(device)
 
     def _check_finite(self, what: str) -> None:
         parts = [("key", self.keys), ("value", self.values)]
@@ -416,46 +414,58 @@ class PrefixKV:
             parts.append((self.reweighting.kind, self.reweighting.heads))
         for name, tensors in parts:
             for layer, tensor in enumerate(tensors):
-                # isfinite does not know every type of 8 bits
-                wide = tensor.float() if tensor.element_size() == 1 else tensor
-                if not torch.isfinite(wide).all():
+                if not _all_finite(tensor):
                     raise ValueError(f"{what} holds a NaN or infinity in layers.{layer}.{name}")
         for name, tensor in named(self.states).items():
-            if not torch.isfinite(tensor).all():
+            if not _all_finite(tensor):
                 raise ValueError(f"{what} holds a NaN or infinity in {name}")
-
-
-@contextlib.contextmanager
-def written_apart(file: Path) -> Iterator[Path]:
-    """Where to write a file that takes its name when the block ends: never half of it there.
-
-    In a folder of its own, since what writes it may leave files beside it when it is killed.
-    """
-    prefix, suffix = PARTIAL
-    with TemporaryDirectory(prefix=prefix, suffix=suffix, dir=file.parent) as folder:
-        partial = Path(folder) / file.name
-        yield partial
-        partial.replace(file)
 
 
 def measure(file: Path) -> tuple[int, tuple[LayerShape, ...]]:
     """Bytes and layers of a file that :meth:`PrefixKV.save` wrote, from its header alone.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: not a whole PrefixKV file.
     """
     try:
-        with safe_open(file, framework="pt") as opened:
-            about: dict[str, Any] = json.loads((opened.metadata() or {})[_FORMAT])
+        with opened(file) as content:
+            about = _about(content.metadata() or {})
             shapes = []
             for layer in range(about["num_layers"]):
                 key, value = (
-                    opened.get_slice(f"layers.{layer}.{what}").get_shape()
+                    content.get_slice(f"layers.{layer}.{what}").get_shape()
                     for what in ("key", "value")
                 )
                 shapes.append(LayerShape(key[0], key[2], value[2]))
+        if not shapes:
+            raise ValueError("it has no layers")
+        return file.stat().st_size - header_bytes(file), tuple(shapes)
+    except FileNotFoundError:
+        raise
     except Exception as error:
-        raise ValueError(f"file: {file} is not a whole PrefixKV file ({error!r})") from error
-    with file.open("rb") as raw:
-        header = int.from_bytes(raw.read(8), "little")
-    return file.stat().st_size - 8 - header, tuple(shapes)
+        raise _not_whole(file, error) from error
+
+
+def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file says of its tensors."""
+    if _FORMAT not in metadata:
+        raise ValueError(f"its metadata has no {_FORMAT}")
+    return json_object(metadata[_FORMAT])
+
+
+def _not_whole(file: str | Path, error: Exception) -> ValueError:
+    told = reason(error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, KeyError):
+        told = f"it lacks {error}"
+    return ValueError(f"file: {file} is not a whole PrefixKV file ({told})")
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    # not every operation knows every type of 8 bits
+    wide = tensor.float() if tensor.element_size() == 1 else tensor
+    # in one pass and without a mask; a NaN is both
+    low, high = torch.aminmax(wide)
+    return bool(torch.isfinite(low) & torch.isfinite(high))

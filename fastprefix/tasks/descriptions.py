@@ -53,7 +53,8 @@ def load_records(path: str | PathLike[str]) -> list[Record]:
     A file whose name ends in ``.jsonl`` holds a JSON object a line,
     ``{"attributes": {"name": "..."}, "description": "..."}``, where attributes are text. Any
     other file holds ``name : ... | price : ...||sentence`` on each line, as E2E does. Lines
-    of white space alone are skipped.
+    of white space alone are skipped. A line that was cut short is refused in a ``.jsonl`` file;
+    that lines are missing, or that a sentence of the other kind was cut, nothing tells.
 
     Raises:
         OSError: the file cannot be read.
@@ -92,6 +93,8 @@ def _from_json(line: str) -> Record:
         value = json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise _MalformedError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise _MalformedError(f"not JSON that can be read: {error}") from error
     except RecursionError as error:
         raise _MalformedError("not JSON that can be read: nested too deeply") from error
     if not isinstance(value, dict):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from fastprefix.files import written_whole
 from fastprefix.tasks.phrases import Domain, Phrase, Plan, article, join
 from fastprefix.tasks.places import PLACES
 from fastprefix.tasks.things import THINGS
@@ -200,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for split, records in splits.items():
         path = options.out / f"descriptions-{split}.jsonl"
-        path.write_text(to_lines(records), encoding="utf-8", newline="\n")
+        with written_whole(path) as partial:
+            partial.write_text(to_lines(records), encoding="utf-8", newline="\n")
         print(f"{path}: {len(records)} records")
 
 

@@ -168,10 +168,16 @@ class NamedAdapters(TunedModel):
                 f"adapter_name: got {adapter_name!r}, which there is already, takes a new name"
             )
         # a folder's name and a part of a parameter's
-        if not adapter_name or set(adapter_name) & set("./\\") or adapter_name == BASE_FOLDER:
+        if not adapter_name or set(adapter_name) & set("./\\\0") or adapter_name == BASE_FOLDER:
             raise ValueError(
-                f"adapter_name: got {adapter_name!r}, takes a name without '.', '/' and '\\', "
+                f"adapter_name: got {adapter_name!r}, takes a name without '.', '/', '\\' and NUL, "
                 f"other than {BASE_FOLDER!r}"
+            )
+        length = len(adapter_name.encode("utf-8", "surrogatepass"))
+        if length > 255 or adapter_name.encode("utf-8", "replace").decode() != adapter_name:
+            raise ValueError(
+                f"adapter_name: got one of {length} bytes, takes one that a folder can have: UTF-8 "
+                "of up to 255 bytes"
             )
         if hasattr(nn.ModuleDict(), adapter_name):
             raise ValueError(

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastprefix.files import opened, read_safetensors, reason
 from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_files import CONFIG_FILE, decoded, encoded
 
@@ -111,7 +110,7 @@ def read_checkpoint(place: Source, model_class: str) -> Checkpoint | None:
         if told is not None:
             kind, adapters, active = told["model_class"], dict(told["adapters"]), told["active"]
     except Exception as error:
-        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file}: {' '.join(reason(error).split())}") from error
     if state is None:
         raise ValueError(
             f"{file}: got parameters without a configuration of fastprefix, takes an adapter's "
@@ -131,10 +130,10 @@ def read_checkpoint(place: Source, model_class: str) -> Checkpoint | None:
 def _state(file: Path) -> dict[str, Tensor] | None:
     """All tensors of a file; None if it does not tell a configuration, and may be large."""
     if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
-            if EXTRA not in opened.keys():  # noqa: SIM118
+        with opened(file) as content:
+            if EXTRA not in content.keys():  # noqa: SIM118
                 return None
-        return load_file(file)
+        return read_safetensors(file)[0]
     state = torch.load(file, map_location="cpu", weights_only=True)
     return state if EXTRA in state else None
 

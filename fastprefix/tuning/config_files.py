@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
+from fastprefix.files import json_text, written_whole
 from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_files import CONFIG_FILE, read_about, read_config
 
@@ -68,6 +68,7 @@ class ConfigFiles:
             save_directory: made if need be.
 
         Raises:
+            OSError: it cannot be written.
             ValueError: the folder is a file.
         """
         folder = Path(save_directory)
@@ -78,10 +79,8 @@ class ConfigFiles:
             whole: Any = self
             told[_OURS] = asdict(whole)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(told, indent=2, sort_keys=True) + "\n"
-        partial = folder / f"{CONFIG_FILE}.partial"
-        partial.write_text(text)
-        partial.replace(folder / CONFIG_FILE)
+        with written_whole(folder / CONFIG_FILE) as partial:
+            partial.write_text(json_text(told), encoding="utf-8")
 
     @classmethod
     def from_pretrained(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastprefix.files import written_whole
 from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_files import CONFIG_FILE
 
@@ -85,7 +86,8 @@ def write_card(tuned: TunedModel, folder: Path) -> None:
             data.library_name = value  # the files' formats may be others now
         elif data.get(name) is None:
             setattr(data, name, value)
-    card.save(file)
+    with written_whole(file) as partial:
+        card.save(partial)
 
 
 def push(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
 from fastprefix.encoders import Encoder, evaluating
+from fastprefix.files import written_together
 from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import (
     Fallback,
@@ -30,6 +31,7 @@ from fastprefix.hf.patching import (
     use_prefix,
 )
 from fastprefix.hf.peft_base import (
+    check_base_adapter,
     find_base_adapter,
     is_base_adapter,
     load_base_adapter,
@@ -261,8 +263,10 @@ class PrefixTuningModel(NamedAdapters):
         computes something else with it for long texts.
 
         The adapter "default" goes into the folder itself, others into sub-folders of their names.
-        An adapter inside the base is written beside each, into its sub-folder "base_model". A model
-        card, README.md, says what it is and how to load it; the text of one that is there stays.
+        An adapter inside the base is written beside each, into its sub-folder "base_model". All
+        files of an adapter take their places together: a process that is killed leaves those of
+        before, or the new ones. A model card, README.md, says what it is and how to load it; the
+        text of one that is there stays.
 
         Args:
             save_directory: made if need be.
@@ -274,9 +278,10 @@ class PrefixTuningModel(NamedAdapters):
             push_to_hub: False; :meth:`push_to_hub` uploads.
 
         Raises:
+            OSError: they cannot be written.
             ValueError: no adapter of a name, or the folder is a file; see also
                 :func:`fastprefix.hf.peft_format.save_adapter` and
-                :func:`fastprefix.hf.peft_base.save_base_adapter`.
+                :func:`fastprefix.hf.peft_base.check_base_adapter`.
         """
         if not isinstance(safe_serialization, bool):  # where selected_adapters stood before
             safe_serialization, selected_adapters = True, safe_serialization
@@ -320,17 +325,19 @@ class PrefixTuningModel(NamedAdapters):
         if config.peft_type == "PREFIX_TUNING":
             fields["encoder_hidden_size"] = config.encoder_hidden_size
             fields["prefix_projection"] = config.prefix_projection
-        save_base_adapter(place, self.base_model)
-        save_adapter(
-            place,
-            kv,
-            fields,
-            kind=config.peft_type,
-            heads=self.heads(),
-            groups=layer_groups(self.base_model),
-            sources=layer_sources(self.base_model),
-            safe_serialization=safe_serialization,
-        )
+        check_base_adapter(place, self.base_model)
+        with written_together(place) as partial:
+            save_base_adapter(partial, self.base_model)
+            save_adapter(
+                partial,
+                kv,
+                fields,
+                kind=config.peft_type,
+                heads=self.heads(),
+                groups=layer_groups(self.base_model),
+                sources=layer_sources(self.base_model),
+                safe_serialization=safe_serialization,
+            )
 
     @classmethod
     @refuses_unknown_arguments

@@ -19,10 +19,12 @@ from fastprefix.arguments import (
     shown,
 )
 from fastprefix.encoders import evaluating
+from fastprefix.files import written_together
 from fastprefix.hf.devices import device_of
 from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import UnsupportedModelError, use_prefix
 from fastprefix.hf.peft_base import (
+    check_base_adapter,
     find_base_adapter,
     load_base_adapter,
     save_base_adapter,
@@ -307,8 +309,9 @@ class PromptTuningModel(TunedModel):
 
         A network is dropped, as PEFT does. An infix, which PEFT does not know, gets a peft_type
         of ours, so that PEFT refuses it. An adapter inside the base is written beside it, into
-        the sub-folder "base_model". A model card, README.md, says what it is and how to load it;
-        the text of one that is there stays.
+        the sub-folder "base_model". All files take their places together: a process that is
+        killed leaves those of before, or the new ones. A model card, README.md, says what it is
+        and how to load it; the text of one that is there stays.
 
         Args:
             save_directory: made if need be.
@@ -319,8 +322,9 @@ class PromptTuningModel(TunedModel):
             push_to_hub: False; :meth:`push_to_hub` uploads.
 
         Raises:
+            OSError: they cannot be written.
             ValueError: no adapter of a name, or the folder is a file; see also
-                :func:`fastprefix.hf.peft_base.save_base_adapter`.
+                :func:`fastprefix.hf.peft_base.check_base_adapter`.
         """
         for name in selected_adapters or ():
             if name not in self.peft_config:
@@ -350,15 +354,17 @@ class PromptTuningModel(TunedModel):
             fields["encoder_hidden_size"] = config.encoder_hidden_size or self._width
             fields["encoder_num_layers"] = config.encoder_num_layers
             fields["encoder_dropout"] = config.encoder_dropout
-        save_base_adapter(folder, self.base_model)
-        save_prompt(
-            folder,
-            embeddings,
-            fields,
-            kind=config.peft_type,
-            heads=self.heads(),
-            safe_serialization=safe_serialization,
-        )
+        check_base_adapter(folder, self.base_model)
+        with written_together(folder) as partial:
+            save_base_adapter(partial, self.base_model)
+            save_prompt(
+                partial,
+                embeddings,
+                fields,
+                kind=config.peft_type,
+                heads=self.heads(),
+                safe_serialization=safe_serialization,
+            )
 
     @classmethod
     @refuses_unknown_arguments

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import (
     Seq2SeqTrainer,
@@ -16,7 +19,9 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils.generic import find_labels
 
 from fastprefix.arguments import (
@@ -24,6 +29,7 @@ from fastprefix.arguments import (
     refuses_unknown_arguments,
     unknown_argument,
 )
+from fastprefix.files import reason, remove_leftovers, written_together
 from fastprefix.hf.versions import checkpointing_arguments
 from fastprefix.tuning.callbacks import PrefixMonitor, ProgressiveLayers, ProgressiveLength
 from fastprefix.tuning.model import PrefixTuningModel
@@ -68,6 +74,8 @@ else:
 class _SavesTheAdapter(_Base):
     """What both trainers add to transformers' own."""
 
+    _partial: Path | None = None  # where a checkpoint is being written
+
     def __init__(self, model: Any, args: TrainingArguments, **options: Any) -> None:
         known = inspect.signature(super().__init__).parameters
         for name in options:
@@ -83,6 +91,9 @@ class _SavesTheAdapter(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See ``transformers.Trainer.train``."""
+        folder = Path(self.args.output_dir or "")
+        if self.args.should_save and folder.is_dir():
+            remove_leftovers(folder)  # before the last checkpoint is looked for
         model: Any = self.model
         use_cache = getattr(model.config, "use_cache", None)
         if use_cache is not None:
@@ -115,6 +126,70 @@ class _SavesTheAdapter(_Base):
         model: Any = self.accelerator.unwrap_model(self.model)
         # by all processes: each may have a share of the parameters
         model.save_pretrained(folder, is_main_process=self.args.should_save)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A whole checkpoint, or none: it is written elsewhere and then takes its name.
+
+        In a run of several processes, which all write into it, it is written in place.
+        """
+        if self.args.world_size > 1:
+            super()._save_checkpoint(model, trial)
+            return
+        folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with written_together(folder) as self._partial, _named(folder / name):
+                # transformers' own looks here for the best checkpoint, and for old ones to delete
+                super()._save_checkpoint(model, trial)
+                self._tell_best(folder, self._partial / name)
+        finally:
+            self._partial = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._partial is None:  # else it has not its place yet
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _tell_best(self, folder: Path, written: Path) -> None:
+        """Names the best checkpoint by its place, in the state that was written, too."""
+        best = self.state.best_global_step
+        if self.args.save_strategy == "no" or not best:
+            return
+        place = folder / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        if place.name == written.name or place.exists():
+            self.state.best_model_checkpoint = str(place)
+        if self.args.should_save:
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+
+@contextlib.contextmanager
+def _named(checkpoint: Path) -> Iterator[None]:
+    """Errors of writing that say which checkpoint it was."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        told = str(error).splitlines()[0] if str(error) else repr(error)
+        torchs = any(mark in told for mark in ("inline_container", "StreamWriter", "iostream"))
+        if isinstance(error, OSError):
+            if error.strerror is None:  # which says what it is about
+                raise
+            told = reason(error)
+        elif isinstance(error, SafetensorError):
+            told = reason(error)
+        elif not torchs:
+            raise
+        raise OSError(f"output_dir: {checkpoint} cannot be written: {told}") from error
 
 
 class PrefixTrainer(_SavesTheAdapter, Trainer):

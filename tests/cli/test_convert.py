@@ -23,7 +23,6 @@ from fastprefix.cli.console import console
 from fastprefix.hf.peft_format import save_adapter
 from fastprefix.hf.peft_prompts import save_prompt
 from fastprefix.kv import LayerShape
-from fastprefix.kv import prefix as kv_prefix
 
 P = 4
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -225,6 +224,15 @@ def test_a_replaced_folder_keeps_its_other_files(theirs, ids, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
+def test_what_a_killed_process_left_is_no_source(theirs, ids, tmp_path):
+    theirs("PREFIX_TUNING", tmp_path / "many" / "a", ids)
+    left = tmp_path / "many" / f".fastprefix-{'0' * 8}-1-{'0' * 32}.partial"
+    theirs("PREFIX_TUNING", left / "half", ids)
+    result = run(tmp_path / "many", tmp_path / "out", "--to", "fastprefix")
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.safetensors"]
+
+
 @pytest.mark.parametrize("to", ["fastprefix", "CARTRIDGE"])
 def test_no_target_is_ever_half_written(theirs, ids, to, tmp_path, monkeypatch):
     theirs("PREFIX_TUNING", tmp_path / "a", ids)
@@ -235,8 +243,7 @@ def test_no_target_is_ever_half_written(theirs, ids, to, tmp_path, monkeypatch):
             opened.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(kv_prefix, "save_file", broken)
-    monkeypatch.setattr("fastprefix.hf.peft_files.save_file", broken)
+    monkeypatch.setattr("fastprefix.files.save_file", broken)
     before = listing(tmp_path)
     result = run(tmp_path / "a", target, "--to", to)
     assert result.exit_code == 1
@@ -245,20 +252,18 @@ def test_no_target_is_ever_half_written(theirs, ids, to, tmp_path, monkeypatch):
     assert not target.exists()
 
 
-def test_a_failed_swap_puts_the_old_folder_back(theirs, ids, tmp_path, monkeypatch):
+def test_a_failed_swap_leaves_the_old_folder(theirs, ids, tmp_path, monkeypatch):
     theirs("PREFIX_TUNING", tmp_path / "a", ids)
     theirs("CARTRIDGE", tmp_path / "b", ids)
-    rename, calls = os.rename, []
 
-    def once_broken(old, new):
-        calls.append(new)
-        if len(calls) == 2:
-            raise OSError("no")
-        rename(old, new)
+    def broken(old, new):
+        raise OSError(5, "Input/output error")
 
     before = listing(tmp_path)
-    monkeypatch.setattr(os, "rename", once_broken)
-    assert run(tmp_path / "a", tmp_path / "b", "--to", "CARTRIDGE", "--force").exit_code == 1
+    monkeypatch.setattr(os, "rename", broken)
+    result = run(tmp_path / "a", tmp_path / "b", "--to", "CARTRIDGE", "--force")
+    assert result.exit_code == 1
+    assert f"folder: {tmp_path / 'b'} cannot be written: Input/output error" in words(result)
     assert listing(tmp_path) == before
 
 

@@ -170,10 +170,33 @@ def test_what_is_kept_is_loaded_for_that_device_alone():
 )
 def test_a_broken_file_is_named(content):
     file = tune_store.save("GPU", {"a": tilings.Tile(64, 32, 4, 2)})
-    assert json.loads(file.read_text()) == {"a": [64, 32, 4, 2]}
+    assert json.loads(file.read_text())["tiles"] == {"a": [64, 32, 4, 2]}
     file.write_text(content)
     with pytest.raises(ValueError, match=f"{file.name}: no tiles"):
         tune_store.load("GPU")
+
+
+def test_a_file_that_was_cut_short_or_damaged():
+    """Refused, or equal: a tile's number that is another one would be one that nobody timed."""
+    tiles = {"forward 64 16": tilings.Tile(64, 32, 4, 2), "dq 64 16": tilings.Tile(16, 16, 8, 1)}
+    file = tune_store.save("GPU", tiles)
+    content = file.read_bytes()
+    damaged = [content[: len(content) * i // 17] for i in range(16)]
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << (place % 8)
+        damaged.append(bytes(changed))
+    refused = 0
+    for one in damaged:
+        file.write_bytes(one)
+        try:
+            found = tune_store.load("GPU")
+        except ValueError as error:
+            assert str(error).startswith(f"{file}: no tiles")  # noqa: PT017
+            refused += 1
+        else:
+            assert found == tiles, one
+    assert refused > 0.7 * len(damaged)
 
 
 def test_a_cache_that_cannot_be_made_holds_nothing(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Reading records: the shipped ones, and files of one's own with their mistakes."""
 
+import json
 import pickle
 
 import pytest
@@ -116,3 +117,24 @@ def test_wrong_encoding_and_missing_file(tmp_path):
         load_records(path)
     with pytest.raises(FileNotFoundError):
         load_records(tmp_path / "none.jsonl")
+
+
+def test_a_file_that_was_cut_short(tmp_path):
+    """Never a record that nobody wrote; how many lines there were, nothing tells."""
+    whole = load_descriptions("heldout")[:12]
+    lines = [
+        json.dumps({"attributes": dict(one.attributes), "description": one.description})
+        for one in whole
+    ]
+    path = tmp_path / "mine.jsonl"
+    content = "\n".join(lines).encode()
+    for i in range(1, 17):
+        path.write_bytes(content[: len(content) * i // 17])
+        with pytest.raises(ValueError, match=r"mine\.jsonl, line \d+: not JSON"):
+            load_records(path)
+    for i in range(1, 12):
+        path.write_text("\n".join(lines[:i]), "utf-8")
+        assert load_records(path) == whole[:i]
+    path.write_text(lines[0].replace('"name": "', '"size": 1' + "0" * 5000 + ', "name": "'))
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 1: not JSON that can be read"):
+        load_records(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import threading
@@ -28,6 +27,7 @@ from fastprefix.experiments.methods.plan import (
     further_runs,
 )
 from fastprefix.experiments.methods.train import Source, train_to_file, write_whole
+from fastprefix.files import read_json
 
 Result = dict[str, Any]
 
@@ -45,10 +45,14 @@ def digest_of(source: Source) -> str:
 
 
 def known(file: Path, fingerprint: str) -> Result | None:
-    """What was found before, if it was found with the same budget, model and data."""
+    """What was found before, if it was found with the same budget, model and data.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     if not file.is_file():
         return None
-    result = json.loads(file.read_text())
+    result = read_json(file)
     return result if result.get("fingerprint") == fingerprint else None
 
 
@@ -109,7 +113,7 @@ def do(
             except Exception as error:
                 failures.append(f"{run.key}: {error!r}")
             else:
-                results[run] = json.loads((folder / f"{run.key}.json").read_text())
+                results[run] = read_json(folder / f"{run.key}.json")
             done(run, False)
     if failures:
         raise RuntimeError("\n".join(["runs failed:", *failures]))

@@ -29,6 +29,7 @@ from fastprefix.experiments.methods import material
 from fastprefix.experiments.methods.build import Built, build
 from fastprefix.experiments.methods.material import InfixCollator, Material
 from fastprefix.experiments.methods.plan import Budget, Method, Run, TaskName
+from fastprefix.files import sealed, written_whole
 from fastprefix.tasks.evaluation import describe, target_loss
 
 
@@ -187,6 +188,5 @@ def train_to_file(run: Run, source: Source, file: Path, fingerprint: str) -> Non
 
 def write_whole(file: Path, result: dict[str, Any]) -> None:
     """As JSON; who reads the file never sees a part of it."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1))
-    partial.replace(file)
+    with written_whole(file) as partial:
+        partial.write_text(json.dumps(sealed(result), indent=1))

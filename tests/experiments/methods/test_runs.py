@@ -194,3 +194,30 @@ def test_news_are_classified(tmp_path, budget):
     result = train.train(Run("news", method, 3e-3, 0, small), source)
     assert result["accuracy"] == 100
     assert result["test_loss"] < 0.6 < result["train_losses"][0]
+
+
+def test_figures_that_were_cut_short_or_damaged(tmp_path):
+    file = tmp_path / "run.json"
+    figures = {"fingerprint": "x", "bleu": 12.5, "train_losses": [3.25, 2.5], "texts": ["ü"]}
+    train.write_whole(file, figures)
+    assert runs.known(file, "x") == figures
+    assert runs.known(file, "y") is None
+    content = file.read_bytes()
+    damaged = [content[: len(content) * i // 17] for i in range(16)]
+    damaged += [
+        bytes([*content[:place], content[place] ^ 1 << place % 8, *content[place + 1 :]])
+        for place in range(len(content))
+    ]
+    refused = 0
+    for one in damaged:
+        file.write_bytes(one)
+        try:
+            found = runs.known(file, "x")
+        except ValueError as error:
+            assert str(error).startswith(f"{file}: ")  # noqa: PT017
+            refused += 1
+        else:  # white space, or the name of the sha256
+            assert {name: found[name] for name in figures} == figures
+    assert refused > 0.7 * len(damaged)
+    file.write_text(json.dumps(figures))  # of an older version
+    assert runs.known(file, "x") == figures
