@@ -98,7 +98,8 @@ def prefix_attention(
     all of their prefix; causality, windows and masks concern the sequence part alone, unless
     ``prefix_in_window`` says otherwise. Query i stands at position p_i = i + Lk - Lq among the
     sequence's keys. Differentiable in query, key, value, prefix_key, prefix_value, sinks and a
-    prefix_bias of shape [Hq]; the prefix's gradient comes summed over rows.
+    prefix_bias of shape [Hq]; the prefix's gradient comes summed over rows. torch.func's
+    gradients are the same; forward-mode and second derivatives are the reference backend's alone.
 
     Args:
         query: [B, Hq, Lq, D].
@@ -155,6 +156,7 @@ def prefix_attention(
             under torch.compile.
         TypeError: not a tensor, number or flag where one goes, or a dtype does not fit.
         RuntimeError: the backend cannot do what the call needs; the message names those that can.
+        NotImplementedError: a forward-mode or second derivative of another backend than reference.
 
     Example:
         >>> import torch

@@ -39,6 +39,7 @@ from fastprefix.hf.peft_base import (
     unwrap,
 )
 from fastprefix.hf.peft_format import PREFIX_KINDS, Adapter, load_adapter, save_adapter
+from fastprefix.hf.state import wanting_none
 from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
 from fastprefix.tuning import hub
@@ -177,16 +178,19 @@ class PrefixTuningModel(NamedAdapters):
             "labels": labels,
         }
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        if prefix_names is None and self._adapters_disabled:
-            active = activate(self.base_model, None)
-        elif prefix_names is None:
+        if prefix_names is None:
+            if self._adapters_disabled:
+                with wanting_none():
+                    return self.base_model(**kwargs)
             active = activate(self.base_model, self._prefix(self.active_adapter))
         else:
             # packed sequences are counted where they run
             self._check_rows(prefix_names, None if _may_be_packed(kwargs) else _batch_size(kwargs))
             named = {name: self._prefix(name) for name in _distinct(prefix_names)}
-            # none is said as well: other threads may have a prefix for theirs
-            active = activate(self.base_model, named or None, prefix_names if named else None)
+            if not named:
+                with wanting_none():
+                    return self.base_model(**kwargs)
+            active = activate(self.base_model, named, prefix_names)
         return self.base_model(fastprefix=active, **kwargs)
 
     @torch.no_grad()
@@ -210,13 +214,18 @@ class PrefixTuningModel(NamedAdapters):
         generate: Any = self.base_model.generate  # models for other tasks have none
         refuse_misspelt_option(generate, kwargs, self._inputs)
         if prefix_names is None:
-            with use_prefix(self.base_model, None if self._adapters_disabled else self.export()):
+            if self._adapters_disabled:
+                with wanting_none():
+                    return generate(*args, **kwargs)
+            with use_prefix(self.base_model, self.export()):
                 return generate(*args, **kwargs)
         given = {"inputs": args[0]} if args else kwargs
         self._check_rows(prefix_names, _batch_size(given))
         named = {name: self.export(name) for name in _distinct(prefix_names)}
-        rows = prefix_names if named else None
-        with use_prefix(self.base_model, named or None, rows):
+        if not named:
+            with wanting_none():
+                return generate(*args, **kwargs)
+        with use_prefix(self.base_model, named, prefix_names):
             return generate(*args, **kwargs)
 
     @torch.no_grad()
