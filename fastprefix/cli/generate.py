@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from rich.text import Text
@@ -39,12 +40,13 @@ def run_generation(
     set_seed(seed)
     with console.status(f"loading {model_name}"):
         model, tokenizer = load(model_name, getattr(torch, dtype))
-        kv = None
+        kv = tuned = None
         template = None if raw else template_of(adapter, tokenizer)
         if adapter is not None:
             kind = read_config(adapter, (*PREFIX_KINDS, OWN_KIND, *PROMPT_KINDS))[0]["peft_type"]
-            tuned = PromptTuningModel if kind in PROMPT_KINDS else PrefixTuningModel
-            kv = tuned.from_pretrained(model, adapter).export()
+            of = PromptTuningModel if kind in PROMPT_KINDS else PrefixTuningModel
+            tuned = of.from_pretrained(model, adapter)
+            kv = tuned.export()
             rows = encode(prompts, tokenizer, template)
         elif system_prompt is None:
             rows = encode(prompts, tokenizer, template)
@@ -69,10 +71,12 @@ def run_generation(
         )
     batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-    generate = getattr(model, "generate", None)
+    generate: Any = getattr(model, "generate", None)
     if generate is None:
         raise ValueError(f"model: {type(model).__name__} cannot generate")
-    with contextlib.nullcontext() if kv is None else use_prefix(model, kv):
+    if tuned is not None:
+        generate = tuned.generate  # with the heads that were trained beside it
+    with contextlib.nullcontext() if kv is None or tuned is not None else use_prefix(model, kv):
         ids = generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +28,6 @@ from fastprefix.hf.patching import (
 )
 from fastprefix.hf.peft_base import (
     find_base_adapter,
-    is_base_adapter,
     load_base_adapter,
     save_base_adapter,
     unwrap,
@@ -36,9 +36,10 @@ from fastprefix.hf.peft_format import PREFIX_KINDS, Adapter, load_adapter, save_
 from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
 from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
-from fastprefix.tuning.base import load_heads, saved_heads, with_inputs_of_bases
+from fastprefix.tuning.base import with_inputs_of_bases
 from fastprefix.tuning.build import new_encoder
 from fastprefix.tuning.config import PrefixConfig
+from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
 
 
 class PrefixTuningModel(NamedAdapters):
@@ -82,31 +83,33 @@ class PrefixTuningModel(NamedAdapters):
     ) -> None:
         model = unwrap(model)
         with patched(model, config.fallback, check=check):  # left as it was if it is refused
+            find_heads(model, config.modules_to_save, config.task_type)
             encoder = new_encoder(model, config, tokenizer)
             check_prefix(model)
             patch_model(model, fallback=config.fallback)
         super().__init__(model, adapter_name, config, encoder)
-        self.train_heads(config.modules_to_save, config.task_type)
 
-    def add_adapter(
-        self,
-        adapter_name: str,
-        config: PrefixConfig,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        """Adds a prefix, neither active nor trained until :meth:`set_adapter`.
+    def _new_encoder(
+        self, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Encoder:
+        return new_encoder(self.base_model, config, tokenizer)
 
-        A head that is trained beside prefixes is the base's own, and so the same for all of them.
+    @property
+    def encoder(self) -> Encoder:
+        """The active adapter's encoder."""
+        encoder = self.encoders[self._named(None)]
+        assert isinstance(encoder, Encoder)
+        return encoder
 
-        Args:
-            adapter_name: a new name.
-            config: see :class:`PrefixConfig`.
-            tokenizer: the base's; needed for init="text".
+    @property
+    def prefix_configs(self) -> dict[str, PrefixConfig]:
+        """The adapters' configurations."""
+        return self._configs
 
-        Raises:
-            ValueError: the name is in use or cannot be one, or init="text" without a tokenizer.
-        """
-        self._insert(adapter_name, config, new_encoder(self.base_model, config, tokenizer))
+    @property
+    def prefix_config(self) -> PrefixConfig:
+        """The active adapter's configuration."""
+        return self._configs[self._named(None)]
 
     @property
     def loss_type(self) -> str | None:
@@ -147,18 +150,19 @@ class PrefixTuningModel(NamedAdapters):
             "labels": labels,
         }
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        if prefix_names is None:
-            if self._adapters_disabled:
-                return self.base_model(**kwargs)
-            active = activate(self.base_model, self._prefix(self.active_adapter))
-        else:
+        rows: Sequence[str | None] = [None]  # of the heads
+        if prefix_names is not None:
             # packed sequences are counted where they run
             self._check_rows(prefix_names, None if _may_be_packed(kwargs) else _batch_size(kwargs))
             named = {name: self._prefix(name) for name in _distinct(prefix_names)}
-            if not named:
-                return self.base_model(**kwargs)
-            active = activate(self.base_model, named, prefix_names)
-        return self.base_model(fastprefix=active, **kwargs)
+            if named:
+                kwargs["fastprefix"] = activate(self.base_model, named, prefix_names)
+                rows = prefix_names
+        elif not self._adapters_disabled:
+            rows = [name := self._named(None)]
+            kwargs["fastprefix"] = activate(self.base_model, self._prefix(name))
+        with self._use_heads(rows):
+            return self.base_model(**kwargs)
 
     @torch.no_grad()
     def generate(
@@ -179,17 +183,18 @@ class PrefixTuningModel(NamedAdapters):
         """
         kwargs.setdefault("use_cache", True)
         generate: Any = self.base_model.generate  # models for other tasks have none
-        if prefix_names is None:
-            if self._adapters_disabled:
-                return generate(*args, **kwargs)
-            with use_prefix(self.base_model, self.export()):
-                return generate(*args, **kwargs)
-        given = {"inputs": args[0]} if args else kwargs
-        self._check_rows(prefix_names, _batch_size(given))
-        named = {name: self.export(name) for name in _distinct(prefix_names)}
-        if not named:
-            return generate(*args, **kwargs)
-        with use_prefix(self.base_model, named, prefix_names):
+        rows: Sequence[str | None] = [None]  # of the heads
+        prefix: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if prefix_names is not None:
+            self._check_rows(prefix_names, _batch_size({"inputs": args[0]} if args else kwargs))
+            named = {name: self.export(name) for name in _distinct(prefix_names)}
+            if named:
+                prefix = use_prefix(self.base_model, named, prefix_names)
+                rows = prefix_names
+        elif not self._adapters_disabled:
+            rows = [name := self._named(None)]
+            prefix = use_prefix(self.base_model, self.export(name))
+        with self._use_heads(rows), prefix:
             return generate(*args, **kwargs)
 
     @torch.no_grad()
@@ -202,8 +207,7 @@ class PrefixTuningModel(NamedAdapters):
         Raises:
             ValueError: no adapter of this name.
         """
-        name = self.active_adapter if adapter_name is None else adapter_name
-        self._check_known("adapter_name", [name])
+        name = self._named(adapter_name)
         encoder = self.encoders[name]
         training = encoder.training
         try:
@@ -218,7 +222,7 @@ class PrefixTuningModel(NamedAdapters):
         Of an encoder that FSDP sharded, outside its forward, the whole: all ranks make this call.
         """
         kv: PrefixKV = _whole(self.encoders[adapter_name])
-        slides = self.prefix_configs[adapter_name].prefix_in_window
+        slides = self._configs[adapter_name].prefix_in_window
         return replace(kv, in_window=True) if slides else kv
 
     def save_pretrained(
@@ -242,10 +246,7 @@ class PrefixTuningModel(NamedAdapters):
                 :func:`fastprefix.hf.peft_format.save_adapter` and
                 :func:`fastprefix.hf.peft_base.save_base_adapter`.
         """
-        names = list(self.encoders) if selected_adapters is None else list(selected_adapters)
-        self._check_known("selected_adapters", names)
-        for name in names:
-            place = Path(folder) if name == DEFAULT else Path(folder) / name
+        for name, place in self._selected(selected_adapters, folder):
             config = self.prefix_configs[name]
             if not config.prefix_in_window and _has_windows(self.base_model):
                 warnings.warn(
@@ -256,7 +257,7 @@ class PrefixTuningModel(NamedAdapters):
                 )
             fields = {
                 "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
-                "modules_to_save": self.head_names(),
+                "modules_to_save": self.head_names(name),
                 "num_frozen_tokens": config.num_frozen_tokens,
                 "task_type": config.task_type,
             }
@@ -271,7 +272,7 @@ class PrefixTuningModel(NamedAdapters):
                 self.export(name),
                 fields,
                 kind=config.peft_type,
-                heads=self.heads(),
+                heads=self.heads(name),
                 groups=layer_groups(self.base_model),
                 sources=layer_sources(self.base_model),
             )
@@ -309,8 +310,8 @@ class PrefixTuningModel(NamedAdapters):
         inside = find_base_adapter(name_or_folder)
         if inside is not None:
             load_base_adapter(model, inside, is_trainable=is_trainable)
-        load_heads(model, adapter.heads)
         tuned = cls(model, config, adapter_name=adapter_name, check=check)
+        tuned._load_heads(adapter_name, adapter.heads)
         tuned.encoder.start_from_prefix(adapter.kv)
         if not is_trainable:
             tuned.requires_grad_(False)
@@ -333,21 +334,12 @@ class PrefixTuningModel(NamedAdapters):
                 this base's.
         """
         adapter, config = _load(name_or_folder, self.base_model)
-        if adapter.heads:
-            raise ValueError(
-                f"{name_or_folder}: holds {sorted(adapter.heads)} besides, which all adapters of "
-                "a model share; load it by from_pretrained"
-            )
-        inside = find_base_adapter(name_or_folder)
-        if inside is not None and not is_base_adapter(self.base_model, inside):
-            raise ValueError(
-                f"{name_or_folder}: holds an adapter inside the base, too, which this base lacks "
-                "or has other numbers in; load both by from_pretrained"
-            )
+        self._check_base_adapter(name_or_folder)
         self.add_adapter(adapter_name, config)
         encoder = self.encoders[adapter_name]
         assert isinstance(encoder, Encoder)
         encoder.start_from_prefix(adapter.kv)
+        self._load_heads(adapter_name, adapter.heads)
         self.set_requires_grad(adapter_name, is_trainable)
 
 
@@ -358,13 +350,15 @@ def _load(name_or_folder: str | Path, model: PreTrainedModel) -> tuple[Adapter, 
     )
     activate(model, adapter.kv)  # refuses what the model cannot run
     kind = adapter.config.get("kind", adapter.config["peft_type"])
+    heads = saved_heads(adapter.config, adapter.heads)
+    check_saved(model, adapter.heads, heads, adapter.config.get("task_type"))
     has = kind_of(adapter.kv.reweighting)
     lengths = [key.shape[1] for key in adapter.kv.keys]
     config = PrefixConfig(
         num_virtual_tokens=adapter.kv.num_virtual_tokens,
         layer_lengths=None if len(set(lengths)) == 1 else lengths,
         task_type=adapter.config.get("task_type"),
-        modules_to_save=saved_heads(adapter.config, adapter.heads),
+        modules_to_save=heads,
         num_frozen_tokens=adapter.config.get("num_frozen_tokens", 0),
         position_offset=adapter.kv.position_offset,
         prefix_in_window=adapter.kv.in_window,

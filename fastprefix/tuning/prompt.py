@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,13 @@ from fastprefix.hf.peft_base import (
     save_base_adapter,
     unwrap,
 )
-from fastprefix.hf.peft_prompts import INFIX_KIND, load_prompt, save_prompt
+from fastprefix.hf.peft_prompts import INFIX_KIND, Prompt, load_prompt, save_prompt
 from fastprefix.hf.prefill import prefill_embeddings
 from fastprefix.hf.versions import cache_of, length_of
 from fastprefix.kv import PrefixKV
-from fastprefix.tuning.base import (
-    TunedModel,
-    embedding_weight,
-    initial_ids,
-    load_heads,
-    saved_heads,
-    with_inputs_of_bases,
-)
+from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
+from fastprefix.tuning.base import embedding_weight, initial_ids, with_inputs_of_bases
+from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
 from fastprefix.tuning.prompt_config import PromptConfig
 from fastprefix.tuning.prompt_encoder import PromptEncoder
 from fastprefix.tuning.prompt_layout import Layout, Padding, lay_out, positions
@@ -37,13 +33,15 @@ from fastprefix.tuning.prompt_layout import Layout, Padding, lay_out, positions
 _PER_TOKEN = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
 
 
-class PromptTuningModel(TunedModel):
+class PromptTuningModel(NamedAdapters):
     """Prompt tuning, P-tuning, infix tuning: the base is frozen, its input has a trained part.
 
     The forward feeds the base the embeddings of prompt and text in one sequence, so that any
     model that takes ``inputs_embeds`` can be trained; nothing is patched. In front of the text of
     a causal model the prompt has keys and values of its own: :meth:`export` computes them, and
     :meth:`generate` keeps that one copy for the whole batch.
+
+    It may hold several prompts by name, of which all rows of a batch have the active one.
 
     Padding on either side changes nothing for a row: its prompt lies next to its text, and padding
     takes no positions. An encoder's rows are fed with their padding behind, the rows of a causal
@@ -53,6 +51,7 @@ class PromptTuningModel(TunedModel):
         model: the base; all its parameters are frozen.
         config: see :class:`PromptConfig`.
         tokenizer: the base's; needed for init="text".
+        adapter_name: of the first prompt.
 
     Raises:
         ValueError: init="text" without a tokenizer, or the base takes no inputs_embeds.
@@ -63,32 +62,42 @@ class PromptTuningModel(TunedModel):
         >>> tuned.save_pretrained("adapter")
     """
 
-    encoder: PromptEncoder
-
     def __init__(
         self,
         model: PreTrainedModel,
         config: PromptConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        adapter_name: str = DEFAULT,
     ) -> None:
         model = unwrap(model)
         taken = inspect.signature(model.forward).parameters
         if "inputs_embeds" not in taken:
             raise ValueError(f"model: {type(model).__name__} takes no inputs_embeds")
-        start = initial_ids(config, model, tokenizer)  # before anything is changed
-        super().__init__(model)
-        self.prompt_config = config
-        self.encoder = PromptEncoder(config, embedding_weight(model).shape[1]).to(model.device)
-        if start is not None:
-            with torch.no_grad():  # by the module, which may scale what it looks up
-                embeddings = model.get_input_embeddings()(start.to(model.device))
-            self.encoder.start_from(embeddings)
-        self.train_heads(config.modules_to_save, config.task_type)
+        find_heads(model, config.modules_to_save, config.task_type)  # before anything is changed
+        encoder = _new_encoder(model, config, tokenizer)
+        super().__init__(model, adapter_name, config, encoder)
         self._takes_positions = "position_ids" in taken
-        self._is_causal = not model.config.is_encoder_decoder and (
-            config.task_type == "CAUSAL_LM"
-            or any(getattr(module, "is_causal", False) for module in model.modules())
-        )
+        self._has_causal_layers = any(getattr(x, "is_causal", False) for x in model.modules())
+
+    def _new_encoder(
+        self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase | None
+    ) -> PromptEncoder:
+        return _new_encoder(self.base_model, config, tokenizer)
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The active prompt's encoder."""
+        return self._encoder(self._named(None))
+
+    @property
+    def prompt_configs(self) -> dict[str, PromptConfig]:
+        """The prompts' configurations."""
+        return self._configs
+
+    @property
+    def prompt_config(self) -> PromptConfig:
+        """The active prompt's configuration."""
+        return self.prompt_configs[self._named(None)]
 
     @with_inputs_of_bases
     def forward(
@@ -105,6 +114,7 @@ class PromptTuningModel(TunedModel):
 
         So are the outputs of each token (logits, start_logits, end_logits, last_hidden_state);
         what they are for padding means nothing. hidden_states and past_key_values have the prompt.
+        Under :meth:`disable_adapter` it is the base model's forward, and nothing else.
 
         Args:
             input_ids: [B, L].
@@ -118,18 +128,57 @@ class PromptTuningModel(TunedModel):
         Raises:
             ValueError: infix_positions are missing, out of range, or given for a prompt in front;
                 the mask is not one of padding; a cache holds tokens already; the sequences are
-                packed.
+                packed; prefix_names are given; no prompt is active.
         """
+        _refuse_names(kwargs)
+        if self._adapters_disabled:
+            given = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "inputs_embeds": inputs_embeds,
+                "labels": labels,
+            }
+            kwargs.update({name: value for name, value in given.items() if value is not None})
+            with self._use_heads([None]):
+                return self.base_model(**kwargs)
+        name = self._named(None)
+        with self._use_heads([name]):
+            return self._forward(
+                name,
+                input_ids,
+                attention_mask,
+                position_ids,
+                inputs_embeds,
+                labels,
+                infix_positions,
+                kwargs,
+            )
+
+    def _forward(
+        self,
+        name: str,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        labels: Tensor | None,
+        infix_positions: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        config = self.prompt_configs[name]
         self._check(attention_mask, position_ids, kwargs)
         embeds = self._embeddings(input_ids, inputs_embeds)
         B, L = embeds.shape[:2]
-        after = self._after(infix_positions, attention_mask, B, L)
-        layout = self._layout(attention_mask, L, after)
-        fed = self._fed(layout, embeds, attention_mask, position_ids, after)
+        after = _after(config, infix_positions, attention_mask, B, L)
+        layout = self._layout(config, attention_mask, L, after)
+        fed = self._fed(name, layout, embeds, attention_mask, position_ids, after)
         if kwargs.get("token_type_ids") is not None:
             fed["token_type_ids"] = layout.join(0, kwargs.pop("token_type_ids"))
         if labels is not None:
-            fed["labels"] = layout.join(-100, labels) if self._per_token(labels, B, L) else labels
+            per_token = labels.shape == (B, L) and config.task_type != "SEQ_CLS"
+            moves = per_token and not self._is_encoder_decoder
+            fed["labels"] = layout.join(-100, labels) if moves else labels
         for name in ("start_positions", "end_positions"):
             if kwargs.get(name) is not None:
                 fed[name] = _moved(kwargs.pop(name), layout)
@@ -144,154 +193,237 @@ class PromptTuningModel(TunedModel):
         return output.to_tuple() if as_tuple else output
 
     @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        infix_positions: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def generate(self, *args: Any, infix_positions: Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's ``generate()`` with the prompt.
 
         A prompt in front of a causal model's text is one copy of keys and values, which the batch
-        shares; elsewhere, or where the base cannot be patched, every row is fed it.
+        shares; elsewhere, or where the base cannot be patched, every row is fed it. What comes back
+        and what max_length counts is the text, as if there were no prompt; of inputs_embeds alone
+        the new tokens.
 
         Args:
-            input_ids: [B, L].
-            attention_mask: [B, L], 0 for padding.
+            args: of the base's method, in its order: token ids [B, L] first.
             infix_positions: as in :meth:`forward`; behind the text if None.
-            kwargs: of the base's ``generate()``.
+            kwargs: of the base's method: input_ids [B, L], or inputs_embeds [B, L, hidden], and
+                attention_mask [B, L], 0 for padding, among them.
 
         Raises:
+            TypeError: more positional arguments than the base's method takes.
             ValueError: see :meth:`forward`.
         """
+        _refuse_names(kwargs)
         generate: Any = self.base_model.generate  # models for other tasks have none
-        kwargs["use_cache"] = kwargs.get("use_cache", True)  # the Trainer switches it off
-        given = {} if attention_mask is None else {"attention_mask": attention_mask}
-        if self._is_causal and self.prompt_config.placement == "prefix":
+        given = _by_name(generate, args, kwargs)
+        if given.get("use_cache") is None:
+            given["use_cache"] = True  # the Trainer switches it off
+        if self._adapters_disabled:
+            with self._use_heads([None]):
+                return generate(**given)
+        name = self._named(None)
+        with self._use_heads([name]):
+            return self._generate(name, generate, infix_positions, given)
+
+    def _generate(
+        self,
+        name: str,
+        generate: Callable[..., Any],
+        infix_positions: Tensor | None,
+        given: dict[str, Any],
+    ) -> Any:
+        config = self.prompt_configs[name]
+        text = {
+            x: given.pop(x)
+            for x in ("input_ids", "inputs_embeds", "attention_mask")
+            if given.get(x) is not None
+        }
+        ids, embeds, mask = map(text.get, ("input_ids", "inputs_embeds", "attention_mask"))
+        first = ids if embeds is None else embeds
+        if first is None:
+            raise ValueError("input_ids: got None, takes [B, L], or inputs_embeds [B, L, hidden]")
+        B, L = first.shape[:2]
+        if self._is_causal(config) and config.placement == "prefix":
             try:
-                kv = self.export()
+                kv = self.export(name)
             except (UnsupportedModelError, NotImplementedError):
                 pass  # such a model takes the embeddings themselves
             else:
-                self._after(infix_positions, attention_mask, *input_ids.shape)
+                _after(config, infix_positions, mask, B, L)
                 with use_prefix(self.base_model, kv):
-                    return generate(input_ids=input_ids, **given, **kwargs)
-        self._check(attention_mask, kwargs.get("position_ids"), kwargs)
-        embeds = self._embeddings(input_ids, None)
-        if infix_positions is None and self.prompt_config.placement == "infix":
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            infix_positions = mask.bool().sum(1)
-        after = self._after(infix_positions, attention_mask, *input_ids.shape)
-        layout = self._layout(attention_mask, input_ids.shape[1], after)
-        fed = self._fed(layout, embeds, attention_mask, None, after)
+                    return generate(**text, **given)
+        self._check(mask, given.get("position_ids"), given)
+        if embeds is None or self._is_encoder_decoder:  # which takes one of the two
+            embeds = self._embeddings(ids, embeds)
+        if infix_positions is None and config.placement == "infix":
+            whole = torch.ones(B, L, device=first.device) if mask is None else mask
+            infix_positions = whole.bool().sum(1)
+        after = _after(config, infix_positions, mask, B, L)
+        layout = self._layout(config, mask, L, after)
+        fed = self._fed(name, layout, embeds, mask, None, after)
         fed.pop("position_ids", None)  # generate() makes them of the mask
         # without one generate() would make one for the text alone
-        whole = fed["inputs_embeds"].shape[:2]
-        fed.setdefault("attention_mask", torch.ones(whole, dtype=torch.long, device=embeds.device))
+        ones = torch.ones(fed["inputs_embeds"].shape[:2], dtype=torch.long, device=embeds.device)
+        fed.setdefault("attention_mask", ones)
         if self._is_encoder_decoder:
-            return generate(**fed, **kwargs)
-        settings = kwargs.get("generation_config")
-        if getattr(settings, "max_length", None) and not getattr(settings, "max_new_tokens", None):
-            raise ValueError("generation_config.max_length: takes max_new_tokens with a prompt")
-        if kwargs.get("max_length") is not None:  # transformers would count the prompt
-            length = kwargs.pop("max_length") - input_ids.shape[1]
-            kwargs.setdefault("max_new_tokens", length)
-        return generate(input_ids=input_ids, **fed, **kwargs)
+            return generate(**fed, **given)
+        for of_all, of_new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            settings = given.get("generation_config")
+            if getattr(settings, of_all, None) and not getattr(settings, of_new, None):
+                raise ValueError(f"generation_config.{of_all}: takes {of_new} with a prompt")
+            if given.get(of_all) is not None:  # transformers would count the prompt
+                length = given.pop(of_all) - L
+                given.setdefault(of_new, length)
+        if ids is not None:
+            fed["input_ids"] = ids
+        return generate(**fed, **given)
 
     @torch.no_grad()
-    def export_embeddings(self) -> Tensor:
-        """The prompt as it stands, [P, width]: no dropout, no network, no graph."""
-        training = self.encoder.training
-        try:
-            self.encoder.eval()
-            return self.encoder().detach().clone()
-        finally:
-            self.encoder.train(training)
+    def export_embeddings(self, adapter_name: str | None = None) -> Tensor:
+        """A prompt as it stands, [P, width]: no dropout, no network, no graph.
 
-    def export(self) -> PrefixKV:
-        """The prompt's keys and values, as the base computes them: what a batch can share.
+        Args:
+            adapter_name: which; the active one if None.
 
         Raises:
-            ValueError: an infix, or the base is not causal: then they depend on the text.
+            ValueError: no adapter of this name.
+        """
+        encoder = self._encoder(self._named(adapter_name))
+        training = encoder.training
+        try:
+            encoder.eval()
+            return encoder().detach().clone()
+        finally:
+            encoder.train(training)
+
+    def export(self, adapter_name: str | None = None) -> PrefixKV:
+        """A prompt's keys and values, as the base computes them: what a batch can share.
+
+        Args:
+            adapter_name: which; the active one if None.
+
+        Raises:
+            ValueError: no adapter of this name; an infix, or the base is not causal: then they
+                depend on the text.
             UnsupportedModelError: see :func:`fastprefix.patch_model`.
         """
-        if self.prompt_config.placement != "prefix" or not self._is_causal:
+        name = self._named(adapter_name)
+        config = self.prompt_configs[name]
+        if config.placement != "prefix" or not self._is_causal(config):
             raise ValueError(
                 f"export: the keys and values of this prompt (placement="
-                f"{self.prompt_config.placement!r}, {type(self.base_model).__name__}) depend on "
+                f"{config.placement!r}, {type(self.base_model).__name__}) depend on "
                 "the text; takes a prompt in front of a causal model's text. "
                 "export_embeddings() gives the prompt itself"
             )
-        return prefill_embeddings(self.base_model, self.export_embeddings())
+        with self._use_heads([name]):
+            return prefill_embeddings(self.base_model, self.export_embeddings(name))
 
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Writes the prompt, and heads trained beside it, in PEFT's format.
+    def save_pretrained(
+        self, folder: str | Path, selected_adapters: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        """Writes the prompts, and heads trained beside them, in PEFT's format.
 
         A network is dropped, as PEFT does. An infix, which PEFT does not know, gets a peft_type
-        of ours, so that PEFT refuses it. An adapter inside the base is written beside it, into
-        the sub-folder "base_model".
+        of ours, so that PEFT refuses it.
+
+        The adapter "default" goes into the folder itself, others into sub-folders of their names.
+        An adapter inside the base is written beside each, into its sub-folder "base_model".
+
+        Args:
+            folder: made if need be.
+            selected_adapters: by name; all if None.
 
         Raises:
-            ValueError: see :func:`fastprefix.hf.peft_base.save_base_adapter`.
+            ValueError: no adapter of a name; see also
+                :func:`fastprefix.hf.peft_base.save_base_adapter`.
         """
-        config, base = self.prompt_config, self.base_model.config.get_text_config()
-        kind = "P_TUNING" if config.encoder_reparameterization_type else "PROMPT_TUNING"
-        fields: dict[str, Any] = {
-            "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
-            "modules_to_save": self.head_names(),
-            "num_attention_heads": getattr(base, "num_attention_heads", None),
-            "num_layers": getattr(base, "num_hidden_layers", None),
-            "task_type": config.task_type,
-        }
-        if config.placement == "infix":
-            kind = INFIX_KIND
-        elif kind == "P_TUNING":
-            fields["encoder_reparameterization_type"] = config.encoder_reparameterization_type
-            fields["encoder_hidden_size"] = config.encoder_hidden_size or self._width
-            fields["encoder_num_layers"] = config.encoder_num_layers
-            fields["encoder_dropout"] = config.encoder_dropout
-        save_base_adapter(Path(folder), self.base_model)
-        save_prompt(folder, self.export_embeddings(), fields, kind=kind, heads=self.heads())
+        base = self.base_model.config.get_text_config()
+        for name, place in self._selected(selected_adapters, folder):
+            config = self.prompt_configs[name]
+            embeddings = self.export_embeddings(name)
+            kind = "P_TUNING" if config.encoder_reparameterization_type else "PROMPT_TUNING"
+            fields: dict[str, Any] = {
+                "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
+                "modules_to_save": self.head_names(name),
+                "num_attention_heads": getattr(base, "num_attention_heads", None),
+                "num_layers": getattr(base, "num_hidden_layers", None),
+                "task_type": config.task_type,
+            }
+            if config.placement == "infix":
+                kind = INFIX_KIND
+            elif kind == "P_TUNING":
+                network = config.encoder_reparameterization_type
+                fields["encoder_reparameterization_type"] = network
+                fields["encoder_hidden_size"] = config.encoder_hidden_size or embeddings.shape[1]
+                fields["encoder_num_layers"] = config.encoder_num_layers
+                fields["encoder_dropout"] = config.encoder_dropout
+            save_base_adapter(place, self.base_model)
+            save_prompt(place, embeddings, fields, kind=kind, heads=self.heads(name))
 
     @classmethod
     def from_pretrained(
-        cls, model: PreTrainedModel, name_or_folder: str | Path, *, is_trainable: bool = False
+        cls,
+        model: PreTrainedModel,
+        name_or_folder: str | Path,
+        adapter_name: str = DEFAULT,
+        *,
+        is_trainable: bool = False,
     ) -> PromptTuningModel:
         """Loads a PROMPT_TUNING or P_TUNING adapter that fastprefix or PEFT saved.
 
         With it comes the adapter inside the base that was saved beside it.
 
         Args:
-            model: the base; frozen. Heads that were trained beside the prompt replace its own.
+            model: the base; frozen.
             name_or_folder: a folder, or a repository name on the Hugging Face hub.
-            is_trainable: whether to train the prompt further (directly; a network is gone).
+            adapter_name: what to call the prompt.
+            is_trainable: whether to train it further (directly; a network is gone), and with it
+                what is inside the base.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: not an input-level prompt for this model.
         """
         model = unwrap(model)
-        prompt = load_prompt(name_or_folder, embedding_weight(model).shape[1])
-        config = PromptConfig(
-            num_virtual_tokens=prompt.embeddings.shape[0],
-            task_type=prompt.config.get("task_type"),
-            modules_to_save=saved_heads(prompt.config, prompt.heads),
-            placement="infix" if prompt.config["peft_type"] == INFIX_KIND else "prefix",
-        )
+        prompt, config = _load(name_or_folder, model)
         inside = find_base_adapter(name_or_folder)
         if inside is not None:
             load_base_adapter(model, inside, is_trainable=is_trainable)
-        load_heads(model, prompt.heads)
-        tuned = cls(model, config)
-        tuned.encoder.start_from(prompt.embeddings)
+        tuned = cls(model, config, adapter_name=adapter_name)
+        tuned._start(adapter_name, prompt)
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
 
-    @property
-    def _width(self) -> int:
-        return self.encoder.embedding.shape[1]
+    def load_adapter(
+        self, name_or_folder: str | Path, adapter_name: str, is_trainable: bool = False
+    ) -> None:
+        """Adds a prompt that fastprefix or PEFT saved; not active until :meth:`set_adapter`.
+
+        Args:
+            name_or_folder: a folder, or a repository name on the Hugging Face hub.
+            adapter_name: a new name.
+            is_trainable: whether to train it, beside those that are trained.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the name is in use or cannot be one, or not an input-level prompt for this
+                model, or one that was trained with an adapter inside the base that is not this
+                base's.
+        """
+        prompt, config = _load(name_or_folder, self.base_model)
+        self._check_base_adapter(name_or_folder)
+        self.add_adapter(adapter_name, config)
+        self._start(adapter_name, prompt)
+        self.set_requires_grad(adapter_name, is_trainable)
+
+    def _start(self, adapter_name: str, prompt: Prompt) -> None:
+        self._encoder(adapter_name).start_from(prompt.embeddings)
+        self._load_heads(adapter_name, prompt.heads)
+
+    def _encoder(self, adapter_name: str) -> PromptEncoder:
+        encoder = self.encoders[adapter_name]
+        assert isinstance(encoder, PromptEncoder)
+        return encoder
 
     def _embeddings(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -326,36 +458,24 @@ class PromptTuningModel(TunedModel):
     def _is_encoder_decoder(self) -> bool:
         return bool(self.base_model.config.is_encoder_decoder)
 
-    def _after(
-        self, infix_positions: Tensor | None, mask: Tensor | None, B: int, L: int
-    ) -> Tensor | None:
-        if self.prompt_config.placement == "prefix":
-            if infix_positions is not None:
-                raise ValueError("infix_positions: takes none with placement='prefix'")
-            return None
-        if infix_positions is None or infix_positions.shape != (B,):
-            got = None if infix_positions is None else list(infix_positions.shape)
-            raise ValueError(f"infix_positions: got {got}, takes [B] = [{B}] for an infix")
-        if not torch.compiler.is_compiling():
-            real = L if mask is None else mask.bool().sum(1).to(infix_positions.device)
-            if bool(((infix_positions < 0) | (infix_positions > real)).any()):
-                raise ValueError(
-                    f"infix_positions: got {infix_positions.tolist()}, takes 0 to a row's number "
-                    "of real tokens"
-                )
-        return infix_positions
+    def _is_causal(self, config: PromptConfig) -> bool:
+        """Whether what a prompt in front of a text is made of does not depend on the text."""
+        told = config.task_type == "CAUSAL_LM" or self._has_causal_layers
+        return told and not self._is_encoder_decoder
 
-    def _layout(self, mask: Tensor | None, length: int, after: Tensor | None) -> Layout:
+    def _layout(
+        self, config: PromptConfig, mask: Tensor | None, length: int, after: Tensor | None
+    ) -> Layout:
         padding: Padding = None
-        if not self._is_causal:
+        if not self._is_causal(config):
             padding = "last"
-        elif self.prompt_config.task_type == "SEQ_CLS":
+        elif config.task_type == "SEQ_CLS":
             padding = "first"
-        P = self.prompt_config.num_virtual_tokens
-        return lay_out(mask, length, P, after, padding)
+        return lay_out(mask, length, config.num_virtual_tokens, after, padding)
 
     def _fed(
         self,
+        name: str,
         layout: Layout,
         embeds: Tensor,
         mask: Tensor | None,
@@ -363,7 +483,8 @@ class PromptTuningModel(TunedModel):
         after: Tensor | None,
     ) -> dict[str, Any]:
         """Embeddings, mask and positions of prompt and text."""
-        prompt = self.encoder().to(embeds.device, embeds.dtype)
+        causal = self._is_causal(self.prompt_configs[name])
+        prompt = self._encoder(name)().to(embeds.device, embeds.dtype)
         fed: dict[str, Any] = {
             "inputs_embeds": layout.join(prompt[None].expand(len(embeds), -1, -1), embeds)
         }
@@ -372,16 +493,87 @@ class PromptTuningModel(TunedModel):
         if self._takes_positions and position_ids is not None:
             rows = position_ids.expand(len(embeds), -1)
             fed["position_ids"] = positions(layout, rows, mask, after)
-        elif self._takes_positions and mask is not None and self._is_causal:
+        elif self._takes_positions and mask is not None and causal:
             fed["position_ids"] = (fed["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
         return fed
 
-    def _per_token(self, labels: Tensor, B: int, L: int) -> bool:
-        return (
-            labels.shape == (B, L)
-            and self.prompt_config.task_type != "SEQ_CLS"
-            and not self._is_encoder_decoder
+
+def _new_encoder(
+    model: PreTrainedModel, config: PromptConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> PromptEncoder:
+    """A prompt's encoder at its start, on the model's device."""
+    start = initial_ids(config, model, tokenizer)
+    encoder = PromptEncoder(config, embedding_weight(model).shape[1]).to(model.device)
+    if start is not None:
+        with torch.no_grad():  # by the module, which may scale what it looks up
+            encoder.start_from(model.get_input_embeddings()(start.to(model.device)))
+    return encoder
+
+
+def _load(name_or_folder: str | Path, model: PreTrainedModel) -> tuple[Prompt, PromptConfig]:
+    """A saved prompt for a model, and a configuration that trains it directly."""
+    prompt = load_prompt(name_or_folder, embedding_weight(model).shape[1])
+    task_type = prompt.config.get("task_type")
+    heads = saved_heads(prompt.config, prompt.heads)
+    check_saved(model, prompt.heads, heads, task_type)
+    config = PromptConfig(
+        num_virtual_tokens=prompt.embeddings.shape[0],
+        task_type=task_type,
+        modules_to_save=heads,
+        placement="infix" if prompt.config["peft_type"] == INFIX_KIND else "prefix",
+    )
+    return prompt, config
+
+
+def _refuse_names(kwargs: dict[str, Any]) -> None:
+    """What a model of prefixes takes, and bases might swallow."""
+    if kwargs.pop("prefix_names", None) is not None:
+        raise ValueError(
+            "prefix_names: got names, takes None: all rows of a batch have the active prompt; "
+            "PrefixTuningModel gives each row its own"
         )
+
+
+def _by_name(
+    generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of ``generate()`` by name, its first one as input_ids."""
+    signature = inspect.signature(generate)
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    if isinstance(given.get("generation_config"), Tensor):
+        raise ValueError(
+            "generation_config: got a Tensor, takes a GenerationConfig; attention_mask goes by name"
+        )
+    inputs = given.pop("inputs", None)
+    if inputs is not None:
+        if given.get("input_ids") is not None:
+            raise ValueError("inputs, input_ids: got both, takes one of them")
+        given["input_ids"] = inputs
+    return given
+
+
+def _after(
+    config: PromptConfig, infix_positions: Tensor | None, mask: Tensor | None, B: int, L: int
+) -> Tensor | None:
+    """How many real tokens of each row come before an infix; None for a prompt in front."""
+    if config.placement == "prefix":
+        if infix_positions is not None:
+            raise ValueError("infix_positions: got positions, takes None with placement='prefix'")
+        return None
+    if infix_positions is None or infix_positions.shape != (B,):
+        got = None if infix_positions is None else list(infix_positions.shape)
+        raise ValueError(f"infix_positions: got {got}, takes [B] = [{B}] for an infix")
+    if not torch.compiler.is_compiling():
+        real = L if mask is None else mask.bool().sum(1).to(infix_positions.device)
+        if bool(((infix_positions < 0) | (infix_positions > real)).any()):
+            raise ValueError(
+                f"infix_positions: got {infix_positions.tolist()}, takes 0 to a row's number "
+                "of real tokens"
+            )
+    return infix_positions
 
 
 def _moved(places: Tensor, layout: Layout) -> Tensor:
