@@ -82,10 +82,12 @@ def two(case, wrap="prefix", **changes):
 
 
 def answers(model, ids, mask, **names):
-    """Logits, or both of a model that answers questions."""
+    """Logits of the text, or both of a model that answers questions."""
     out = model(input_ids=ids, attention_mask=mask, **names)
     logits = out.get("logits")
-    return torch.stack([out.start_logits, out.end_logits], -1) if logits is None else logits
+    if logits is None:
+        logits = torch.stack([out.start_logits, out.end_logits], -1)
+    return logits[:, -ids.shape[1] :] if logits.dim() == 3 else logits  # PEFT's has the prompt, too
 
 
 @pytest.fixture
@@ -120,14 +122,18 @@ def test_several_are_saved_and_loaded_together(case, wrap, texts, tmp_path):
 
 
 @pytest.mark.peft
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "wrap"),
+    # PEFT has no prefixes for DistilBERT, which takes no cache
+    [(case, wrap) for case in CASES for wrap in WRAPS if (case, wrap) != ("distilbert", "prefix")],
+)
 def test_files_of_several_go_to_peft_and_come_from_it(case, wrap, texts, tmp_path):
+    """Also of DistilBERT, of which PEFT trains every module whose name ends in "classifier"."""
     of, _, config = WRAPS[wrap]
-    theirs = peft.get_peft_model(
-        build(case), config(task_type=CASES[case][2], num_virtual_tokens=P)
-    )
-    theirs.add_adapter("second", config(task_type=CASES[case][2], num_virtual_tokens=P))
+    sizes = {"token_dim": 32, "num_layers": 2, "num_attention_heads": 4}
+    fields = {"task_type": CASES[case][2], "num_virtual_tokens": P, **sizes}
+    theirs = peft.get_peft_model(build(case), config(**fields))
+    theirs.add_adapter("second", config(**fields))
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
