@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastprefix.hf.hub import Source, source
 from fastprefix.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE, find
 
 BASE_FOLDER = "base_model"
@@ -26,15 +27,17 @@ def unwrap(model: Any) -> Any:
     """The transformers model inside a PeftModel, PEFT's layers included; others as they are.
 
     Raises:
-        ValueError: a PeftModel with a prompt or prefix of its own, which its inside does not have.
+        ValueError: a PeftModel, or a tuned model of ours, with a prompt or prefix of its own, which
+            its inside does not have.
     """
     if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
         return model
     for name, config in model.peft_config.items():
         if config.is_prompt_learning:
+            kind = getattr(config.peft_type, "value", config.peft_type)
             raise ValueError(
-                f"model: got a PeftModel with {config.peft_type.value} adapter {name!r}, takes one "
-                "whose adapters sit inside the model, as LoRA's; load the prefix from its folder"
+                f"model: got a {type(model).__name__} with {kind} adapter {name!r}, takes a model "
+                "whose adapters sit inside it, as LoRA's; load the prefix from its folder"
             )
     return model.get_base_model()
 
@@ -88,20 +91,15 @@ def save_base_adapter(folder: Path, model: PreTrainedModel) -> None:
     config.save_pretrained(folder)
 
 
-def find_base_adapter(name_or_folder: str | Path) -> Path | None:
+def find_base_adapter(name_or_folder: str | Path | Source) -> Path | None:
     """The sub-folder that :func:`save_base_adapter` wrote, or None."""
-    folder = Path(name_or_folder)
-    if folder.is_dir():
-        return folder / BASE_FOLDER if (folder / BASE_FOLDER / CONFIG_FILE).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        config = hf_hub_download(str(name_or_folder), f"{BASE_FOLDER}/{CONFIG_FILE}")
-    except EntryNotFoundError:
+    place = source(name_or_folder)
+    config = place.look_for(f"{BASE_FOLDER}/{CONFIG_FILE}")
+    if config is None:
         return None
-    hf_hub_download(str(name_or_folder), f"{BASE_FOLDER}/{WEIGHTS_FILE}")
-    return Path(config).parent
+    if place.folder is None:  # downloaded beside it
+        place.find(f"{BASE_FOLDER}/{WEIGHTS_FILE}")
+    return config.parent
 
 
 def is_base_adapter(model: PreTrainedModel, folder: Path) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.encoders.flat import to_flat, to_prefix_kv
+from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_files import (
     AdapterFiles,
     find,
@@ -99,6 +100,7 @@ def save_adapter(
     heads: dict[str, Tensor] | None = None,
     groups: Sequence[Group] | None = None,
     sources: Sequence[int] | None = None,
+    safe_serialization: bool = True,
 ) -> None:
     """Writes a prefix so that PEFT's ``PeftModel.from_pretrained`` and ours can load it.
 
@@ -114,6 +116,7 @@ def save_adapter(
         heads: see :class:`Adapter`.
         groups: which part of the model each layer belongs to; one stack if None.
         sources: see :func:`fastprefix.hf.layer_sources`; each layer's own if None.
+        safe_serialization: see :func:`fastprefix.hf.peft_files.write_adapter`.
 
     Raises:
         ValueError: unknown kind.
@@ -125,7 +128,7 @@ def save_adapter(
         Path(folder).mkdir(parents=True, exist_ok=True)
         kv.save(Path(folder) / KV_FILE)
         fields = {**_common(kv), "peft_type": OWN_KIND, "not_peft": why_not, "kind": kind, **config}
-        write_adapter(folder, fields, None, heads)
+        write_adapter(folder, fields, None, heads, safe_serialization=safe_serialization)
         return
     submodules, decoder = 1, _decoder(groups)
     if decoder is not None:
@@ -147,11 +150,12 @@ def save_adapter(
         # of which PEFT's configuration for this kind has no field
         about["num_frozen_tokens"] = config.get("num_frozen_tokens", 0)
         config = {name: value for name, value in config.items() if name != "num_frozen_tokens"}
-    write_adapter(folder, {**fields, **config}, to_flat(kv), heads, about)
+    fields |= config
+    write_adapter(folder, fields, to_flat(kv), heads, about, safe_serialization=safe_serialization)
 
 
 def load_adapter(
-    name_or_folder: str | Path,
+    name_or_folder: str | Path | Source,
     shapes: Sequence[LayerShape] | None = None,
     groups: Sequence[Group] | None = None,
     sources: Sequence[int] | None = None,

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_files import read_adapter, write_adapter
 
 PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING")
@@ -42,6 +43,7 @@ def save_prompt(
     *,
     kind: str = "PROMPT_TUNING",
     heads: dict[str, Tensor] | None = None,
+    safe_serialization: bool = True,
 ) -> None:
     """Writes a prompt so that PEFT's ``PeftModel.from_pretrained`` and ours can load it.
 
@@ -51,6 +53,7 @@ def save_prompt(
         config: further fields of PEFT's configuration (task_type, base_model_name_or_path).
         kind: "PROMPT_TUNING", "P_TUNING", or "FASTPREFIX_INFIX", which ours alone can load.
         heads: see :class:`Prompt`.
+        safe_serialization: see :func:`fastprefix.hf.peft_files.write_adapter`.
 
     Raises:
         ValueError: unknown kind.
@@ -81,10 +84,11 @@ def save_prompt(
         )
     elif kind == "PROMPT_TUNING":
         fields.update(prompt_tuning_init="RANDOM", prompt_tuning_init_text=None)
-    write_adapter(folder, {**fields, **config}, embeddings, heads)
+    fields |= config
+    write_adapter(folder, fields, embeddings, heads, safe_serialization=safe_serialization)
 
 
-def load_prompt(name_or_folder: str | Path, width: int | None = None) -> Prompt:
+def load_prompt(name_or_folder: str | Path | Source, width: int | None = None) -> Prompt:
     """Reads a prompt that fastprefix or PEFT wrote.
 
     Args:

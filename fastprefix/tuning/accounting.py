@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fastprefix.tuning.hub import CARD_FILE
 from fastprefix.tuning.prompt import PromptTuningModel
 
 
@@ -75,7 +76,8 @@ def count_parameters(tuned: Any) -> ParameterCount:
         exported = sum(tensor.numel() for tensor in kv.tensors)
     with tempfile.TemporaryDirectory() as folder:
         tuned.save_pretrained(folder)
-        size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+        files = [file for file in Path(folder).rglob("*") if file.is_file()]
+        size = sum(file.stat().st_size for file in files if file.name != CARD_FILE)
     return ParameterCount(
         base=sum(p.numel() for p in base.parameters()),
         trainable=sum(p.numel() for p in tuned.parameters() if p.requires_grad),

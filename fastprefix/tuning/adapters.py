@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_base import BASE_FOLDER, find_base_adapter, is_base_adapter
 from fastprefix.tuning.base import TunedModel
 from fastprefix.tuning.heads import (
@@ -56,15 +58,11 @@ class NamedAdapters(TunedModel):
         self._configs: dict[str, Any] = {}
         self._adapters_disabled = False
         self._insert(adapter_name, config, encoder)
-        self.set_adapter(adapter_name)
-
-    def _new_encoder(self, config: Any, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
-        """What produces an adapter of this configuration, at its start."""
-        raise NotImplementedError
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     @property
     def active_adapters(self) -> list[str]:
-        """The active adapter, or none."""
+        """The name of the active adapter, in a list as in PEFT; an empty one for none."""
         return [] if self.active_adapter is None else [self.active_adapter]
 
     @property
@@ -72,26 +70,10 @@ class NamedAdapters(TunedModel):
         """All adapters' configurations by name; PEFT's name for it."""
         return self._configs
 
-    def add_adapter(
-        self,
-        adapter_name: str,
-        config: Any,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        """Adds an adapter, neither active nor trained until :meth:`set_adapter`.
-
-        Its heads start as the base's own.
-
-        Args:
-            adapter_name: a new name.
-            config: as for the first one.
-            tokenizer: the base's; needed for init="text".
-
-        Raises:
-            ValueError: the name is in use or cannot be one, or init="text" without a tokenizer.
-        """
-        self._check_new(adapter_name)
-        self._insert(adapter_name, config, self._new_encoder(config, tokenizer))
+    @property
+    def active_peft_config(self) -> Any:
+        """The active adapter's configuration; PEFT's name for it."""
+        return self._configs[self._named(None)]
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Makes an adapter the active one, and the only one that is trained.
@@ -191,16 +173,16 @@ class NamedAdapters(TunedModel):
             chosen = {"context_fn": keep_heads, **chosen}
         super().activation_checkpointing_enable(chosen, **kwargs)
 
-    def _check_base_adapter(self, name_or_folder: str | Path) -> None:
+    def _check_base_adapter(self, place: Source) -> None:
         """Refuses an adapter to be added that was trained with another one inside the base.
 
         Raises:
             ValueError: it holds one that this base lacks, or has other numbers in.
         """
-        inside = find_base_adapter(name_or_folder)
+        inside = find_base_adapter(place)
         if inside is not None and not is_base_adapter(self.base_model, inside):
             raise ValueError(
-                f"{name_or_folder}: holds an adapter inside the base, too, which this base lacks "
+                f"{place}: holds an adapter inside the base, too, which this base lacks "
                 "or has other numbers in; load both by from_pretrained"
             )
 
@@ -209,6 +191,17 @@ class NamedAdapters(TunedModel):
         own = self._heads(adapter_name)
         if own is not None:
             own.load_state_dict(heads, strict=False)  # what the file leaves out is the base's
+
+    def _as_trained(
+        self, configs: Mapping[str, Any], active: str | None, is_trainable: bool
+    ) -> None:
+        """As a checkpoint left it, whose adapters and parameters are here."""
+        for name, config in configs.items():
+            self._configs[name] = replace(config, inference_mode=not is_trainable)
+        self.set_adapter(active or next(iter(configs)))
+        if not is_trainable:
+            self.requires_grad_(False)
+        self.train(is_trainable)
 
     def _selected(
         self, selected_adapters: Sequence[str] | None, folder: str | Path
@@ -220,11 +213,8 @@ class NamedAdapters(TunedModel):
         """
         names = list(self.encoders) if selected_adapters is None else list(selected_adapters)
         self._check_known("selected_adapters", names)
-        if not names:
-            raise ValueError(
-                f"selected_adapters: got {selected_adapters!r}, takes one or more of "
-                f"{list(self.encoders)}"
-            )
+        if not self.encoders:
+            raise ValueError("selected_adapters: got none, takes some: the last one was deleted")
         return [(name, Path(folder) if name == DEFAULT else Path(folder) / name) for name in names]
 
     def _insert(self, adapter_name: str, config: Any, encoder: nn.Module) -> None:

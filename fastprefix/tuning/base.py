@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.peft import PeftAdapterMixin
 
+from fastprefix.arguments import refuses_unknown_arguments
+from fastprefix.hf import pipelines
 from fastprefix.hf.peft_base import freeze
 from fastprefix.hf.versions import disable_checkpointing, enable_checkpointing, is_checkpointing
+from fastprefix.tuning import hub
+from fastprefix.tuning.checkpoint import EXTRA, described
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.prompt_config import PromptConfig
 
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 
+# Methods of the base that run it, or save it, without what was trained in front of it.
+_BASE_ALONE = (
+    "continuous_batching_context_manager",
+    "from_pretrained",
+    "generate_batch",
+    "init_continuous_batching",
+    "save_pretrained",
+)
+
+
 class TunedModel(nn.Module):
     """A frozen base and encoders that are trained.
 
-    ``state_dict()`` holds the encoders, their heads and what is trained inside the base, so that a
-    trainer's checkpoints do not repeat the base.
+    What it has no attribute for is looked up in the base, as in PEFT's PeftModel.
+
+    ``state_dict()`` holds the encoders, their heads, what is trained inside the base, and the
+    configurations as an entry "_extra_state", so that a trainer's checkpoints do not repeat the
+    base and are enough for ``from_pretrained``.
 
     Args:
         model: the base; frozen, but for what PEFT's adapters inside it train.
@@ -36,9 +55,105 @@ class TunedModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         freeze(model)
+        pipelines.accept(type(self).__name__)
         self.base_model = model
         self.register_load_state_dict_post_hook(_allow_no_base)
         self.register_state_dict_post_hook(_drop_base)
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The base, without what was trained in front of it."""
+        return self.base_model
+
+    def __getattr__(self, name: str) -> Any:
+        """The base's attribute of a name that this class lacks.
+
+        Two kinds are not looked up there. A private attribute that no class of the base declares
+        was hung on that one object (accelerate's hooks, torch.compile's original). A method that
+        would save the base, run it alone, or switch a LoRA inside it, is not what a caller means.
+
+        Raises:
+            AttributeError: neither has it, or it is of those two kinds.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # while a copy is made, before it has any
+                raise
+            private = name.startswith("_")
+            if private and (name.startswith("__") or not hasattr(type(self.base_model), name)):
+                raise
+        if name in _BASE_ALONE or (not private and hasattr(PeftAdapterMixin, name)):
+            raise AttributeError(
+                f"{type(self).__name__} has no {name}; the base model's, which leaves out what is "
+                f"trained here, is base_model.{name}"
+            )
+        return getattr(self.base_model, name)
+
+    @refuses_unknown_arguments
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: Sequence[str] | None = None,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+    ) -> Any:
+        """Uploads what :meth:`save_pretrained` writes to the Hugging Face hub.
+
+        The text of a card that the repository has stays.
+
+        Args:
+            repo_id: the repository, made if need be.
+            commit_message: "Upload adapter" if None.
+            commit_description: of the commit.
+            private: whether a repository that is made is private; as its owner's default if None.
+            token: the hub's; the one that is stored on this machine if None.
+            revision: the branch, made if need be; "main" if None.
+            create_pr: whether to open a pull request instead of committing.
+            tags: further ones for the card.
+            safe_serialization: of :meth:`save_pretrained`.
+            selected_adapters: of :meth:`save_pretrained`.
+
+        Returns:
+            What ``huggingface_hub.HfApi.upload_folder`` tells of the commit.
+
+        Raises:
+            ValueError: see :meth:`save_pretrained`.
+        """
+        return hub.push(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tags=tags,
+            safe_serialization=safe_serialization,
+            selected_adapters=selected_adapters,
+        )
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Writes README.md, or adds to its metadata; the text of one that is there stays.
+
+        Args:
+            output_dir: exists.
+        """
+        hub.write_card(self, Path(output_dir))
+
+    def get_extra_state(self) -> Tensor:
+        """The configurations, as an entry of ``state_dict()``: a checkpoint is then enough."""
+        return described(type(self).__name__, self.peft_config, self.active_adapter)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: a model has its adapters before their parameters are loaded."""
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Trainable parameters and all parameters, the base's included."""
@@ -69,6 +184,20 @@ class TunedModel(nn.Module):
     @generation_config.setter
     def generation_config(self, config: Any) -> None:
         self.base_model.generation_config = config
+
+    @property
+    def loss_function(self) -> Any:
+        """The base model's loss function; setting it sets the base's."""
+        return self.base_model.loss_function
+
+    @loss_function.setter
+    def loss_function(self, function: Any) -> None:
+        self.base_model.loss_function = function
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """True: the Trainer takes a quantised base if something trainable is attached to it."""
+        return True
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's module that embeds tokens."""
@@ -225,4 +354,9 @@ def _allow_no_base(module: nn.Module, incompatible: Any) -> None:
         f"base_model.{name}" for name in module.base_model.state_dict().keys() - _kept(module)
     }
     missing = incompatible.missing_keys
-    missing[:] = [name for name in missing if name[name.find("base_model.") :] not in frozen]
+    missing[:] = [
+        name
+        for name in missing
+        if name[name.find("base_model.") :] not in frozen
+        and name.rpartition(".")[2] != EXTRA  # of checkpoints from before there was one
+    ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from fastprefix.encoders.build import Reparameterization
 from fastprefix.encoders.init import Resize
 from fastprefix.kv import Group
+from fastprefix.tuning.config_files import ConfigFiles, plain
 
 Init = Literal["random", "orthogonal", "zero", "text", "embeddings", "vocab", "prefix"]
 # PEFT's; None leaves it open, as PEFT does
@@ -24,8 +25,12 @@ TASK_TYPES = (
 )
 
 
+# of both kinds; PEFT has the first for cartridges alone, and the second nowhere
+_BESIDE = ("num_frozen_tokens", "prefix_in_window")
+
+
 @dataclass
-class PrefixConfig:
+class PrefixConfig(ConfigFiles):
     """Configuration of prefix tuning (Li and Liang 2021).
 
     Layers are the model's attention layers, counted from 0 in the order in which they run.
@@ -79,7 +84,8 @@ class PrefixConfig:
             unless given.
         peft_type: "PREFIX_TUNING" or "CARTRIDGE": as what PEFT loads the adapter.
         fallback: what to do with a base that cannot be patched, see :func:`fastprefix.patch_model`:
-            None or "expand". Of the first adapter of a model; not saved.
+            None or "expand". Of the first adapter of a model; not saved with it.
+        inference_mode: do not train the prefix, nor the modules that are saved beside it.
 
     Raises:
         TypeError: layers or layer_lengths are not sequences of integers.
@@ -112,8 +118,16 @@ class PrefixConfig:
     gated: bool = False
     peft_type: Literal["PREFIX_TUNING", "CARTRIDGE"] = "PREFIX_TUNING"
     fallback: Literal["expand"] | None = None
+    inference_mode: bool = False
+
+    model_class: ClassVar[str] = "PrefixTuningModel"
+    peft_kinds: ClassVar[dict[str, tuple[str, ...]]] = {
+        "PREFIX_TUNING": ("encoder_hidden_size", "init_weights", "prefix_projection", *_BESIDE),
+        "CARTRIDGE": _BESIDE,
+    }
 
     def __post_init__(self) -> None:
+        self.task_type = plain(self.task_type)  # PEFT's is an enum
         if self.num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens: got {self.num_virtual_tokens}, takes 1 or more")
         if self.task_type not in TASK_TYPES:
@@ -145,6 +159,33 @@ class PrefixConfig:
         if not 0.0 <= self.init_std < float("inf"):
             raise ValueError(f"init_std: got {self.init_std}, takes 0 or more")
         self._check_reweighting()
+
+    @classmethod
+    def _converted(cls, kind: str, taken: dict[str, Any]) -> dict[str, Any]:
+        start = taken.pop("init_weights", None)
+        if start not in (None, "zero"):
+            raise ValueError(f"config.init_weights: got {start!r}, takes 'zero' or None")
+        if start == "zero":
+            taken["init"] = "zero"
+        if not taken.get("prefix_projection"):
+            taken.pop("encoder_hidden_size", None)
+        return {"peft_type": kind, **taken}
+
+    @classmethod
+    def _beside(cls, about: dict[str, Any]) -> dict[str, Any]:
+        names = {"num_frozen_tokens": "num_frozen_tokens", "in_window": "prefix_in_window"}
+        return {ours: about[name] for name, ours in names.items() if name in about}
+
+    def _peft_fields(self) -> dict[str, Any]:
+        told = super()._peft_fields()
+        if self.peft_type == "CARTRIDGE":
+            return {**told, "num_frozen_tokens": self.num_frozen_tokens}
+        return {
+            **told,
+            "encoder_hidden_size": self.encoder_hidden_size,
+            "init_weights": "zero" if self.init == "zero" else None,
+            "prefix_projection": self.prefix_projection,
+        }
 
     def _check_choice(self, name: str, literal: Any) -> None:
         if getattr(self, name) not in get_args(literal):
@@ -206,16 +247,6 @@ class PrefixConfig:
             raise ValueError("share_layers: got True, takes False with prefix_projection=True")
 
     def _check_layers(self) -> None:
-        if self.groups is not None:
-            if not self.groups or not set(self.groups) <= set(get_args(Group)):
-                raise ValueError(
-                    f"groups: got {self.groups!r}, takes some of {get_args(Group)}, or None for all"
-                )
-            self.groups = tuple(self.groups)
-            if self.layers is not None or self.layer_lengths is not None:
-                raise ValueError(
-                    "groups: got them with layers or layer_lengths, which say it layer by layer"
-                )
         for name in ("layers", "layer_lengths"):
             given = getattr(self, name)
             if given is None:

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastprefix.arguments import refuses_unknown_arguments
 from fastprefix.encoders import Encoder
+from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import (
     Fallback,
     activate,
     check_prefix,
+    is_patched,
     layer_groups,
     layer_shapes,
     layer_sources,
     patch_model,
     patched,
+    unpatch_model,
     use_prefix,
 )
 from fastprefix.hf.peft_base import (
@@ -35,11 +39,21 @@ from fastprefix.hf.peft_base import (
 from fastprefix.hf.peft_format import PREFIX_KINDS, Adapter, load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
+from fastprefix.tuning import hub
 from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
 from fastprefix.tuning.base import with_inputs_of_bases
 from fastprefix.tuning.build import new_encoder
+from fastprefix.tuning.checkpoint import (
+    Checkpoint,
+    as_it_was,
+    described,
+    fresh,
+    load_state,
+    read_checkpoint,
+)
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
+from fastprefix.tuning.peft_configs import agreed, as_prefix_config
 
 
 class PrefixTuningModel(NamedAdapters):
@@ -55,7 +69,8 @@ class PrefixTuningModel(NamedAdapters):
 
     Args:
         model: the base; frozen, but for what PEFT's adapters inside it train.
-        config: see :class:`PrefixConfig`.
+        config: a :class:`PrefixConfig`, or PEFT's PrefixTuningConfig or CartridgeConfig; with
+            inference_mode nothing is trained.
         tokenizer: the base's; needed for init="text".
         adapter_name: of the first prefix.
         check: see :func:`fastprefix.patch_model`.
@@ -75,13 +90,13 @@ class PrefixTuningModel(NamedAdapters):
     def __init__(
         self,
         model: PreTrainedModel,
-        config: PrefixConfig,
+        config: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
         adapter_name: str = DEFAULT,
         *,
         check: bool = True,
     ) -> None:
-        model = unwrap(model)
+        config, model = as_prefix_config(config), unwrap(model)
         with patched(model, config.fallback, check=check):  # left as it was if it is refused
             find_heads(model, config.modules_to_save, config.task_type)
             encoder = new_encoder(model, config, tokenizer)
@@ -89,10 +104,27 @@ class PrefixTuningModel(NamedAdapters):
             patch_model(model, fallback=config.fallback)
         super().__init__(model, adapter_name, config, encoder)
 
-    def _new_encoder(
-        self, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Encoder:
-        return new_encoder(self.base_model, config, tokenizer)
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Adds a prefix, neither active nor trained until :meth:`set_adapter`.
+
+        Its heads start as the base's own.
+
+        Args:
+            adapter_name: a new name.
+            config: a :class:`PrefixConfig`, or PEFT's for such prefixes.
+            tokenizer: the base's; needed for init="text".
+
+        Raises:
+            ValueError: the name is in use or cannot be one, or init="text" without a tokenizer.
+        """
+        config = as_prefix_config(config)
+        self._check_new(adapter_name)
+        self._insert(adapter_name, config, new_encoder(self.base_model, config, tokenizer))
 
     @property
     def encoder(self) -> Encoder:
@@ -110,6 +142,19 @@ class PrefixTuningModel(NamedAdapters):
     def prefix_config(self) -> PrefixConfig:
         """The active adapter's configuration."""
         return self._configs[self._named(None)]
+
+    def get_extra_state(self) -> Tensor:
+        """As in the base class; of a prefix that grew, as long as it is."""
+        configs = {}
+        for name, config in self.prefix_configs.items():
+            encoder = self.encoders[name]
+            assert isinstance(encoder, Encoder)
+            layout = encoder.layout
+            lengths = None if config.layer_lengths is None else list(layout.lengths)
+            configs[name] = replace(
+                config, num_virtual_tokens=layout.num_virtual_tokens, layer_lengths=lengths
+            )
+        return described(type(self).__name__, configs, self.active_adapter)
 
     @property
     def loss_type(self) -> str | None:
@@ -225,8 +270,15 @@ class PrefixTuningModel(NamedAdapters):
         slides = self._configs[adapter_name].prefix_in_window
         return replace(kv, in_window=True) if slides else kv
 
+    @refuses_unknown_arguments
     def save_pretrained(
-        self, folder: str | Path, selected_adapters: Sequence[str] | None = None, **_: Any
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        *,
+        push_to_hub: bool = False,
     ) -> None:
         """Writes the prefixes, and heads trained beside them, in PEFT's format.
 
@@ -235,97 +287,200 @@ class PrefixTuningModel(NamedAdapters):
         computes something else with it for long texts.
 
         The adapter "default" goes into the folder itself, others into sub-folders of their names.
-        An adapter inside the base is written beside each, into its sub-folder "base_model".
+        An adapter inside the base is written beside each, into its sub-folder "base_model". A model
+        card, README.md, says what it is and how to load it; the text of one that is there stays.
 
         Args:
-            folder: made if need be.
+            save_directory: made if need be.
+            safe_serialization: whether the weights are safetensors, or a file of ``torch.save``
+                that PEFT reads, too.
             selected_adapters: by name; all if None.
+            is_main_process: whether this process writes. Where parameters are sharded, all
+                processes make the call, and one of them writes.
+            push_to_hub: False; :meth:`push_to_hub` uploads.
 
         Raises:
-            ValueError: no adapter of a name; see also
+            ValueError: no adapter of a name, or the folder is a file; see also
                 :func:`fastprefix.hf.peft_format.save_adapter` and
                 :func:`fastprefix.hf.peft_base.save_base_adapter`.
         """
-        for name, place in self._selected(selected_adapters, folder):
-            config = self.prefix_configs[name]
-            if not config.prefix_in_window and _has_windows(self.base_model):
-                warnings.warn(
-                    f"{type(self.base_model).__name__} has sliding windows, out of which PEFT lets "
-                    "a prefix slide: with texts that are longer its results are not ours. "
-                    "PrefixConfig(prefix_in_window=True) trains a prefix that slides here too",
-                    stacklevel=2,
-                )
-            fields = {
-                "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
-                "modules_to_save": self.head_names(name),
-                "num_frozen_tokens": config.num_frozen_tokens,
-                "task_type": config.task_type,
-            }
-            if config.prefix_bias is not None:
-                fields["prefix_bias"] = config.prefix_bias
-            if config.peft_type == "PREFIX_TUNING":
-                fields["encoder_hidden_size"] = config.encoder_hidden_size
-                fields["prefix_projection"] = config.prefix_projection
-            save_base_adapter(place, self.base_model)
-            save_adapter(
-                place,
-                self.export(name),
-                fields,
-                kind=config.peft_type,
-                heads=self.heads(name),
-                groups=layer_groups(self.base_model),
-                sources=layer_sources(self.base_model),
+        if not isinstance(safe_serialization, bool):  # where selected_adapters stood before
+            safe_serialization, selected_adapters = True, safe_serialization
+        selected = self._selected(selected_adapters, save_directory)
+        hub.check_directory(save_directory, push_to_hub)
+        for name, place in selected:
+            # by all processes, each of which may have a share of them
+            kv, heads = self.export(name), self.heads(name)
+            if is_main_process:
+                self._save_adapter(place, name, kv, heads, safe_serialization)
+        if is_main_process:
+            self.create_or_update_model_card(save_directory)
+
+    def _save_adapter(
+        self,
+        place: Path,
+        name: str,
+        kv: PrefixKV,
+        heads: dict[str, Tensor],
+        safe_serialization: bool,
+    ) -> None:
+        """Writes one adapter, exported, into a folder of its own."""
+        config = self.prefix_configs[name]
+        if not config.prefix_in_window and _has_windows(self.base_model):
+            warnings.warn(
+                f"{type(self.base_model).__name__} has sliding windows, out of which PEFT lets "
+                "a prefix slide: with texts that are longer its results are not ours. "
+                "PrefixConfig(prefix_in_window=True) trains a prefix that slides here too",
+                stacklevel=4,
             )
+        fields = {
+            "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
+            "modules_to_save": self.head_names(name),
+            "num_frozen_tokens": config.num_frozen_tokens,
+            "task_type": config.task_type,
+        }
+        if config.prefix_bias is not None:
+            fields["prefix_bias"] = config.prefix_bias
+        if config.peft_type == "PREFIX_TUNING":
+            fields["encoder_hidden_size"] = config.encoder_hidden_size
+            fields["prefix_projection"] = config.prefix_projection
+        save_base_adapter(place, self.base_model)
+        save_adapter(
+            place,
+            kv,
+            fields,
+            kind=config.peft_type,
+            heads=heads,
+            groups=layer_groups(self.base_model),
+            sources=layer_sources(self.base_model),
+            safe_serialization=safe_serialization,
+        )
 
     @classmethod
+    @refuses_unknown_arguments
     def from_pretrained(
         cls,
         model: PreTrainedModel,
-        name_or_folder: str | Path,
+        model_id: str | Path,
         adapter_name: str = DEFAULT,
-        *,
         is_trainable: bool = False,
+        config: Any = None,
+        *,
+        torch_device: str | torch.device | None = None,
+        low_cpu_mem_usage: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | None = None,
         check: bool = True,
         fallback: Fallback | None = None,
     ) -> PrefixTuningModel:
         """Loads an adapter that fastprefix or PEFT saved, and with it the one inside the base.
 
+        A checkpoint that transformers' Trainer wrote of such a model, which holds its parameters,
+        is loaded, too, with all its adapters and their networks.
+
         Args:
             model: the base; patched and frozen.
-            name_or_folder: a folder, or a repository name on the Hugging Face hub.
+            model_id: a folder, or a repository name on the Hugging Face hub.
             adapter_name: what to call the prefix.
             is_trainable: whether to train it further (directly; an MLP is gone), and with it
                 what is inside the base.
+            config: a :class:`PrefixConfig` or PEFT's for such prefixes, which the files must agree
+                with; of what they do not tell, dropout is taken from it.
+            torch_device: where the files are read to; the prefix ends on the base's device.
+            low_cpu_mem_usage: as in PEFT; a prefix is small, and loaded the same way with either.
+            subfolder: of model_id, where the files are.
+            revision: of the repository: a branch, tag or commit.
+            token: the hub's.
+            cache_dir: where downloads go.
             check: see :func:`fastprefix.patch_model`.
             fallback: for a base that cannot be patched, see :func:`fastprefix.patch_model`.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: not a prefix-tuning adapter for this model, or an unknown fallback.
+            TypeError: config is none of a prefix.
+            ValueError: not a prefix-tuning adapter for this model, one that config does not agree
+                with, or an unknown fallback.
         """
+        hub.check_loading(torch_device, low_cpu_mem_usage)
+        place = Source(str(model_id), subfolder, revision, token, cache_dir)
+        wanted = None if config is None else as_prefix_config(config)
         model = unwrap(model)
+        if (saved := read_checkpoint(place, cls.__name__)) is not None:
+            return cls._of_checkpoint(
+                model, saved, adapter_name, is_trainable, wanted, place, check, fallback
+            )
         with patched(model, fallback, check=check):  # left as it was if the adapter is refused
-            adapter, config = _load(name_or_folder, model)
-        config = replace(config, fallback=fallback)
-        inside = find_base_adapter(name_or_folder)
+            adapter, found = _load(place, model)
+        if wanted is not None:
+            found = agreed(wanted, found, place)
+        found = replace(found, fallback=fallback, inference_mode=not is_trainable)
+        inside = find_base_adapter(place)
         if inside is not None:
             load_base_adapter(model, inside, is_trainable=is_trainable)
-        tuned = cls(model, config, adapter_name=adapter_name, check=check)
+        tuned = cls(model, found, adapter_name=adapter_name, check=check)
         tuned._load_heads(adapter_name, adapter.heads)
         tuned.encoder.start_from_prefix(adapter.kv)
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
 
+    @classmethod
+    def _of_checkpoint(
+        cls,
+        model: PreTrainedModel,
+        saved: Checkpoint,
+        adapter_name: str,
+        is_trainable: bool,
+        wanted: PrefixConfig | None,
+        place: Source,
+        check: bool,
+        fallback: Fallback | None,
+    ) -> PrefixTuningModel:
+        """All adapters, by the names that they had; one alone by the name that is given."""
+        saved = saved.called(adapter_name)
+        settings = {name: {**one, "fallback": fallback} for name, one in saved.adapters.items()}
+        configs = {name: PrefixConfig(**one) for name, one in settings.items()}
+        if wanted is not None:
+            agreed(wanted, configs[saved.active or next(iter(configs))], place)
+        first, *others = settings
+        was_patched = is_patched(model)
+        with as_it_was(model, lambda base: None if was_patched else unpatch_model(base)):
+            start = PrefixConfig(**fresh(settings[first]))
+            tuned = cls(model, start, adapter_name=first, check=check)
+            for name in others:
+                tuned.add_adapter(name, PrefixConfig(**fresh(settings[name])))
+            load_state(tuned, saved)
+        tuned._as_trained(configs, saved.active, is_trainable)
+        return tuned
+
+    @refuses_unknown_arguments
     def load_adapter(
-        self, name_or_folder: str | Path, adapter_name: str, is_trainable: bool = False
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        *,
+        low_cpu_mem_usage: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | None = None,
     ) -> None:
         """Adds a prefix that fastprefix or PEFT saved; not active until :meth:`set_adapter`.
 
         Args:
-            name_or_folder: a folder, or a repository name on the Hugging Face hub.
+            model_id: a folder, or a repository name on the Hugging Face hub.
             adapter_name: a new name.
             is_trainable: whether to train it, beside those that are trained.
+            torch_device: as in :meth:`from_pretrained`, and so those that follow.
+            low_cpu_mem_usage: see there.
+            subfolder: see there.
+            revision: see there.
+            token: see there.
+            cache_dir: see there.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -333,9 +488,11 @@ class PrefixTuningModel(NamedAdapters):
                 this model, or one that was trained with an adapter inside the base that is not
                 this base's.
         """
-        adapter, config = _load(name_or_folder, self.base_model)
-        self._check_base_adapter(name_or_folder)
-        self.add_adapter(adapter_name, config)
+        hub.check_loading(torch_device, low_cpu_mem_usage)
+        place = Source(str(model_id), subfolder, revision, token, cache_dir)
+        adapter, config = _load(place, self.base_model)
+        self._check_base_adapter(place)
+        self.add_adapter(adapter_name, replace(config, inference_mode=not is_trainable))
         encoder = self.encoders[adapter_name]
         assert isinstance(encoder, Encoder)
         encoder.start_from_prefix(adapter.kv)
@@ -343,11 +500,9 @@ class PrefixTuningModel(NamedAdapters):
         self.set_requires_grad(adapter_name, is_trainable)
 
 
-def _load(name_or_folder: str | Path, model: PreTrainedModel) -> tuple[Adapter, PrefixConfig]:
+def _load(place: Source, model: PreTrainedModel) -> tuple[Adapter, PrefixConfig]:
     """A saved prefix for a patched model, and a configuration that trains it directly."""
-    adapter = load_adapter(
-        name_or_folder, layer_shapes(model), layer_groups(model), layer_sources(model)
-    )
+    adapter = load_adapter(place, layer_shapes(model), layer_groups(model), layer_sources(model))
     activate(model, adapter.kv)  # refuses what the model cannot run
     kind = adapter.config.get("kind", adapter.config["peft_type"])
     heads = saved_heads(adapter.config, adapter.heads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastprefix.arguments import refuses_unknown_arguments
+from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import UnsupportedModelError, use_prefix
 from fastprefix.hf.peft_base import (
     find_base_adapter,
@@ -22,9 +25,18 @@ from fastprefix.hf.peft_prompts import INFIX_KIND, Prompt, load_prompt, save_pro
 from fastprefix.hf.prefill import prefill_embeddings
 from fastprefix.hf.versions import cache_of, length_of
 from fastprefix.kv import PrefixKV
+from fastprefix.tuning import hub
 from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
 from fastprefix.tuning.base import embedding_weight, initial_ids, with_inputs_of_bases
+from fastprefix.tuning.checkpoint import (
+    Checkpoint,
+    as_it_was,
+    fresh,
+    load_state,
+    read_checkpoint,
+)
 from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
+from fastprefix.tuning.peft_configs import agreed, as_prompt_config, tokenizer_of
 from fastprefix.tuning.prompt_config import PromptConfig
 from fastprefix.tuning.prompt_encoder import PromptEncoder
 from fastprefix.tuning.prompt_layout import Layout, Padding, lay_out, positions
@@ -49,7 +61,8 @@ class PromptTuningModel(NamedAdapters):
 
     Args:
         model: the base; all its parameters are frozen.
-        config: see :class:`PromptConfig`.
+        config: a :class:`PromptConfig`, or PEFT's PromptTuningConfig or PromptEncoderConfig; with
+            inference_mode nothing is trained.
         tokenizer: the base's; needed for init="text".
         adapter_name: of the first prompt.
 
@@ -65,11 +78,12 @@ class PromptTuningModel(NamedAdapters):
     def __init__(
         self,
         model: PreTrainedModel,
-        config: PromptConfig,
+        config: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
         adapter_name: str = DEFAULT,
     ) -> None:
-        model = unwrap(model)
+        tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
+        config, model = as_prompt_config(config), unwrap(model)
         taken = inspect.signature(model.forward).parameters
         if "inputs_embeds" not in taken:
             raise ValueError(f"model: {type(model).__name__} takes no inputs_embeds")
@@ -79,10 +93,28 @@ class PromptTuningModel(NamedAdapters):
         self._takes_positions = "position_ids" in taken
         self._has_causal_layers = any(getattr(x, "is_causal", False) for x in model.modules())
 
-    def _new_encoder(
-        self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase | None
-    ) -> PromptEncoder:
-        return _new_encoder(self.base_model, config, tokenizer)
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Adds a prompt, neither active nor trained until :meth:`set_adapter`.
+
+        Its heads start as the base's own.
+
+        Args:
+            adapter_name: a new name.
+            config: a :class:`PromptConfig`, or PEFT's for such prompts.
+            tokenizer: the base's; needed for init="text".
+
+        Raises:
+            ValueError: the name is in use or cannot be one, or init="text" without a tokenizer.
+        """
+        tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
+        config = as_prompt_config(config)
+        self._check_new(adapter_name)
+        self._insert(adapter_name, config, _new_encoder(self.base_model, config, tokenizer))
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -98,6 +130,11 @@ class PromptTuningModel(NamedAdapters):
     def prompt_config(self) -> PromptConfig:
         """The active prompt's configuration."""
         return self.prompt_configs[self._named(None)]
+
+    @property
+    def loss_type(self) -> None:
+        """None: the loss counts all labels, for the prompt predicts the first token, too."""
+        return None
 
     @with_inputs_of_bases
     def forward(
@@ -317,8 +354,15 @@ class PromptTuningModel(NamedAdapters):
         with self._use_heads([name]):
             return prefill_embeddings(self.base_model, self.export_embeddings(name))
 
+    @refuses_unknown_arguments
     def save_pretrained(
-        self, folder: str | Path, selected_adapters: Sequence[str] | None = None, **_: Any
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        *,
+        push_to_hub: bool = False,
     ) -> None:
         """Writes the prompts, and heads trained beside them, in PEFT's format.
 
@@ -326,83 +370,180 @@ class PromptTuningModel(NamedAdapters):
         of ours, so that PEFT refuses it.
 
         The adapter "default" goes into the folder itself, others into sub-folders of their names.
-        An adapter inside the base is written beside each, into its sub-folder "base_model".
+        An adapter inside the base is written beside each, into its sub-folder "base_model". A model
+        card, README.md, says what it is and how to load it; the text of one that is there stays.
 
         Args:
-            folder: made if need be.
+            save_directory: made if need be.
+            safe_serialization: whether the weights are safetensors, or a file of ``torch.save``
+                that PEFT reads, too.
             selected_adapters: by name; all if None.
+            is_main_process: whether this process writes. Where parameters are sharded, all
+                processes make the call, and one of them writes.
+            push_to_hub: False; :meth:`push_to_hub` uploads.
 
         Raises:
-            ValueError: no adapter of a name; see also
+            ValueError: no adapter of a name, or the folder is a file; see also
                 :func:`fastprefix.hf.peft_base.save_base_adapter`.
         """
+        if not isinstance(safe_serialization, bool):  # where selected_adapters stood before
+            safe_serialization, selected_adapters = True, safe_serialization
+        selected = self._selected(selected_adapters, save_directory)
+        hub.check_directory(save_directory, push_to_hub)
+        for name, place in selected:
+            # by all processes, each of which may have a share of them
+            embeddings, heads = self.export_embeddings(name), self.heads(name)
+            if is_main_process:
+                self._save_prompt(place, name, embeddings, heads, safe_serialization)
+        if is_main_process:
+            self.create_or_update_model_card(save_directory)
+
+    def _save_prompt(
+        self,
+        place: Path,
+        name: str,
+        embeddings: Tensor,
+        heads: dict[str, Tensor],
+        safe_serialization: bool,
+    ) -> None:
+        """Writes one prompt, exported, into a folder of its own."""
+        config = self.prompt_configs[name]
         base = self.base_model.config.get_text_config()
-        for name, place in self._selected(selected_adapters, folder):
-            config = self.prompt_configs[name]
-            embeddings = self.export_embeddings(name)
-            kind = "P_TUNING" if config.encoder_reparameterization_type else "PROMPT_TUNING"
-            fields: dict[str, Any] = {
-                "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
-                "modules_to_save": self.head_names(name),
-                "num_attention_heads": getattr(base, "num_attention_heads", None),
-                "num_layers": getattr(base, "num_hidden_layers", None),
-                "task_type": config.task_type,
-            }
-            if config.placement == "infix":
-                kind = INFIX_KIND
-            elif kind == "P_TUNING":
-                network = config.encoder_reparameterization_type
-                fields["encoder_reparameterization_type"] = network
-                fields["encoder_hidden_size"] = config.encoder_hidden_size or embeddings.shape[1]
-                fields["encoder_num_layers"] = config.encoder_num_layers
-                fields["encoder_dropout"] = config.encoder_dropout
-            save_base_adapter(place, self.base_model)
-            save_prompt(place, embeddings, fields, kind=kind, heads=self.heads(name))
+        fields: dict[str, Any] = {
+            "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
+            "modules_to_save": self.head_names(name),
+            "num_attention_heads": getattr(base, "num_attention_heads", None),
+            "num_layers": getattr(base, "num_hidden_layers", None),
+            "task_type": config.task_type,
+        }
+        if config.peft_type == "P_TUNING":
+            fields["encoder_reparameterization_type"] = config.encoder_reparameterization_type
+            fields["encoder_hidden_size"] = config.encoder_hidden_size or embeddings.shape[1]
+            fields["encoder_num_layers"] = config.encoder_num_layers
+            fields["encoder_dropout"] = config.encoder_dropout
+        save_base_adapter(place, self.base_model)
+        save_prompt(
+            place,
+            embeddings,
+            fields,
+            kind=config.peft_type,
+            heads=heads,
+            safe_serialization=safe_serialization,
+        )
 
     @classmethod
+    @refuses_unknown_arguments
     def from_pretrained(
         cls,
         model: PreTrainedModel,
-        name_or_folder: str | Path,
+        model_id: str | Path,
         adapter_name: str = DEFAULT,
-        *,
         is_trainable: bool = False,
+        config: Any = None,
+        *,
+        torch_device: str | torch.device | None = None,
+        low_cpu_mem_usage: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | None = None,
     ) -> PromptTuningModel:
         """Loads a PROMPT_TUNING or P_TUNING adapter that fastprefix or PEFT saved.
 
-        With it comes the adapter inside the base that was saved beside it.
+        With it comes the adapter inside the base that was saved beside it. A checkpoint that
+        transformers' Trainer wrote of such a model, which holds its parameters, is loaded, too,
+        with all its prompts and their networks.
 
         Args:
             model: the base; frozen.
-            name_or_folder: a folder, or a repository name on the Hugging Face hub.
+            model_id: a folder, or a repository name on the Hugging Face hub.
             adapter_name: what to call the prompt.
             is_trainable: whether to train it further (directly; a network is gone), and with it
                 what is inside the base.
+            config: a :class:`PromptConfig` or PEFT's for such prompts, which the files must agree
+                with.
+            torch_device: where the files are read to; the prompt ends on the base's device.
+            low_cpu_mem_usage: as in PEFT; a prompt is small, and loaded the same way with either.
+            subfolder: of model_id, where the files are.
+            revision: of the repository: a branch, tag or commit.
+            token: the hub's.
+            cache_dir: where downloads go.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: not an input-level prompt for this model.
+            TypeError: config is none of a prompt.
+            ValueError: not an input-level prompt for this model, or config does not agree with it.
         """
+        hub.check_loading(torch_device, low_cpu_mem_usage)
+        place = Source(str(model_id), subfolder, revision, token, cache_dir)
+        wanted = None if config is None else as_prompt_config(config)
         model = unwrap(model)
-        prompt, config = _load(name_or_folder, model)
-        inside = find_base_adapter(name_or_folder)
+        if (saved := read_checkpoint(place, cls.__name__)) is not None:
+            return cls._of_checkpoint(model, saved, adapter_name, is_trainable, wanted, place)
+        prompt, found = _load(place, model)
+        found = replace(found, inference_mode=not is_trainable)
+        if wanted is not None:
+            found = agreed(wanted, found, place)
+        inside = find_base_adapter(place)
         if inside is not None:
             load_base_adapter(model, inside, is_trainable=is_trainable)
-        tuned = cls(model, config, adapter_name=adapter_name)
+        tuned = cls(model, found, adapter_name=adapter_name)
         tuned._start(adapter_name, prompt)
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
 
+    @classmethod
+    def _of_checkpoint(
+        cls,
+        model: PreTrainedModel,
+        saved: Checkpoint,
+        adapter_name: str,
+        is_trainable: bool,
+        wanted: PromptConfig | None,
+        place: Source,
+    ) -> PromptTuningModel:
+        """All prompts, by the names that they had; one alone by the name that is given."""
+        saved = saved.called(adapter_name)
+        configs = {name: PromptConfig(**one) for name, one in saved.adapters.items()}
+        first, *others = configs
+        if wanted is not None:
+            agreed(wanted, configs[saved.active or first], place)
+        with as_it_was(model, lambda _: None):
+            start = PromptConfig(**fresh(saved.adapters[first]))
+            tuned = cls(model, start, adapter_name=first)
+            for name in others:
+                tuned.add_adapter(name, PromptConfig(**fresh(saved.adapters[name])))
+            load_state(tuned, saved)
+        tuned._as_trained(configs, saved.active, is_trainable)
+        return tuned
+
+    @refuses_unknown_arguments
     def load_adapter(
-        self, name_or_folder: str | Path, adapter_name: str, is_trainable: bool = False
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        *,
+        low_cpu_mem_usage: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | None = None,
     ) -> None:
         """Adds a prompt that fastprefix or PEFT saved; not active until :meth:`set_adapter`.
 
         Args:
-            name_or_folder: a folder, or a repository name on the Hugging Face hub.
+            model_id: a folder, or a repository name on the Hugging Face hub.
             adapter_name: a new name.
             is_trainable: whether to train it, beside those that are trained.
+            torch_device: as in :meth:`from_pretrained`, and so those that follow.
+            low_cpu_mem_usage: see there.
+            subfolder: see there.
+            revision: see there.
+            token: see there.
+            cache_dir: see there.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -410,9 +551,11 @@ class PromptTuningModel(NamedAdapters):
                 model, or one that was trained with an adapter inside the base that is not this
                 base's.
         """
-        prompt, config = _load(name_or_folder, self.base_model)
-        self._check_base_adapter(name_or_folder)
-        self.add_adapter(adapter_name, config)
+        hub.check_loading(torch_device, low_cpu_mem_usage)
+        place = Source(str(model_id), subfolder, revision, token, cache_dir)
+        prompt, config = _load(place, self.base_model)
+        self._check_base_adapter(place)
+        self.add_adapter(adapter_name, replace(config, inference_mode=not is_trainable))
         self._start(adapter_name, prompt)
         self.set_requires_grad(adapter_name, is_trainable)
 
@@ -510,9 +653,9 @@ def _new_encoder(
     return encoder
 
 
-def _load(name_or_folder: str | Path, model: PreTrainedModel) -> tuple[Prompt, PromptConfig]:
+def _load(place: Source, model: PreTrainedModel) -> tuple[Prompt, PromptConfig]:
     """A saved prompt for a model, and a configuration that trains it directly."""
-    prompt = load_prompt(name_or_folder, embedding_weight(model).shape[1])
+    prompt = load_prompt(place, embedding_weight(model).shape[1])
     task_type = prompt.config.get("task_type")
     heads = saved_heads(prompt.config, prompt.heads)
     check_saved(model, prompt.heads, heads, task_type)

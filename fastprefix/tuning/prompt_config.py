@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+from fastprefix.hf.peft_prompts import INFIX_KIND
 from fastprefix.tuning.config import TASK_TYPES
+from fastprefix.tuning.config_files import ConfigFiles, plain
 
 Init = Literal["random", "text", "vocab"]
 Reparameterization = Literal["MLP", "LSTM"]
 Placement = Literal["prefix", "infix"]
 
 
+_NETWORK = (
+    *("encoder_reparameterization_type", "encoder_hidden_size"),
+    *("encoder_num_layers", "encoder_dropout"),
+)
+_INITS: dict[str, Init] = {"RANDOM": "random", "TEXT": "text", "SAMPLE_VOCAB": "vocab"}
+
+
 @dataclass
-class PromptConfig:
+class PromptConfig(ConfigFiles):
     """Configuration of prompts that enter a model as embeddings.
 
     As it is: prompt tuning (Lester et al. 2021), which is also the embedding-only ablation of
@@ -53,8 +62,47 @@ class PromptConfig:
     init: Init = "random"
     init_text: str | None = None
     init_std: float | None = None
+    inference_mode: bool = False
+
+    model_class: ClassVar[str] = "PromptTuningModel"
+    peft_kinds: ClassVar[dict[str, tuple[str, ...]]] = {
+        "PROMPT_TUNING": ("prompt_tuning_init", "prompt_tuning_init_text"),
+        "P_TUNING": _NETWORK,
+        INFIX_KIND: (),
+    }
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the method, or ours for an infix, which PEFT does not have."""
+        if self.placement == "infix":
+            return INFIX_KIND
+        return "P_TUNING" if self.encoder_reparameterization_type else "PROMPT_TUNING"
+
+    @classmethod
+    def _converted(cls, kind: str, taken: dict[str, Any]) -> dict[str, Any]:
+        if kind == INFIX_KIND:
+            return {"placement": "infix", **taken}
+        if kind == "PROMPT_TUNING":
+            start = taken.pop("prompt_tuning_init", "RANDOM")
+            text = taken.pop("prompt_tuning_init_text", None)
+            if start not in _INITS:
+                raise ValueError(
+                    f"config.prompt_tuning_init: got {start!r}, takes one of {tuple(_INITS)}"
+                )
+            taken |= {"init": _INITS[start], "init_text": text if start == "TEXT" else None}
+        return taken
+
+    def _peft_fields(self) -> dict[str, Any]:
+        told = super()._peft_fields()
+        if self.peft_type == "P_TUNING":
+            told |= {name: getattr(self, name) for name in _NETWORK}
+        if self.peft_type == "PROMPT_TUNING":
+            # PEFT takes a text with the name of its tokenizer alone
+            told["prompt_tuning_init"] = "SAMPLE_VOCAB" if self.init == "vocab" else "RANDOM"
+        return told
 
     def __post_init__(self) -> None:
+        self.task_type = plain(self.task_type)  # PEFT's is an enum
         network = (*get_args(Reparameterization), None)
         for name, choices in (
             ("task_type", TASK_TYPES),

@@ -98,10 +98,10 @@ class _SavesTheAdapter(_Base):
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            folder = output_dir if output_dir is not None else self.args.output_dir
-            model: Any = self.accelerator.unwrap_model(self.model)
-            model.save_pretrained(folder)
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        model: Any = self.accelerator.unwrap_model(self.model)
+        # by all processes: each may have a share of the parameters
+        model.save_pretrained(folder, is_main_process=self.args.should_save)
 
 
 class PrefixTrainer(_SavesTheAdapter, Trainer):

@@ -46,7 +46,9 @@ def test_round_trip(tiny, architecture, tmp_path, projection, position_offset):
     assert loaded.export().position_offset == (P if position_offset is None else position_offset)
     files = sorted(file.name for file in (tmp_path / "new" / "adapter").iterdir())
     own = ["prefix_kv.safetensors"] if position_offset is not None else []
-    assert files == [CONFIG, WEIGHTS, *own], "PEFT places the text right behind the prefix"
+    assert files == ["README.md", CONFIG, WEIGHTS, *own], (
+        "PEFT places the text right behind the prefix"
+    )
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])

@@ -116,7 +116,7 @@ def test_delete_adapter(tuned):
         tuned.delete_adapter("default")
     assert tuned.active_adapter == "b"
     assert trained(tuned) == {"b"}
-    assert {name.split(".")[1] for name in tuned.state_dict()} == {"b"}
+    assert {name.split(".")[1] for name in tuned.state_dict() if "." in name} == {"b"}
     tuned.add_adapter("default", config(3))
     tuned.set_adapter("b", inference_mode=True)
     with pytest.warns(UserWarning, match="active"):
@@ -263,7 +263,7 @@ def test_peft_loads_all_that_we_save(tiny, model, bare, tmp_path):
 def test_adapters_come_back_under_any_name(tiny, tuned, batch, tmp_path):
     tuned.save_pretrained(tmp_path / "all")
     tuned.save_pretrained(tmp_path / "one", selected_adapters=["b"])
-    assert [path.name for path in (tmp_path / "one").iterdir()] == ["b"]
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"README.md", "b"}
     again = PrefixTuningModel.from_pretrained(tiny.build(), tmp_path / "all", "first")
     again.load_adapter(tmp_path / "one" / "b", "second")
     assert again.active_adapter == "first"

@@ -75,7 +75,7 @@ def test_saves_the_adapter_alone(tiny, make, projection, tmp_path):
     trainer.train()
     trainer.save_model(tmp_path / "adapter")
     names = {file.name for file in (tmp_path / "adapter").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     ids = tiny.prompt()
     expected = trainer.model.eval()(ids).logits
     loaded = PrefixTuningModel.from_pretrained(tiny.build(), tmp_path / "adapter")

@@ -466,6 +466,7 @@ def test_state_dict_holds_the_encoder_and_the_heads(tiny):
         "encoders.default.embedding",
         "adapter_heads.default.classifier.weight",
         "adapter_heads.default.classifier.bias",
+        "_extra_state",
     }
     tuned.load_state_dict(tuned.state_dict())
     trainable, total = tuned.get_nb_trainable_parameters()
