@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fastprefix.hf.versions import disable_checkpointing, enable_checkpointing, 
 from fastprefix.tuning import hub
 from fastprefix.tuning.checkpoint import EXTRA, described
 from fastprefix.tuning.config import PrefixConfig
+from fastprefix.tuning.config_files import ConfigFiles
 from fastprefix.tuning.prompt_config import PromptConfig
 
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
@@ -51,6 +52,7 @@ class TunedModel(nn.Module):
     """
 
     base_model: PreTrainedModel
+    config_class: ClassVar[type[ConfigFiles]]
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -150,7 +152,13 @@ class TunedModel(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The configurations, as an entry of ``state_dict()``: a checkpoint is then enough."""
-        return described(type(self).__name__, self.peft_config, self.active_adapter)
+        names = list(self.peft_config)
+        configs = {name: self._config_as_it_stands(name) for name in names}
+        return described(self.config_class.model_class, configs, self.active_adapter)
+
+    def _config_as_it_stands(self, adapter_name: str) -> Any:
+        """A configuration of a model with an adapter's present parameters."""
+        return self.peft_config[adapter_name]
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing: a model has its adapters before their parameters are loaded."""

@@ -10,14 +10,17 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_files import CONFIG_FILE, decoded, encoded
+
+_Config = TypeVar("_Config")
 
 EXTRA = "_extra_state"  # torch's name for what get_extra_state gives
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -29,7 +32,7 @@ class Checkpoint:
 
     Attributes:
         file: where it was read.
-        model_class: the name of the class of ours that was trained.
+        model_class: "PrefixTuningModel" or "PromptTuningModel".
         adapters: each adapter's configuration, as its fields.
         active: the name of the active adapter; None for none.
         state: for the ``load_state_dict`` of a model with these adapters.
@@ -40,6 +43,17 @@ class Checkpoint:
     adapters: dict[str, dict[str, Any]]
     active: str | None
     state: dict[str, Tensor]
+
+    def config(self, kind: type[_Config], settings: Mapping[str, Any]) -> _Config:
+        """A configuration of the fields that the file tells.
+
+        Raises:
+            ValueError: fields or values that it does not take.
+        """
+        try:
+            return kind(**settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.file}: {error}") from error
 
     def called(self, adapter_name: str) -> Checkpoint:
         """With a name for its adapter, if it is the only one; several keep their own."""
@@ -76,6 +90,7 @@ def read_checkpoint(place: Source, model_class: str) -> Checkpoint | None:
         model_class: the class that is to be loaded.
 
     Raises:
+        FileNotFoundError: the folder holds checkpoints, and is none.
         ValueError: cut short, of another model, or without a configuration.
     """
     folder = place.folder
@@ -83,28 +98,59 @@ def read_checkpoint(place: Source, model_class: str) -> Checkpoint | None:
         return None
     file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if file is None:
+        inside = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+        if inside:
+            raise FileNotFoundError(
+                f"{place}: no {CONFIG_FILE} in this folder; its {', '.join(inside)} may be what "
+                "is meant"
+            )
         return None
     try:
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        told = decoded(state[EXTRA]) if EXTRA in state else None
+        state = _state(file)
+        told = None if state is None else decoded(state[EXTRA])
+        if told is not None:
+            kind, adapters, active = told["model_class"], dict(told["adapters"]), told["active"]
     except Exception as error:
-        raise ValueError(f"{file}: {error}") from error
-    if told is None:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
+    if state is None:
         raise ValueError(
             f"{file}: got parameters without a configuration of fastprefix, takes an adapter's "
             f"folder with {CONFIG_FILE}, or a Trainer's checkpoint of a {model_class}. Another "
             "model's parameters load by its own from_pretrained or load_state_dict"
         )
-    if told["model_class"] != model_class:
-        raise ValueError(
-            f"{file}: got a checkpoint of a {told['model_class']}, takes one of a {model_class}"
-        )
-    if not told["adapters"]:
+    if kind != model_class:
+        raise ValueError(f"{file}: got a checkpoint of a {kind}, takes one of a {model_class}")
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: {name} holds a NaN or infinity")
+    if not adapters:
         raise ValueError(f"{file}: got a checkpoint without adapters, takes one with some")
-    return Checkpoint(file, model_class, told["adapters"], told["active"], state)
+    return Checkpoint(file, model_class, adapters, active, state)
+
+
+def refuse_checkpoint(place: Source, model_class: str) -> None:
+    """Refuses a checkpoint where one adapter is to be added.
+
+    Raises:
+        ValueError: it is one; see also :func:`read_checkpoint`.
+    """
+    saved = read_checkpoint(place, model_class)
+    if saved is not None:
+        raise ValueError(
+            f"{saved.file}: got a Trainer's checkpoint, takes an adapter's folder; "
+            "from_pretrained loads it, and save_pretrained then writes one"
+        )
+
+
+def _state(file: Path) -> dict[str, Tensor] | None:
+    """All tensors of a file; None if it does not tell a configuration, and may be large."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            if EXTRA not in opened.keys():  # noqa: SIM118
+                return None
+        return load_file(file)
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return state if EXTRA in state else None
 
 
 def fresh(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,14 @@ class HeadsInUse(contextlib.AbstractContextManager[None]):
 
     def __init__(self, model: PreTrainedModel, rows: Sequence[Heads | None]) -> None:
         chosen: list[_Chosen] = []
-        for name in dict.fromkeys(name for heads in rows if heads for name in heads.names):
+        names = list(dict.fromkeys(name for heads in rows if heads for name in heads.names))
+        for outer in names:
+            if any(name.startswith(f"{outer}.") for name in names):
+                raise NotImplementedError(
+                    f"prefix_names: got rows whose adapters train {outer} and a part of it, takes "
+                    "rows of one of the two"
+                )
+        for name in names:
             copies = [
                 heads.get_submodule(name) if heads and name in heads.names else None
                 for heads in rows

@@ -75,7 +75,7 @@ def write_card(tuned: TunedModel, folder: Path) -> None:
         card = ModelCard.load(file) if file.is_file() else ModelCard(_text(tuned))
     except Exception as error:  # of YAML, of UTF-8, of the hub's client
         message = f"{file}: left as it is, for its metadata cannot be read ({error})"
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)
         return
     data: Any = card.data
     for name, value in _metadata(tuned, folder).items():
@@ -132,7 +132,7 @@ def push(
 
 def _metadata(tuned: TunedModel, folder: Path) -> dict[str, Any]:
     """What the hub reads of a card."""
-    config = tuned.peft_config[tuned.active_adapter or next(iter(tuned.peft_config))]
+    config = tuned.peft_config.get(tuned.active_adapter)
     kinds = {one.peft_type.lower().replace("_", "-") for one in tuned.peft_config.values()}
     found: dict[str, Any] = {
         "library_name": _LIBRARIES[0] if _peft_loads(folder) else _LIBRARIES[1],
@@ -141,7 +141,7 @@ def _metadata(tuned: TunedModel, folder: Path) -> dict[str, Any]:
     if (name := _base_name(tuned)) is not None:
         found["base_model"] = name
         found["tags"].add(f"base_model:adapter:{name}")
-    if config.task_type in _PIPELINES:
+    if config is not None and config.task_type in _PIPELINES:
         found["pipeline_tag"] = _PIPELINES[config.task_type]
     return found
 

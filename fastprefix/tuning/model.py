@@ -46,10 +46,10 @@ from fastprefix.tuning.build import new_encoder
 from fastprefix.tuning.checkpoint import (
     Checkpoint,
     as_it_was,
-    described,
     fresh,
     load_state,
     read_checkpoint,
+    refuse_checkpoint,
 )
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
@@ -86,6 +86,8 @@ class PrefixTuningModel(NamedAdapters):
         >>> Trainer(tuned, arguments, train_dataset=data).train()
         >>> tuned.save_pretrained("adapter")
     """
+
+    config_class = PrefixConfig
 
     def __init__(
         self,
@@ -142,19 +144,6 @@ class PrefixTuningModel(NamedAdapters):
     def prefix_config(self) -> PrefixConfig:
         """The active adapter's configuration."""
         return self._configs[self._named(None)]
-
-    def get_extra_state(self) -> Tensor:
-        """As in the base class; of a prefix that grew, as long as it is."""
-        configs = {}
-        for name, config in self.prefix_configs.items():
-            encoder = self.encoders[name]
-            assert isinstance(encoder, Encoder)
-            layout = encoder.layout
-            lengths = None if config.layer_lengths is None else list(layout.lengths)
-            configs[name] = replace(
-                config, num_virtual_tokens=layout.num_virtual_tokens, layer_lengths=lengths
-            )
-        return described(type(self).__name__, configs, self.active_adapter)
 
     @property
     def loss_type(self) -> str | None:
@@ -316,6 +305,14 @@ class PrefixTuningModel(NamedAdapters):
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 
+    def _config_as_it_stands(self, adapter_name: str) -> PrefixConfig:
+        """As in the base class; of a prefix that grew, as long as it is."""
+        config, encoder = self.prefix_configs[adapter_name], self.encoders[adapter_name]
+        assert isinstance(encoder, Encoder)
+        lengths = None if config.layer_lengths is None else list(encoder.layout.lengths)
+        P = encoder.layout.num_virtual_tokens
+        return replace(config, num_virtual_tokens=P, layer_lengths=lengths)
+
     def _save_adapter(
         self,
         place: Path,
@@ -388,7 +385,7 @@ class PrefixTuningModel(NamedAdapters):
                 what is inside the base.
             config: a :class:`PrefixConfig` or PEFT's for such prefixes, which the files must agree
                 with; of what they do not tell, dropout is taken from it.
-            torch_device: where the files are read to; the prefix ends on the base's device.
+            torch_device: a device, as in PEFT; the prefix is on the base's, whatever it is.
             low_cpu_mem_usage: as in PEFT; a prefix is small, and loaded the same way with either.
             subfolder: of model_id, where the files are.
             revision: of the repository: a branch, tag or commit.
@@ -407,7 +404,7 @@ class PrefixTuningModel(NamedAdapters):
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
         wanted = None if config is None else as_prefix_config(config)
         model = unwrap(model)
-        if (saved := read_checkpoint(place, cls.__name__)) is not None:
+        if (saved := read_checkpoint(place, cls.config_class.model_class)) is not None:
             return cls._of_checkpoint(
                 model, saved, adapter_name, is_trainable, wanted, place, check, fallback
             )
@@ -441,7 +438,7 @@ class PrefixTuningModel(NamedAdapters):
         """All adapters, by the names that they had; one alone by the name that is given."""
         saved = saved.called(adapter_name)
         settings = {name: {**one, "fallback": fallback} for name, one in saved.adapters.items()}
-        configs = {name: PrefixConfig(**one) for name, one in settings.items()}
+        configs = {name: saved.config(PrefixConfig, one) for name, one in settings.items()}
         if wanted is not None:
             agreed(wanted, configs[saved.active or next(iter(configs))], place)
         first, *others = settings
@@ -490,6 +487,7 @@ class PrefixTuningModel(NamedAdapters):
         """
         hub.check_loading(torch_device, low_cpu_mem_usage)
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
+        refuse_checkpoint(place, self.config_class.model_class)
         adapter, config = _load(place, self.base_model)
         self._check_base_adapter(place)
         self.add_adapter(adapter_name, replace(config, inference_mode=not is_trainable))

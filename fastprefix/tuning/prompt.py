@@ -34,6 +34,7 @@ from fastprefix.tuning.checkpoint import (
     fresh,
     load_state,
     read_checkpoint,
+    refuse_checkpoint,
 )
 from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
 from fastprefix.tuning.peft_configs import agreed, as_prompt_config, tokenizer_of
@@ -74,6 +75,8 @@ class PromptTuningModel(NamedAdapters):
         >>> Trainer(tuned, arguments, train_dataset=data).train()
         >>> tuned.save_pretrained("adapter")
     """
+
+    config_class = PromptConfig
 
     def __init__(
         self,
@@ -462,7 +465,7 @@ class PromptTuningModel(NamedAdapters):
                 what is inside the base.
             config: a :class:`PromptConfig` or PEFT's for such prompts, which the files must agree
                 with.
-            torch_device: where the files are read to; the prompt ends on the base's device.
+            torch_device: a device, as in PEFT; the prompt is on the base's, whatever it is.
             low_cpu_mem_usage: as in PEFT; a prompt is small, and loaded the same way with either.
             subfolder: of model_id, where the files are.
             revision: of the repository: a branch, tag or commit.
@@ -478,7 +481,7 @@ class PromptTuningModel(NamedAdapters):
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
         wanted = None if config is None else as_prompt_config(config)
         model = unwrap(model)
-        if (saved := read_checkpoint(place, cls.__name__)) is not None:
+        if (saved := read_checkpoint(place, cls.config_class.model_class)) is not None:
             return cls._of_checkpoint(model, saved, adapter_name, is_trainable, wanted, place)
         prompt, found = _load(place, model)
         found = replace(found, inference_mode=not is_trainable)
@@ -505,7 +508,7 @@ class PromptTuningModel(NamedAdapters):
     ) -> PromptTuningModel:
         """All prompts, by the names that they had; one alone by the name that is given."""
         saved = saved.called(adapter_name)
-        configs = {name: PromptConfig(**one) for name, one in saved.adapters.items()}
+        configs = {n: saved.config(PromptConfig, one) for n, one in saved.adapters.items()}
         first, *others = configs
         if wanted is not None:
             agreed(wanted, configs[saved.active or first], place)
@@ -553,6 +556,7 @@ class PromptTuningModel(NamedAdapters):
         """
         hub.check_loading(torch_device, low_cpu_mem_usage)
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
+        refuse_checkpoint(place, self.config_class.model_class)
         prompt, config = _load(place, self.base_model)
         self._check_base_adapter(place)
         self.add_adapter(adapter_name, replace(config, inference_mode=not is_trainable))

@@ -13,6 +13,7 @@ from transformers import (
 
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 from fastprefix.hf.patching import is_patched
+from fastprefix.hf.peft_files import decoded, encoded
 from fastprefix.tuning.callbacks import ProgressiveLength
 
 P = 4
@@ -63,6 +64,11 @@ def test_the_trainer_s_checkpoints_load(tiny, kind, tmp_path):
     assert same(tiny, loaded, tuned)
     earlier = wrapper.from_pretrained(tiny.build("llama"), tmp_path, subfolder="checkpoint-1")
     assert not same(tiny, earlier, tuned)
+    with pytest.raises(FileNotFoundError, match="its checkpoint-1, checkpoint-2 may be what is me"):
+        wrapper.from_pretrained(tiny.build("llama"), tmp_path)
+    if kind == "direct":
+        with pytest.raises(ValueError, match="got a Trainer's checkpoint, takes an adapter's fold"):
+            loaded.load_adapter(tmp_path / "checkpoint-2", "b")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,6 +207,26 @@ def test_what_is_no_checkpoint_of_ours_is_told_so(tiny, tmp_path):
     file.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors: "):
         PromptTuningModel.from_pretrained(tiny.build("llama"), tmp_path / "prompt")
+    settings = decoded(tuned.get_extra_state())
+    for name, change, message in [
+        ("encoder.embedding", torch.full((P, 64), torch.nan), "encoder.embedding holds a NaN"),
+        ("_extra_state", encoded({**settings, "adapters": {}}), "got a checkpoint without adapt"),
+        ("_extra_state", encoded({"x": 1}), "model_class"),
+        ("_extra_state", torch.tensor([1, 2, 3], dtype=torch.uint8), "Expecting value"),
+        (
+            "_extra_state",
+            encoded({**settings, "adapters": {"default": {"num_virtual_tokens": 0}}}),
+            "num_virtual_tokens: got 0, takes 1 or more",
+        ),
+        (
+            "_extra_state",
+            encoded({**settings, "adapters": {"default": {"no_such": 0}}}),
+            "no_such",
+        ),
+    ]:
+        save_file({**tuned.state_dict(), name: change}, file)
+        with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
+            PromptTuningModel.from_pretrained(tiny.build("llama"), tmp_path / "prompt")
     file.write_bytes(whole)
     assert load_file(file)["_extra_state"].dtype == torch.uint8
     file.unlink()

@@ -237,6 +237,14 @@ def test_packed_rows_of_different_heads_are_refused(texts):
         tuned(input_ids=texts[0][:1], position_ids=positions, prefix_names=["default", "second"])
 
 
+def test_a_head_and_a_part_of_it_in_one_batch_are_refused(texts):
+    tuned = two("roberta")
+    tuned.add_adapter("part", PrefixConfig(P, modules_to_save=["out_proj"], task_type="SEQ_CLS"))
+    with pytest.raises(NotImplementedError, match="prefix_names: got rows whose adapters train cl"):
+        answers(tuned, *texts, prefix_names=["default", "part"] * 2)
+    answers(tuned, *texts, prefix_names=["part"] * 4)
+
+
 class Items(torch.utils.data.Dataset):
     """Labelled texts."""
 

@@ -94,7 +94,7 @@ SHARED = (
     *("get_output_embeddings", "loss_function", "main_input_name", "model_tags", "name_or_path"),
     *("prepare_inputs_for_generation", "resize_token_embeddings", "tie_weights", "vocab_size"),
 )
-OWN = ["push_to_hub", "generate_batch", "disable_adapters", "enable_adapters", "merge_and_unload"]
+OWN = ["generate_batch", "disable_adapters", "enable_adapters", "merge_and_unload"]
 
 
 def test_what_callers_ask_of_a_transformers_model_is_the_base_s(tiny, wrap):
