@@ -60,6 +60,12 @@ class NamedAdapters(TunedModel):
         self._insert(adapter_name, config, encoder)
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        for heads in map(self._heads, self.encoders):
+            if heads is not None:
+                heads.attach(self.base_model)
+
     @property
     def active_adapters(self) -> list[str]:
         """The name of the active adapter, in a list as in PEFT; an empty one for none."""
@@ -155,7 +161,7 @@ class NamedAdapters(TunedModel):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """In this block the model is its base alone. A LoRA inside the base stays."""
+        """In this block the model is its base alone, heads included. A LoRA inside it stays."""
         before = self._adapters_disabled
         self._adapters_disabled = True
         try:

@@ -53,9 +53,9 @@ class Heads(nn.Module):
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         super().__init__()
         self._names = tuple(names)
+        self.attach(model)
         for name in self._names:
             original = model.get_submodule(name)
-            _switch(original)
             place: nn.Module = self
             *parents, last = name.split(".")
             for parent in parents:
@@ -68,6 +68,11 @@ class Heads(nn.Module):
     def names(self) -> tuple[str, ...]:
         """Of the originals in the base."""
         return self._names
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Lets the originals in the base hand over their calls, which a copied base's do not."""
+        for name in self._names:
+            _switch(model.get_submodule(name))
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names of the base's ``state_dict``; whole where FSDP has shares of them."""
@@ -102,7 +107,7 @@ class HeadsInUse(contextlib.AbstractContextManager[None]):
             if all(other is copies[0] for other in copies):
                 copies = copies[:1]
             original = model.get_submodule(name)
-            _switch(original)  # of a model that was copied, or given another module since
+            _switch(original)  # of a base that was given another module since
             chosen.append((original, tuple(copies)))
         self.chosen = tuple(chosen)
 

@@ -233,7 +233,7 @@ class PrefixTuningModel(NamedAdapters):
 
     @torch.no_grad()
     def export(self, adapter_name: str | None = None) -> PrefixKV:
-        """A prefix as it stands: no dropout, no parameterisation, no graph.
+        """A prefix as it stands: no dropout, no parameterisation, no graph; without its heads.
 
         Args:
             adapter_name: which; the active one if None.

@@ -337,6 +337,8 @@ class PromptTuningModel(NamedAdapters):
     def export(self, adapter_name: str | None = None) -> PrefixKV:
         """A prompt's keys and values, as the base computes them: what a batch can share.
 
+        With its heads: those inside the base's layers have a part in them, others do not.
+
         Args:
             adapter_name: which; the active one if None.
 

@@ -333,6 +333,8 @@ def test_compiled_in_one_graph(texts):
     for name in ("default", "second", "default"):
         tuned.set_adapter(name)
         torch.testing.assert_close(answers(compiled, *texts), answers(tuned, *texts), **CLOSE)
+    again = torch.compile(copy.deepcopy(tuned), fullgraph=True, backend="eager")
+    torch.testing.assert_close(answers(again, *texts), answers(tuned, *texts), **CLOSE)
 
 
 class Fused(transformers.BertForSequenceClassification):
@@ -391,6 +393,20 @@ def test_heads_inside_layers_that_are_run_again(wrap, tiny, texts):
     other.base_model.gradient_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(ValueError, match=r"gradient checkpointing: would run model\.layers\.0"):
         layers_gradients(other, texts[0])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_copies_of_attention_attend_as_the_originals(tiny, architecture, texts):
+    """A prefix reaches them, too."""
+    names = {"llama": ["self_attn"], "gpt2": ["attn", "mlp"]}[architecture]
+    plain = loud(PrefixTuningModel(tiny.build(architecture), PrefixConfig(P)))
+    tuned = PrefixTuningModel(
+        tiny.build(architecture), PrefixConfig(P, modules_to_save=names)
+    ).eval()
+    assert len(tuned.heads()) > len(names)
+    tuned.encoder.start_from_prefix(plain.export())
+    torch.testing.assert_close(tuned(*texts).logits, plain(*texts).logits, **CLOSE)
+    assert torch.equal(tiny.generate(tuned, *texts), tiny.generate(plain, *texts))
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
