@@ -36,6 +36,7 @@ from fastprefix.tuning.checkpoint import (
     read_checkpoint,
     refuse_checkpoint,
 )
+from fastprefix.tuning.config_files import PeftsOwn
 from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
 from fastprefix.tuning.peft_configs import agreed, as_prompt_config, tokenizer_of
 from fastprefix.tuning.prompt_config import PromptConfig
@@ -81,12 +82,13 @@ class PromptTuningModel(NamedAdapters):
     def __init__(
         self,
         model: PreTrainedModel,
-        config: Any,
+        config: PromptConfig | PeftsOwn,
         tokenizer: PreTrainedTokenizerBase | None = None,
         adapter_name: str = DEFAULT,
     ) -> None:
         tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
-        config, model = as_prompt_config(config), unwrap(model)
+        config = as_prompt_config(config)
+        model = unwrap(model)
         taken = inspect.signature(model.forward).parameters
         if "inputs_embeds" not in taken:
             raise ValueError(f"model: {type(model).__name__} takes no inputs_embeds")
@@ -99,7 +101,7 @@ class PromptTuningModel(NamedAdapters):
     def add_adapter(
         self,
         adapter_name: str,
-        config: Any,
+        config: PromptConfig | PeftsOwn,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Adds a prompt, neither active nor trained until :meth:`set_adapter`.
@@ -444,7 +446,7 @@ class PromptTuningModel(NamedAdapters):
         model_id: str | Path,
         adapter_name: str = DEFAULT,
         is_trainable: bool = False,
-        config: Any = None,
+        config: PromptConfig | PeftsOwn | None = None,
         *,
         torch_device: str | torch.device | None = None,
         low_cpu_mem_usage: bool = False,
