@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.text import Text
@@ -42,22 +43,23 @@ def run_generation(
     JSON, a list of objects with a prompt and its text.
     """
     set_seed(seed)
-    tuned: type[PrefixTuningModel | PromptTuningModel] | None = None
+    kind: type[PrefixTuningModel | PromptTuningModel] | None = None
     named = "--adapter"
     if adapter is not None:
         if not Path(adapter).is_dir():
             named += f": got {adapter}, which is no folder here"
         with blaming(named):
-            tuned = _kind_of(adapter)
+            kind = _kind_of(adapter)
     tokenizer = load_tokenizer(model_name)
     with blaming(named):
         template = None if raw else template_of(adapter, tokenizer)
     with working(f"loading {model_name}"):
         model = load_causal(model_name, getattr(torch, dtype))
-        kv = None
-        if tuned is not None and adapter is not None:
+        kv = tuned = None
+        if kind is not None and adapter is not None:
             with blaming(named):
-                kv = tuned.from_pretrained(model, adapter).export()
+                tuned = kind.from_pretrained(model, adapter)
+                kv = tuned.export()
             rows = encode(prompts, tokenizer, template)
         elif system_prompt is None:
             rows = encode(prompts, tokenizer, template)
@@ -82,10 +84,12 @@ def run_generation(
         )
     batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-    generate = getattr(model, "generate", None)
+    generate: Any = getattr(model, "generate", None)
     if generate is None:
         raise ValueError(f"model: {type(model).__name__} cannot generate")
-    with contextlib.nullcontext() if kv is None else use_prefix(model, kv):
+    if tuned is not None:
+        generate = tuned.generate  # with the heads that were trained beside it
+    with contextlib.nullcontext() if kv is None or tuned is not None else use_prefix(model, kv):
         ids = generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

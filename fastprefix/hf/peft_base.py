@@ -62,6 +62,15 @@ def has_base_adapters(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Whether an adapter of PEFT's trains a module of a model that has any, or a part of it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return any(isinstance(part, kinds) for part in module.modules())
+
+
 def freeze(model: PreTrainedModel) -> None:
     """Freezes a model but for PEFT's adapters inside, which PEFT froze the rest for."""
     if not has_base_adapters(model):

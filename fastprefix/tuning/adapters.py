@@ -5,17 +5,27 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastprefix.arguments import check_names, check_type, methods_refuse_unknown_arguments
-from fastprefix.encoders import Encoder
-from fastprefix.hf.peft_base import BASE_FOLDER
+from fastprefix.hf.hub import Source
+from fastprefix.hf.peft_base import BASE_FOLDER, find_base_adapter, is_base_adapter
 from fastprefix.tuning.base import TunedModel
-from fastprefix.tuning.config import PrefixConfig
+from fastprefix.tuning.heads import (
+    Heads,
+    HeadsInUse,
+    check_checkpointing,
+    find_heads,
+    in_layers,
+    keep_heads,
+)
 
 DEFAULT = "default"
 
@@ -27,56 +37,55 @@ _DISABLED = threading.local()
 class NamedAdapters(TunedModel):
     """Encoders by name. One of them is active, which is what a forward uses that names none.
 
+    With an encoder go its heads: an adapter trains copies of its own of the modules that its
+    configuration names (``modules_to_save``) or that its task needs, as in PEFT. The base's own are
+    for adapters without, and for the base alone.
+
     An adapter's parameters require gradients as in PEFT's LoRA: :meth:`set_adapter` trains the
     one it activates and freezes the others, a new one is frozen until then, and
     :meth:`set_requires_grad` trains several at a time.
 
     Attributes:
         encoders: the adapters' encoders.
-        prefix_configs: their configurations.
-        active_adapter: name of the active one.
+        adapter_heads: the heads of those that train any.
+        active_adapter: name of the active one; None once the last one was deleted.
     """
 
     encoders: nn.ModuleDict
-    prefix_configs: dict[str, PrefixConfig]
-    active_adapter: str
+    adapter_heads: nn.ModuleDict
+    active_adapter: str | None
     _disabled_for_replica = False
 
     def __init__(
-        self, model: PreTrainedModel, adapter_name: str, config: PrefixConfig, encoder: Encoder
+        self, model: PreTrainedModel, adapter_name: str, config: Any, encoder: nn.Module
     ) -> None:
         super().__init__(model)
         self.encoders = nn.ModuleDict()
-        self.prefix_configs = {}
+        self.adapter_heads = nn.ModuleDict()
+        self._configs: dict[str, Any] = {}
         self._insert(adapter_name, config, encoder)
-        self.set_adapter(adapter_name)
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
-    @property
-    def encoder(self) -> Encoder:
-        """The active adapter's encoder."""
-        encoder = self.encoders[self.active_adapter]
-        assert isinstance(encoder, Encoder)
-        return encoder
-
-    @property
-    def prefix_config(self) -> PrefixConfig:
-        """The active adapter's configuration."""
-        return self.prefix_configs[self.active_adapter]
-
-    @property
-    def peft_config(self) -> dict[str, PrefixConfig]:
-        """All adapters' configurations by name; PEFT's name for it."""
-        return self.prefix_configs
-
-    @property
-    def active_peft_config(self) -> PrefixConfig:
-        """The active adapter's configuration; PEFT's name for it."""
-        return self.prefix_config
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        for heads in map(self._heads, self.encoders):
+            if heads is not None:
+                heads.attach(self.base_model)
 
     @property
     def active_adapters(self) -> list[str]:
-        """The name of the active adapter, in a list as in PEFT."""
-        return [self.active_adapter]
+        """The name of the active adapter, in a list as in PEFT; an empty one for none."""
+        return [] if self.active_adapter is None else [self.active_adapter]
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """All adapters' configurations by name; PEFT's name for it."""
+        return self._configs
+
+    @property
+    def active_peft_config(self) -> Any:
+        """The active adapter's configuration; PEFT's name for it."""
+        return self._configs[self._named(None)]
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Makes an adapter the active one, and the only one that is trained.
@@ -90,8 +99,8 @@ class NamedAdapters(TunedModel):
         """
         self._check_known("adapter_name", [adapter_name])
         self.active_adapter = adapter_name
-        self.encoders.requires_grad_(False)
-        self.encoders[adapter_name].requires_grad_(not inference_mode)
+        self.set_requires_grad(list(self.encoders), False)
+        self.set_requires_grad(adapter_name, not inference_mode)
 
     def set_requires_grad(
         self, adapter_names: str | Iterable[str], requires_grad: bool = True
@@ -105,31 +114,60 @@ class NamedAdapters(TunedModel):
         self._check_known("adapter_names", names)
         for name in names:
             self.encoders[name].requires_grad_(requires_grad)
+            if name in self.adapter_heads:
+                self.adapter_heads[name].requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. If it was active, the first of the others is then, with a warning.
 
+        After the last one none is active: a forward is then refused until another is added and
+        set, but for that of the base, under :meth:`disable_adapter`.
+
         Raises:
-            ValueError: no adapter of this name, or no other one.
+            ValueError: no adapter of this name.
         """
         self._check_known("adapter_name", [adapter_name])
-        others = [name for name in self.encoders if name != adapter_name]
-        if not others:
-            raise ValueError(
-                f"adapter_name: got {adapter_name!r}, the only adapter, takes one of several; add "
-                "another one first, or unpatch the model to have it without"
-            )
-        trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
-        del self.encoders[adapter_name], self.prefix_configs[adapter_name]
-        if adapter_name == self.active_adapter:
+        trained = any(p.requires_grad for p in self.encoders[adapter_name].parameters())
+        del self.encoders[adapter_name], self._configs[adapter_name]
+        if adapter_name in self.adapter_heads:
+            del self.adapter_heads[adapter_name]
+        if adapter_name != self.active_adapter:
+            return
+        self.active_adapter = next(iter(self.encoders), None)
+        if self.active_adapter is not None:
             warnings.warn(
-                f"adapter {adapter_name!r} was active; now {others[0]!r} is", stacklevel=2
+                f"adapter {adapter_name!r} was active; now {self.active_adapter!r} is",
+                stacklevel=2,
             )
-            self.set_adapter(others[0], inference_mode=not trained)
+            self.set_adapter(self.active_adapter, inference_mode=not trained)
+
+    def heads(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """What an adapter trains of the base, by the names of the base's ``state_dict``.
+
+        Args:
+            adapter_name: which; the active one if None.
+
+        Raises:
+            ValueError: no adapter of this name.
+        """
+        heads = self._heads(self._named(adapter_name))
+        return {} if heads is None else heads.tensors()
+
+    def head_names(self, adapter_name: str | None = None) -> list[str] | None:
+        """These modules by the last part of their names; None if there are none.
+
+        Args:
+            adapter_name: which; the active one if None.
+
+        Raises:
+            ValueError: no adapter of this name.
+        """
+        heads = self._heads(self._named(adapter_name))
+        return None if heads is None else sorted({n.rpartition(".")[2] for n in heads.names})
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """In this block, and in this thread, the model is its base alone.
+        """In this block, and in this thread, the model is its base alone, heads included.
 
         A LoRA inside the base stays.
         """
@@ -151,15 +189,107 @@ class NamedAdapters(TunedModel):
         replica._disabled_for_replica = self._adapters_disabled
         return replica
 
-    def _insert(self, adapter_name: str, config: PrefixConfig, encoder: Encoder) -> None:
-        """Adds an encoder, frozen, in the mode of the model.
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """See :meth:`TunedModel.activation_checkpointing_enable`."""
+        chosen = activation_checkpointing_kwargs or {"use_reentrant": False}
+        names = [name for heads in map(self._heads, self.encoders) if heads for name in heads.names]
+        if in_layers(names) and chosen.get("use_reentrant") is False:
+            chosen = {"context_fn": keep_heads, **chosen}
+        super().activation_checkpointing_enable(chosen, **kwargs)
+
+    def _check_base_adapter(self, place: Source) -> None:
+        """Refuses an adapter to be added that was trained with another one inside the base.
+
+        Raises:
+            ValueError: it holds one that this base lacks, or has other numbers in.
+        """
+        inside = find_base_adapter(place)
+        if inside is not None and not is_base_adapter(self.base_model, inside):
+            raise ValueError(
+                f"{place}: holds an adapter inside the base, too, which this base lacks "
+                "or has other numbers in; load both by from_pretrained"
+            )
+
+    def _load_heads(self, adapter_name: str, heads: dict[str, Tensor]) -> None:
+        """Puts saved heads, for which :func:`check_saved` found places, into an adapter's."""
+        own = self._heads(adapter_name)
+        if own is not None:
+            own.load_state_dict(heads, strict=False)  # what the file leaves out is the base's
+
+    def _as_trained(
+        self, configs: Mapping[str, Any], active: str | None, is_trainable: bool
+    ) -> None:
+        """As a checkpoint left it, whose adapters and parameters are here."""
+        for name, config in configs.items():
+            self._configs[name] = replace(config, inference_mode=not is_trainable)
+        self.set_adapter(active or next(iter(configs)))
+        if not is_trainable:
+            self.requires_grad_(False)
+        self.train(is_trainable)
+
+    def _selected(
+        self, selected_adapters: Sequence[str] | None, folder: str | Path
+    ) -> list[tuple[str, Path]]:
+        """Adapters to save, all if None, and where: "default" in the folder itself.
+
+        Raises:
+            ValueError: no adapter of a name, or none at all.
+        """
+        names = list(self.encoders) if selected_adapters is None else list(selected_adapters)
+        self._check_known("selected_adapters", names)
+        if not self.encoders:
+            raise ValueError("selected_adapters: got none, takes some: the last one was deleted")
+        return [(name, Path(folder) if name == DEFAULT else Path(folder) / name) for name in names]
+
+    def _insert(self, adapter_name: str, config: Any, encoder: nn.Module) -> None:
+        """Adds an encoder and its heads, frozen, in the mode of the model.
 
         Raises:
             ValueError: the name is in use, or cannot be one.
         """
         self._check_new(adapter_name)
+        names = find_heads(self.base_model, config.modules_to_save, config.task_type)
         self.encoders[adapter_name] = encoder.requires_grad_(False).train(self.training)
-        self.prefix_configs[adapter_name] = config
+        if names:
+            heads = Heads(self.base_model, names)
+            self.adapter_heads[adapter_name] = heads.requires_grad_(False).train(self.training)
+        self._configs[adapter_name] = config
+
+    def _heads(self, adapter_name: str | None) -> Heads | None:
+        """An adapter's heads; None if it has none, or of no adapter."""
+        if adapter_name is None or adapter_name not in self.adapter_heads:
+            return None
+        heads = self.adapter_heads[adapter_name]
+        assert isinstance(heads, Heads)
+        return heads
+
+    def _use_heads(self, names: Sequence[str | None]) -> contextlib.AbstractContextManager[None]:
+        """A block in which the base runs with the heads of an adapter, or of each row's.
+
+        Raises:
+            ValueError: gradient checkpointing would run a head in the backward, with others then.
+        """
+        if not self.adapter_heads:
+            return contextlib.nullcontext()
+        rows = [self._heads(name) for name in names]
+        if self.training and torch.is_grad_enabled():
+            for heads in {id(heads): heads for heads in rows if heads}.values():
+                check_checkpointing(self.base_model, heads.names)
+        return HeadsInUse(self.base_model, rows)
+
+    def _named(self, adapter_name: str | None) -> str:
+        """An adapter that there is: the active one if None."""
+        if adapter_name is not None:
+            self._check_known("adapter_name", [adapter_name])
+            return adapter_name
+        if self.active_adapter is None:
+            raise ValueError(
+                "active_adapter: got none, takes one: add_adapter() and set_adapter() bring one, "
+                "disable_adapter() runs the base alone"
+            )
+        return self.active_adapter
 
     def _check_new(self, adapter_name: str) -> None:
         check_type("adapter_name", adapter_name, str, "a name")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -19,7 +19,7 @@ from fastprefix.arguments import (
     shown,
 )
 from fastprefix.hf import pipelines
-from fastprefix.hf.devices import device_of, dtype_of, is_offloaded
+from fastprefix.hf.devices import device_of, dtype_of
 from fastprefix.hf.peft_base import freeze
 from fastprefix.hf.versions import disable_checkpointing, enable_checkpointing, is_checkpointing
 from fastprefix.tuning import hub
@@ -30,13 +30,6 @@ from fastprefix.tuning.misspelt import forward_inputs
 from fastprefix.tuning.prompt_config import PromptConfig
 
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
-
-# PEFT's choice of what is trained beside a prompt: the layer on top, which is new with every task
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 # Methods of the base that run it, or save it, without what was trained in front of it.
@@ -55,9 +48,9 @@ class TunedModel(nn.Module):
 
     What it has no attribute for is looked up in the base, as in PEFT's PeftModel.
 
-    ``state_dict()`` holds the encoders, the heads that are trained beside them, what is trained
-    inside the base, and the configurations as an entry "_extra_state", so that a trainer's
-    checkpoints do not repeat the base and are enough for ``from_pretrained``.
+    ``state_dict()`` holds the encoders, their heads, what is trained inside the base, and the
+    configurations as an entry "_extra_state", so that a trainer's checkpoints do not repeat the
+    base and are enough for ``from_pretrained``.
 
     Args:
         model: the base; frozen, but for what PEFT's adapters inside it train.
@@ -76,7 +69,6 @@ class TunedModel(nn.Module):
         pipelines.accept(type(self).__name__)
         self.base_model = model
         self._inputs = forward_inputs(model, inspect.signature(type(self).forward).parameters)
-        self._heads: tuple[str, ...] = ()
         self.register_load_state_dict_post_hook(_allow_no_base)
         self.register_state_dict_post_hook(_drop_base)
 
@@ -168,46 +160,6 @@ class TunedModel(nn.Module):
         """
         hub.write_card(self, Path(output_dir))
 
-    def train_heads(self, names: Iterable[str] | None, task_type: str | None = None) -> None:
-        """Trains modules of the base too, and keeps them in checkpoints and adapters.
-
-        Args:
-            names: modules of the base by the last part of their names; if None, those that PEFT
-                trains for the task: "classifier" and "score", or "qa_outputs".
-            task_type: of the task, where names is None.
-
-        Raises:
-            ValueError: the base has no module of a given name, or one whose parameters another
-                module shares (tied embeddings), or that is offloaded.
-        """
-        wanted = _HEADS.get(task_type or "", ()) if names is None else tuple(names)
-        found = {
-            name: module
-            for name, module in self.base_model.named_modules()
-            if name.rpartition(".")[2] in wanted
-        }
-        for want in () if names is None else wanted:
-            if not any(name.rpartition(".")[2] == want for name in found):
-                raise ValueError(
-                    f"modules_to_save: got {want!r}, which {type(self.base_model).__name__} lacks"
-                )
-        trained = {id(p): name for name, m in found.items() for p in m.parameters()}
-        for name, parameter in self.base_model.named_parameters(remove_duplicate=False):
-            inside = any(name.startswith(f"{head}.") for head in found)
-            if id(parameter) in trained and not inside:
-                raise ValueError(
-                    f"modules_to_save: got {trained[id(parameter)]!r}, whose numbers are those of "
-                    f"{name!r} too, which would be trained with it; takes modules of their own"
-                )
-        for name, module in found.items():
-            if is_offloaded(module):
-                raise ValueError(
-                    f"modules_to_save: got {name!r}, which is offloaded, takes modules that stay "
-                    "on a device: its weights are others in each call, and would not be trained"
-                )
-            module.requires_grad_(True)
-        self._heads = tuple(found)
-
     def get_extra_state(self) -> Tensor:
         """The configurations, as an entry of ``state_dict()``: a checkpoint is then enough."""
         names = list(self.peft_config)
@@ -220,20 +172,6 @@ class TunedModel(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing: a model has its adapters before their parameters are loaded."""
-
-    def _freeze_heads(self) -> None:
-        for name, parameter in self.base_model.named_parameters():
-            if self._is_head(name):
-                parameter.requires_grad_(False)
-
-    def head_names(self) -> list[str] | None:
-        """The trained modules by the last part of their names; None if there are none."""
-        return sorted({name.rpartition(".")[2] for name in self._heads}) or None
-
-    def heads(self) -> dict[str, Tensor]:
-        """What is trained of the base, by the names of its ``state_dict``."""
-        state = self.base_model.state_dict()
-        return {name: tensor for name, tensor in state.items() if self._is_head(name)}
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Trainable parameters and all parameters, the base's included."""
@@ -248,9 +186,6 @@ class TunedModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || "
             f"trainable%: {100 * trainable / total:.4f}"
         )
-
-    def _is_head(self, name: str) -> bool:
-        return any(name.startswith(f"{head}.") for head in self._heads)
 
     # What transformers.Trainer asks of a model.
 
@@ -381,38 +316,6 @@ def with_inputs_of_bases(forward: _Forward) -> _Forward:
     return forward
 
 
-def load_heads(model: PreTrainedModel, heads: Mapping[str, Tensor]) -> None:
-    """Puts an adapter's heads into the base.
-
-    Raises:
-        ValueError: the base has no such parameters, or of another shape, or they are offloaded.
-            It is left as it was.
-    """
-    state = model.state_dict()
-    for name, tensor in heads.items():
-        if name in state and state[name].is_meta:
-            raise ValueError(
-                f"adapter: holds {name}, which this {type(model).__name__} has offloaded, takes "
-                "one that is on a device"
-            )
-        if name not in state or state[name].shape != tensor.shape:
-            has = list(state[name].shape) if name in state else "no such parameter"
-            raise ValueError(
-                f"adapter: holds {name} {list(tensor.shape)}, which was trained beside it; this "
-                f"{type(model).__name__} has {has}"
-            )
-    with torch.no_grad():
-        for name, tensor in heads.items():
-            state[name].copy_(tensor)
-
-
-def saved_heads(config: Mapping[str, Any], heads: Mapping[str, Tensor]) -> list[str] | None:
-    """An adapter's modules_to_save; of PEFT's, which names what may be missing, those there are."""
-    named = config.get("modules_to_save")
-    parts = {part for name in heads for part in name.split(".")}
-    return None if named is None else [name for name in dict.fromkeys(named) if name in parts]
-
-
 def embedding_weight(model: PreTrainedModel) -> Tensor:
     """[vocabulary, hidden]."""
     weight = model.get_input_embeddings().weight
@@ -452,8 +355,7 @@ def initial_ids(
 
 def _kept(module: TunedModel) -> set[str]:
     """What a checkpoint holds of the base, by the names of its ``state_dict``."""
-    trained = {name for name, x in module.base_model.named_parameters() if x.requires_grad}
-    return trained | {name for name in module.base_model.state_dict() if module._is_head(name)}
+    return {name for name, x in module.base_model.named_parameters() if x.requires_grad}
 
 
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

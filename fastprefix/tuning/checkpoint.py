@@ -33,14 +33,14 @@ class Checkpoint:
         file: where it was read.
         model_class: "PrefixTuningModel" or "PromptTuningModel".
         adapters: each adapter's configuration, as its fields.
-        active: the name of the active adapter.
+        active: the name of the active adapter; None for none.
         state: for the ``load_state_dict`` of a model with these adapters.
     """
 
     file: Path
     model_class: str
     adapters: dict[str, dict[str, Any]]
-    active: str
+    active: str | None
     state: dict[str, Tensor]
 
     def config(self, kind: type[_Config], settings: Mapping[str, Any]) -> _Config:
@@ -56,26 +56,26 @@ class Checkpoint:
 
     def called(self, adapter_name: str) -> Checkpoint:
         """With a name for its adapter, if it is the only one; several keep their own."""
-        (old, *others), place = self.adapters, "encoders."
+        old, *others = self.adapters
         if others or old == adapter_name:
             return self
-        state = {
-            f"{place}{adapter_name}.{name.removeprefix(f'{place}{old}.')}"
-            if name.startswith(f"{place}{old}.")
-            else name: tensor
-            for name, tensor in self.state.items()
-        }
+        state = {}
+        for name, tensor in self.state.items():
+            kind, *rest = name.split(".")
+            if kind in ("encoders", "adapter_heads") and rest[0] == old:
+                name = ".".join((kind, adapter_name, *rest[1:]))
+            state[name] = tensor
         adapters = {adapter_name: self.adapters[old]}
         return replace(self, adapters=adapters, active=adapter_name, state=state)
 
 
-def described(model_class: str, adapters: Mapping[str, Any], active: str) -> Tensor:
+def described(model_class: str, adapters: Mapping[str, Any], active: str | None) -> Tensor:
     """What a ``state_dict()`` tells beside its parameters, as a tensor: files hold nothing else.
 
     Args:
         model_class: name of the class.
         adapters: configurations by name.
-        active: name of the active adapter.
+        active: name of the active adapter; None for none.
     """
     told = {name: asdict(config) for name, config in adapters.items()}
     return encoded({"model_class": model_class, "adapters": told, "active": active})
@@ -125,6 +125,20 @@ def read_checkpoint(place: Source, model_class: str) -> Checkpoint | None:
     if not adapters:
         raise ValueError(f"{file}: got a checkpoint without adapters, takes one with some")
     return Checkpoint(file, model_class, adapters, active, state)
+
+
+def refuse_checkpoint(place: Source, model_class: str) -> None:
+    """Refuses a checkpoint where one adapter is to be added.
+
+    Raises:
+        ValueError: it is one; see also :func:`read_checkpoint`.
+    """
+    saved = read_checkpoint(place, model_class)
+    if saved is not None:
+        raise ValueError(
+            f"{saved.file}: got a Trainer's checkpoint, takes an adapter's folder; "
+            "from_pretrained loads it, and save_pretrained then writes one"
+        )
 
 
 def _state(file: Path) -> dict[str, Tensor] | None:

@@ -49,8 +49,8 @@ class PrefixConfig(ConfigFiles):
     Attributes:
         num_virtual_tokens: prefix length P; with layer_lengths the longest of them.
         task_type: PEFT's name of the task; None leaves it open.
-        modules_to_save: modules of the base that are trained and saved too, by the last part of
-            their names; those that PEFT takes for the task if None.
+        modules_to_save: modules of the base of which copies are trained and saved too, by how
+            their names end; those that PEFT takes for the task if None.
         prefix_projection: train a network that produces the prefix, not the prefix itself.
         encoder_reparameterization_type: which, "MLP" or "LSTM" (P-tuning's; Liu et al. 2021).
         encoder_hidden_size: the network's hidden size; the model's hidden size if None.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +34,6 @@ from fastprefix.hf.patching import (
 from fastprefix.hf.peft_base import (
     check_base_adapter,
     find_base_adapter,
-    is_base_adapter,
     load_base_adapter,
     save_base_adapter,
     unwrap,
@@ -44,7 +44,7 @@ from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
 from fastprefix.tuning import hub
 from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
-from fastprefix.tuning.base import load_heads, saved_heads, with_inputs_of_bases
+from fastprefix.tuning.base import with_inputs_of_bases
 from fastprefix.tuning.build import new_encoder
 from fastprefix.tuning.checkpoint import (
     Checkpoint,
@@ -52,9 +52,11 @@ from fastprefix.tuning.checkpoint import (
     fresh,
     load_state,
     read_checkpoint,
+    refuse_checkpoint,
 )
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.config_files import PeftsOwn
+from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
 from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_misspelt_option
 from fastprefix.tuning.peft_configs import agreed, as_prefix_config
 
@@ -105,14 +107,11 @@ class PrefixTuningModel(NamedAdapters):
         config = as_prefix_config(config)
         model = unwrap(model)
         with patched(model, config.fallback, check=check):  # left as it was if it is refused
+            find_heads(model, config.modules_to_save, config.task_type)
             encoder = new_encoder(model, config, tokenizer)
             check_prefix(model)
             patch_model(model, fallback=config.fallback)
         super().__init__(model, adapter_name, config, encoder)
-        self.train_heads(config.modules_to_save, config.task_type)
-        if config.inference_mode:
-            self.set_adapter(adapter_name, inference_mode=True)
-            self._freeze_heads()
 
     def add_adapter(
         self,
@@ -122,7 +121,7 @@ class PrefixTuningModel(NamedAdapters):
     ) -> None:
         """Adds a prefix, neither active nor trained until :meth:`set_adapter`.
 
-        A head that is trained beside prefixes is the base's own, and so the same for all of them.
+        Its heads start as the base's own.
 
         Args:
             adapter_name: a new name.
@@ -133,7 +132,25 @@ class PrefixTuningModel(NamedAdapters):
             ValueError: the name is in use or cannot be one, or init="text" without a tokenizer.
         """
         config = as_prefix_config(config)
+        self._check_new(adapter_name)
         self._insert(adapter_name, config, new_encoder(self.base_model, config, tokenizer))
+
+    @property
+    def encoder(self) -> Encoder:
+        """The active adapter's encoder."""
+        encoder = self.encoders[self._named(None)]
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    @property
+    def prefix_configs(self) -> dict[str, PrefixConfig]:
+        """The adapters' configurations."""
+        return self._configs
+
+    @property
+    def prefix_config(self) -> PrefixConfig:
+        """The active adapter's configuration."""
+        return self._configs[self._named(None)]
 
     @property
     def loss_type(self) -> str | None:
@@ -178,20 +195,20 @@ class PrefixTuningModel(NamedAdapters):
             "labels": labels,
         }
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        if prefix_names is None:
-            if self._adapters_disabled:
-                with wanting_none():
-                    return self.base_model(**kwargs)
-            active = activate(self.base_model, self._prefix(self.active_adapter))
-        else:
+        rows: Sequence[str | None] = [None]  # of the heads
+        if prefix_names is not None:
             # packed sequences are counted where they run
             self._check_rows(prefix_names, None if _may_be_packed(kwargs) else _batch_size(kwargs))
             named = {name: self._prefix(name) for name in _distinct(prefix_names)}
-            if not named:
-                with wanting_none():
-                    return self.base_model(**kwargs)
-            active = activate(self.base_model, named, prefix_names)
-        return self.base_model(fastprefix=active, **kwargs)
+            if named:
+                kwargs["fastprefix"] = activate(self.base_model, named, prefix_names)
+                rows = prefix_names
+        elif not self._adapters_disabled:
+            rows = [name := self._named(None)]
+            kwargs["fastprefix"] = activate(self.base_model, self._prefix(name))
+        alone = "fastprefix" not in kwargs
+        with self._use_heads(rows), wanting_none() if alone else contextlib.nullcontext():
+            return self.base_model(**kwargs)
 
     @torch.no_grad()
     def generate(
@@ -213,24 +230,23 @@ class PrefixTuningModel(NamedAdapters):
         kwargs.setdefault("use_cache", True)
         generate: Any = self.base_model.generate  # models for other tasks have none
         refuse_misspelt_option(generate, kwargs, self._inputs)
-        if prefix_names is None:
-            if self._adapters_disabled:
-                with wanting_none():
-                    return generate(*args, **kwargs)
-            with use_prefix(self.base_model, self.export()):
-                return generate(*args, **kwargs)
-        given = {"inputs": args[0]} if args else kwargs
-        self._check_rows(prefix_names, _batch_size(given))
-        named = {name: self.export(name) for name in _distinct(prefix_names)}
-        if not named:
-            with wanting_none():
-                return generate(*args, **kwargs)
-        with use_prefix(self.base_model, named, prefix_names):
+        rows: Sequence[str | None] = [None]  # of the heads
+        prefix: contextlib.AbstractContextManager[Any] = wanting_none()
+        if prefix_names is not None:
+            self._check_rows(prefix_names, _batch_size({"inputs": args[0]} if args else kwargs))
+            named = {name: self.export(name) for name in _distinct(prefix_names)}
+            if named:
+                prefix = use_prefix(self.base_model, named, prefix_names)
+                rows = prefix_names
+        elif not self._adapters_disabled:
+            rows = [name := self._named(None)]
+            prefix = use_prefix(self.base_model, self.export(name))
+        with self._use_heads(rows), prefix:
             return generate(*args, **kwargs)
 
     @torch.no_grad()
     def export(self, adapter_name: str | None = None) -> PrefixKV:
-        """A prefix as it stands: no dropout, no parameterisation, no graph.
+        """A prefix as it stands: no dropout, no parameterisation, no graph; without its heads.
 
         Args:
             adapter_name: which; the active one if None.
@@ -238,8 +254,7 @@ class PrefixTuningModel(NamedAdapters):
         Raises:
             ValueError: no adapter of this name.
         """
-        name = self.active_adapter if adapter_name is None else adapter_name
-        self._check_known("adapter_name", [name])
+        name = self._named(adapter_name)
         return self._prefix(name, evaluating(self.encoders[name])).detach()
 
     def _prefix(self, adapter_name: str, encoder: nn.Module | None = None) -> PrefixKV:
@@ -252,7 +267,7 @@ class PrefixTuningModel(NamedAdapters):
             encoder: in place of the adapter's own.
         """
         kv: PrefixKV = _whole(self.encoders[adapter_name] if encoder is None else encoder)
-        slides = self.prefix_configs[adapter_name].prefix_in_window
+        slides = self._configs[adapter_name].prefix_in_window
         return replace(kv, in_window=True) if slides else kv
 
     @refuses_unknown_arguments
@@ -294,14 +309,13 @@ class PrefixTuningModel(NamedAdapters):
         """
         if not isinstance(safe_serialization, bool):  # where selected_adapters stood before
             safe_serialization, selected_adapters = True, safe_serialization
-        names = list(self.encoders) if selected_adapters is None else list(selected_adapters)
-        self._check_known("selected_adapters", names)
+        selected = self._selected(selected_adapters, save_directory)
         hub.check_directory(save_directory, push_to_hub)
-        for name in names:
-            kv = self.export(name)  # by all processes, each of which may have a share of it
+        for name, place in selected:
+            # by all processes, each of which may have a share of them
+            kv, heads = self.export(name), self.heads(name)
             if is_main_process:
-                place = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
-                self._save_adapter(place, name, kv, safe_serialization)
+                self._save_adapter(place, name, kv, heads, safe_serialization)
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 
@@ -313,7 +327,14 @@ class PrefixTuningModel(NamedAdapters):
         P = encoder.layout.num_virtual_tokens
         return replace(config, num_virtual_tokens=P, layer_lengths=lengths)
 
-    def _save_adapter(self, place: Path, name: str, kv: PrefixKV, safe_serialization: bool) -> None:
+    def _save_adapter(
+        self,
+        place: Path,
+        name: str,
+        kv: PrefixKV,
+        heads: dict[str, Tensor],
+        safe_serialization: bool,
+    ) -> None:
         """Writes one adapter, exported, into a folder of its own."""
         config = self.prefix_configs[name]
         if not config.prefix_in_window and _has_windows(self.base_model):
@@ -325,7 +346,7 @@ class PrefixTuningModel(NamedAdapters):
             )
         fields = {
             "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
-            "modules_to_save": self.head_names(),
+            "modules_to_save": self.head_names(name),
             "num_frozen_tokens": config.num_frozen_tokens,
             "task_type": config.task_type,
         }
@@ -342,7 +363,7 @@ class PrefixTuningModel(NamedAdapters):
                 kv,
                 fields,
                 kind=config.peft_type,
-                heads=self.heads(),
+                heads=heads,
                 groups=layer_groups(self.base_model),
                 sources=layer_sources(self.base_model),
                 safe_serialization=safe_serialization,
@@ -411,8 +432,8 @@ class PrefixTuningModel(NamedAdapters):
         inside = find_base_adapter(place)
         if inside is not None:
             load_base_adapter(model, inside, is_trainable=is_trainable)
-        load_heads(model, adapter.heads)
         tuned = cls(model, found, adapter_name=adapter_name, check=check)
+        tuned._load_heads(adapter_name, adapter.heads)
         tuned.encoder.start_from_prefix(adapter.kv)
         if not is_trainable:
             tuned.requires_grad_(False)
@@ -435,7 +456,7 @@ class PrefixTuningModel(NamedAdapters):
         settings = {name: {**one, "fallback": fallback} for name, one in saved.adapters.items()}
         configs = {name: saved.config(PrefixConfig, one) for name, one in settings.items()}
         if wanted is not None:
-            agreed(wanted, configs[saved.active], place)
+            agreed(wanted, configs[saved.active or next(iter(configs))], place)
         first, *others = settings
         was_patched = is_patched(model)
         with as_it_was(model, lambda base: None if was_patched else unpatch_model(base)):
@@ -444,12 +465,8 @@ class PrefixTuningModel(NamedAdapters):
             for name in others:
                 tuned.add_adapter(name, PrefixConfig(**fresh(settings[name])))
             load_state(tuned, saved)
-        for name, config in configs.items():
-            tuned.prefix_configs[name] = replace(config, inference_mode=not is_trainable)
-        tuned.set_adapter(saved.active)
-        if not is_trainable:
-            tuned.requires_grad_(False)
-        return tuned.train(is_trainable)
+        tuned._as_trained(configs, saved.active, is_trainable)
+        return tuned
 
     @refuses_unknown_arguments
     def load_adapter(
@@ -486,27 +503,14 @@ class PrefixTuningModel(NamedAdapters):
         """
         hub.check_loading(torch_device, low_cpu_mem_usage)
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
-        if (saved := read_checkpoint(place, self.config_class.model_class)) is not None:
-            raise ValueError(
-                f"{saved.file}: got a Trainer's checkpoint, takes an adapter's folder; "
-                "from_pretrained loads it, and save_pretrained then writes one"
-            )
+        refuse_checkpoint(place, self.config_class.model_class)
         adapter, config = _load(place, self.base_model)
-        if adapter.heads:
-            raise ValueError(
-                f"{place}: holds {sorted(adapter.heads)} besides, which all adapters of "
-                "a model share; load it by from_pretrained"
-            )
-        inside = find_base_adapter(place)
-        if inside is not None and not is_base_adapter(self.base_model, inside):
-            raise ValueError(
-                f"{place}: holds an adapter inside the base, too, which this base lacks "
-                "or has other numbers in; load both by from_pretrained"
-            )
+        self._check_base_adapter(place)
         self.add_adapter(adapter_name, replace(config, inference_mode=not is_trainable))
         encoder = self.encoders[adapter_name]
         assert isinstance(encoder, Encoder)
         encoder.start_from_prefix(adapter.kv)
+        self._load_heads(adapter_name, adapter.heads)
         self.set_requires_grad(adapter_name, is_trainable)
 
 
@@ -515,13 +519,15 @@ def _load(place: Source, model: PreTrainedModel) -> tuple[Adapter, PrefixConfig]
     adapter = load_adapter(place, layer_shapes(model), layer_groups(model), layer_sources(model))
     activate(model, adapter.kv)  # refuses what the model cannot run
     kind = adapter.config.get("kind", adapter.config["peft_type"])
+    heads = saved_heads(adapter.config, adapter.heads)
+    check_saved(model, adapter.heads, heads, adapter.config.get("task_type"))
     has = kind_of(adapter.kv.reweighting)
     lengths = [key.shape[1] for key in adapter.kv.keys]
     config = PrefixConfig(
         num_virtual_tokens=adapter.kv.num_virtual_tokens,
         layer_lengths=None if len(set(lengths)) == 1 else lengths,
         task_type=adapter.config.get("task_type"),
-        modules_to_save=saved_heads(adapter.config, adapter.heads),
+        modules_to_save=heads,
         num_frozen_tokens=adapter.config.get("num_frozen_tokens", 0),
         position_offset=adapter.kv.position_offset,
         prefix_in_window=adapter.kv.in_window,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,28 +30,24 @@ from fastprefix.hf.peft_base import (
     save_base_adapter,
     unwrap,
 )
-from fastprefix.hf.peft_prompts import INFIX_KIND, load_prompt, save_prompt
+from fastprefix.hf.peft_prompts import INFIX_KIND, Prompt, load_prompt, save_prompt
 from fastprefix.hf.prefill import prefill_embeddings
 from fastprefix.hf.state import wanting_none
 from fastprefix.hf.versions import cache_of, length_of
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning import hub
-from fastprefix.tuning.base import (
-    TunedModel,
-    embedding_weight,
-    initial_ids,
-    load_heads,
-    saved_heads,
-    with_inputs_of_bases,
-)
+from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
+from fastprefix.tuning.base import embedding_weight, initial_ids, with_inputs_of_bases
 from fastprefix.tuning.checkpoint import (
     Checkpoint,
     as_it_was,
     fresh,
     load_state,
     read_checkpoint,
+    refuse_checkpoint,
 )
 from fastprefix.tuning.config_files import PeftsOwn
+from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
 from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_misspelt_option
 from fastprefix.tuning.peft_configs import agreed, as_prompt_config, tokenizer_of
 from fastprefix.tuning.prompt_config import PromptConfig
@@ -63,13 +59,15 @@ _PER_TOKEN = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logit
 
 
 @methods_refuse_unknown_arguments
-class PromptTuningModel(TunedModel):
+class PromptTuningModel(NamedAdapters):
     """Prompt tuning, P-tuning, infix tuning: the base is frozen, its input has a trained part.
 
     The forward feeds the base the embeddings of prompt and text in one sequence, so that any
     model that takes ``inputs_embeds`` can be trained; nothing is patched. In front of the text of
     a causal model the prompt has keys and values of its own: :meth:`export` computes them, and
     :meth:`generate` keeps that one copy for the whole batch.
+
+    It may hold several prompts by name, of which all rows of a batch have the active one.
 
     Padding on either side changes nothing for a row: its prompt lies next to its text, and padding
     takes no positions. An encoder's rows are fed with their padding behind, the rows of a causal
@@ -80,6 +78,7 @@ class PromptTuningModel(TunedModel):
         config: a :class:`PromptConfig`, or PEFT's PromptTuningConfig or PromptEncoderConfig; with
             inference_mode nothing is trained.
         tokenizer: the base's; needed for init="text".
+        adapter_name: of the first prompt.
 
     Raises:
         ValueError: init="text" without a tokenizer, or the base takes no inputs_embeds.
@@ -90,7 +89,6 @@ class PromptTuningModel(TunedModel):
         >>> tuned.save_pretrained("adapter")
     """
 
-    encoder: PromptEncoder
     config_class = PromptConfig
 
     def __init__(
@@ -98,6 +96,7 @@ class PromptTuningModel(TunedModel):
         model: PreTrainedModel,
         config: PromptConfig | PeftsOwn,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        adapter_name: str = DEFAULT,
     ) -> None:
         tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
         config = as_prompt_config(config)
@@ -108,43 +107,49 @@ class PromptTuningModel(TunedModel):
             raise ValueError(
                 f"model: got {type(model).__name__}, takes one whose forward has inputs_embeds"
             )
-        start = initial_ids(config, model, tokenizer)  # before anything is changed
-        super().__init__(model)
-        self.prompt_config = config
-        self.encoder = PromptEncoder(config, embedding_weight(model).shape[1]).to(device_of(model))
-        if start is not None:
-            with torch.no_grad():  # by the module, which may scale what it looks up
-                embeddings = model.get_input_embeddings()(start.to(device_of(model)))
-            self.encoder.start_from(embeddings)
-        self.train_heads(config.modules_to_save, config.task_type)
-        if config.inference_mode:
-            self.encoder.requires_grad_(False)
-            self._freeze_heads()
+        find_heads(model, config.modules_to_save, config.task_type)  # before anything is changed
+        encoder = _new_encoder(model, config, tokenizer)
+        super().__init__(model, adapter_name, config, encoder)
         self._takes_positions = "position_ids" in taken
-        self._is_causal = not model.config.is_encoder_decoder and (
-            config.task_type == "CAUSAL_LM"
-            or any(getattr(module, "is_causal", False) for module in model.modules())
-        )
+        self._has_causal_layers = any(getattr(x, "is_causal", False) for x in model.modules())
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: PromptConfig | PeftsOwn,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Adds a prompt, neither active nor trained until :meth:`set_adapter`.
+
+        Its heads start as the base's own.
+
+        Args:
+            adapter_name: a new name.
+            config: a :class:`PromptConfig`, or PEFT's for such prompts.
+            tokenizer: the base's; needed for init="text".
+
+        Raises:
+            ValueError: the name is in use or cannot be one, or init="text" without a tokenizer.
+        """
+        tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
+        config = as_prompt_config(config)
+        self._check_new(adapter_name)
+        self._insert(adapter_name, config, _new_encoder(self.base_model, config, tokenizer))
 
     @property
-    def peft_config(self) -> dict[str, PromptConfig]:
-        """The configuration under the name "default"; PEFT's name for it."""
-        return {"default": self.prompt_config}
+    def encoder(self) -> PromptEncoder:
+        """The active prompt's encoder."""
+        return self._encoder(self._named(None))
 
     @property
-    def active_peft_config(self) -> PromptConfig:
-        """The configuration; PEFT's name for it."""
-        return self.prompt_config
+    def prompt_configs(self) -> dict[str, PromptConfig]:
+        """The prompts' configurations."""
+        return self._configs
 
     @property
-    def active_adapter(self) -> str:
-        """The name of the only prompt."""
-        return "default"
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The name of the only prompt, in a list as in PEFT."""
-        return [self.active_adapter]
+    def prompt_config(self) -> PromptConfig:
+        """The active prompt's configuration."""
+        return self.prompt_configs[self._named(None)]
 
     @property
     def loss_type(self) -> None:
@@ -166,6 +171,7 @@ class PromptTuningModel(TunedModel):
 
         So are the outputs of each token (logits, start_logits, end_logits, last_hidden_state);
         what they are for padding means nothing. hidden_states and past_key_values have the prompt.
+        Under :meth:`disable_adapter` it is the base model's forward, and nothing else.
 
         Args:
             input_ids: [B, L].
@@ -181,22 +187,61 @@ class PromptTuningModel(TunedModel):
                 is no tensor.
             ValueError: infix_positions are missing, out of range, or given for a prompt in front;
                 the mask is not one of padding; a cache holds tokens already; the sequences are
-                packed.
+                packed; prefix_names are given; no prompt is active.
         """
+        _refuse_names(kwargs)
         refuse_misspelt("forward", kwargs, self._inputs)
         check_tensors(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds
         )
+        if self._adapters_disabled:
+            given = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "inputs_embeds": inputs_embeds,
+                "labels": labels,
+            }
+            kwargs.update({name: value for name, value in given.items() if value is not None})
+            with self._use_heads([None]), wanting_none():
+                return self.base_model(**kwargs)
+        name = self._named(None)
+        with self._use_heads([name]):
+            return self._forward(
+                name,
+                input_ids,
+                attention_mask,
+                position_ids,
+                inputs_embeds,
+                labels,
+                infix_positions,
+                kwargs,
+            )
+
+    def _forward(
+        self,
+        name: str,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        labels: Tensor | None,
+        infix_positions: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        config = self.prompt_configs[name]
         self._check(attention_mask, position_ids, kwargs)
         embeds = self._embeddings(input_ids, inputs_embeds)
         B, L = embeds.shape[:2]
-        after = self._after(infix_positions, attention_mask, B, L)
-        layout = self._layout(attention_mask, L, after)
-        fed = self._fed(layout, embeds, attention_mask, position_ids, after)
+        after = _after(config, infix_positions, attention_mask, B, L)
+        layout = self._layout(config, attention_mask, L, after)
+        fed = self._fed(name, layout, embeds, attention_mask, position_ids, after)
         if kwargs.get("token_type_ids") is not None:
             fed["token_type_ids"] = layout.join(0, kwargs.pop("token_type_ids"))
         if labels is not None:
-            fed["labels"] = layout.join(-100, labels) if self._per_token(labels, B, L) else labels
+            per_token = labels.shape == (B, L) and config.task_type != "SEQ_CLS"
+            moves = per_token and not self._is_encoder_decoder
+            fed["labels"] = layout.join(-100, labels) if moves else labels
         for name in ("start_positions", "end_positions"):
             if kwargs.get(name) is not None:
                 fed[name] = _moved(kwargs.pop(name), layout)
@@ -212,88 +257,132 @@ class PromptTuningModel(TunedModel):
         return output.to_tuple() if as_tuple else output
 
     @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        infix_positions: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def generate(self, *args: Any, infix_positions: Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's ``generate()`` with the prompt.
 
         A prompt in front of a causal model's text is one copy of keys and values, which the batch
-        shares; elsewhere, or where the base cannot be patched, every row is fed it.
+        shares; elsewhere, or where the base cannot be patched, every row is fed it. What comes back
+        and what max_length counts is the text, as if there were no prompt; of inputs_embeds alone
+        the new tokens.
 
         Args:
-            input_ids: [B, L].
-            attention_mask: [B, L], 0 for padding.
+            args: of the base's method, in its order: token ids [B, L] first.
             infix_positions: as in :meth:`forward`; behind the text if None.
-            kwargs: of the base's ``generate()``.
+            kwargs: of the base's method: input_ids [B, L], or inputs_embeds [B, L, hidden], and
+                attention_mask [B, L], 0 for padding, among them.
 
         Raises:
+            TypeError: more positional arguments than the base's method takes.
             ValueError: see :meth:`forward`.
         """
+        _refuse_names(kwargs)
         generate: Any = self.base_model.generate  # models for other tasks have none
         refuse_misspelt_option(generate, kwargs, self._inputs)
-        kwargs["use_cache"] = kwargs.get("use_cache", True)  # the Trainer switches it off
-        given = {} if attention_mask is None else {"attention_mask": attention_mask}
-        if self._is_causal and self.prompt_config.placement == "prefix":
+        given = _by_name(generate, args, kwargs)
+        if given.get("use_cache") is None:
+            given["use_cache"] = True  # the Trainer switches it off
+        if self._adapters_disabled:
+            with self._use_heads([None]), wanting_none():
+                return generate(**given)
+        name = self._named(None)
+        with self._use_heads([name]):
+            return self._generate(name, generate, infix_positions, given)
+
+    def _generate(
+        self,
+        name: str,
+        generate: Callable[..., Any],
+        infix_positions: Tensor | None,
+        given: dict[str, Any],
+    ) -> Any:
+        config = self.prompt_configs[name]
+        text = {
+            x: given.pop(x)
+            for x in ("input_ids", "inputs_embeds", "attention_mask")
+            if given.get(x) is not None
+        }
+        ids, embeds, mask = map(text.get, ("input_ids", "inputs_embeds", "attention_mask"))
+        first = ids if embeds is None else embeds
+        if first is None:
+            raise ValueError("input_ids: got None, takes [B, L], or inputs_embeds [B, L, hidden]")
+        B, L = first.shape[:2]
+        if self._is_causal(config) and config.placement == "prefix":
             try:
-                kv = self.export()
+                kv = self.export(name)
             except (UnsupportedModelError, NotImplementedError):
                 pass  # such a model takes the embeddings themselves
             else:
-                self._after(infix_positions, attention_mask, *input_ids.shape)
+                _after(config, infix_positions, mask, B, L)
                 with use_prefix(self.base_model, kv):
-                    return generate(input_ids=input_ids, **given, **kwargs)
-        self._check(attention_mask, kwargs.get("position_ids"), kwargs)
-        embeds = self._embeddings(input_ids, None)
-        if infix_positions is None and self.prompt_config.placement == "infix":
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            infix_positions = mask.bool().sum(1)
-        after = self._after(infix_positions, attention_mask, *input_ids.shape)
-        layout = self._layout(attention_mask, input_ids.shape[1], after)
-        fed = self._fed(layout, embeds, attention_mask, None, after)
+                    return generate(**text, **given)
+        self._check(mask, given.get("position_ids"), given)
+        if embeds is None or self._is_encoder_decoder:  # which takes one of the two
+            embeds = self._embeddings(ids, embeds)
+        if infix_positions is None and config.placement == "infix":
+            whole = torch.ones(B, L, device=first.device) if mask is None else mask
+            infix_positions = whole.bool().sum(1)
+        after = _after(config, infix_positions, mask, B, L)
+        layout = self._layout(config, mask, L, after)
+        fed = self._fed(name, layout, embeds, mask, None, after)
         fed.pop("position_ids", None)  # generate() makes them of the mask
         # without one generate() would make one for the text alone
-        whole = fed["inputs_embeds"].shape[:2]
-        fed.setdefault("attention_mask", torch.ones(whole, dtype=torch.long, device=embeds.device))
+        ones = torch.ones(fed["inputs_embeds"].shape[:2], dtype=torch.long, device=embeds.device)
+        fed.setdefault("attention_mask", ones)
         if self._is_encoder_decoder:
             with wanting_none():
-                return generate(**fed, **kwargs)
-        settings = kwargs.get("generation_config")
-        most = getattr(settings, "max_length", None)
-        if most and not getattr(settings, "max_new_tokens", None):
-            raise ValueError(
-                f"generation_config.max_length: got {most}, takes None and max_new_tokens in its "
-                "place with a prompt"
-            )
-        if kwargs.get("max_length") is not None:  # transformers would count the prompt
-            length = kwargs.pop("max_length") - input_ids.shape[1]
-            kwargs.setdefault("max_new_tokens", length)
+                return generate(**fed, **given)
+        for of_all, of_new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            settings = given.get("generation_config")
+            length = getattr(settings, of_all, None)
+            if length and not getattr(settings, of_new, None):
+                raise ValueError(
+                    f"generation_config.{of_all}: got {length}, takes None and {of_new} in its "
+                    "place with a prompt"
+                )
+            if given.get(of_all) is not None:  # transformers would count the prompt
+                length = given.pop(of_all) - L
+                given.setdefault(of_new, length)
+        if ids is not None:
+            fed["input_ids"] = ids
         with wanting_none():
-            return generate(input_ids=input_ids, **fed, **kwargs)
+            return generate(**fed, **given)
 
     @torch.no_grad()
-    def export_embeddings(self) -> Tensor:
-        """The prompt as it stands, [P, width]: no dropout, no network, no graph."""
-        return evaluating(self.encoder)().detach().clone()
+    def export_embeddings(self, adapter_name: str | None = None) -> Tensor:
+        """A prompt as it stands, [P, width]: no dropout, no network, no graph.
 
-    def export(self) -> PrefixKV:
-        """The prompt's keys and values, as the base computes them: what a batch can share.
+        Args:
+            adapter_name: which; the active one if None.
 
         Raises:
-            ValueError: an infix, or the base is not causal: then they depend on the text.
+            ValueError: no adapter of this name.
+        """
+        return evaluating(self._encoder(self._named(adapter_name)))().detach().clone()
+
+    def export(self, adapter_name: str | None = None) -> PrefixKV:
+        """A prompt's keys and values, as the base computes them: what a batch can share.
+
+        With its heads: those inside the base's layers have a part in them, others do not.
+
+        Args:
+            adapter_name: which; the active one if None.
+
+        Raises:
+            ValueError: no adapter of this name; an infix, or the base is not causal: then they
+                depend on the text.
             UnsupportedModelError: see :func:`fastprefix.patch_model`.
         """
-        if self.prompt_config.placement != "prefix" or not self._is_causal:
+        name = self._named(adapter_name)
+        config = self.prompt_configs[name]
+        if config.placement != "prefix" or not self._is_causal(config):
             raise ValueError(
                 f"export: the keys and values of this prompt (placement="
-                f"{self.prompt_config.placement!r}, {type(self.base_model).__name__}) depend on "
+                f"{config.placement!r}, {type(self.base_model).__name__}) depend on "
                 "the text; takes a prompt in front of a causal model's text. "
                 "export_embeddings() gives the prompt itself"
             )
-        return prefill_embeddings(self.base_model, self.export_embeddings())
+        with self._use_heads([name]):
+            return prefill_embeddings(self.base_model, self.export_embeddings(name))
 
     @refuses_unknown_arguments
     def save_pretrained(
@@ -305,20 +394,24 @@ class PromptTuningModel(TunedModel):
         *,
         push_to_hub: bool = False,
     ) -> None:
-        """Writes the prompt, and heads trained beside it, in PEFT's format.
+        """Writes the prompts, and heads trained beside them, in PEFT's format.
 
         A network is dropped, as PEFT does. An infix, which PEFT does not know, gets a peft_type
-        of ours, so that PEFT refuses it. An adapter inside the base is written beside it, into
-        the sub-folder "base_model". All files take their places together: a process that is
-        killed leaves those of before, or the new ones. A model card, README.md, says what it is
-        and how to load it; the text of one that is there stays.
+        of ours, so that PEFT refuses it.
+
+        The adapter "default" goes into the folder itself, others into sub-folders of their names.
+        An adapter inside the base is written beside each, into its sub-folder "base_model". All
+        files of an adapter take their places together: a process that is killed leaves those of
+        before, or the new ones. A model card, README.md, says what it is and how to load it; the
+        text of one that is there stays.
 
         Args:
             save_directory: made if need be.
             safe_serialization: whether the weights are safetensors, or a file of ``torch.save``
                 that PEFT reads, too.
             selected_adapters: by name; all if None.
-            is_main_process: whether this process writes.
+            is_main_process: whether this process writes. Where parameters are sharded, all
+                processes make the call, and one of them writes.
             push_to_hub: False; :meth:`push_to_hub` uploads.
 
         Raises:
@@ -326,43 +419,50 @@ class PromptTuningModel(TunedModel):
             ValueError: no adapter of a name, or the folder is a file; see also
                 :func:`fastprefix.hf.peft_base.check_base_adapter`.
         """
-        for name in selected_adapters or ():
-            if name not in self.peft_config:
-                raise ValueError(
-                    f"selected_adapters: got {name!r}, takes one of {list(self.peft_config)}"
-                )
+        if not isinstance(safe_serialization, bool):  # where selected_adapters stood before
+            safe_serialization, selected_adapters = True, safe_serialization
+        selected = self._selected(selected_adapters, save_directory)
         hub.check_directory(save_directory, push_to_hub)
-        embeddings = self.export_embeddings()
-        if not is_main_process:
-            return
-        if selected_adapters is None or selected_adapters:
-            self._save_prompt(Path(save_directory), embeddings, safe_serialization)
-        self.create_or_update_model_card(save_directory)
+        for name, place in selected:
+            # by all processes, each of which may have a share of them
+            embeddings, heads = self.export_embeddings(name), self.heads(name)
+            if is_main_process:
+                self._save_prompt(place, name, embeddings, heads, safe_serialization)
+        if is_main_process:
+            self.create_or_update_model_card(save_directory)
 
-    def _save_prompt(self, folder: Path, embeddings: Tensor, safe_serialization: bool) -> None:
-        """Writes the prompt, exported."""
-        config, base = self.prompt_config, self.base_model.config.get_text_config()
+    def _save_prompt(
+        self,
+        place: Path,
+        name: str,
+        embeddings: Tensor,
+        heads: dict[str, Tensor],
+        safe_serialization: bool,
+    ) -> None:
+        """Writes one prompt, exported, into a folder of its own."""
+        config = self.prompt_configs[name]
+        base = self.base_model.config.get_text_config()
         fields: dict[str, Any] = {
             "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
-            "modules_to_save": self.head_names(),
+            "modules_to_save": self.head_names(name),
             "num_attention_heads": getattr(base, "num_attention_heads", None),
             "num_layers": getattr(base, "num_hidden_layers", None),
             "task_type": config.task_type,
         }
         if config.peft_type == "P_TUNING":
             fields["encoder_reparameterization_type"] = config.encoder_reparameterization_type
-            fields["encoder_hidden_size"] = config.encoder_hidden_size or self._width
+            fields["encoder_hidden_size"] = config.encoder_hidden_size or embeddings.shape[1]
             fields["encoder_num_layers"] = config.encoder_num_layers
             fields["encoder_dropout"] = config.encoder_dropout
-        check_base_adapter(folder, self.base_model)
-        with written_together(folder) as partial:
+        check_base_adapter(place, self.base_model)
+        with written_together(place) as partial:
             save_base_adapter(partial, self.base_model)
             save_prompt(
                 partial,
                 embeddings,
                 fields,
                 kind=config.peft_type,
-                heads=self.heads(),
+                heads=heads,
                 safe_serialization=safe_serialization,
             )
 
@@ -372,7 +472,7 @@ class PromptTuningModel(TunedModel):
         cls,
         model: PreTrainedModel,
         model_id: str | Path,
-        adapter_name: str = "default",
+        adapter_name: str = DEFAULT,
         is_trainable: bool = False,
         config: PromptConfig | PeftsOwn | None = None,
         *,
@@ -386,13 +486,15 @@ class PromptTuningModel(TunedModel):
         """Loads a PROMPT_TUNING or P_TUNING adapter that fastprefix or PEFT saved.
 
         With it comes the adapter inside the base that was saved beside it. A checkpoint that
-        transformers' Trainer wrote of such a model, which holds its parameters, is loaded, too.
+        transformers' Trainer wrote of such a model, which holds its parameters, is loaded, too,
+        with all its prompts and their networks.
 
         Args:
-            model: the base; frozen. Heads that were trained beside the prompt replace its own.
+            model: the base; frozen.
             model_id: a folder, or a repository name on the Hugging Face hub.
-            adapter_name: "default", which the prompt is called.
-            is_trainable: whether to train the prompt further (directly; a network is gone).
+            adapter_name: what to call the prompt.
+            is_trainable: whether to train it further (directly; a network is gone), and with it
+                what is inside the base.
             config: a :class:`PromptConfig` or PEFT's for such prompts, which the files must agree
                 with.
             torch_device: a device, as in PEFT; the prompt is on the base's, whatever it is.
@@ -408,29 +510,20 @@ class PromptTuningModel(TunedModel):
             ValueError: not an input-level prompt for this model, or config does not agree with it.
         """
         hub.check_loading(torch_device, low_cpu_mem_usage)
-        if adapter_name != "default":
-            raise ValueError(f"adapter_name: got {adapter_name!r}, takes 'default'")
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
         wanted = None if config is None else as_prompt_config(config)
         model = unwrap(model)
         if (saved := read_checkpoint(place, cls.config_class.model_class)) is not None:
-            return cls._of_checkpoint(model, saved, is_trainable, wanted, place)
-        prompt = load_prompt(place, embedding_weight(model).shape[1])
-        found = PromptConfig(
-            num_virtual_tokens=prompt.embeddings.shape[0],
-            task_type=prompt.config.get("task_type"),
-            modules_to_save=saved_heads(prompt.config, prompt.heads),
-            placement="infix" if prompt.config["peft_type"] == INFIX_KIND else "prefix",
-            inference_mode=not is_trainable,
-        )
+            return cls._of_checkpoint(model, saved, adapter_name, is_trainable, wanted, place)
+        prompt, found = _load(place, model)
+        found = replace(found, inference_mode=not is_trainable)
         if wanted is not None:
             found = agreed(wanted, found, place)
         inside = find_base_adapter(place)
         if inside is not None:
             load_base_adapter(model, inside, is_trainable=is_trainable)
-        load_heads(model, prompt.heads)
-        tuned = cls(model, found)
-        tuned.encoder.start_from(prompt.embeddings)
+        tuned = cls(model, found, adapter_name=adapter_name)
+        tuned._start(adapter_name, prompt)
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
@@ -440,25 +533,76 @@ class PromptTuningModel(TunedModel):
         cls,
         model: PreTrainedModel,
         saved: Checkpoint,
+        adapter_name: str,
         is_trainable: bool,
         wanted: PromptConfig | None,
         place: Source,
     ) -> PromptTuningModel:
-        (settings,) = saved.adapters.values()
-        config = saved.config(PromptConfig, settings)
+        """All prompts, by the names that they had; one alone by the name that is given."""
+        saved = saved.called(adapter_name)
+        configs = {n: saved.config(PromptConfig, one) for n, one in saved.adapters.items()}
+        first, *others = configs
         if wanted is not None:
-            agreed(wanted, config, place)
+            agreed(wanted, configs[saved.active or first], place)
         with as_it_was(model, lambda _: None):
-            tuned = cls(model, PromptConfig(**fresh(settings)))
+            start = PromptConfig(**fresh(saved.adapters[first]))
+            tuned = cls(model, start, adapter_name=first)
+            for name in others:
+                tuned.add_adapter(name, PromptConfig(**fresh(saved.adapters[name])))
             load_state(tuned, saved)
-        tuned.prompt_config = replace(config, inference_mode=not is_trainable)
-        if not is_trainable:
-            tuned.requires_grad_(False)
-        return tuned.train(is_trainable)
+        tuned._as_trained(configs, saved.active, is_trainable)
+        return tuned
 
-    @property
-    def _width(self) -> int:
-        return self.encoder.embedding.shape[1]
+    @refuses_unknown_arguments
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        *,
+        low_cpu_mem_usage: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        """Adds a prompt that fastprefix or PEFT saved; not active until :meth:`set_adapter`.
+
+        Args:
+            model_id: a folder, or a repository name on the Hugging Face hub.
+            adapter_name: a new name.
+            is_trainable: whether to train it, beside those that are trained.
+            torch_device: as in :meth:`from_pretrained`, and so those that follow.
+            low_cpu_mem_usage: see there.
+            subfolder: see there.
+            revision: see there.
+            token: see there.
+            cache_dir: see there.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the name is in use or cannot be one, or not an input-level prompt for this
+                model, or one that was trained with an adapter inside the base that is not this
+                base's.
+        """
+        hub.check_loading(torch_device, low_cpu_mem_usage)
+        place = Source(str(model_id), subfolder, revision, token, cache_dir)
+        refuse_checkpoint(place, self.config_class.model_class)
+        prompt, config = _load(place, self.base_model)
+        self._check_base_adapter(place)
+        self.add_adapter(adapter_name, replace(config, inference_mode=not is_trainable))
+        self._start(adapter_name, prompt)
+        self.set_requires_grad(adapter_name, is_trainable)
+
+    def _start(self, adapter_name: str, prompt: Prompt) -> None:
+        self._encoder(adapter_name).start_from(prompt.embeddings)
+        self._load_heads(adapter_name, prompt.heads)
+
+    def _encoder(self, adapter_name: str) -> PromptEncoder:
+        encoder = self.encoders[adapter_name]
+        assert isinstance(encoder, PromptEncoder)
+        return encoder
 
     def _embeddings(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -494,40 +638,24 @@ class PromptTuningModel(TunedModel):
     def _is_encoder_decoder(self) -> bool:
         return bool(self.base_model.config.is_encoder_decoder)
 
-    def _after(
-        self, infix_positions: Tensor | None, mask: Tensor | None, B: int, L: int
-    ) -> Tensor | None:
-        if self.prompt_config.placement == "prefix":
-            if infix_positions is not None:
-                raise ValueError(
-                    f"infix_positions: got {shown(infix_positions)}, takes None with "
-                    "placement='prefix'"
-                )
-            return None
-        check_tensors(infix_positions=infix_positions)
-        if infix_positions is None or infix_positions.shape != (B,):
-            got = None if infix_positions is None else list(infix_positions.shape)
-            raise ValueError(f"infix_positions: got {got}, takes [B] = [{B}] for an infix")
-        if not torch.compiler.is_compiling():
-            real = L if mask is None else mask.bool().sum(1).to(infix_positions.device)
-            if bool(((infix_positions < 0) | (infix_positions > real)).any()):
-                raise ValueError(
-                    f"infix_positions: got {infix_positions.tolist()}, takes 0 to a row's number "
-                    "of real tokens"
-                )
-        return infix_positions
+    def _is_causal(self, config: PromptConfig) -> bool:
+        """Whether what a prompt in front of a text is made of does not depend on the text."""
+        told = config.task_type == "CAUSAL_LM" or self._has_causal_layers
+        return told and not self._is_encoder_decoder
 
-    def _layout(self, mask: Tensor | None, length: int, after: Tensor | None) -> Layout:
+    def _layout(
+        self, config: PromptConfig, mask: Tensor | None, length: int, after: Tensor | None
+    ) -> Layout:
         padding: Padding = None
-        if not self._is_causal:
+        if not self._is_causal(config):
             padding = "last"
-        elif self.prompt_config.task_type == "SEQ_CLS":
+        elif config.task_type == "SEQ_CLS":
             padding = "first"
-        P = self.prompt_config.num_virtual_tokens
-        return lay_out(mask, length, P, after, padding)
+        return lay_out(mask, length, config.num_virtual_tokens, after, padding)
 
     def _fed(
         self,
+        name: str,
         layout: Layout,
         embeds: Tensor,
         mask: Tensor | None,
@@ -535,7 +663,8 @@ class PromptTuningModel(TunedModel):
         after: Tensor | None,
     ) -> dict[str, Any]:
         """Embeddings, mask and positions of prompt and text."""
-        prompt = self.encoder().to(embeds.device, embeds.dtype)
+        causal = self._is_causal(self.prompt_configs[name])
+        prompt = self._encoder(name)().to(embeds.device, embeds.dtype)
         fed: dict[str, Any] = {
             "inputs_embeds": layout.join(prompt[None].expand(len(embeds), -1, -1), embeds)
         }
@@ -544,16 +673,90 @@ class PromptTuningModel(TunedModel):
         if self._takes_positions and position_ids is not None:
             rows = position_ids.expand(len(embeds), -1)
             fed["position_ids"] = positions(layout, rows, mask, after)
-        elif self._takes_positions and mask is not None and self._is_causal:
+        elif self._takes_positions and mask is not None and causal:
             fed["position_ids"] = (fed["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
         return fed
 
-    def _per_token(self, labels: Tensor, B: int, L: int) -> bool:
-        return (
-            labels.shape == (B, L)
-            and self.prompt_config.task_type != "SEQ_CLS"
-            and not self._is_encoder_decoder
+
+def _new_encoder(
+    model: PreTrainedModel, config: PromptConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> PromptEncoder:
+    """A prompt's encoder at its start, on the model's device."""
+    start = initial_ids(config, model, tokenizer)
+    encoder = PromptEncoder(config, embedding_weight(model).shape[1]).to(device_of(model))
+    if start is not None:
+        with torch.no_grad():  # by the module, which may scale what it looks up
+            encoder.start_from(model.get_input_embeddings()(start.to(device_of(model))))
+    return encoder
+
+
+def _load(place: Source, model: PreTrainedModel) -> tuple[Prompt, PromptConfig]:
+    """A saved prompt for a model, and a configuration that trains it directly."""
+    prompt = load_prompt(place, embedding_weight(model).shape[1])
+    task_type = prompt.config.get("task_type")
+    heads = saved_heads(prompt.config, prompt.heads)
+    check_saved(model, prompt.heads, heads, task_type)
+    config = PromptConfig(
+        num_virtual_tokens=prompt.embeddings.shape[0],
+        task_type=task_type,
+        modules_to_save=heads,
+        placement="infix" if prompt.config["peft_type"] == INFIX_KIND else "prefix",
+    )
+    return prompt, config
+
+
+def _refuse_names(kwargs: dict[str, Any]) -> None:
+    """What a model of prefixes takes, and bases might swallow."""
+    if kwargs.pop("prefix_names", None) is not None:
+        raise ValueError(
+            "prefix_names: got names, takes None: all rows of a batch have the active prompt; "
+            "PrefixTuningModel gives each row its own"
         )
+
+
+def _by_name(
+    generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of ``generate()`` by name, its first one as input_ids."""
+    signature = inspect.signature(generate)
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    if isinstance(given.get("generation_config"), Tensor):
+        raise ValueError(
+            "generation_config: got a Tensor, takes a GenerationConfig; attention_mask goes by name"
+        )
+    inputs = given.pop("inputs", None)
+    if inputs is not None:
+        if given.get("input_ids") is not None:
+            raise ValueError("inputs, input_ids: got both, takes one of them")
+        given["input_ids"] = inputs
+    return given
+
+
+def _after(
+    config: PromptConfig, infix_positions: Tensor | None, mask: Tensor | None, B: int, L: int
+) -> Tensor | None:
+    """How many real tokens of each row come before an infix; None for a prompt in front."""
+    if config.placement == "prefix":
+        if infix_positions is not None:
+            raise ValueError(
+                f"infix_positions: got {shown(infix_positions)}, takes None with placement='prefix'"
+            )
+        return None
+    check_tensors(infix_positions=infix_positions)
+    if infix_positions is None or infix_positions.shape != (B,):
+        got = None if infix_positions is None else list(infix_positions.shape)
+        raise ValueError(f"infix_positions: got {got}, takes [B] = [{B}] for an infix")
+    if not torch.compiler.is_compiling():
+        real = L if mask is None else mask.bool().sum(1).to(infix_positions.device)
+        if bool(((infix_positions < 0) | (infix_positions > real)).any()):
+            raise ValueError(
+                f"infix_positions: got {infix_positions.tolist()}, takes 0 to a row's number "
+                "of real tokens"
+            )
+    return infix_positions
 
 
 def _moved(places: Tensor, layout: Layout) -> Tensor:

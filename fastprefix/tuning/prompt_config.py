@@ -47,8 +47,8 @@ class PromptConfig(ConfigFiles):
         encoder_hidden_size: the network's hidden size; the embeddings' width if None.
         encoder_num_layers: layers of the LSTM.
         encoder_dropout: between the LSTM's layers.
-        modules_to_save: modules of the base that are trained and saved too, by the last part of
-            their names; those that PEFT takes for the task if None.
+        modules_to_save: modules of the base of which copies are trained and saved too, by how
+            their names end; those that PEFT takes for the task if None.
         init: "random", "text" (the embeddings of init_text, repeated or cut to P tokens) or
             "vocab" (those of tokens drawn at random from the vocabulary).
         init_text: the text for init="text".

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from fastprefix import PrefixTuningModel, PromptConfig, PromptTuningModel
+from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 from fastprefix.attention.selection import BACKENDS, FEATURES
 from fastprefix.cli.app import app
 from fastprefix.tasks import Record, encode_prompt
@@ -76,6 +76,23 @@ def test_a_tuned_prompt_generates_as_its_model_does(tiny_folder: str, tmp_path: 
     new = tuned.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
     expected = tokenizer.decode(new, skip_special_tokens=True)
     assert result.output.rstrip().endswith(expected.rstrip())
+
+
+def test_a_head_is_used_that_was_trained_beside_a_prefix(tiny_folder: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tuned = PrefixTuningModel(model, PrefixConfig(3, modules_to_save=["lm_head"])).eval()
+    with torch.no_grad():
+        tuned.adapter_heads["default"].lm_head.weight.neg_()
+    tuned.save_pretrained(tmp_path)
+    result = run(
+        *("generate", "--model", tiny_folder, "--max-new-tokens", "6", "--dtype", "float32"),
+        *("--adapter", str(tmp_path), "name: Fenwick House"),
+    )
+    assert result.exit_code == 0, result.output
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    ids = tokenizer("name: Fenwick House", return_tensors="pt", add_special_tokens=False).input_ids
+    new = tuned.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert shown(result) == words(tokenizer.decode(new, skip_special_tokens=True))
 
 
 def test_an_adapter_gets_prompts_as_it_was_trained(adapter: Path, tiny_folder: str) -> None:

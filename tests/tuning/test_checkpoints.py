@@ -125,7 +125,8 @@ def test_a_checkpoint_with_a_head(tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, tuned(ids).logits)
-    assert not torch.equal(loaded.base_model.classifier.weight, base().classifier.weight)
+    head = loaded.adapter_heads["default"].classifier
+    assert not torch.equal(head.weight, base().classifier.weight)
 
 
 def test_a_checkpoint_with_a_lora_inside_the_base(tiny, tmp_path):

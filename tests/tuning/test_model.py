@@ -186,16 +186,6 @@ def test_position_offset_zero_keeps_the_positions_of_the_text(tiny, model, bare,
         assert not torch.allclose(bare(ids, attention_mask=mask).logits, got)
 
 
-def test_heads_whose_numbers_others_share_are_refused(tiny):
-    """Training a tied head would train the embeddings too, which PEFT does not."""
-    config = PrefixConfig(4, modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match=r"modules_to_save: got 'lm_head'.*embed_tokens"):
-        PrefixTuningModel(tiny.build(tie_word_embeddings=True), config)
-    tuned = PrefixTuningModel(tiny.build(tie_word_embeddings=False), config)
-    assert tuned.base_model.lm_head.weight.requires_grad
-    assert not tuned.get_input_embeddings().weight.requires_grad
-
-
 @pytest.mark.parametrize(
     "options",
     [{"num_virtual_tokens": 1}, {"prefix_bias": "learned"}, {"gated": True}],

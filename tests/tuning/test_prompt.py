@@ -180,7 +180,11 @@ def test_generate_is_greedy_on_the_concatenation(tiny, bare, tuned, options):
 def test_generate_keeps_one_copy_of_the_prompt(tiny, tuned):
     ids, mask = tiny.batch()
     out = tuned.generate(
-        ids, mask, max_new_tokens=3, pad_token_id=tiny.PAD, return_dict_in_generate=True
+        ids,
+        attention_mask=mask,
+        max_new_tokens=3,
+        pad_token_id=tiny.PAD,
+        return_dict_in_generate=True,
     )
     assert out.past_key_values.get_seq_length() == ids.shape[1] + 2
 
@@ -193,13 +197,13 @@ def test_infixes_in_generate(tiny, model, bare):
     behind = tiny.generate(tuned, ids, mask)
     at = torch.tensor([2, 1, 0])
     within = tiny.generate(tuned, ids, mask, infix_positions=at)
-    full = tuned.generate(ids[:1, -3:], max_new_tokens=8, do_sample=False, pad_token_id=tiny.PAD)
-    masked = tuned.generate(
-        ids[:1, -3:], mask[:1, -3:], max_new_tokens=8, do_sample=False, pad_token_id=tiny.PAD
-    )
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tiny.PAD}
+    full = tuned.generate(ids[:1, -3:], **options)
+    masked = tuned.generate(ids[:1, -3:], attention_mask=mask[:1, -3:], **options)
     assert mask[:1, -3:].all()
     assert torch.equal(full, masked)
-    longest = tuned.generate(ids, mask, max_length=ids.shape[1] + 8, pad_token_id=tiny.PAD)
+    lengths = {"max_length": ids.shape[1] + 8, "pad_token_id": tiny.PAD}
+    longest = tuned.generate(ids, attention_mask=mask, **lengths)
     assert torch.equal(longest[:, ids.shape[1] :], behind)
     for row, text in enumerate(rows(ids, mask)):
         assert torch.equal(behind[row], greedy(bare, prompt, text, after=text.shape[1]))
@@ -331,7 +335,7 @@ def test_an_encoder_decoder_gets_the_prompt_in_its_encoder(tiny, side):
     ids, mask = tiny.batch(side=side)
     labels = tiny.batch((4, 4, 4))[0]
     out = tuned(ids, attention_mask=mask, labels=labels)
-    new = tuned.generate(ids, mask, max_new_tokens=5)
+    new = tuned.generate(ids, attention_mask=mask, max_new_tokens=5)
     prompt, plain = tuned.export_embeddings(), t5()
     for row, text in enumerate(rows(ids, mask)):
         expected = alone(plain, prompt, text, labels=labels[row : row + 1])
@@ -459,15 +463,15 @@ def test_the_trainer_trains_checkpoints_and_resumes(tiny, tmp_path):
 def test_state_dict_holds_the_encoder_and_the_heads(tiny):
     tuned = PromptTuningModel(bert(), PromptConfig(num_virtual_tokens=P, task_type="SEQ_CLS"))
     assert set(tuned.state_dict()) == {
-        "encoder.embedding",
-        "base_model.classifier.weight",
-        "base_model.classifier.bias",
+        "encoders.default.embedding",
+        "adapter_heads.default.classifier.weight",
+        "adapter_heads.default.classifier.bias",
         "_extra_state",
     }
     tuned.load_state_dict(tuned.state_dict())
     trainable, total = tuned.get_nb_trainable_parameters()
     assert trainable == P * 32 + 3 * 32 + 3
-    assert total == P * 32 + sum(p.numel() for p in bert().parameters())
+    assert total == trainable + sum(p.numel() for p in bert().parameters())
     state = {name: t for name, t in tuned.state_dict().items() if "weight" not in name}
     with pytest.raises(RuntimeError, match=r"classifier\.weight"):
         tuned.load_state_dict(state)

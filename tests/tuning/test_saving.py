@@ -123,7 +123,7 @@ def test_bin_files_with_heads(tmp_path):
     config = PrefixConfig(P, task_type="SEQ_CLS", init_std=1.0)
     tuned = PrefixTuningModel(classifier(), config).eval()
     with torch.no_grad():
-        tuned.base_model.classifier.weight.mul_(3)
+        tuned.adapter_heads["default"].classifier.weight.mul_(3)
     tuned.save_pretrained(tmp_path, safe_serialization=False)
     again = PrefixTuningModel.from_pretrained(classifier(), tmp_path)
     ids = torch.randint(3, 97, (2, 6))
