@@ -92,7 +92,7 @@ def test_a_head_is_used_that_was_trained_beside_a_prefix(tiny_folder: str, tmp_p
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     ids = tokenizer("name: Fenwick House", return_tensors="pt", add_special_tokens=False).input_ids
     new = tuned.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
-    assert shown(result) == words(tokenizer.decode(new, skip_special_tokens=True))
+    assert words(result.output).endswith(words(tokenizer.decode(new, skip_special_tokens=True)))
 
 
 def test_an_adapter_gets_prompts_as_it_was_trained(adapter: Path, tiny_folder: str) -> None:
