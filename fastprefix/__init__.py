@@ -1,6 +1,7 @@
 """Attention over shared prefixes: one copy of a prefix's keys and values, never expanded.
 
 The operator needs torch alone; what works on Hugging Face models is imported when first used.
+transformers knows ``attn_implementation="fastprefix"`` from here on, whenever it is imported.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastprefix import implementation
 from fastprefix.attention import prefix_attention
 from fastprefix.kv import KVBudget, PackedPrefixKV, PrefixBank, PrefixKV
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from fastprefix.tuning.trainer import PrefixTrainer, PrefixTrainingArguments
 
 __version__ = "0.1.0"
+
+implementation.register()
 
 _LAZY = {
     "UnsupportedModelError": "fastprefix.hf",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from fastprefix.hf.masks import add_patched
 from fastprefix.hf.sharding import Sharding
 from fastprefix.kv import Group, LayerShape
 
@@ -121,9 +122,17 @@ class State:
     handles: list[RemovableHandle] = field(default_factory=list)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """So is one from a file."""
+        self.__dict__.update(state)
+        for config, _ in self.previous:
+            add_patched(config)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """A copied model is patched for good, and sees none of the original's prefixes."""
         fresh = State(copy.deepcopy(self.previous, memo), self.backend, True)
+        for config, _ in fresh.previous:
+            add_patched(config)
         return replace(
             fresh,
             shapes=self.shapes,
