@@ -26,15 +26,17 @@ def unwrap(model: Any) -> Any:
     """The transformers model inside a PeftModel, PEFT's layers included; others as they are.
 
     Raises:
-        ValueError: a PeftModel with a prompt or prefix of its own, which its inside does not have.
+        ValueError: a PeftModel, or a tuned model of ours, with a prompt or prefix of its own, which
+            its inside does not have.
     """
     if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
         return model
     for name, config in model.peft_config.items():
         if config.is_prompt_learning:
+            kind = getattr(config.peft_type, "value", config.peft_type)
             raise ValueError(
-                f"model: got a PeftModel with {config.peft_type.value} adapter {name!r}, takes one "
-                "whose adapters sit inside the model, as LoRA's; load the prefix from its folder"
+                f"model: got a {type(model).__name__} with {kind} adapter {name!r}, takes a model "
+                "whose adapters sit inside it, as LoRA's; load the prefix from its folder"
             )
     return model.get_base_model()
 

@@ -56,6 +56,21 @@ class NamedAdapters(TunedModel):
         """The active adapter's configuration."""
         return self.prefix_configs[self.active_adapter]
 
+    @property
+    def peft_config(self) -> dict[str, PrefixConfig]:
+        """All adapters' configurations by name; PEFT's name for it."""
+        return self.prefix_configs
+
+    @property
+    def active_peft_config(self) -> PrefixConfig:
+        """The active adapter's configuration; PEFT's name for it."""
+        return self.prefix_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The name of the active adapter, in a list as in PEFT."""
+        return [self.active_adapter]
+
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Makes an adapter the active one, and the only one that is trained.
 

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.peft import PeftAdapterMixin
 
+from fastprefix.hf import pipelines
 from fastprefix.hf.peft_base import freeze
 from fastprefix.hf.versions import disable_checkpointing, enable_checkpointing, is_checkpointing
 from fastprefix.tuning.config import PrefixConfig
@@ -25,8 +27,21 @@ _HEADS = {
 }
 
 
+# Methods of the base that run it, or save it, without what was trained in front of it.
+_BASE_ALONE = (
+    "continuous_batching_context_manager",
+    "from_pretrained",
+    "generate_batch",
+    "init_continuous_batching",
+    "push_to_hub",
+    "save_pretrained",
+)
+
+
 class TunedModel(nn.Module):
     """A frozen base and encoders that are trained.
+
+    What it has no attribute for is looked up in the base, as in PEFT's PeftModel.
 
     ``state_dict()`` holds the encoders, the heads that are trained beside them and what is trained
     inside the base, so that a trainer's checkpoints do not repeat the base.
@@ -43,10 +58,40 @@ class TunedModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         freeze(model)
+        pipelines.accept(type(self).__name__)
         self.base_model = model
         self._heads: tuple[str, ...] = ()
         self.register_load_state_dict_post_hook(_allow_no_base)
         self.register_state_dict_post_hook(_drop_base)
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The base, without what was trained in front of it."""
+        return self.base_model
+
+    def __getattr__(self, name: str) -> Any:
+        """The base's attribute of a name that this class lacks.
+
+        Two kinds are not looked up there. A private attribute that no class of the base declares
+        was hung on that one object (accelerate's hooks, torch.compile's original). A method that
+        would save the base, run it alone, or switch a LoRA inside it, is not what a caller means.
+
+        Raises:
+            AttributeError: neither has it, or it is of those two kinds.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # while a copy is made, before it has any
+                raise
+            private = name.startswith("_")
+            if private and (name.startswith("__") or not hasattr(type(self.base_model), name)):
+                raise
+        if name in _BASE_ALONE or (not private and hasattr(PeftAdapterMixin, name)):
+            raise AttributeError(
+                f"{type(self).__name__} has no {name}; the base model's, which leaves out what is "
+                f"trained here, is base_model.{name}"
+            )
+        return getattr(self.base_model, name)
 
     def train_heads(self, names: Iterable[str] | None, task_type: str | None = None) -> None:
         """Trains modules of the base too, and keeps them in checkpoints and adapters.
@@ -124,6 +169,20 @@ class TunedModel(nn.Module):
     @generation_config.setter
     def generation_config(self, config: Any) -> None:
         self.base_model.generation_config = config
+
+    @property
+    def loss_function(self) -> Any:
+        """The base model's loss function; setting it sets the base's."""
+        return self.base_model.loss_function
+
+    @loss_function.setter
+    def loss_function(self, function: Any) -> None:
+        self.base_model.loss_function = function
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """True: the Trainer takes a quantised base if something trainable is attached to it."""
+        return True
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's module that embeds tokens."""

@@ -113,6 +113,11 @@ class PrefixConfig:
     peft_type: Literal["PREFIX_TUNING", "CARTRIDGE"] = "PREFIX_TUNING"
     fallback: Literal["expand"] | None = None
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """True, as of PEFT's configurations of prefixes."""
+        return True
+
     def __post_init__(self) -> None:
         if self.num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens: got {self.num_virtual_tokens}, takes 1 or more")

@@ -90,6 +90,31 @@ class PromptTuningModel(TunedModel):
             or any(getattr(module, "is_causal", False) for module in model.modules())
         )
 
+    @property
+    def peft_config(self) -> dict[str, PromptConfig]:
+        """The configuration under the name "default"; PEFT's name for it."""
+        return {"default": self.prompt_config}
+
+    @property
+    def active_peft_config(self) -> PromptConfig:
+        """The configuration; PEFT's name for it."""
+        return self.prompt_config
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the only prompt."""
+        return "default"
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The name of the only prompt, in a list as in PEFT."""
+        return [self.active_adapter]
+
+    @property
+    def loss_type(self) -> None:
+        """None: the loss counts all labels, for the prompt predicts the first token, too."""
+        return None
+
     @with_inputs_of_bases
     def forward(
         self,

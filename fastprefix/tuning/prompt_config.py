@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fastprefix.hf.peft_prompts import INFIX_KIND
 from fastprefix.tuning.config import TASK_TYPES
 
 Init = Literal["random", "text", "vocab"]
@@ -53,6 +54,18 @@ class PromptConfig:
     init: Init = "random"
     init_text: str | None = None
     init_std: float | None = None
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the method, or ours for an infix, which PEFT does not have."""
+        if self.placement == "infix":
+            return INFIX_KIND
+        return "P_TUNING" if self.encoder_reparameterization_type else "PROMPT_TUNING"
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """True, as of PEFT's configurations of such prompts."""
+        return True
 
     def __post_init__(self) -> None:
         network = (*get_args(Reparameterization), None)
