@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastprefix import implementation
 from fastprefix.attention import prefix_attention
+from fastprefix.integrations import trl
 from fastprefix.kv import KVBudget, PackedPrefixKV, PrefixBank, PrefixKV
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 implementation.register()
+trl.register()
+del trl
 
 _LAZY = {
     "UnsupportedModelError": "fastprefix.hf",

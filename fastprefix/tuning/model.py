@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,6 +40,9 @@ from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
 from fastprefix.tuning.base import load_heads, saved_heads, with_inputs_of_bases
 from fastprefix.tuning.build import new_encoder
 from fastprefix.tuning.config import PrefixConfig
+
+# What trl's trainers call the adapter that holds the policy as it was before they train it.
+REFERENCE = "ref"
 
 
 class PrefixTuningModel(NamedAdapters):
@@ -98,15 +102,35 @@ class PrefixTuningModel(NamedAdapters):
 
         A head that is trained beside prefixes is the base's own, and so the same for all of them.
 
+        The name "ref" is trl's: with the configuration of "default" itself it is a copy of that
+        adapter as it stands, of which its trainers make their reference.
+
         Args:
             adapter_name: a new name.
             config: see :class:`PrefixConfig`.
             tokenizer: the base's; needed for init="text".
 
         Raises:
-            ValueError: the name is in use or cannot be one, or init="text" without a tokenizer.
+            ValueError: the name is in use or cannot be one, init="text" without a tokenizer, or a
+                copy for trl of a model in which more is trained than its prefixes.
         """
+        if adapter_name == REFERENCE and config is self.prefix_configs.get(DEFAULT):
+            self._check_new(adapter_name)
+            self._check_reference()
+            self._insert(adapter_name, config, copy.deepcopy(self.encoders[DEFAULT]))
+            return
         self._insert(adapter_name, config, new_encoder(self.base_model, config, tokenizer))
+
+    def _check_reference(self) -> None:
+        """A reference differs from the model in its prefix alone."""
+        inside = [name for name, _ in self.base_model.named_parameters() if ".default." in name]
+        more = [*self._heads, *inside[:1]]
+        if more:
+            raise ValueError(
+                f"ref_model: got None for a model in which {more[0]} is trained beside the prefix, "
+                "or may be; takes a model to compare with, where the trainer has that argument, "
+                "for a copy of the prefix would be a reference that changes"
+            )
 
     @property
     def loss_type(self) -> str | None:
