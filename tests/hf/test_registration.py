@@ -142,7 +142,8 @@ def logits(model, inputs, real):
 @pytest.mark.parametrize("name", PADDED)
 def test_a_model_of_that_name_alone_computes_what_it_did(tiny, name, side):
     """Whatever its modules say of themselves: those of one here say that they are not causal."""
-    model = tiny.kind(name)
+    # eager gives NaN for rows of pads in float64, where sdpa has no caps
+    model = tiny.kind(name, torch.float32 if name == "gemma2" else torch.float64)
     inputs, real = tiny.kind_inputs(model, side)
     unpadded = {
         key: x[:, :3] for key, x in inputs.items() if key in ("input_ids", "decoder_input_ids")
