@@ -168,6 +168,21 @@ def test_sft_is_the_plain_loop(tiny, tokenizer, tmp_path, gradient_checkpointing
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_head_beside_the_prefix_is_trained_too(tiny, tokenizer, tmp_path):
+    """trl computes with the weight of the head, and does not call it."""
+    tuned = prefixed(tiny, modules_to_save=["lm_head"])
+    other, data = copy.deepcopy(tuned), texts("sft", 4)
+
+    def loss_of(model):
+        sums, count = log_probs(model, tokenizer, [""] * 4, data["text"])
+        return -sums.sum() / count
+
+    assert_losses(run("sft", tuned, tokenizer, tmp_path), loop(other, loss_of))
+    for name, head in tuned.heads().items():
+        torch.testing.assert_close(head, other.heads()[name], rtol=1e-3, atol=1e-4)
+        assert not torch.equal(head, small(tiny).state_dict()[name])
+
+
 def test_dpo_compares_with_the_prefix_as_it_was(tiny, tokenizer, tmp_path):
     """PEFT's rule: neither with the base nor with the prefix that is being trained."""
     tuned = prefixed(tiny)
@@ -302,7 +317,7 @@ def test_a_reference_is_refused_where_more_than_the_prefix_is_trained(tiny, toke
     assert list(tuned.encoders) == ["default"]
 
 
-def test_prompts_and_pefts_configurations_are_not_mixed_up(tiny, tokenizer, tmp_path):
+def test_a_configuration_of_pefts_besides_is_refused(tiny, tokenizer, tmp_path):
     """trl's own refusal of a second adapter holds for a tuned model, too."""
     import peft
 
@@ -315,6 +330,30 @@ def test_prompts_and_pefts_configurations_are_not_mixed_up(tiny, tokenizer, tmp_
             processing_class=tokenizer,
             peft_config=peft.LoraConfig(),
         )
+
+
+def test_sft_trains_a_prompt(tiny, tokenizer, tmp_path):
+    """Of embeddings, for which trl keeps the last columns of what it computes."""
+    torch.manual_seed(3)
+    config = PromptConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    tuned = PromptTuningModel(small(tiny), config)
+    other, data = copy.deepcopy(tuned), texts("sft", 4)
+
+    def loss_of(model):
+        total, count = 0.0, 0
+        for text in data["text"]:
+            ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+            # the prompt predicts the first token, too
+            whole = torch.cat([model.encoder(), model.get_input_embeddings()(ids)[0]])
+            logits = model.base_model(inputs_embeds=whole[None]).logits[0, 3:-1]
+            total = total - log_softmax(logits, -1).gather(1, ids[0, :, None]).sum()
+            count += ids.shape[1]
+        return total / count
+
+    want = loop(other, loss_of)
+    logs = run("sft", tuned, tokenizer, tmp_path)
+    print(want, [log["loss"] for log in logs])
+    assert_losses(logs, want)
 
 
 def test_only_trl_is_told(tiny):
