@@ -1,8 +1,8 @@
 """Something to do once another library's module has been imported, without importing it.
 
-A finder at the front of ``sys.meta_path`` lets the other finders find the module, and has a function
-called when the module has run. It looks at nothing but names, and a module that nobody imports costs
-nothing.
+A finder at the front of ``sys.meta_path`` lets the other finders find the module, and has a
+function called when the module has run. It looks at nothing but names, and a module that nobody
+imports costs nothing.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""trl's trainers run a tuned model as they run PEFT's.
+"""The trainers of trl run a tuned model as they run PEFT's.
 
-They ask ``is_peft_model``, which goes by PEFT's class, in two matters: where a model's own forward is,
-into which they put a head that computes log-probabilities, and what the policy is compared with. A
-PeftModel is its own reference, with its adapter as it was before training (a copy by the name of
-"ref", see :meth:`fastprefix.PrefixTuningModel.add_adapter`); any other model is loaded a second time
-from where it came, which of a tuned model is the bare base. So in trl's modules, and nowhere else, the
-answer is True for tuned models as well.
+They ask ``is_peft_model``, which goes by PEFT's class, in two matters: where a model's own forward
+is, into which they put a head that computes log-probabilities, and what the policy is compared
+with. A PeftModel is its own reference, with its adapter as it was before training (a copy by the
+name of "ref", see :meth:`fastprefix.PrefixTuningModel.add_adapter`); any other model is loaded a
+second time from where it came, which of a tuned model is the bare base. So in trl's modules, and
+nowhere else, the answer is True for tuned models as well.
 """
 
 from __future__ import annotations

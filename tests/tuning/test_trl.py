@@ -1,4 +1,4 @@
-"""trl's trainers run a tuned model as they run PEFT's, and as a plain loop does by hand."""
+"""The trainers of trl run a tuned model as they run PEFT's, and as a plain loop does by hand."""
 
 import copy
 import random
@@ -169,7 +169,7 @@ def test_sft_is_the_plain_loop(tiny, tokenizer, tmp_path, gradient_checkpointing
 
 
 def test_a_head_beside_the_prefix_is_trained_too(tiny, tokenizer, tmp_path):
-    """trl computes with the weight of the head, and does not call it."""
+    """The trainer computes with the weight of the head, and does not call it."""
     tuned = prefixed(tiny, modules_to_save=["lm_head"])
     other, data = copy.deepcopy(tuned), texts("sft", 4)
 
@@ -318,7 +318,7 @@ def test_a_reference_is_refused_where_more_than_the_prefix_is_trained(tiny, toke
 
 
 def test_a_configuration_of_pefts_besides_is_refused(tiny, tokenizer, tmp_path):
-    """trl's own refusal of a second adapter holds for a tuned model, too."""
+    """The trainers' own refusal of a second adapter holds for a tuned model, too."""
     import peft
 
     config = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False)
@@ -352,7 +352,6 @@ def test_sft_trains_a_prompt(tiny, tokenizer, tmp_path):
 
     want = loop(other, loss_of)
     logs = run("sft", tuned, tokenizer, tmp_path)
-    print(want, [log["loss"] for log in logs])
     assert_losses(logs, want)
 
 
