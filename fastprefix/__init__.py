@@ -2,12 +2,16 @@
 
 Everything is imported when first used: the operator needs torch alone, what works on Hugging Face
 models transformers besides, and the command line answers ``--help`` without either.
+transformers knows ``attn_implementation="fastprefix"`` from here on, whenever it is imported.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from fastprefix import implementation
+from fastprefix.integrations import trl
 
 if TYPE_CHECKING:
     from fastprefix import attention as attention
@@ -24,6 +28,10 @@ if TYPE_CHECKING:
     from fastprefix.tuning.trainer import PrefixTrainer, PrefixTrainingArguments
 
 __version__ = "0.1.0"
+
+implementation.register()
+trl.register()
+del trl
 
 _LAZY = {
     "KVBudget": "fastprefix.kv",

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils import logging
 
 from fastprefix.hf.active import ActivePrefix, Recorder
 from fastprefix.hf.call import Call
 from fastprefix.hf.masks import made_causal, prefix_attention_mask
 from fastprefix.hf.reweighted import attend
 from fastprefix.hf.windows import in_window, with_mask
+from fastprefix.implementation import NAME
 from fastprefix.kv import PrefixKV
 
-NAME = "fastprefix"
 SLOT = "_fastprefix_slot"
 # On modules whose masks are other than they say: whether a mask left out is causal, by what a call
 # is told as ``is_causal``.
@@ -38,6 +39,7 @@ HARMLESS = frozenset(
         "output_hidden_states", "output_router_logits", "return_dict", "use_cache",
     }
 )  # fmt: skip
+_LOGGER: Any = logging.get_logger(__name__)
 # While models are probed: the thread that does so, and the modules that attended in it without a
 # keyword argument of the forward call.
 MISSED: list[tuple[int, list[nn.Module]]] = []
@@ -82,7 +84,8 @@ def prefix_attention_forward(
             to be harmless is refused.
 
     Returns:
-        [B, Lq, Hq, Dv], and None for the weights, which are never formed.
+        [B, Lq, Hq, Dv], and None for the weights, which are never formed: a model that is asked for
+        them by output_attentions answers as with sdpa, with an empty tuple, and a warning says so.
 
     Raises:
         ValueError: the module has no slot for the prefix.
@@ -90,6 +93,8 @@ def prefix_attention_forward(
             that is not known here.
     """
     _refuse_unknown(module, kwargs)
+    if kwargs.get("output_attentions"):
+        warn_of_no_weights()
     if isinstance(fastprefix, ActivePrefix) and not (
         fastprefix.positioned or hasattr(module, SLOT)
     ):
@@ -157,6 +162,14 @@ def prefix_attention_forward(
         "backend": "auto" if active is None else active.backend,
     }
     return attend(call).transpose(1, 2), None
+
+
+def warn_of_no_weights() -> None:
+    """Says, once, what a model answers that is asked for its attention weights."""
+    _LOGGER.warning_once(
+        "output_attentions: fastprefix never forms attention weights, so the model returns none of "
+        "them, as with sdpa; unpatch it and run it with attn_implementation='eager' to see them"
+    )
 
 
 def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from fastprefix.hf.active import ActivePrefix, Recorder
-from fastprefix.hf.attention import NAME
+from fastprefix.hf.attention import NAME, warn_of_no_weights
 from fastprefix.hf.cached_state import begin, clear
 from fastprefix.hf.devices import is_replica
 from fastprefix.hf.frequencies import check_cache, check_frequencies
@@ -51,10 +51,7 @@ def inject(
             "which fastprefix does not read; use generate(), or unpatch_model(model)"
         )
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-        raise ValueError(
-            "output_attentions: fastprefix never forms attention weights; unpatch the model and "
-            "run it with attn_implementation='eager' to see them"
-        )
+        warn_of_no_weights()
     if config._attn_implementation != NAME:
         raise RuntimeError(
             f"{type(module).__name__}: its attention implementation was set to "

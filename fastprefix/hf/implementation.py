@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fastprefix.hf.attention import NAME
+from fastprefix.hf.masks import add_patched, remove_patched
 from fastprefix.hf.probe import UnsupportedModelError
 from fastprefix.hf.state import STATE, State
 from fastprefix.hf.versions import set_attention
@@ -49,6 +50,12 @@ def restore(previous: list[tuple[Any, str | None]]) -> None:
     for config, implementation in previous:
         if id(config) not in shared:
             config._attn_implementation_internal = implementation
+            remove_patched(config)
+
+
+def set_default(model: PreTrainedModel) -> None:
+    """Gives a model the attention that transformers would choose for it: sdpa, or else eager."""
+    set_attention(model, model.get_correct_attn_implementation(None))
 
 
 def set_implementation(model: PreTrainedModel) -> None:
@@ -63,6 +70,8 @@ def set_implementation(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not route its attention through transformers' "
             "AttentionInterface, so no other attention can take its place"
         )
+    for config, _ in implementations(model):
+        add_patched(config)
 
 
 def _states() -> Iterator[State]:

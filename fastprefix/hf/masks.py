@@ -11,10 +11,15 @@ What a model's layers receive as ``attention_mask``, and what :mod:`fastprefix.h
   are as well for models that cut their masks to the last queries.
 
 The prefix appears in none of them: every query sees all of it.
+
+All this holds for models that were patched. Of one that was only given the implementation's name
+nothing is known, neither whether its modules say the truth nor which of them use this attention. It
+gets the masks that "eager" gets, of which every model knows what to do with them.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +28,7 @@ from torch import Tensor
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
+    eager_mask,
     sdpa_mask,
 )
 
@@ -30,6 +36,20 @@ from transformers.masking_utils import (
 # then, so that each layer is seen to be handed one or the other. What a module says of itself need
 # not be true where a model's own attention looks at the mask alone (BigBird-Pegasus).
 MADE: list[list[tuple[Tensor, bool]]] = []
+# The configs of patched models, by id: they compare by what is in them.
+_PATCHED: set[int] = set()
+
+
+def add_patched(config: Any) -> None:
+    """From now on the models of a config get compact masks."""
+    if id(config) not in _PATCHED:
+        _PATCHED.add(id(config))
+        weakref.finalize(config, _PATCHED.discard, id(config)).atexit = False
+
+
+def remove_patched(config: Any) -> None:
+    """From now on they get explicit masks."""
+    _PATCHED.discard(id(config))
 
 
 def made_causal(mask: Tensor | None) -> bool | None:
@@ -78,6 +98,19 @@ def prefix_attention_mask(
         for masks in MADE:
             masks.append((made, kinds[mask_function]))
         return made
+    config = kwargs.get("config")
+    if config is not None and id(config) not in _PATCHED:
+        return eager_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,  # type: ignore[arg-type]
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_bidirectional_skip=False,
+            **kwargs,
+        )
     known_ends = isinstance(q_offset, int) and q_offset + q_length == kv_length
     if (
         mask_function is causal_mask_function

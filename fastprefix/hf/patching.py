@@ -35,7 +35,14 @@ from fastprefix.hf.hook import (
     shift,
     take_turn,
 )
-from fastprefix.hf.implementation import PATCHED, implementations, restore, set_implementation
+from fastprefix.hf.implementation import (
+    NAME,
+    PATCHED,
+    implementations,
+    restore,
+    set_default,
+    set_implementation,
+)
 from fastprefix.hf.keeping import says_stateful
 from fastprefix.hf.multimodal import around, language_model
 from fastprefix.hf.placing import placing_of, position_embeddings
@@ -456,7 +463,10 @@ def _patch_attention(
             setattr(module, CAUSAL, causal)
         if check:
             state.known = known
-            bare, ours = partial(restore, state.previous), partial(set_implementation, model)
+            named = any(implementation == NAME for _, implementation in state.previous)
+            # ours is not to be compared with ours
+            bare = partial(set_default, model) if named else partial(restore, state.previous)
+            ours = partial(set_implementation, model)
             ask(model, known, "patch", lambda: compare_patch(model, slots, example, bare, ours))
         state.sharding = find_sharding(model)
     except Exception:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from fastprefix.hf.masks import add_patched
 from fastprefix.hf.sharding import Sharding
 from fastprefix.kv import Group, LayerShape
 
@@ -149,10 +150,14 @@ class State:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Each model that a pickle is read into has a key of its own, as deep copies have."""
         vars(self).update(state, key=uuid.uuid4().hex)
+        for config, _ in self.previous:
+            add_patched(config)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """A copied model is patched for good, and sees none of the original's prefixes."""
         own = {n: copy.deepcopy(getattr(self, n), memo) for n in ("previous", "known", "handles")}
+        for config, _ in own["previous"]:
+            add_patched(config)
         return replace(self, **own, key=uuid.uuid4().hex, **_OF_COPIES)
 
 

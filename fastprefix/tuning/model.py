@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -59,6 +60,9 @@ from fastprefix.tuning.config_files import PeftsOwn
 from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
 from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_misspelt_option
 from fastprefix.tuning.peft_configs import agreed, as_prefix_config
+
+# What trl's trainers call the adapter that holds the policy as it was before they train it.
+REFERENCE = "ref"
 
 
 @methods_refuse_unknown_arguments
@@ -123,17 +127,36 @@ class PrefixTuningModel(NamedAdapters):
 
         Its heads start as the base's own.
 
+        The name "ref" is trl's: with the configuration of "default" itself it is a copy of that
+        adapter as it stands, of which its trainers make their reference.
+
         Args:
             adapter_name: a new name.
             config: a :class:`PrefixConfig`, or PEFT's for such prefixes.
             tokenizer: the base's; needed for init="text".
 
         Raises:
-            ValueError: the name is in use or cannot be one, or init="text" without a tokenizer.
+            ValueError: the name is in use or cannot be one, init="text" without a tokenizer, or a
+                copy for trl of a model in which more is trained than its prefixes.
         """
-        config = as_prefix_config(config)
         self._check_new(adapter_name)
+        if adapter_name == REFERENCE and config is self.prefix_configs.get(DEFAULT):
+            self._check_reference()
+            self._insert(adapter_name, config, copy.deepcopy(self.encoders[DEFAULT]))
+            self._load_heads(adapter_name, self.heads(DEFAULT))
+            return
+        config = as_prefix_config(config)
         self._insert(adapter_name, config, new_encoder(self.base_model, config, tokenizer))
+
+    def _check_reference(self) -> None:
+        """A reference has a prefix and heads of its own, and everything else in common."""
+        inside = [name for name, _ in self.base_model.named_parameters() if ".default." in name]
+        if inside:
+            raise ValueError(
+                f"ref_model: got None for a model in which {inside[0]} is trained beside the "
+                "prefix, or may be; takes a model to compare with, where the trainer has that "
+                "argument, for a copy of the prefix would be a reference that changes"
+            )
 
     @property
     def encoder(self) -> Encoder:

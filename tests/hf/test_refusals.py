@@ -142,21 +142,6 @@ def test_a_model_with_an_attention_of_its_own_stays_usable(tiny):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_attention_weights_are_refused(tiny, model):
-    ids, mask = tiny.batch()
-    with use_prefix(model, tiny.random_kv(model)), pytest.raises(ValueError, match="eager"):
-        model(ids, attention_mask=mask, output_attentions=True)
-
-
-def test_attention_weights_asked_for_in_the_config_are_refused(tiny, architecture):
-    """Never quietly left out of the result."""
-    model = tiny.build(architecture, attn_implementation="eager")
-    model.config.output_attentions = True
-    ids, mask = tiny.batch()
-    with pytest.raises(ValueError, match="output_attentions"):
-        patch_model(model)(ids, attention_mask=mask)
-
-
 def test_a_prefix_for_another_model_is_refused(tiny, model):
     kv = tiny.random_kv(model)
     key, value = kv.keys[0], kv.values[0]

@@ -1,0 +1,1 @@
+"""Other libraries that are told of fastprefix when they are imported."""
