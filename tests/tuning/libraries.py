@@ -98,6 +98,7 @@ class Case:
     ) -> Any:
         """A base with an adapter large enough to matter, in eval mode."""
         base = self.base() if base is None else base
+        torch.manual_seed(seed)  # a cartridge's frozen tokens stay what they are
         tuned = self.wrap(base, self.config(**fields), adapter_name)
         named = tuned.named_parameters()
         self._fill([p for n, p in named if p.requires_grad or adapter_name in n.split(".")], seed)
@@ -113,10 +114,11 @@ class Case:
         named = tuned.named_parameters()
         self._fill([p for name, p in named if adapter_name in name.split(".")], seed)
 
-    def saved(self, tuned: Any, folder: Path) -> dict[str, Tensor]:
-        """The tensors of the file that ``save_pretrained`` writes."""
-        tuned.save_pretrained(folder)
-        return load_file(folder / "adapter_model.safetensors")
+    def saved(self, tuned: Any, folder: Path, **kwargs: Any) -> dict[str, Tensor]:
+        """What ``save_pretrained`` writes as tensors; a prefix of an encoder has its own file."""
+        tuned.save_pretrained(folder, **kwargs)
+        files = sorted(folder.glob("*.safetensors"))
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
     @staticmethod
     def _fill(parameters: list[Tensor], seed: int) -> None:
