@@ -222,9 +222,9 @@ class Ours(Case):
         return {"prefix_names": names}
 
     def exchanged(self) -> dict[str, Any]:
-        # PEFT has no prefixes of an encoder, nor of the attention to it
+        # PEFT has no prefixes of an encoder, nor of the attention to it, and counts positions on
         if self.task_type == "SEQ_2_SEQ_LM" and not self._is_prompt:
-            return {"groups": ["decoder"]}
+            return {"groups": ["decoder"], "position_offset": P}
         return {}
 
 

@@ -9,7 +9,6 @@ import warnings
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 SEQ2SEQ = ("bart", "t5")
@@ -309,7 +308,7 @@ def test_the_other_library_loads_it(case, other, safe, tmp_path):
 @pytest.mark.only("fastprefix")
 @pytest.mark.cells(models=SEQ2SEQ, methods=PREFIXES)
 def test_a_prefix_of_an_encoder_is_nothing_that_peft_would_misread(case, other, tmp_path):
-    """PEFT has prefixes of a decoder alone, which ``groups=["decoder"]`` trains here too."""
+    """PEFT has prefixes of a decoder alone: ``groups=["decoder"], position_offset=P`` here."""
     case.make().save_pretrained(tmp_path)
     with pytest.raises(KeyError, match="FASTPREFIX"):
         other.load(tmp_path)
