@@ -56,6 +56,7 @@ class Case:
         method: one of METHODS.
         task_type: of the model, as PEFT names it.
         peft_type: of the method, as PEFT names it.
+        loaded_type: the same, once loaded.
         P: how many virtual tokens there are.
     """
 
@@ -66,6 +67,10 @@ class Case:
         self.tiny, self.model, self.method = tiny, model, method
         self.task_type = MODELS[model][2]
         self.peft_type = KINDS[method]
+
+    @property
+    def loaded_type(self) -> str:
+        return self.peft_type
 
     # models
 
@@ -195,6 +200,11 @@ class Ours(Case):
     @property
     def _is_prompt(self) -> bool:
         return self.method in ("prompt", "p_tuning")
+
+    @property
+    def loaded_type(self) -> str:
+        # the network is in no file: what trains on is a prompt
+        return "PROMPT_TUNING" if self.method == "p_tuning" else self.peft_type
 
     def config(self, **fields: Any) -> Any:
         fields = {"num_virtual_tokens": P, "task_type": self.task_type, **fields}
