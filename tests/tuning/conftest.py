@@ -1,5 +1,6 @@
 """The behaviours of PEFT, each run on both libraries; see ``libraries.py`` beside this file."""
 
+import functools
 import importlib.util
 import itertools
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 
-def _load() -> ModuleType:
+@functools.cache
+def libraries() -> ModuleType:
+    """``libraries.py`` beside this file, not before the settings of the tests' own conftest."""
     spec = importlib.util.spec_from_file_location(
         "libraries", Path(__file__).with_name("libraries.py")
     )
@@ -19,9 +22,6 @@ def _load() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-libraries = _load()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,14 +43,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``case``: each library with each model and each method that the test is about."""
     if "case" not in metafunc.fixturenames:
         return
+    known = libraries()
     cells = list(metafunc.definition.iter_markers("cells"))
     only = metafunc.definition.get_closest_marker("only")
     models, methods = (
         [name for name in names if all(name in mark.kwargs.get(key, names) for mark in cells)]
-        for key, names in (("models", libraries.MODELS), ("methods", libraries.METHODS))
+        for key, names in (("models", known.MODELS), ("methods", known.METHODS))
     )
     made = []
-    for library in (only.args[0],) if only else libraries.LIBRARIES:
+    for library in (only.args[0],) if only else known.LIBRARIES:
         for (row, model), (column, method) in itertools.product(
             enumerate(models), enumerate(methods)
         ):
@@ -66,13 +67,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def case(tiny: ModuleType, request: pytest.FixtureRequest) -> Any:
     """A library, a model and a method."""
     library, model, method = request.param
-    return libraries.LIBRARIES[library](tiny, model, method)
+    return libraries().LIBRARIES[library](tiny, model, method)
 
 
 @pytest.fixture
 def other(case: Any) -> Any:
     """The other library, with the same model and method."""
-    library = next(one for name, one in libraries.LIBRARIES.items() if name != case.library)
+    library = next(one for name, one in libraries().LIBRARIES.items() if name != case.library)
     return library(case.tiny, case.model, case.method)
 
 

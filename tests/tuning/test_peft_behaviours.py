@@ -201,11 +201,10 @@ def test_a_base_that_checkpoints_already_leaves_the_gradients(case):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
-def trained(case, folder, max_steps=4, resume=None, **options):
-    """What is saved of a model that a Trainer trained."""
-    torch.manual_seed(0)
+def trained(case, folder, max_steps=4, resume=None, base_checkpoints=False):
+    """What is saved of a model that a Trainer trained, and its losses."""
     base = case.base()
-    if options.pop("base_checkpoints", False):
+    if base_checkpoints:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     tuned = case.make(base).train()
     inputs = case.labelled()
@@ -221,7 +220,6 @@ def trained(case, folder, max_steps=4, resume=None, **options):
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        **options,
     )
     trainer = Trainer(model=tuned, args=arguments, train_dataset=rows)
     trainer.train(resume_from_checkpoint=resume)
