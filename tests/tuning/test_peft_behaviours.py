@@ -130,6 +130,13 @@ def test_the_loss_is_the_labels_cross_entropy(case):
     models=("roberta_cls",),
     methods=PREFIXES,
 )
+@pytest.mark.peft_fails(
+    ValueError,
+    reason="the number of rows is read off ids alone",
+    models=SEQ2SEQ + CLASSIFIERS,
+    methods=PREFIXES,
+    before="0.21",
+)
 def test_embeddings_in_place_of_ids(case):
     tuned = case.make()
     inputs = case.batch()

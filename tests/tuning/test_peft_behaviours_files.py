@@ -244,6 +244,7 @@ def test_names_that_are_parts_of_names(case, tmp_path):
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.peft_fails(TypeError, reason="the base is asked to delete it", before="0.21")
 def test_deletes_an_inactive_adapter(case):
     tuned = case.make()
     case.add(tuned, "delete_me", seed=1)
@@ -255,6 +256,9 @@ def test_deletes_an_inactive_adapter(case):
     torch.testing.assert_close(case.logits(tuned, **case.batch()), expected, **CLOSE)
 
 
+@pytest.mark.peft_fails(
+    pytest.fail.Exception, reason="the base is asked to delete it", before="0.21"
+)
 def test_deletes_the_active_adapter_and_the_last(case):
     base = case.base()
     inputs = case.batch()
@@ -273,6 +277,9 @@ def test_deletes_the_active_adapter_and_the_last(case):
     torch.testing.assert_close(case.logits(tuned.base_model, **inputs), bare, **CLOSE)
 
 
+@pytest.mark.peft_fails(
+    pytest.fail.Exception, reason="the base is asked to delete it", before="0.21"
+)
 def test_there_is_no_unknown_adapter(case):
     tuned = case.make()
     for call in (tuned.delete_adapter, tuned.set_adapter):
