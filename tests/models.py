@@ -376,10 +376,22 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def kind(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
-    """A model of the zoo in eval mode; the same arguments give the same weights."""
-    model_class, fields = ZOO[name]
-    make: Any = getattr(transformers, model_class)
+def kind(
+    name: str,
+    dtype: torch.dtype = torch.float64,
+    model_class: str | None = None,
+    **changes: Any,
+) -> PreTrainedModel:
+    """A model of the zoo in eval mode; the same arguments give the same weights.
+
+    Args:
+        name: of the zoo.
+        dtype: of the weights.
+        model_class: by name, in place of the zoo's: a classifier, say.
+        changes: fields of the configuration.
+    """
+    of_the_zoo, fields = ZOO[name]
+    make: Any = getattr(transformers, model_class or of_the_zoo)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make(make.config_class(**{**fields, **changes}))

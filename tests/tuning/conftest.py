@@ -1,0 +1,104 @@
+"""The behaviours of PEFT, each run on both libraries; see ``libraries.py`` beside this file."""
+
+import functools
+import importlib.util
+import itertools
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from packaging.version import Version
+
+
+@functools.cache
+def libraries() -> ModuleType:
+    """``libraries.py`` beside this file, not before the settings of the tests' own conftest."""
+    spec = importlib.util.spec_from_file_location(
+        "libraries", Path(__file__).with_name("libraries.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "cells(models=, methods=): of which a test's `case` is made; of all, unless named; each "
+        "model has two of the methods in turn, the other cells are slow",
+        "only(library): one of the libraries alone",
+        "peft_fails(error, reason=, models=, methods=, before=): PEFT does not do this, and is "
+        "held to that; before= names the first version that does",
+    ):
+        config.addinivalue_line("markers", line)
+
+
+def _concerns(mark: pytest.Mark, model: str, method: str) -> bool:
+    models, methods = mark.kwargs.get("models"), mark.kwargs.get("methods")
+    return (models is None or model in models) and (methods is None or method in methods)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``case``: each library with each model and each method that the test is about."""
+    if "case" not in metafunc.fixturenames:
+        return
+    known = libraries()
+    cells = list(metafunc.definition.iter_markers("cells"))
+    only = metafunc.definition.get_closest_marker("only")
+    models, methods = (
+        [name for name in names if all(name in mark.kwargs.get(key, names) for mark in cells)]
+        for key, names in (("models", known.MODELS), ("methods", known.METHODS))
+    )
+    made = []
+    for library in (only.args[0],) if only else known.LIBRARIES:
+        for (row, model), (column, method) in itertools.product(
+            enumerate(models), enumerate(methods)
+        ):
+            marks = [pytest.mark.peft] if library == "peft" else []
+            if (column - 2 * row) % len(methods) > 1:
+                marks.append(pytest.mark.slow)
+            name = f"{library}-{model}-{method}"
+            made.append(pytest.param((library, model, method), id=name, marks=marks))
+    metafunc.parametrize("case", made, indirect=True)
+
+
+@pytest.fixture
+def case(tiny: ModuleType, request: pytest.FixtureRequest) -> Any:
+    """A library, a model and a method."""
+    library, model, method = request.param
+    return libraries().LIBRARIES[library](tiny, model, method)
+
+
+@pytest.fixture
+def other(case: Any) -> Any:
+    """The other library, with the same model and method."""
+    library = next(one for name, one in libraries().LIBRARIES.items() if name != case.library)
+    return library(case.tiny, case.model, case.method)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """Where PEFT is said to fail, it must: what is written down stays true of what is installed."""
+    spec = getattr(pyfuncitem, "callspec", None)
+    library, *cell = spec.params.get("case", ("",)) if spec else ("",)
+    known = [
+        mark
+        for mark in pyfuncitem.iter_markers("peft_fails")
+        if library == "peft" and _concerns(mark, *cell) and not _is_mended(mark)
+    ]
+    if not known:
+        return (yield)
+    try:
+        yield
+    except tuple(mark.args[0] for mark in known):
+        return True
+    pytest.fail(f"PEFT does this now, of which is said: {known[0].kwargs['reason']}")
+
+
+def _is_mended(mark: pytest.Mark) -> bool:
+    before = mark.kwargs.get("before")
+    return before is not None and Version(version("peft")) >= Version(before)
