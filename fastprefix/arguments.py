@@ -59,8 +59,9 @@ def refuses_unknown_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
         Traceback (most recent call last):
         TypeError: save: got selected_adapter, did you mean selected_adapters?
     """
-    known = _named(function)
-    shown = [name for name in known if name not in ("self", "cls")]
+    names = _named(function)
+    known = frozenset(names)
+    shown = [name for name in names if name not in ("self", "cls")]
     # of a class, what its users call
     told = function.__name__
     if told == "__init__":

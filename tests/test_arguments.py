@@ -7,7 +7,14 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, PromptConfig, PromptTuningModel
+from fastprefix import (
+    PrefixConfig,
+    PrefixKV,
+    PrefixTuningModel,
+    PromptConfig,
+    PromptTuningModel,
+    prefix_attention,
+)
 from fastprefix.arguments import refuses_unknown_arguments, unknown_argument
 from fastprefix.tuning.trainer import PrefixSeq2SeqTrainer, PrefixTrainer
 
@@ -33,6 +40,12 @@ def test_the_nearest_name_is_told():
         Thing().save("a", selected_adapter=["x"])
     with pytest.raises(TypeError, match=r"^load: got is_trainble, did you mean is_trainable\?$"):
         Thing.load("a", is_trainble=True)
+
+
+def test_the_operator_tells_it_too():
+    x = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(TypeError, match=r"^prefix_attention: got causal, did you mean is_"):
+        prefix_attention(x, x, x, causal=True)
 
 
 def test_without_a_near_name_all_are_told():
@@ -97,7 +110,7 @@ CALLABLES = {name: function for name, function in public_callables() if takes(fu
 
 
 def test_the_walk_finds_what_people_call():
-    known = {"prefix_attention", "PrefixConfig", "PrefixKV", "PrefixKV.load", "use_prefix", "fit"}
+    known = {"PrefixConfig", "PrefixKV", "PrefixKV.load", "use_prefix", "fit"}
     known |= {"KVBudget", "KVBudget.put", "PrefixTuningModel", "Collator", "interpolate"}
     known |= {"PrefixTuningModel.set_adapter", "StopOnCollapse", "PrefixTrainingArguments"}
     assert known <= set(CALLABLES)

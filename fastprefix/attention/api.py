@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastprefix.arguments import refuses_unknown_arguments
+from fastprefix.arguments import unknown_argument
 from fastprefix.attention import checks
 from fastprefix.attention.call import Options
 from fastprefix.attention.op import prefix_attention_forward
@@ -67,7 +68,6 @@ def prefix_attention(
     return_lse: Literal[True],
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
-@refuses_unknown_arguments
 def prefix_attention(
     query: Tensor,
     key: Tensor,
@@ -91,6 +91,7 @@ def prefix_attention(
     batch_invariant: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over [prefix ; sequence] with one copy of the prefix for all rows.
 
@@ -143,6 +144,7 @@ def prefix_attention(
         return_lse: also return the log-sum-exp of the scores.
         backend: "auto", "reference", "composed" or "triton"; see
             :mod:`fastprefix.attention.selection`. A named backend never falls back.
+        unknown: nothing; names that are none of these are refused.
 
     Returns:
         [B, Hq, Lq, Dv]; rows that see nothing are zeros. With ``return_lse`` also the natural
@@ -154,7 +156,8 @@ def prefix_attention(
             go together; the message names the argument. Values of prefix_index, prefix_lengths
             and cu_seqlens are read on the CPU, asserted on the device elsewhere, and trusted
             under torch.compile.
-        TypeError: not a tensor, number or flag where one goes, or a dtype does not fit.
+        TypeError: an unknown argument, not a tensor, number or flag where one goes, or a dtype
+            does not fit.
         RuntimeError: the backend cannot do what the call needs; the message names those that can.
         NotImplementedError: a forward-mode or second derivative of another backend than reference.
 
@@ -166,6 +169,9 @@ def prefix_attention(
         >>> prefix_attention(q, k, v, prefix_key, prefix_value, is_causal=True).shape
         torch.Size([8, 12, 10, 64])
     """
+    if unknown:  # a wrapper would cost every call microseconds
+        known = list(inspect.signature(prefix_attention).parameters)[:-1]
+        raise unknown_argument("prefix_attention", next(iter(unknown)), known)
     if (prefix_key is None) != (prefix_value is None):
         raise ValueError("prefix_key, prefix_value: got one of the two, takes both or neither")
     has_prefix = prefix_key is not None
