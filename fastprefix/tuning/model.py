@@ -117,7 +117,9 @@ class PrefixTuningModel(NamedAdapters):
         if adapter_name == REFERENCE and config is self.prefix_configs.get(DEFAULT):
             self._check_new(adapter_name)
             self._check_reference()
-            self._insert(adapter_name, config, copy.deepcopy(self.encoders[DEFAULT]))
+            encoder = copy.deepcopy(self.encoders[DEFAULT])
+            assert isinstance(encoder, Encoder)
+            self._insert(adapter_name, config, encoder)
             return
         self._insert(adapter_name, config, new_encoder(self.base_model, config, tokenizer))
 
