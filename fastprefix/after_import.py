@@ -30,7 +30,7 @@ def after_import(name: str, then: Then) -> None:
     # behind the line above: a module that another thread imports meanwhile is seen twice, not never
     for known in [n for n, m in list(sys.modules.items()) if m is not None and watcher.wants(n)]:
         module = importlib.import_module(known)  # waits for another thread that is importing it
-        if not getattr(module.__spec__, "_initializing", False):
+        if not getattr(getattr(module, "__spec__", None), "_initializing", False):
             watcher.done(module)
 
 
@@ -90,4 +90,6 @@ class _Then(Loader):
 
     def __getattr__(self, name: str) -> object:
         """What else importlib, inspect or pkgutil ask of a loader."""
+        if name == "_loader":  # while a copy is made, before it has one
+            raise AttributeError(name)
         return getattr(self._loader, name)
