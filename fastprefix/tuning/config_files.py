@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fastprefix.arguments import refuses_unknown_arguments
 from fastprefix.files import json_text, written_whole
@@ -24,6 +24,15 @@ _ASIDE = {
     *("num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"),
     *("not_peft", "kind", "tokenizer_kwargs", "tokenizer_name_or_path", _OURS),
 }
+
+
+class PeftsOwn(Protocol):
+    """A configuration object of PEFT's."""
+
+    peft_type: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields."""
 
 
 class ConfigFiles:
@@ -48,6 +57,7 @@ class ConfigFiles:
         told: Any = self
         return {"peft_type": told.peft_type, **asdict(told)}
 
+    @refuses_unknown_arguments
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes adapter_config.json, for :meth:`from_pretrained` and PEFT's.
 

@@ -53,6 +53,7 @@ from fastprefix.tuning.checkpoint import (
     read_checkpoint,
 )
 from fastprefix.tuning.config import PrefixConfig
+from fastprefix.tuning.config_files import PeftsOwn
 from fastprefix.tuning.peft_configs import agreed, as_prefix_config
 
 
@@ -92,13 +93,14 @@ class PrefixTuningModel(NamedAdapters):
     def __init__(
         self,
         model: PreTrainedModel,
-        config: Any,
+        config: PrefixConfig | PeftsOwn,
         tokenizer: PreTrainedTokenizerBase | None = None,
         adapter_name: str = DEFAULT,
         *,
         check: bool = True,
     ) -> None:
-        config, model = as_prefix_config(config), unwrap(model)
+        config = as_prefix_config(config)
+        model = unwrap(model)
         with patched(model, config.fallback, check=check):  # left as it was if it is refused
             encoder = new_encoder(model, config, tokenizer)
             check_prefix(model)
@@ -112,7 +114,7 @@ class PrefixTuningModel(NamedAdapters):
     def add_adapter(
         self,
         adapter_name: str,
-        config: Any,
+        config: PrefixConfig | PeftsOwn,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Adds a prefix, neither active nor trained until :meth:`set_adapter`.
@@ -344,7 +346,7 @@ class PrefixTuningModel(NamedAdapters):
         model_id: str | Path,
         adapter_name: str = DEFAULT,
         is_trainable: bool = False,
-        config: Any = None,
+        config: PrefixConfig | PeftsOwn | None = None,
         *,
         torch_device: str | torch.device | None = None,
         low_cpu_mem_usage: bool = False,

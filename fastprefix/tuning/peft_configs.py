@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from fastprefix.hf.hub import Source
 from fastprefix.tuning.config import PrefixConfig
-from fastprefix.tuning.config_files import ConfigFiles, plain
+from fastprefix.tuning.config_files import ConfigFiles, PeftsOwn, plain
 from fastprefix.tuning.prompt_config import PromptConfig
 
 _Config = TypeVar("_Config", PrefixConfig, PromptConfig)
@@ -24,7 +24,7 @@ _UNTOLD = {
 _ALWAYS = ("num_virtual_tokens", "peft_type")
 
 
-def as_prefix_config(config: Any) -> PrefixConfig:
+def as_prefix_config(config: PrefixConfig | PeftsOwn) -> PrefixConfig:
     """A PrefixConfig, also for PEFT's PrefixTuningConfig and CartridgeConfig.
 
     Raises:
@@ -34,7 +34,7 @@ def as_prefix_config(config: Any) -> PrefixConfig:
     return _converted(PrefixConfig, config)
 
 
-def as_prompt_config(config: Any) -> PromptConfig:
+def as_prompt_config(config: PromptConfig | PeftsOwn) -> PromptConfig:
     """A PromptConfig, also for PEFT's PromptTuningConfig and PromptEncoderConfig.
 
     Raises:

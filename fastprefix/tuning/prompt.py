@@ -43,6 +43,7 @@ from fastprefix.tuning.checkpoint import (
     load_state,
     read_checkpoint,
 )
+from fastprefix.tuning.config_files import PeftsOwn
 from fastprefix.tuning.peft_configs import agreed, as_prompt_config, tokenizer_of
 from fastprefix.tuning.prompt_config import PromptConfig
 from fastprefix.tuning.prompt_encoder import PromptEncoder
@@ -85,11 +86,12 @@ class PromptTuningModel(TunedModel):
     def __init__(
         self,
         model: PreTrainedModel,
-        config: Any,
+        config: PromptConfig | PeftsOwn,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
-        config, model = as_prompt_config(config), unwrap(model)
+        config = as_prompt_config(config)
+        model = unwrap(model)
         taken = inspect.signature(model.forward).parameters
         if "inputs_embeds" not in taken:
             raise ValueError(f"model: {type(model).__name__} takes no inputs_embeds")
@@ -350,7 +352,7 @@ class PromptTuningModel(TunedModel):
         model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: Any = None,
+        config: PromptConfig | PeftsOwn | None = None,
         *,
         torch_device: str | torch.device | None = None,
         low_cpu_mem_usage: bool = False,

@@ -128,6 +128,9 @@ def fsdp_sharded():
         found[f"generated={projection}"] = tiny.generate(tuned.eval(), ids)
         exported = tuned.export()
         found[f"exported={projection}"] = torch.stack([*exported.keys, *exported.values])
+        saved = FOLDER / f"saved {projection} {RANK}"
+        tuned.save_pretrained(saved, is_main_process=RANK == 0)  # would hang if one left it out
+        found[f"saved={projection}"] = saved.exists()
     return found
 
 

@@ -128,7 +128,7 @@ def test_accelerate_prepares_fsdp2(found, make, expected):
     gradients = expected(make())
     for result in found("accelerate_fsdp2"):
         torch.testing.assert_close(result["gradients"], gradients, **CLOSE)
-        assert list(result["after"]) == ["encoders.default.embedding"]
+        assert set(result["after"]) == {"encoders.default.embedding", "_extra_state"}
         step = -0.1 * gradients["encoders.default.embedding"]
         torch.testing.assert_close(
             result["after"]["encoders.default.embedding"], result["before"] + step
@@ -144,6 +144,16 @@ def test_a_sharded_encoder_exports_and_generates_as_a_whole_one(tiny, found, mak
         exported = result[f"exported={projection}"]
         torch.testing.assert_close(exported, torch.stack([*kv.keys, *kv.values]))
         assert torch.equal(result[f"generated={projection}"], ids)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_sharded_encoder_is_saved_by_one_process(tiny, folder, found, make, projection):
+    both = found("fsdp_sharded")
+    assert [result[f"saved={projection}"] for result in both] == [True, False]
+    loaded = PrefixTuningModel.from_pretrained(tiny.build(), folder / f"saved {projection} 0")
+    kv = make(projection).eval().export()
+    for got, expected in zip(loaded.export().tensors, kv.tensors, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_trainer_under_ddp_equals_one_process_with_both_batches(tiny, found, make, tmp_path):
