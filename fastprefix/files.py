@@ -177,12 +177,15 @@ def locked(file: Path) -> Iterator[None]:
     """Keeps other processes, and other threads, that ask for the same file waiting.
 
     On Windows it does not.
+
+    Raises:
+        OSError: the file cannot be made, or is a link.
     """
     if fcntl is None:
         yield
         return
     with _named(f"file: {file}"):
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # a killed process lets go
         yield

@@ -330,4 +330,9 @@ def test_links_are_replaced_and_not_followed(tmp_path):
     budget.remove("b")
     assert outside.read_bytes() == content
     assert not (tmp_path / "elsewhere.json").exists()
+    (folder / "index.lock").unlink()
+    (folder / "index.lock").symlink_to(tmp_path / "elsewhere.lock")
+    with pytest.raises(OSError, match=r"^file: .*index\.lock cannot be written: "):
+        budget.put("a", make(2))
+    assert not (tmp_path / "elsewhere.lock").exists()
     assert number_of(budget.get("a")) == 1
