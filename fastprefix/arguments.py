@@ -143,6 +143,8 @@ def check_whole(name: str, value: Any, least: int, none: bool = False) -> None:
 
 def check_number(name: str, value: object) -> None:
     """TypeError unless a value is a number."""
+    if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
+        return  # the symbols are torch.compile's
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}: got {shown(value)}, takes a number")
 

@@ -221,16 +221,17 @@ def costs(compiled: Any, warps: int, code: bool = True) -> dict[str, Any]:
     if known is not None:
         with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged: made again
             kept = json.loads(Path(known).read_text())
-            if _figures_digest(kept["figures"]) == kept["sha256"]:
+            if figures_digest(kept["figures"]) == kept["sha256"]:
                 return kept["figures"]
     read = nvidia_costs if "cubin" in compiled.asm else amd_costs
     found = read(compiled.asm, warps, code)
-    kept = {"figures": found, "sha256": _figures_digest(found)}
+    kept = {"figures": found, "sha256": figures_digest(found)}
     cache.put(json.dumps(kept), "costs.json", binary=False)  # atomic: a rename
     return found
 
 
-def _figures_digest(figures: dict[str, Any]) -> str:
+def figures_digest(figures: dict[str, Any]) -> str:
+    """By which figures that were kept are known to be whole."""
     return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()
 
 

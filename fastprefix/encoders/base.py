@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastprefix.arguments import methods_refuse_unknown_arguments
+from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
 from fastprefix.encoders.flat import Layout
 from fastprefix.encoders.reweighting import HeadNumbers
 from fastprefix.kv import LayerShape, PrefixKV
@@ -18,6 +18,7 @@ from fastprefix.kv import LayerShape, PrefixKV
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+@refuses_unknown_arguments
 def evaluating(module: _Module) -> _Module:
     """A module in evaluation mode, with the same parameters.
 

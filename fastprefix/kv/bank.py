@@ -183,7 +183,7 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
                     self._held[other].shapes if self.budget is None else self.budget.shapes(other)
                 )
                 break
-            except KeyError:  # another process removed it just now
+            except (KeyError, ValueError):  # removed just now, or damaged: told where it is used
                 continue
         else:
             return

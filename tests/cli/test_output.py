@@ -63,7 +63,7 @@ def test_training_fills_no_log(tiny_folder: str, tmp_path: Path) -> None:
     assert all(", loss " in line for line in steps)
     assert len(lines) == len(steps) + 3  # loading, parameters, what came of it
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja")
+        *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "README.md")
     }
 
 

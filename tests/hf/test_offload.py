@@ -120,7 +120,9 @@ def test_heads_that_are_offloaded_are_not_trained_in_silence(tiny, architecture)
     model = tiny.build(architecture)
     cpu_offload(model, CPU)
     config = PrefixConfig(num_virtual_tokens=2, modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match="modules_to_save: got 'lm_head', which is offloaded"):
+    with pytest.raises(
+        ValueError, match="modules_to_save: got 'lm_head', whose weights are offloaded"
+    ):
         PrefixTuningModel(model, config)
 
 

@@ -46,6 +46,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``case``: each library with each model and each method that the test is about."""
     if "case" not in metafunc.fixturenames:
         return
+    own = (mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if any("case" in (names.split(",") if isinstance(names, str) else names) for names in own):
+        return  # another test's own
     known = libraries()
     cells = list(metafunc.definition.iter_markers("cells"))
     only = metafunc.definition.get_closest_marker("only")

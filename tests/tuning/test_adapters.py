@@ -132,9 +132,9 @@ def test_disabled_the_model_is_its_base(tiny, tuned, bare, batch):
         positions = tiny.positions(mask)
         got = tuned(**batch, position_ids=positions).logits
         ids_got = tiny.generate(tuned, ids, mask)
-        with pytest.raises(ValueError, match=r"prefix_names: .*disabled"):
+        with pytest.raises(ValueError, match=r"prefix_names: .*disable_adapter"):
             tuned(**batch, prefix_names=ROWS)
-        with pytest.raises(ValueError, match=r"prefix_names: .*disabled"):
+        with pytest.raises(ValueError, match=r"prefix_names: .*disable_adapter"):
             tuned.generate(ids, attention_mask=mask, prefix_names=ROWS)
     expected = bare(ids, attention_mask=mask, position_ids=positions).logits
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)

@@ -187,7 +187,10 @@ def kv(number: float, P: int) -> PrefixKV:
 
 def convert(folder: Path, to: str) -> None:
     target = folder / ("target.safetensors" if to == "fastprefix" else "target")
-    run_conversion(folder / "source", target, to, None, "float32", False, True)
+    try:
+        run_conversion(folder / "source", target, to, None, "float32", False, True)
+    except ValueError as error:  # the command line's words for it
+        raise error.__cause__ or error from None
 
 
 @pytest.fixture(autouse=True)

@@ -310,11 +310,15 @@ def test_losses_are_pefts(tiny, tokenizer, tmp_path, kind):
     assert len({float(log["grad_norm"]) for log in want}) == STEPS
 
 
-def test_a_reference_is_refused_where_more_than_the_prefix_is_trained(tiny, tokenizer, tmp_path):
+def test_a_reference_has_a_copy_of_the_heads(tiny, tokenizer, tmp_path):
     tuned = prefixed(tiny, modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match=r"^ref_model: got None for .* lm_head is trained"):
-        make("dpo", tuned, tokenizer, tmp_path)
-    assert list(tuned.encoders) == ["default"]
+    before = {name: tensor.clone() for name, tensor in tuned.heads().items()}
+    trainer = make("dpo", tuned, tokenizer, tmp_path)
+    trainer.train()
+    assert list(tuned.encoders) == ["default", "ref"]
+    for name, tensor in before.items():
+        assert torch.equal(tuned.heads("ref")[name], tensor)
+        assert not torch.equal(tuned.heads("default")[name], tensor)
 
 
 def test_a_configuration_of_pefts_besides_is_refused(tiny, tokenizer, tmp_path):
