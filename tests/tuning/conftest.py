@@ -28,7 +28,7 @@ def libraries() -> ModuleType:
 
 def pytest_configure(config: pytest.Config) -> None:
     for line in (
-        "cells(models=, methods=): of which a test's `case` is made; of all, unless named; each "
+        "cells(models=, methods=): of which a test's `cell` is made; of all, unless named; each "
         "model has two of the methods in turn, the other cells are slow",
         "only(library): one of the libraries alone",
         "peft_fails(error, reason=, models=, methods=, before=): PEFT does not do this, and is "
@@ -43,12 +43,9 @@ def _concerns(mark: pytest.Mark, model: str, method: str) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``case``: each library with each model and each method that the test is about."""
-    if "case" not in metafunc.fixturenames:
+    """``cell``: each library with each model and each method that the test is about."""
+    if "cell" not in metafunc.fixturenames:
         return
-    own = (mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    if any("case" in (names.split(",") if isinstance(names, str) else names) for names in own):
-        return  # another test's own
     known = libraries()
     cells = list(metafunc.definition.iter_markers("cells"))
     only = metafunc.definition.get_closest_marker("only")
@@ -66,28 +63,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 marks.append(pytest.mark.slow)
             name = f"{library}-{model}-{method}"
             made.append(pytest.param((library, model, method), id=name, marks=marks))
-    metafunc.parametrize("case", made, indirect=True)
+    metafunc.parametrize("cell", made, indirect=True)
 
 
 @pytest.fixture
-def case(tiny: ModuleType, request: pytest.FixtureRequest) -> Any:
+def cell(tiny: ModuleType, request: pytest.FixtureRequest) -> Any:
     """A library, a model and a method."""
     library, model, method = request.param
     return libraries().LIBRARIES[library](tiny, model, method)
 
 
 @pytest.fixture
-def other(case: Any) -> Any:
+def other(cell: Any) -> Any:
     """The other library, with the same model and method."""
-    library = next(one for name, one in libraries().LIBRARIES.items() if name != case.library)
-    return library(case.tiny, case.model, case.method)
+    library = next(one for name, one in libraries().LIBRARIES.items() if name != cell.library)
+    return library(cell.tiny, cell.model, cell.method)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """Where PEFT is said to fail, it must: what is written down stays true of what is installed."""
     spec = getattr(pyfuncitem, "callspec", None)
-    library, *cell = spec.params.get("case", ("",)) if spec else ("",)
+    library, *cell = spec.params.get("cell", ("",)) if spec else ("",)
     known = [
         mark
         for mark in pyfuncitem.iter_markers("peft_fails")

@@ -1,6 +1,6 @@
 """fastprefix and PEFT behind one spelling, which is PEFT's, on nine tiny models.
 
-Tests get a library with a model and a method as the fixture ``case``. What differs between the
+Tests get a library with a model and a method as the fixture ``cell``. What differs between the
 two stands here and nowhere else: how a configuration is made, which class loads a folder, and how
 a row of a batch names its adapter.
 """

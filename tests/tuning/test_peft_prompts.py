@@ -93,7 +93,7 @@ KINDS = {
 
 
 @pytest.fixture(params=CASES)
-def case(request):
+def task(request):
     return CASES[request.param]
 
 
@@ -133,8 +133,8 @@ def inputs(tiny, task_type):
     return ids, mask, more
 
 
-def test_both_ways(tiny, case, kind, tmp_path):
-    make, config, task_type = case
+def test_both_ways(tiny, task, kind, tmp_path):
+    make, config, task_type = task
     theirs = peft.get_peft_model(
         build(make, config), KINDS[kind](task_type=task_type, num_virtual_tokens=P)
     ).eval()
