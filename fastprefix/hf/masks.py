@@ -52,6 +52,17 @@ def remove_patched(config: Any) -> None:
     _PATCHED.discard(id(config))
 
 
+def _is_patched(config_id: int) -> bool:
+    """Whether a config is a patched model's."""
+    return config_id in _PATCHED
+
+
+# What torch.compiler.assume_constant_result sets, without an import of the compiler: looked up when
+# a graph is traced. Else every graph would depend on all models that are patched, and be traced
+# anew with each. Patching itself changes modules, on which a graph depends.
+vars(_is_patched)["_dynamo_marked_constant"] = True
+
+
 def made_causal(mask: Tensor | None) -> bool | None:
     """Whether a mask, or a part of one, was made to be causal; None for one not known."""
     if mask is None:
@@ -99,7 +110,7 @@ def prefix_attention_mask(
             masks.append((made, kinds[mask_function]))
         return made
     config = kwargs.get("config")
-    if config is not None and id(config) not in _PATCHED:
+    if config is not None and not _is_patched(id(config)):
         return eager_mask(
             batch_size=batch_size,
             q_length=q_length,
