@@ -71,10 +71,15 @@ def check_flags(**flags: object) -> None:
         check_flag(name, value)
 
 
+def _is_finite(number: float) -> bool:
+    """Whether a number is finite; a graph that holds for many numbers is not asked."""
+    return torch.compiler.is_compiling() or math.isfinite(number)
+
+
 def check_scale(scale: float) -> None:
     """scale: a finite number."""
     check_number("scale", scale)
-    if not math.isfinite(scale):
+    if not _is_finite(scale):
         raise ValueError(f"scale: got {scale}, takes a finite number")
 
 
@@ -235,7 +240,7 @@ def _check_numbers(options: Options, query: Tensor, key: Tensor) -> None:
     softcap = options.softcap
     if softcap is not None:
         check_number("softcap", softcap)
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0.0):
+    if softcap is not None and not (_is_finite(softcap) and softcap > 0.0):
         raise ValueError(f"softcap: got {softcap}, takes a finite number above 0, or None")
     check_number("dropout_p", options.dropout_p)
     if not 0.0 <= options.dropout_p < 1.0:
