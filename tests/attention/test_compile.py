@@ -132,3 +132,20 @@ def test_errors_are_the_same_under_the_compiler(make_problem):
     compiled = torch.compile(block("auto"), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="Lk >= Lq"):
         compiled(*problem.tensors.values(), is_causal=True)
+
+
+def test_one_graph_for_many_scales():
+    """The scale of a second model, or softcap, makes a symbol of the first one's number."""
+    torch._dynamo.reset()
+    x = torch.randn(1, 2, 3, 8)
+    prefix = torch.randn(2, 4, 8)
+
+    def attend(scale, softcap):
+        return prefix_attention(
+            x, x, x, prefix, prefix, is_causal=True, scale=scale, softcap=softcap,
+            backend="reference",
+        )  # fmt: skip
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)
+    for scale, softcap in ((0.5, 20.0), (0.25, 30.0), (0.125, 40.0)):
+        torch.testing.assert_close(compiled(scale, softcap), attend(scale, softcap))
