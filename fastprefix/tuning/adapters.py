@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.arguments import check_names, check_type, methods_refuse_unknown_arguments
-from fastprefix.hf.hub import Source
-from fastprefix.hf.peft_base import BASE_FOLDER, find_base_adapter, is_base_adapter
+from fastprefix.hf.peft_base import BASE_FOLDER
 from fastprefix.tuning.base import TunedModel
 from fastprefix.tuning.heads import (
     Heads,
@@ -28,6 +27,8 @@ from fastprefix.tuning.heads import (
 )
 
 DEFAULT = "default"
+# What trl's trainers call the adapter that holds the policy as it was before they train it.
+REFERENCE = "ref"
 
 # In which models adapters are disabled, by id: a `disable_adapter` block belongs to its thread.
 _DISABLED = threading.local()
@@ -71,6 +72,52 @@ class NamedAdapters(TunedModel):
         for heads in map(self._heads, self.encoders):
             if heads is not None:
                 heads.attach(self.base_model)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Adds an adapter, neither active nor trained until :meth:`set_adapter`.
+
+        Its heads start as the base's own.
+
+        The name "ref" is trl's: with the configuration of "default" itself it is a copy of that
+        adapter as it stands, heads included, which trl's trainers compare the policy with.
+
+        Args:
+            adapter_name: a new name.
+            config: of the kind that the model was made with, or PEFT's for such adapters.
+            tokenizer: the base's; needed for init="text".
+
+        Raises:
+            ValueError: the name is in use or cannot be one, init="text" without a tokenizer, or a
+                copy for trl of a model in which more is trained than prefixes, prompts and heads.
+        """
+        self._check_new(adapter_name)
+        if adapter_name == REFERENCE and config is self._configs.get(DEFAULT):
+            self._check_reference()
+            self._insert(adapter_name, config, copy.deepcopy(self.encoders[DEFAULT]))
+            self._load_heads(adapter_name, self.heads(DEFAULT))
+            return
+        self._insert(adapter_name, *self._made(config, tokenizer))
+
+    def _made(
+        self, config: Any, tokenizer: PreTrainedTokenizerBase | None
+    ) -> tuple[Any, nn.Module]:
+        """Our configuration, of ours or PEFT's, and an encoder at its start."""
+        raise NotImplementedError
+
+    def _check_reference(self) -> None:
+        """A reference has an encoder and heads of its own, and everything else in common."""
+        inside = [name for name, _ in self.base_model.named_parameters() if ".default." in name]
+        if inside:
+            raise ValueError(
+                f"ref_model: got None for a model in which {inside[0]} is trained beside the "
+                "adapter, or may be; takes a model to compare with, where the trainer has that "
+                "argument, for a copy of the adapter would be a reference that changes"
+            )
 
     @property
     def active_adapters(self) -> list[str]:
@@ -199,19 +246,6 @@ class NamedAdapters(TunedModel):
             chosen = {"context_fn": keep_heads, **chosen}
         super().activation_checkpointing_enable(chosen, **kwargs)
 
-    def _check_base_adapter(self, place: Source) -> None:
-        """Refuses an adapter to be added that was trained with another one inside the base.
-
-        Raises:
-            ValueError: it holds one that this base lacks, or has other numbers in.
-        """
-        inside = find_base_adapter(place)
-        if inside is not None and not is_base_adapter(self.base_model, inside):
-            raise ValueError(
-                f"{place}: holds an adapter inside the base, too, which this base lacks "
-                "or has other numbers in; load both by from_pretrained"
-            )
-
     def _load_heads(self, adapter_name: str, heads: dict[str, Tensor]) -> None:
         """Puts saved heads, for which :func:`check_saved` found places, into an adapter's."""
         own = self._heads(adapter_name)
@@ -228,20 +262,6 @@ class NamedAdapters(TunedModel):
         if not is_trainable:
             self.requires_grad_(False)
         self.train(is_trainable)
-
-    def _selected(
-        self, selected_adapters: Sequence[str] | None, folder: str | Path
-    ) -> list[tuple[str, Path]]:
-        """Adapters to save, all if None, and where: "default" in the folder itself.
-
-        Raises:
-            ValueError: no adapter of a name, or none at all.
-        """
-        names = list(self.encoders) if selected_adapters is None else list(selected_adapters)
-        self._check_known("selected_adapters", names)
-        if not self.encoders:
-            raise ValueError("selected_adapters: got none, takes some: the last one was deleted")
-        return [(name, Path(folder) if name == DEFAULT else Path(folder) / name) for name in names]
 
     def _insert(self, adapter_name: str, config: Any, encoder: nn.Module) -> None:
         """Adds an encoder and its heads, frozen, in the mode of the model.

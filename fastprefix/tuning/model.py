@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
 from fastprefix.encoders import Encoder, evaluating
-from fastprefix.files import written_together
 from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import (
     Fallback,
@@ -33,10 +31,8 @@ from fastprefix.hf.patching import (
     use_prefix,
 )
 from fastprefix.hf.peft_base import (
-    check_base_adapter,
     find_base_adapter,
     load_base_adapter,
-    save_base_adapter,
     unwrap,
 )
 from fastprefix.hf.peft_format import PREFIX_KINDS, Adapter, load_adapter, save_adapter
@@ -44,7 +40,7 @@ from fastprefix.hf.state import wanting_none
 from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
 from fastprefix.tuning import hub
-from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
+from fastprefix.tuning.adapters import DEFAULT
 from fastprefix.tuning.base import with_inputs_of_bases
 from fastprefix.tuning.build import new_encoder
 from fastprefix.tuning.checkpoint import (
@@ -53,20 +49,17 @@ from fastprefix.tuning.checkpoint import (
     fresh,
     load_state,
     read_checkpoint,
-    refuse_checkpoint,
 )
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.config_files import PeftsOwn
 from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
 from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_misspelt_option
 from fastprefix.tuning.peft_configs import agreed, as_prefix_config
-
-# What trl's trainers call the adapter that holds the policy as it was before they train it.
-REFERENCE = "ref"
+from fastprefix.tuning.saving import SavedAdapters
 
 
 @methods_refuse_unknown_arguments
-class PrefixTuningModel(NamedAdapters):
+class PrefixTuningModel(SavedAdapters):
     """Prefix tuning: the base model is frozen, its attention sees a trained prefix.
 
     The base model is patched in place and stays so. It may hold several prefixes by name, of which
@@ -117,46 +110,11 @@ class PrefixTuningModel(NamedAdapters):
             patch_model(model, fallback=config.fallback)
         super().__init__(model, adapter_name, config, encoder)
 
-    def add_adapter(
-        self,
-        adapter_name: str,
-        config: PrefixConfig | PeftsOwn,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        """Adds a prefix, neither active nor trained until :meth:`set_adapter`.
-
-        Its heads start as the base's own.
-
-        The name "ref" is trl's: with the configuration of "default" itself it is a copy of that
-        adapter as it stands, of which its trainers make their reference.
-
-        Args:
-            adapter_name: a new name.
-            config: a :class:`PrefixConfig`, or PEFT's for such prefixes.
-            tokenizer: the base's; needed for init="text".
-
-        Raises:
-            ValueError: the name is in use or cannot be one, init="text" without a tokenizer, or a
-                copy for trl of a model in which more is trained than its prefixes.
-        """
-        self._check_new(adapter_name)
-        if adapter_name == REFERENCE and config is self.prefix_configs.get(DEFAULT):
-            self._check_reference()
-            self._insert(adapter_name, config, copy.deepcopy(self.encoders[DEFAULT]))
-            self._load_heads(adapter_name, self.heads(DEFAULT))
-            return
+    def _made(
+        self, config: PrefixConfig | PeftsOwn, tokenizer: PreTrainedTokenizerBase | None
+    ) -> tuple[PrefixConfig, Encoder]:
         config = as_prefix_config(config)
-        self._insert(adapter_name, config, new_encoder(self.base_model, config, tokenizer))
-
-    def _check_reference(self) -> None:
-        """A reference has a prefix and heads of its own, and everything else in common."""
-        inside = [name for name, _ in self.base_model.named_parameters() if ".default." in name]
-        if inside:
-            raise ValueError(
-                f"ref_model: got None for a model in which {inside[0]} is trained beside the "
-                "prefix, or may be; takes a model to compare with, where the trainer has that "
-                "argument, for a copy of the prefix would be a reference that changes"
-            )
+        return config, new_encoder(self.base_model, config, tokenizer)
 
     @property
     def encoder(self) -> Encoder:
@@ -293,55 +251,6 @@ class PrefixTuningModel(NamedAdapters):
         slides = self._configs[adapter_name].prefix_in_window
         return replace(kv, in_window=True) if slides else kv
 
-    @refuses_unknown_arguments
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        is_main_process: bool = True,
-        *,
-        push_to_hub: bool = False,
-    ) -> None:
-        """Writes the prefixes, and heads trained beside them, in PEFT's format.
-
-        A network is dropped, as PEFT does. What PEFT's format cannot hold goes into a format that
-        only :meth:`from_pretrained` reads; see :mod:`fastprefix.hf.peft_format`. Warns where PEFT
-        computes something else with it for long texts.
-
-        The adapter "default" goes into the folder itself, others into sub-folders of their names.
-        An adapter inside the base is written beside each, into its sub-folder "base_model". All
-        files of an adapter take their places together: a process that is killed leaves those of
-        before, or the new ones. A model card, README.md, says what it is and how to load it; the
-        text of one that is there stays.
-
-        Args:
-            save_directory: made if need be.
-            safe_serialization: whether the weights are safetensors, or a file of ``torch.save``
-                that PEFT reads, too.
-            selected_adapters: by name; all if None.
-            is_main_process: whether this process writes. Where parameters are sharded, all
-                processes make the call, and one of them writes.
-            push_to_hub: False; :meth:`push_to_hub` uploads.
-
-        Raises:
-            OSError: they cannot be written.
-            ValueError: no adapter of a name, or the folder is a file; see also
-                :func:`fastprefix.hf.peft_format.save_adapter` and
-                :func:`fastprefix.hf.peft_base.check_base_adapter`.
-        """
-        if not isinstance(safe_serialization, bool):  # where selected_adapters stood before
-            safe_serialization, selected_adapters = True, safe_serialization
-        selected = self._selected(selected_adapters, save_directory)
-        hub.check_directory(save_directory, push_to_hub)
-        for name, place in selected:
-            # by all processes, each of which may have a share of them
-            kv, heads = self.export(name), self.heads(name)
-            if is_main_process:
-                self._save_adapter(place, name, kv, heads, safe_serialization)
-        if is_main_process:
-            self.create_or_update_model_card(save_directory)
-
     def _config_as_it_stands(self, adapter_name: str) -> PrefixConfig:
         """As in the base class; of a prefix that grew, as long as it is."""
         config, encoder = self.prefix_configs[adapter_name], self.encoders[adapter_name]
@@ -350,16 +259,18 @@ class PrefixTuningModel(NamedAdapters):
         P = encoder.layout.num_virtual_tokens
         return replace(config, num_virtual_tokens=P, layer_lengths=lengths)
 
-    def _save_adapter(
+    def _exported(self, adapter_name: str) -> PrefixKV:
+        return self.export(adapter_name)
+
+    def _write(
         self,
-        place: Path,
-        name: str,
-        kv: PrefixKV,
+        folder: Path,
+        adapter_name: str,
+        exported: PrefixKV,
         heads: dict[str, Tensor],
         safe_serialization: bool,
     ) -> None:
-        """Writes one adapter, exported, into a folder of its own."""
-        config = self.prefix_configs[name]
+        config = self.prefix_configs[adapter_name]
         if not config.prefix_in_window and _has_windows(self.base_model):
             warnings.warn(
                 f"{type(self.base_model).__name__} has sliding windows, out of which PEFT lets "
@@ -369,7 +280,7 @@ class PrefixTuningModel(NamedAdapters):
             )
         fields = {
             "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
-            "modules_to_save": self.head_names(name),
+            "modules_to_save": self.head_names(adapter_name),
             "num_frozen_tokens": config.num_frozen_tokens,
             "task_type": config.task_type,
         }
@@ -378,19 +289,25 @@ class PrefixTuningModel(NamedAdapters):
         if config.peft_type == "PREFIX_TUNING":
             fields["encoder_hidden_size"] = config.encoder_hidden_size
             fields["prefix_projection"] = config.prefix_projection
-        check_base_adapter(place, self.base_model)
-        with written_together(place) as partial:
-            save_base_adapter(partial, self.base_model)
-            save_adapter(
-                partial,
-                kv,
-                fields,
-                kind=config.peft_type,
-                heads=heads,
-                groups=layer_groups(self.base_model),
-                sources=layer_sources(self.base_model),
-                safe_serialization=safe_serialization,
-            )
+        save_adapter(
+            folder,
+            exported,
+            fields,
+            kind=config.peft_type,
+            heads=heads,
+            groups=layer_groups(self.base_model),
+            sources=layer_sources(self.base_model),
+            safe_serialization=safe_serialization,
+        )
+
+    def _read(self, place: Source) -> tuple[Adapter, PrefixConfig]:
+        return _load(place, self.base_model)
+
+    def _start(self, adapter_name: str, saved: Adapter) -> None:
+        encoder = self.encoders[adapter_name]
+        assert isinstance(encoder, Encoder)
+        encoder.start_from_prefix(saved.kv)
+        self._load_heads(adapter_name, saved.heads)
 
     @classmethod
     @refuses_unknown_arguments
@@ -456,8 +373,7 @@ class PrefixTuningModel(NamedAdapters):
         if inside is not None:
             load_base_adapter(model, inside, is_trainable=is_trainable)
         tuned = cls(model, found, adapter_name=adapter_name, check=check)
-        tuned._load_heads(adapter_name, adapter.heads)
-        tuned.encoder.start_from_prefix(adapter.kv)
+        tuned._start(adapter_name, adapter)
         if not is_trainable:
             tuned.requires_grad_(False)
         return tuned.train(is_trainable)
@@ -490,51 +406,6 @@ class PrefixTuningModel(NamedAdapters):
             load_state(tuned, saved)
         tuned._as_trained(configs, saved.active, is_trainable)
         return tuned
-
-    @refuses_unknown_arguments
-    def load_adapter(
-        self,
-        model_id: str | Path,
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | torch.device | None = None,
-        *,
-        low_cpu_mem_usage: bool = False,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: bool | str | None = None,
-        cache_dir: str | None = None,
-    ) -> None:
-        """Adds a prefix that fastprefix or PEFT saved; not active until :meth:`set_adapter`.
-
-        Args:
-            model_id: a folder, or a repository name on the Hugging Face hub.
-            adapter_name: a new name.
-            is_trainable: whether to train it, beside those that are trained.
-            torch_device: as in :meth:`from_pretrained`, and so those that follow.
-            low_cpu_mem_usage: see there.
-            subfolder: see there.
-            revision: see there.
-            token: see there.
-            cache_dir: see there.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: the name is in use or cannot be one, or not a prefix-tuning adapter for
-                this model, or one that was trained with an adapter inside the base that is not
-                this base's.
-        """
-        hub.check_loading(torch_device, low_cpu_mem_usage)
-        place = Source(str(model_id), subfolder, revision, token, cache_dir)
-        refuse_checkpoint(place, self.config_class.model_class)
-        adapter, config = _load(place, self.base_model)
-        self._check_base_adapter(place)
-        self.add_adapter(adapter_name, replace(config, inference_mode=not is_trainable))
-        encoder = self.encoders[adapter_name]
-        assert isinstance(encoder, Encoder)
-        encoder.start_from_prefix(adapter.kv)
-        self._load_heads(adapter_name, adapter.heads)
-        self.set_requires_grad(adapter_name, is_trainable)
 
 
 def _load(place: Source, model: PreTrainedModel) -> tuple[Adapter, PrefixConfig]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,12 @@ from fastprefix.arguments import (
     shown,
 )
 from fastprefix.encoders import evaluating
-from fastprefix.files import written_together
 from fastprefix.hf.devices import device_of
 from fastprefix.hf.hub import Source
 from fastprefix.hf.patching import UnsupportedModelError, use_prefix
 from fastprefix.hf.peft_base import (
-    check_base_adapter,
     find_base_adapter,
     load_base_adapter,
-    save_base_adapter,
     unwrap,
 )
 from fastprefix.hf.peft_prompts import INFIX_KIND, Prompt, load_prompt, save_prompt
@@ -36,7 +33,7 @@ from fastprefix.hf.state import wanting_none
 from fastprefix.hf.versions import cache_of, length_of
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning import hub
-from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
+from fastprefix.tuning.adapters import DEFAULT
 from fastprefix.tuning.base import embedding_weight, initial_ids, with_inputs_of_bases
 from fastprefix.tuning.checkpoint import (
     Checkpoint,
@@ -44,7 +41,6 @@ from fastprefix.tuning.checkpoint import (
     fresh,
     load_state,
     read_checkpoint,
-    refuse_checkpoint,
 )
 from fastprefix.tuning.config_files import PeftsOwn
 from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
@@ -53,13 +49,14 @@ from fastprefix.tuning.peft_configs import agreed, as_prompt_config, tokenizer_o
 from fastprefix.tuning.prompt_config import PromptConfig
 from fastprefix.tuning.prompt_encoder import PromptEncoder
 from fastprefix.tuning.prompt_layout import Layout, Padding, lay_out, positions
+from fastprefix.tuning.saving import SavedAdapters
 
 # outputs with one entry per token, and of how many dimensions they are then
 _PER_TOKEN = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
 
 
 @methods_refuse_unknown_arguments
-class PromptTuningModel(NamedAdapters):
+class PromptTuningModel(SavedAdapters):
     """Prompt tuning, P-tuning, infix tuning: the base is frozen, its input has a trained part.
 
     The forward feeds the base the embeddings of prompt and text in one sequence, so that any
@@ -113,28 +110,12 @@ class PromptTuningModel(NamedAdapters):
         self._takes_positions = "position_ids" in taken
         self._has_causal_layers = any(getattr(x, "is_causal", False) for x in model.modules())
 
-    def add_adapter(
-        self,
-        adapter_name: str,
-        config: PromptConfig | PeftsOwn,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        """Adds a prompt, neither active nor trained until :meth:`set_adapter`.
-
-        Its heads start as the base's own.
-
-        Args:
-            adapter_name: a new name.
-            config: a :class:`PromptConfig`, or PEFT's for such prompts.
-            tokenizer: the base's; needed for init="text".
-
-        Raises:
-            ValueError: the name is in use or cannot be one, or init="text" without a tokenizer.
-        """
+    def _made(
+        self, config: PromptConfig | PeftsOwn, tokenizer: PreTrainedTokenizerBase | None
+    ) -> tuple[PromptConfig, PromptEncoder]:
         tokenizer = tokenizer_of(config) if tokenizer is None else tokenizer
         config = as_prompt_config(config)
-        self._check_new(adapter_name)
-        self._insert(adapter_name, config, _new_encoder(self.base_model, config, tokenizer))
+        return config, _new_encoder(self.base_model, config, tokenizer)
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -384,87 +365,42 @@ class PromptTuningModel(NamedAdapters):
         with self._use_heads([name]):
             return prefill_embeddings(self.base_model, self.export_embeddings(name))
 
-    @refuses_unknown_arguments
-    def save_pretrained(
+    def _exported(self, adapter_name: str) -> Tensor:
+        return self.export_embeddings(adapter_name)
+
+    def _write(
         self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        is_main_process: bool = True,
-        *,
-        push_to_hub: bool = False,
-    ) -> None:
-        """Writes the prompts, and heads trained beside them, in PEFT's format.
-
-        A network is dropped, as PEFT does. An infix, which PEFT does not know, gets a peft_type
-        of ours, so that PEFT refuses it.
-
-        The adapter "default" goes into the folder itself, others into sub-folders of their names.
-        An adapter inside the base is written beside each, into its sub-folder "base_model". All
-        files of an adapter take their places together: a process that is killed leaves those of
-        before, or the new ones. A model card, README.md, says what it is and how to load it; the
-        text of one that is there stays.
-
-        Args:
-            save_directory: made if need be.
-            safe_serialization: whether the weights are safetensors, or a file of ``torch.save``
-                that PEFT reads, too.
-            selected_adapters: by name; all if None.
-            is_main_process: whether this process writes. Where parameters are sharded, all
-                processes make the call, and one of them writes.
-            push_to_hub: False; :meth:`push_to_hub` uploads.
-
-        Raises:
-            OSError: they cannot be written.
-            ValueError: no adapter of a name, or the folder is a file; see also
-                :func:`fastprefix.hf.peft_base.check_base_adapter`.
-        """
-        if not isinstance(safe_serialization, bool):  # where selected_adapters stood before
-            safe_serialization, selected_adapters = True, safe_serialization
-        selected = self._selected(selected_adapters, save_directory)
-        hub.check_directory(save_directory, push_to_hub)
-        for name, place in selected:
-            # by all processes, each of which may have a share of them
-            embeddings, heads = self.export_embeddings(name), self.heads(name)
-            if is_main_process:
-                self._save_prompt(place, name, embeddings, heads, safe_serialization)
-        if is_main_process:
-            self.create_or_update_model_card(save_directory)
-
-    def _save_prompt(
-        self,
-        place: Path,
-        name: str,
-        embeddings: Tensor,
+        folder: Path,
+        adapter_name: str,
+        exported: Tensor,
         heads: dict[str, Tensor],
         safe_serialization: bool,
     ) -> None:
-        """Writes one prompt, exported, into a folder of its own."""
-        config = self.prompt_configs[name]
+        config = self.prompt_configs[adapter_name]
         base = self.base_model.config.get_text_config()
         fields: dict[str, Any] = {
             "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
-            "modules_to_save": self.head_names(name),
+            "modules_to_save": self.head_names(adapter_name),
             "num_attention_heads": getattr(base, "num_attention_heads", None),
             "num_layers": getattr(base, "num_hidden_layers", None),
             "task_type": config.task_type,
         }
         if config.peft_type == "P_TUNING":
             fields["encoder_reparameterization_type"] = config.encoder_reparameterization_type
-            fields["encoder_hidden_size"] = config.encoder_hidden_size or embeddings.shape[1]
+            fields["encoder_hidden_size"] = config.encoder_hidden_size or exported.shape[1]
             fields["encoder_num_layers"] = config.encoder_num_layers
             fields["encoder_dropout"] = config.encoder_dropout
-        check_base_adapter(place, self.base_model)
-        with written_together(place) as partial:
-            save_base_adapter(partial, self.base_model)
-            save_prompt(
-                partial,
-                embeddings,
-                fields,
-                kind=config.peft_type,
-                heads=heads,
-                safe_serialization=safe_serialization,
-            )
+        save_prompt(
+            folder,
+            exported,
+            fields,
+            kind=config.peft_type,
+            heads=heads,
+            safe_serialization=safe_serialization,
+        )
+
+    def _read(self, place: Source) -> tuple[Prompt, PromptConfig]:
+        return _load(place, self.base_model)
 
     @classmethod
     @refuses_unknown_arguments
@@ -553,51 +489,9 @@ class PromptTuningModel(NamedAdapters):
         tuned._as_trained(configs, saved.active, is_trainable)
         return tuned
 
-    @refuses_unknown_arguments
-    def load_adapter(
-        self,
-        model_id: str | Path,
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | torch.device | None = None,
-        *,
-        low_cpu_mem_usage: bool = False,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: bool | str | None = None,
-        cache_dir: str | None = None,
-    ) -> None:
-        """Adds a prompt that fastprefix or PEFT saved; not active until :meth:`set_adapter`.
-
-        Args:
-            model_id: a folder, or a repository name on the Hugging Face hub.
-            adapter_name: a new name.
-            is_trainable: whether to train it, beside those that are trained.
-            torch_device: as in :meth:`from_pretrained`, and so those that follow.
-            low_cpu_mem_usage: see there.
-            subfolder: see there.
-            revision: see there.
-            token: see there.
-            cache_dir: see there.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: the name is in use or cannot be one, or not an input-level prompt for this
-                model, or one that was trained with an adapter inside the base that is not this
-                base's.
-        """
-        hub.check_loading(torch_device, low_cpu_mem_usage)
-        place = Source(str(model_id), subfolder, revision, token, cache_dir)
-        refuse_checkpoint(place, self.config_class.model_class)
-        prompt, config = _load(place, self.base_model)
-        self._check_base_adapter(place)
-        self.add_adapter(adapter_name, replace(config, inference_mode=not is_trainable))
-        self._start(adapter_name, prompt)
-        self.set_requires_grad(adapter_name, is_trainable)
-
-    def _start(self, adapter_name: str, prompt: Prompt) -> None:
-        self._encoder(adapter_name).start_from(prompt.embeddings)
-        self._load_heads(adapter_name, prompt.heads)
+    def _start(self, adapter_name: str, saved: Prompt) -> None:
+        self._encoder(adapter_name).start_from(saved.embeddings)
+        self._load_heads(adapter_name, saved.heads)
 
     def _encoder(self, adapter_name: str) -> PromptEncoder:
         encoder = self.encoders[adapter_name]

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 
-from fastprefix import PrefixConfig, PrefixTuningModel
+from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 
 
 def add_reference(tuned):
@@ -56,6 +56,20 @@ def test_it_is_what_the_adapter_was_whatever_trains_it(tiny, kind):
     for got, was in zip(reference.tensors, before.tensors, strict=True):
         assert torch.equal(got, was)
     assert not all(map(torch.equal, tuned.export().tensors, before.tensors))
+
+
+@pytest.mark.parametrize("kind", [{}, {"encoder_reparameterization_type": "MLP"}])
+def test_of_a_prompt_too(tiny, kind):
+    """Without the tokenizer that its text needed."""
+    config = PromptConfig(num_virtual_tokens=4, init="text", init_text="any", **kind)
+    tuned = PromptTuningModel(tiny.build("llama"), config, tokenizer)
+    before = tuned.export_embeddings()
+    add_reference(tuned)
+    with torch.no_grad():
+        for parameter in tuned.encoder.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(tuned.export_embeddings("ref"), before)
+    assert not torch.equal(tuned.export_embeddings(), before)
 
 
 def test_any_other_configuration_or_name_starts_anew(tiny):
