@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,17 @@ def walk_class(entry: Entry, ways: Iterable[str] | None = None, library: Any = N
     cells = []
     for name, way in chosen.items():
         case = Case(entry.task, plain, library or Library())
-        (status, message, error), seconds = timed(lambda: judge(lambda: way(case)))  # noqa: B023
+        (status, message, error), seconds = timed(partial(judge, partial(way, case)))
         if status == "wrong" and (error or 1.0) < ROUNDING:
             # a loud model makes much of rounding: with twice the digits nothing may be left of it
             precise = Case(entry.task, in_double(plain), library or Library())
-            found, more = timed(lambda: judge(lambda: way(precise)))  # noqa: B023
+            found, more = timed(partial(judge, partial(way, precise)))
             seconds += more
             if found[0] == "right":
                 status, message, error = found
         if status == "refused" and library is None and Library.has_fallback():
             case = Case(entry.task, plain, Library("expand"))
-            found, more = timed(lambda: judge(lambda: way(case)))  # noqa: B023
+            found, more = timed(partial(judge, partial(way, case)))
             seconds += more
             if found[0] == "right":
                 status, error = "expanded", found[2]

@@ -24,7 +24,7 @@ _LAYERS = (
     "decoder_layers", "num_encoder_layers", "num_decoder_layers", "encoder_num_hidden_layers",
     "num_self_attends_per_block", "num_local_layers", "num_global_layers",
 )  # fmt: skip
-_RULES: tuple[tuple[str, Any], ...] = (
+_PATTERNS: tuple[tuple[str, Any], ...] = (
     # the first that matches the whole name wins
     ("|".join(_LAYERS), 2),
     (r"(\w+_)?vocab_size(_\w+)?|n_words|vocab_size_or_config_json_file", VOCAB),
@@ -66,7 +66,7 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"image_size", 16),
     (r"patch_size", 4),
 )  # fmt: skip
-_RULES = tuple((re.compile(pattern), value) for pattern, value in _RULES)  # type: ignore[misc]
+_RULES = tuple((re.compile(pattern), value) for pattern, value in _PATTERNS)
 _GROUPED = re.compile(r"num_key_value_heads|num_kv_heads|n_head_kv|n_kv_heads|kv_n_heads"
                       r"|num_global_key_value_heads|swa_num_key_value_heads"
                       r"|multi_query_group_num|num_key_value_groups_")  # fmt: skip
