@@ -39,10 +39,12 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=WAYS.values(), ids=WAYS)
+@pytest.fixture(params=WAYS)
 def copied(request):
     """A way to copy a model."""
-    return request.param
+    if request.param != "deepcopy":
+        request.getfixturevalue("picklable")
+    return WAYS[request.param]
 
 
 def logits(tiny, model):
@@ -72,6 +74,7 @@ def test_a_copy_sees_no_block_of_the_original(tiny, model, copied, when):
         torch.testing.assert_close(logits(tiny, model), with_prefix)
 
 
+@pytest.mark.usefixtures("picklable")
 def test_two_copies_of_one_pickle_are_two(tiny):
     model = patch_model(tiny.build())
     kv, written = tiny.random_kv(model), pickle.dumps(model)
@@ -123,6 +126,7 @@ def test_a_copy_of_a_tuned_model_is_one_of_its_own(tiny, copied):
         assert not torch.equal(logits(tiny, twin), before)
 
 
+@pytest.mark.usefixtures("picklable")
 def test_in_another_process_no_block_is_open(tiny, tmp_path):
     """A model that was pickled in a block was refused there: "open in another thread"."""
     model = tiny.build()
@@ -146,6 +150,7 @@ torch.save([plain, behind], sys.argv[1] + "/logits.pt")
         torch.testing.assert_close(behind, logits(tiny, model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("picklable")
 def test_a_copy_is_made_while_another_thread_is_in_a_block(tiny):
     model = patch_model(tiny.build())
     plain, opened, done = logits(tiny, model), threading.Event(), threading.Event()

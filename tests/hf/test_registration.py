@@ -96,6 +96,7 @@ WITHOUT_TRANSFORMERS = """
     """
 
 
+@pytest.mark.usefixtures("picklable")
 def test_fastprefix_may_be_imported_first(tiny, tmp_path):
     model = tiny.build("llama", attn_implementation="fastprefix")
     ids = tiny.prompt()
@@ -210,6 +211,7 @@ def test_patching_such_a_model_is_not_held_to_itself(tiny, monkeypatch):
         patch_model(tiny.build("llama", attn_implementation="fastprefix"))
 
 
+@pytest.mark.usefixtures("picklable")
 def test_patched_models_keep_compact_masks(tiny):
     """A copy and a model from a file are patched too."""
     import copy

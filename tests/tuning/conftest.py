@@ -31,8 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "cells(models=, methods=): of which a test's `cell` is made; of all, unless named; each "
         "model has two of the methods in turn, the other cells are slow",
         "only(library): one of the libraries alone",
-        "peft_fails(error, reason=, models=, methods=, before=): PEFT does not do this, and is "
-        "held to that; before= names the first version that does",
+        "peft_fails(error, reason=, models=, methods=, before=, transformers=): PEFT does not do "
+        "this, and is held to that; before= names the first version that does, transformers= the "
+        "first with which it does not",
     ):
         config.addinivalue_line("markers", line)
 
@@ -100,5 +101,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 
 
 def _is_mended(mark: pytest.Mark) -> bool:
-    before = mark.kwargs.get("before")
-    return before is not None and Version(version("peft")) >= Version(before)
+    before, broken_by = mark.kwargs.get("before"), mark.kwargs.get("transformers")
+    if before is not None and Version(version("peft")) >= Version(before):
+        return True
+    return broken_by is not None and Version(version("transformers")) < Version(broken_by)

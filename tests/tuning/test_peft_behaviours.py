@@ -317,6 +317,20 @@ def test_max_length_counts_the_text_and_what_is_new(cell):
     methods=PROMPTS,
 )
 @pytest.mark.peft_fails(AttributeError, reason="a mask that is None is read", models=("qwen3",))
+@pytest.mark.peft_fails(
+    AttributeError,
+    reason="prefixes read a static cache's length, which is gone",
+    models=("llama", "gpt2", "opt"),
+    methods=PREFIXES,
+    transformers="5.20",
+)
+@pytest.mark.peft_fails(
+    AssertionError,
+    reason="a static cache loses T5's prefix",
+    models=("t5",),
+    methods=PREFIXES,
+    transformers="5.20",
+)
 @pytest.mark.cells(models=GENERATING)
 def test_a_static_cache_generates_as_a_dynamic_one(cell):
     tuned, text = cell.make(), cell.text()
