@@ -38,7 +38,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from fastprefix import PrefixKV
-from fastprefix.hf.patching import query_heads
+from fastprefix.hf.patch.patching import query_heads
 from fastprefix.hf.versions import set_attention
 from fastprefix.kv import Reweighting
 from fastprefix.kv.reweighting import Kind

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastprefix import PrefixKV, patch_model, use_prefix
-from fastprefix.hf.patching import default_offset, layer_groups, layer_shapes, patched
+from fastprefix.hf.patch.patching import default_offset, layer_groups, layer_shapes, patched
 
 
 class Library:

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from fastprefix.cli.console import console, working
 from fastprefix.cli.loading import load_model
-from fastprefix.hf.check import PREFIX, recall
-from fastprefix.hf.patching import check_prefix, layer_groups, patch_model, unpatch_model
+from fastprefix.hf.checking.check import PREFIX, recall
+from fastprefix.hf.patch.patching import check_prefix, layer_groups, patch_model, unpatch_model
 from fastprefix.kv import PrefixKV
 
 _QUESTIONS = {

@@ -106,7 +106,7 @@ class Base:
         """
         if self.name is None:
             return None
-        from fastprefix.hf.patching import layer_sources, patched
+        from fastprefix.hf.patch.patching import layer_sources, patched
 
         if not getattr(load_config(self.name).get_text_config(), _SHARED, 0):
             return None
@@ -224,7 +224,7 @@ def _read(path: Path, base: Base) -> Source:
                 f"source: {file} is for an encoder-decoder, whose layers the base alone knows; "
                 "takes --base"
             )
-        from fastprefix.hf.patching import layer_groups, layer_shapes, patched
+        from fastprefix.hf.patch.patching import layer_groups, layer_shapes, patched
 
         model = base.model("SEQ_2_SEQ_LM")
         with patched(model):
@@ -321,7 +321,7 @@ def _writer(step: Step, base: Base) -> Callable[[Path], None]:
 
 def _computed(found: Source, base: Base) -> PrefixKV:
     """A prompt's keys and values."""
-    from fastprefix.hf.prefill import prefill_embeddings
+    from fastprefix.hf.prefill.prefill import prefill_embeddings
 
     assert found.prompt is not None
     model = base.model(found.config.get("task_type"))

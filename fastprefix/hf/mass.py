@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastprefix.hf.patching import activate, layer_groups, patched
-from fastprefix.hf.probe import is_encoder_decoder, takes
+from fastprefix.hf.patch.patching import activate, layer_groups, patched
+from fastprefix.hf.patch.probe import is_encoder_decoder, takes
 from fastprefix.kv import PrefixKV
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Encoder, HeadNumbers, Layout, build_encoder, slot_lengths
 from fastprefix.hf.devices import device_of
-from fastprefix.hf.patching import (
+from fastprefix.hf.patch.patching import (
     default_offset,
     is_expanded,
     layer_groups,

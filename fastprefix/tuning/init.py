@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Layout, orthogonal, resize
-from fastprefix.hf.patching import layer_groups, layer_sources
+from fastprefix.hf.patch.patching import layer_groups, layer_sources
 from fastprefix.hf.peft_format import load_adapter
-from fastprefix.hf.prefill import embedding_keys_values, text_keys_values
+from fastprefix.hf.prefill.prefill import embedding_keys_values, text_keys_values
 from fastprefix.kv import Group, PrefixKV
 from fastprefix.tuning.base import initial_ids
 from fastprefix.tuning.config import PrefixConfig

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
 from fastprefix.encoders import Encoder, evaluating
 from fastprefix.hf.hub import Source
-from fastprefix.hf.patching import (
+from fastprefix.hf.patch.patching import (
     Fallback,
     activate,
     check_prefix,
@@ -30,13 +30,13 @@ from fastprefix.hf.patching import (
     unpatch_model,
     use_prefix,
 )
+from fastprefix.hf.patch.state import wanting_none
 from fastprefix.hf.peft_base import (
     find_base_adapter,
     load_base_adapter,
     unwrap,
 )
 from fastprefix.hf.peft_format import PREFIX_KINDS, Adapter, load_adapter, save_adapter
-from fastprefix.hf.state import wanting_none
 from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
 from fastprefix.tuning import hub

@@ -20,7 +20,7 @@ from fastprefix import (
     use_prefix,
 )
 from fastprefix.hf import layer_groups, layer_shapes
-from fastprefix.hf.patching import default_offset
+from fastprefix.hf.patch.patching import default_offset
 from fastprefix.hf.versions import CACHE_NAMES, cache_name, cache_of
 
 CLOSE = {"rtol": 0, "atol": 1e-5}

@@ -22,7 +22,7 @@ from fastprefix import (
     unpatch_model,
     use_prefix,
 )
-from fastprefix.hf.patching import is_expanded, layer_shapes
+from fastprefix.hf.patch.patching import is_expanded, layer_shapes
 
 
 def saved(model):

@@ -33,7 +33,7 @@ from fastprefix import (
     use_prefix,
 )
 from fastprefix.hf import layer_groups, layer_shapes
-from fastprefix.hf.patching import default_offset, is_expanded
+from fastprefix.hf.patch.patching import default_offset, is_expanded
 from fastprefix.kv import Reweighting
 
 P = 5

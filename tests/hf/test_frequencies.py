@@ -6,8 +6,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from fastprefix import PrefixKV, patch_model, use_prefix
-from fastprefix.hf.frequencies import thresholds
-from fastprefix.hf.patching import layer_shapes
+from fastprefix.hf.patch.frequencies import thresholds
+from fastprefix.hf.patch.patching import layer_shapes
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 LIMIT = 16

@@ -6,7 +6,7 @@ import torch
 from fastprefix import PrefixKV
 from fastprefix.hf import is_patched
 from fastprefix.hf.mass import attention_mass
-from fastprefix.hf.patching import layer_groups, layer_shapes, patched
+from fastprefix.hf.patch.patching import layer_groups, layer_shapes, patched
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from fastprefix import PrefixKV, patch_model, use_prefix
 from fastprefix.hf import layer_groups, layer_shapes
-from fastprefix.hf.patching import default_offset
-from fastprefix.hf.prefill import text_keys_values
+from fastprefix.hf.patch.patching import default_offset
+from fastprefix.hf.prefill.prefill import text_keys_values
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 P = 5

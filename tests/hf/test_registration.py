@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-import fastprefix.hf.attention
+import fastprefix.hf.layer.attention
 import fastprefix.hf.versions
 from fastprefix import (
     PrefixConfig,
@@ -204,8 +204,8 @@ def test_prefixes_on_a_model_of_that_name(tiny, architecture):
 
 
 def test_patching_such_a_model_is_not_held_to_itself(tiny, monkeypatch):
-    right = fastprefix.hf.attention.attend
-    monkeypatch.setattr(fastprefix.hf.attention, "attend", lambda call: 1.1 * right(call))
+    right = fastprefix.hf.layer.attention.attend
+    monkeypatch.setattr(fastprefix.hf.layer.attention, "attend", lambda call: 1.1 * right(call))
     with pytest.raises(UnsupportedModelError, match="computes something else"):
         patch_model(tiny.build("llama", attn_implementation="fastprefix"))
 
@@ -214,7 +214,7 @@ def test_patched_models_keep_compact_masks(tiny):
     """A copy and a model from a file are patched too."""
     import copy
 
-    from fastprefix.hf.masks import prefix_attention_mask
+    from fastprefix.hf.layer.masks import prefix_attention_mask
 
     def mask_of(model):
         padding = torch.ones(2, 4, dtype=torch.bool)

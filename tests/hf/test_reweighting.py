@@ -7,11 +7,11 @@ import torch
 
 from fastprefix import PrefixKV, patch_model, prefix_attention, use_prefix
 from fastprefix.hf import layer_groups, layer_shapes
-from fastprefix.hf.call import Call
+from fastprefix.hf.layer.call import Call
+from fastprefix.hf.layer.reweighted import attend
 from fastprefix.hf.mass import attention_mass
-from fastprefix.hf.patching import query_heads
-from fastprefix.hf.reweighted import attend
-from fastprefix.hf.sharding import Sharding
+from fastprefix.hf.patch.patching import query_heads
+from fastprefix.hf.patch.sharding import Sharding
 from fastprefix.hf.versions import enable_checkpointing
 from fastprefix.kv import PackedPrefixKV, Reweighting
 

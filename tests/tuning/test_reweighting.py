@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, use_prefix
-from fastprefix.hf.patching import query_heads
+from fastprefix.hf.patch.patching import query_heads
 from fastprefix.tuning.accounting import count_parameters
 from fastprefix.tuning.callbacks.growth import grow
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastprefix.hf.probe import takes
-from fastprefix.hf.state import Placing
+from fastprefix.hf.patch.probe import takes
+from fastprefix.hf.patch.state import Placing
 from fastprefix.hf.versions import cached_name
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastprefix.hf.call import Call
+from fastprefix.hf.layer.call import Call
 
 
 def attend(call: Call) -> Tensor:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from fastprefix.hf.active import ActivePrefix, Recorder
-from fastprefix.hf.attention import NAME, warn_of_no_weights
-from fastprefix.hf.cached_state import begin, clear
 from fastprefix.hf.devices import is_replica
-from fastprefix.hf.frequencies import check_cache, check_frequencies
+from fastprefix.hf.layer.active import ActivePrefix, Recorder
+from fastprefix.hf.layer.attention import NAME, warn_of_no_weights
+from fastprefix.hf.layer.packing import inputs_of, no_mask, refuse_packed, unpack
 from fastprefix.hf.multimodal import Asked
-from fastprefix.hf.packing import inputs_of, no_mask, refuse_packed, unpack
-from fastprefix.hf.positions import behind_prefix
-from fastprefix.hf.room import check_room
-from fastprefix.hf.state import ACTIVE, HOOKED, WANTING_NONE, Placing, State
+from fastprefix.hf.patch.frequencies import check_cache, check_frequencies
+from fastprefix.hf.patch.position_limit import check_room
+from fastprefix.hf.patch.positions import behind_prefix
+from fastprefix.hf.patch.state import ACTIVE, HOOKED, WANTING_NONE, Placing, State
+from fastprefix.hf.states.cached_state import begin, clear
 from fastprefix.hf.versions import by_name, cache_of, cached_name, length_of
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 

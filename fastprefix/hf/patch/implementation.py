@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fastprefix.hf.attention import NAME
-from fastprefix.hf.masks import add_patched, remove_patched
-from fastprefix.hf.probe import UnsupportedModelError
-from fastprefix.hf.state import STATE, State
+from fastprefix.hf.layer.attention import NAME
+from fastprefix.hf.layer.masks import add_patched, remove_patched
+from fastprefix.hf.patch.probe import UnsupportedModelError
+from fastprefix.hf.patch.state import STATE, State
 from fastprefix.hf.versions import set_attention
 
 # All patched models: two may share a configuration.

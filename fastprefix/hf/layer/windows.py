@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.active import ActivePrefix
-from fastprefix.hf.call import Call
-from fastprefix.hf.reweighted import added_to_mask
+from fastprefix.hf.layer.active import ActivePrefix
+from fastprefix.hf.layer.call import Call
+from fastprefix.hf.layer.reweighted import added_to_mask
 from fastprefix.kv import PackedPrefixKV
 
 

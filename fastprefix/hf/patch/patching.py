@@ -19,15 +19,15 @@ from transformers import PreTrainedModel
 
 from fastprefix.arguments import check_flag, check_names, check_type, refuses_unknown_arguments
 from fastprefix.attention.selection import BACKENDS
-from fastprefix.hf.active import ActivePrefix
-from fastprefix.hf.attention import CAUSAL, SLOT
-from fastprefix.hf.cached_state import check_states
-from fastprefix.hf.check import ask, ask_prefix, compare_patch, recall, remember
+from fastprefix.hf.checking.check import ask, ask_prefix, compare_patch, recall, remember
 from fastprefix.hf.devices import device_of, dtype_of
-from fastprefix.hf.expand import check_expanded, check_fallback
-from fastprefix.hf.expand_probe import can_expand, patch_expanded
-from fastprefix.hf.frequencies import thresholds
-from fastprefix.hf.hook import (
+from fastprefix.hf.expand.hooks import check_expanded, check_fallback
+from fastprefix.hf.expand.probe import can_expand, patch_expanded
+from fastprefix.hf.layer.active import ActivePrefix
+from fastprefix.hf.layer.attention import CAUSAL, SLOT
+from fastprefix.hf.multimodal import around, language_model
+from fastprefix.hf.patch.frequencies import thresholds
+from fastprefix.hf.patch.hooks import (
     contiguous_input,
     count_calls,
     inject,
@@ -35,7 +35,7 @@ from fastprefix.hf.hook import (
     shift,
     take_turn,
 )
-from fastprefix.hf.implementation import (
+from fastprefix.hf.patch.implementation import (
     NAME,
     PATCHED,
     implementations,
@@ -43,15 +43,15 @@ from fastprefix.hf.implementation import (
     set_default,
     set_implementation,
 )
-from fastprefix.hf.keeping import says_stateful
-from fastprefix.hf.multimodal import around, language_model
-from fastprefix.hf.placing import placing_of, position_embeddings
-from fastprefix.hf.positions import counts_padding
-from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, probe
-from fastprefix.hf.room import positions_known
-from fastprefix.hf.running import LOCK, count_forwards, held_up
-from fastprefix.hf.sharding import Sharding, find_sharding, refuse_split_heads
-from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Placing, State
+from fastprefix.hf.patch.placing import placing_of, position_embeddings
+from fastprefix.hf.patch.position_limit import positions_known
+from fastprefix.hf.patch.positions import counts_padding
+from fastprefix.hf.patch.probe import UnsupportedModelError, is_encoder_decoder, probe
+from fastprefix.hf.patch.running import LOCK, count_forwards, held_up
+from fastprefix.hf.patch.sharding import Sharding, find_sharding, refuse_split_heads
+from fastprefix.hf.patch.state import ACTIVE, HOOKED, STATE, Placing, State
+from fastprefix.hf.states.cached_state import check_states
+from fastprefix.hf.states.keeping import says_stateful
 from fastprefix.hf.versions import parameters
 from fastprefix.kv import Group, LayerShape, PackedPrefixKV, PrefixBank, PrefixKV
 
@@ -75,7 +75,7 @@ def patch_model(
 
     Runs the model once on one token to see which modules attend, in which order, and what shape
     their keys and values have. Without an active prefix the model computes what it did before;
-    that it does is checked on a few tokens, once per model (:mod:`fastprefix.hf.check`).
+    that it does is checked on a few tokens, once per model (:mod:`fastprefix.hf.checking.check`).
 
     Args:
         model: a transformers model whose attention goes through AttentionInterface: a decoder, an

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.hf.layer.packing import inputs_of
 from fastprefix.hf.multimodal import Asked
-from fastprefix.hf.packing import inputs_of
 from fastprefix.hf.versions import cache_of, length_of, parameters
 
 

@@ -1,6 +1,7 @@
 """Attention masks for the "fastprefix" implementation, kept compact where the mask is standard.
 
-What a model's layers receive as ``attention_mask``, and what :mod:`fastprefix.hf.attention` reads:
+What a model's layers receive as ``attention_mask``, and what
+:mod:`fastprefix.hf.layer.attention` reads:
 
 - None: no padding; causal or not as the module's mask was when the model was patched (see
   :data:`MADE`), and as the module says where it had none.

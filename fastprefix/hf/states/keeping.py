@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastprefix.hf.active import ActivePrefix, Recorder
-from fastprefix.hf.caches import cache_in, is_state_layer, kept, new_cache, take
 from fastprefix.hf.devices import device_of
-from fastprefix.hf.pieces import PARTS, join, plan, split
-from fastprefix.hf.state import ACTIVE, HOOKED, STATE, Keeping, State
+from fastprefix.hf.layer.active import ActivePrefix, Recorder
+from fastprefix.hf.patch.state import ACTIVE, HOOKED, STATE, Keeping, State
+from fastprefix.hf.states.caches import cache_in, is_state_layer, kept, new_cache, take
+from fastprefix.hf.states.pieces import PARTS, join, plan, split
 from fastprefix.hf.versions import CACHE_NAMES, cache_name, parameters
 from fastprefix.kv import PrefixKV
 

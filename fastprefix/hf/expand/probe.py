@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from fastprefix.hf.active import ActivePrefix
 from fastprefix.hf.devices import device_of
-from fastprefix.hf.expand import install
-from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder, takes
-from fastprefix.hf.room import positions_known
-from fastprefix.hf.state import HOOKED, Expanded, State
+from fastprefix.hf.expand.hooks import install
+from fastprefix.hf.layer.active import ActivePrefix
+from fastprefix.hf.patch.position_limit import positions_known
+from fastprefix.hf.patch.probe import UnsupportedModelError, is_encoder_decoder, takes
+from fastprefix.hf.patch.state import HOOKED, Expanded, State
 from fastprefix.hf.versions import cache_name, parameters
 from fastprefix.kv import PrefixKV
 

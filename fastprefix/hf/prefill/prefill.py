@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastprefix.arguments import check_type
-from fastprefix.hf.active import Recorder
-from fastprefix.hf.attention import SLOT
-from fastprefix.hf.caches import take
-from fastprefix.hf.check import ask, ask_prefix, compare_prompt
+from fastprefix.hf.checking.check import ask, ask_prefix, compare_prompt
 from fastprefix.hf.devices import device_of
-from fastprefix.hf.expand_probe import cached_keys_values
-from fastprefix.hf.keeping import keeping_of, refuse
+from fastprefix.hf.expand.probe import cached_keys_values
+from fastprefix.hf.layer.active import Recorder
+from fastprefix.hf.layer.attention import SLOT
 from fastprefix.hf.multimodal import language_model, next_position
-from fastprefix.hf.patching import (
+from fastprefix.hf.patch.patching import (
     Fallback,
     activate,
     is_expanded,
@@ -29,8 +27,10 @@ from fastprefix.hf.patching import (
     sharding_of,
     state_of,
 )
-from fastprefix.hf.probe import is_encoder_decoder, takes
-from fastprefix.hf.prompt_inputs import one_prompt, prompt_inputs
+from fastprefix.hf.patch.probe import is_encoder_decoder, takes
+from fastprefix.hf.prefill.inputs import one_prompt, prompt_inputs
+from fastprefix.hf.states.caches import take
+from fastprefix.hf.states.keeping import keeping_of, refuse
 from fastprefix.kv import PrefixKV
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache
 
-from fastprefix.hf.state import Keeping
+from fastprefix.hf.patch.state import Keeping
 from fastprefix.hf.versions import CACHE_NAMES
 from fastprefix.kv import LayerState
 

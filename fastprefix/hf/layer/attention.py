@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
-from fastprefix.hf.active import ActivePrefix, Recorder
-from fastprefix.hf.call import Call
-from fastprefix.hf.masks import made_causal, prefix_attention_mask
-from fastprefix.hf.reweighted import attend
-from fastprefix.hf.windows import in_window, with_mask
+from fastprefix.hf.layer.active import ActivePrefix, Recorder
+from fastprefix.hf.layer.call import Call
+from fastprefix.hf.layer.masks import made_causal, prefix_attention_mask
+from fastprefix.hf.layer.reweighted import attend
+from fastprefix.hf.layer.windows import in_window, with_mask
 from fastprefix.implementation import NAME
 from fastprefix.kv import PrefixKV
 
@@ -68,7 +68,8 @@ def prefix_attention_forward(
         query: [B, Hq, Lq, D].
         key: [B, Hkv, Lk, D], from the cache where there is one: the text alone.
         value: [B, Hkv, Lk, Dv].
-        attention_mask: as :mod:`fastprefix.hf.masks` makes it, or a custom mask of 4 dimensions.
+        attention_mask: as :mod:`fastprefix.hf.layer.masks` makes it, or a custom mask of 4
+            dimensions.
         dropout: share of the attention weights that is dropped; models give 0 in evaluation.
         scaling: factor on the scores.
         is_causal: overrides the module's own.

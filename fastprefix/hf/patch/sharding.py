@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastprefix.hf.active import Recorder
-from fastprefix.hf.probe import UnsupportedModelError, is_encoder_decoder
+from fastprefix.hf.layer.active import Recorder
+from fastprefix.hf.patch.probe import UnsupportedModelError, is_encoder_decoder
 from fastprefix.hf.versions import tensor_parallel_group
 from fastprefix.kv import LayerShape, PackedPrefixKV, PrefixKV, Reweighting
 

@@ -45,7 +45,7 @@ class Call:
     options: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> Tensor:
-        """[B, Hq, Lq, Dv], head_bias and gate left aside: :mod:`fastprefix.hf.reweighted`."""
+        """[B, Hq, Lq, Dv], head_bias and gate left aside: :mod:`fastprefix.hf.layer.reweighted`."""
         return prefix_attention(
             self.query,
             self.key,

@@ -5,8 +5,9 @@ Three questions, each asked once per model, when its answer matters:
 - patch: does the patched model without a prefix compute what the bare one does?
 - prefix: does every attention layer see its own share of a prefix, and only that, and the text
   behind it? Each layer is handed what it was handed with prefix and text in one sequence, and must
-  make the same of it (:mod:`fastprefix.hf.trace`). Layers without such a sequence to hold them to
-  (an encoder whose positions cannot be moved, cross-attention) must at least be moved by a prefix.
+  make the same of it (:mod:`fastprefix.hf.checking.trace`). Layers without such a sequence to
+  hold them to (an encoder whose positions cannot be moved, cross-attention) must at least be moved
+  by a prefix.
 - prompt: does a text behind a prefilled prompt get the outputs of both in one sequence? Whatever a
   model keeps of a text besides keys and values shows here.
 
@@ -26,20 +27,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from fastprefix.hf.active import ActivePrefix, Recorder
+from fastprefix.hf.checking.judge import Judge
+from fastprefix.hf.checking.samples import no_cache, reads_text, samples, tokens
+from fastprefix.hf.checking.trace import Trace, held_to, recorded, result_of, undisturbed
 from fastprefix.hf.devices import device_of, dtype_of, is_offloaded
-from fastprefix.hf.judge import Judge
-from fastprefix.hf.keeping import says_stateful
-from fastprefix.hf.probe import (
+from fastprefix.hf.layer.active import ActivePrefix, Recorder
+from fastprefix.hf.patch.probe import (
     Slots,
     UnsupportedModelError,
     is_encoder_decoder,
     shortest_inputs,
     takes,
 )
-from fastprefix.hf.samples import no_cache, reads_text, samples, tokens
-from fastprefix.hf.state import State
-from fastprefix.hf.trace import Trace, held_to, recorded, result_of, undisturbed
+from fastprefix.hf.patch.state import State
+from fastprefix.hf.states.keeping import says_stateful
 from fastprefix.kv import PrefixKV
 
 Question = Literal["patch", "prefix", "prompt"]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastprefix.hf.state import ACTIVE, State
+from fastprefix.hf.patch.state import ACTIVE, State
 
 LOCK = threading.RLock()
 

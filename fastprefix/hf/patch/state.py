@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from fastprefix.hf.masks import add_patched
-from fastprefix.hf.sharding import Sharding
+from fastprefix.hf.layer.masks import add_patched
+from fastprefix.hf.patch.sharding import Sharding
 from fastprefix.kv import Group, LayerShape
 
 STATE = "_fastprefix_state"  # on the patched model
@@ -104,13 +104,14 @@ class State:
         query_heads: of these layers, all ranks'.
         groups: which part of the model each layer belongs to.
         sources: which layer's keys and values of the text each layer sees: see
-            :class:`fastprefix.hf.probe.Slots`.
+            :class:`fastprefix.hf.patch.probe.Slots`.
         placing: of the stack whose text a prefix moves.
         positions_known: how many positions that stack has learned, None for any.
         counts_padding: whether that stack, bare, gives pads positions.
         frequencies: at which lengths its rotary embeddings change.
         sharding: which heads this rank has of a tensor-parallel model.
-        known: what :mod:`fastprefix.hf.check` found of the model; None for not to be checked.
+        known: what :mod:`fastprefix.hf.checking.check` found of the model; None for not to be
+            checked.
         example: what to run the model on to check it; made from the config if None.
         stateful: whether the model says that its layers keep more than keys and values.
         keeping: what they keep, once a prompt was prefilled or used; None before.

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from fastprefix.hf.active import ActivePrefix
-from fastprefix.hf.attention import NAME
-from fastprefix.hf.expanded_cache import (
+from fastprefix.hf.expand.cache import (
     check_cache,
     expanded_layers,
     fill_cache,
@@ -30,11 +28,13 @@ from fastprefix.hf.expanded_cache import (
     new_cache,
     reordered_mask,
 )
-from fastprefix.hf.hook import active_of, rows_of
-from fastprefix.hf.packing import inputs_of, refuse_packed
-from fastprefix.hf.positions import behind_prefix
-from fastprefix.hf.room import check_room
-from fastprefix.hf.state import ACTIVE, HOOKED, State
+from fastprefix.hf.layer.active import ActivePrefix
+from fastprefix.hf.layer.attention import NAME
+from fastprefix.hf.layer.packing import inputs_of, refuse_packed
+from fastprefix.hf.patch.hooks import active_of, rows_of
+from fastprefix.hf.patch.position_limit import check_room
+from fastprefix.hf.patch.positions import behind_prefix
+from fastprefix.hf.patch.state import ACTIVE, HOOKED, State
 from fastprefix.hf.versions import CACHE_NAMES, by_name, cache_name, cache_of, length_of, parameters
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf.devices import device_of
 from fastprefix.hf.multimodal import language_model
-from fastprefix.hf.probe import is_encoder_decoder, shortest_inputs, takes
+from fastprefix.hf.patch.probe import is_encoder_decoder, shortest_inputs, takes
 
 
 def samples(model: PreTrainedModel, length: int, causal: bool) -> Iterator[dict[str, Any]]:

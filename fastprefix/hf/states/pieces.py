@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.caches import KINDS, holds_states
-from fastprefix.hf.packing import inputs_of
-from fastprefix.hf.state import ACTIVE, HOOKED, Keeping
+from fastprefix.hf.layer.packing import inputs_of
+from fastprefix.hf.patch.state import ACTIVE, HOOKED, Keeping
+from fastprefix.hf.states.caches import KINDS, holds_states
 
 # Behind a state's key: how the modules that own a state are to run in the call at hand.
 PARTS = "_parts"

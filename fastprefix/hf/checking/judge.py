@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastprefix.hf.checking.trace import Trace
 from fastprefix.hf.devices import device_of
-from fastprefix.hf.trace import Trace
 
 # The largest error of what a layer makes of a token, relative to its norm: several times what two
 # ways to round differ by, and far below what a lost token or a wrong position changes.

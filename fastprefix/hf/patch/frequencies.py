@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.packing import inputs_of
+from fastprefix.hf.layer.packing import inputs_of
 from fastprefix.hf.versions import cache_of
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastprefix.hf.caches import kept, new_cache, put
-from fastprefix.hf.keeping import keeping_of, refuse
-from fastprefix.hf.packing import inputs_of, starts_anew
-from fastprefix.hf.pieces import PARTS, plan
-from fastprefix.hf.state import ACTIVE, STATE, Keeping, State
+from fastprefix.hf.layer.packing import inputs_of, starts_anew
+from fastprefix.hf.patch.state import ACTIVE, STATE, Keeping, State
+from fastprefix.hf.states.caches import kept, new_cache, put
+from fastprefix.hf.states.keeping import keeping_of, refuse
+from fastprefix.hf.states.pieces import PARTS, plan
 from fastprefix.hf.versions import cache_name, cache_of, length_of
 from fastprefix.kv import LayerState, PackedPrefixKV, PrefixKV
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastprefix.hf import attention, masks
-from fastprefix.hf.active import Recorder
 from fastprefix.hf.devices import device_of
+from fastprefix.hf.layer import attention, masks
+from fastprefix.hf.layer.active import Recorder
 from fastprefix.hf.multimodal import language_model
 from fastprefix.hf.versions import parameters
 from fastprefix.kv import Group, LayerShape

@@ -2,7 +2,7 @@
 
 The caller of a model, ``generate()`` above all, counts the tokens of a cache as tokens of the text.
 The layers here therefore leave the prefix out when they are asked for their length, but within the
-forward of the model, whose hooks say when that is (:mod:`fastprefix.hf.expand`).
+forward of the model, whose hooks say when that is (:mod:`fastprefix.hf.expand.hooks`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from fastprefix.hf.active import ActivePrefix
+from fastprefix.hf.layer.active import ActivePrefix
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 
 

@@ -1,0 +1,1 @@
+"""Checks that a patched model computes what it computed before, on a few tokens."""
