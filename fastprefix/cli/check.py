@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from fastprefix.cli.console import console, working
 from fastprefix.cli.loading import load_model
 from fastprefix.hf.checking.check import PREFIX, recall
-from fastprefix.hf.patch.patching import check_prefix, layer_groups, patch_model, unpatch_model
+from fastprefix.hf.checking.check_prefix import check_prefix
+from fastprefix.hf.patch.patch import patch_of
+from fastprefix.hf.patch.patching import patch_model, unpatch_model
 from fastprefix.kv import PrefixKV
 
 _QUESTIONS = {
@@ -74,11 +76,11 @@ def answers(model: PreTrainedModel) -> list[tuple[str, str, str]]:
         said = f"{errors[question]:.1e}" if question in errors else "not checked"
         found.append((question, "right", said))
     if found[0][1] == "right":
-        groups = ", ".join(f"{layer_groups(model).count(g)} {g}" for g in _groups(model))
+        groups = ", ".join(f"{patch_of(model).groups.count(g)} {g}" for g in _groups(model))
         found[0] = (*found[0][:2], f"{found[0][2]}; layers of attention: {groups}")
         unpatch_model(model)
     return found
 
 
 def _groups(model: PreTrainedModel) -> list[Any]:
-    return list(dict.fromkeys(layer_groups(model)))
+    return list(dict.fromkeys(patch_of(model).groups))

@@ -8,24 +8,16 @@
 - :mod:`fastprefix.hf.expand`: models whose attention cannot be replaced.
 """
 
-from fastprefix.hf.patch.patching import (
-    UnsupportedModelError,
-    is_patched,
-    layer_groups,
-    layer_shapes,
-    layer_sources,
-    patch_model,
-    unpatch_model,
-    use_prefix,
-)
+from fastprefix.hf.patch.patch import Patch, is_patched, patch_of
+from fastprefix.hf.patch.patching import patch_model, unpatch_model, use_prefix
+from fastprefix.hf.patch.probe import UnsupportedModelError
 
 __all__ = [
+    "Patch",
     "UnsupportedModelError",
     "is_patched",
-    "layer_groups",
-    "layer_shapes",
-    "layer_sources",
     "patch_model",
+    "patch_of",
     "unpatch_model",
     "use_prefix",
 ]

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastprefix.hf.patch.patching import activate, layer_groups, patched
+from fastprefix.hf.patch.activation import activate
+from fastprefix.hf.patch.patch import patch_of
+from fastprefix.hf.patch.patching import patched
 from fastprefix.hf.patch.probe import is_encoder_decoder, takes
 from fastprefix.kv import PrefixKV
 
@@ -45,7 +47,7 @@ def attention_mass(model: PreTrainedModel, kv: PrefixKV, **inputs: Any) -> tuple
         finally:
             for module in training:
                 module.training = True
-        groups = layer_groups(model)
+        groups = patch_of(model).groups
     means = []
     for slot, group in enumerate(groups):
         mass = masses[slot]  # [B, Hq, L]

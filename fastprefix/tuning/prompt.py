@@ -22,7 +22,7 @@ from fastprefix.encoders import evaluating
 from fastprefix.hf.devices import device_of
 from fastprefix.hf.hub import Source
 from fastprefix.hf.patch.patching import UnsupportedModelError, use_prefix
-from fastprefix.hf.patch.state import wanting_none
+from fastprefix.hf.patch.threads import wanting_none
 from fastprefix.hf.peft_base import (
     find_base_adapter,
     load_base_adapter,

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 from fastprefix import PrefixKV, patch_model, use_prefix
 from fastprefix.hf.patch.frequencies import thresholds
-from fastprefix.hf.patch.patching import layer_shapes
+from fastprefix.hf.patch.patch import patch_of
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 LIMIT = 16
@@ -87,7 +87,7 @@ def test_only_prompts_that_a_row_has_count(tiny):
         model(ids)
     with use_prefix(model, kv, ["long", "short"]), pytest.raises(NotImplementedError, match="of 9"):
         model(ids)
-    with use_prefix(model, tiny.kv_of_shapes(layer_shapes(model), 5, position_offset=5)):
+    with use_prefix(model, tiny.kv_of_shapes(patch_of(model).shapes, 5, position_offset=5)):
         model(tiny.prompt(30))  # a learned prefix is no text
 
 

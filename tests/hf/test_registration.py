@@ -23,7 +23,7 @@ from fastprefix import (
     use_prefix,
 )
 from fastprefix.after_import import after_import
-from fastprefix.hf import is_patched, layer_shapes
+from fastprefix.hf import is_patched, patch_of
 
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
 PADDED = ["llama", "gemma2", "gpt2", "bert", "modernbert", "t5", "bart", "bigbird_pegasus"]
@@ -266,7 +266,7 @@ def test_output_attentions_is_answered_as_sdpa_does(tiny, name, caplog):
     assert not any(torch.is_tensor(x) for attentions in want[0].values() for x in attentions)
     patch_model(model)
     assert answer(model, inputs) == want
-    kv = tiny.kv_of_shapes(layer_shapes(model))
+    kv = tiny.kv_of_shapes(patch_of(model).shapes)
     with use_prefix(model, kv):
         assert answer(model, inputs) == want
     with pytest.raises(ValueError, match="output_attentions"):  # transformers' own, as with sdpa

@@ -13,6 +13,9 @@ from fastprefix.hf.devices import device_of
 from fastprefix.hf.multimodal import language_model
 from fastprefix.hf.patch.probe import is_encoder_decoder, shortest_inputs, takes
 
+# Tokens of prefix and of text: together fewer than any real window or chunk.
+PREFIX, TEXT = 3, 3
+
 
 def samples(model: PreTrainedModel, length: int, causal: bool) -> Iterator[dict[str, Any]]:
     """Keyword arguments of one forward, the most telling first.

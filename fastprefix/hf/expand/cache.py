@@ -7,6 +7,7 @@ forward of the model, whose hooks say when that is (:mod:`fastprefix.hf.expand.h
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,24 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from fastprefix.hf.layer.active import ActivePrefix
 from fastprefix.kv import PackedPrefixKV, PrefixKV
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """How a model that could not be patched takes prefixes through its KV cache.
+
+    Attributes:
+        reason: why it could not be patched.
+        by_slots: it counts what is in its cache, or in its mask, as positions (alibi), so that a
+            prefix takes as many as it has tokens. Else it is told by position_ids.
+        pads_free: whether padding on the left of a text leaves its results as they are.
+        limit: how many positions the model has learned; None for any.
+    """
+
+    reason: str
+    by_slots: bool
+    pads_free: bool
+    limit: int | None = None
 
 
 class ExpandedLayer(DynamicLayer):

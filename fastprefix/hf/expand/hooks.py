@@ -31,16 +31,16 @@ from fastprefix.hf.expand.cache import (
 from fastprefix.hf.layer.active import ActivePrefix
 from fastprefix.hf.layer.attention import NAME
 from fastprefix.hf.layer.packing import inputs_of, refuse_packed
-from fastprefix.hf.patch.hooks import active_of, rows_of
-from fastprefix.hf.patch.position_limit import check_room
-from fastprefix.hf.patch.positions import behind_prefix
-from fastprefix.hf.patch.state import ACTIVE, HOOKED, State
+from fastprefix.hf.patch.calls import behind_prefix, rows_and_offsets
+from fastprefix.hf.patch.patch import HOOKED, Patch
+from fastprefix.hf.patch.position_limit import check_position_limit
+from fastprefix.hf.patch.threads import ACTIVE, active_of
 from fastprefix.hf.versions import CACHE_NAMES, by_name, cache_name, cache_of, length_of, parameters
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 
 FALLBACKS = (None, "expand")
 
-# Behind a state's key: what was active before each call of the model that is running.
+# Behind a Patch's key: what was active before each call of the model that is running.
 _OUTER = "_outer"
 # On a cache that the hooks made for one call, whose caller wants none.
 _FOR_ONE_CALL = "_fastprefix_for_one_call"
@@ -55,33 +55,33 @@ def check_fallback(fallback: object) -> None:
         raise ValueError(f"fallback: got {fallback!r}, takes None or 'expand'")
 
 
-def install(model: PreTrainedModel, stack: PreTrainedModel, state: State) -> None:
-    """Registers the hooks of a model and its stack of layers, and leaves the state on both."""
+def install(model: PreTrainedModel, stack: PreTrainedModel, patch: Patch) -> None:
+    """Registers the hooks of a model and its stack of layers, and leaves the Patch on both."""
     enter = partial(_enter, names=parameters(stack))
     hooks = [stack.register_forward_pre_hook(enter, with_kwargs=True)]
     hooks.append(stack.register_forward_hook(_leave, with_kwargs=True, always_call=True))
     if model is not stack:
         hooks.append(model.register_forward_pre_hook(_hand_down, with_kwargs=True))
         hooks.append(model.register_forward_hook(_take_back, always_call=True))
-    state.handles += hooks
+    patch.handles += hooks
     for module in (model, stack):
-        setattr(module, HOOKED, state)
+        setattr(module, HOOKED, patch)
 
 
-def check_expanded(model: PreTrainedModel, kv: PrefixKV | PackedPrefixKV, state: State) -> None:
+def check_expanded(model: PreTrainedModel, kv: PrefixKV | PackedPrefixKV, patch: Patch) -> None:
     """Refuses what a cache cannot hold exactly, and says once for each model what it costs.
 
     Args:
         model: patched with fallback="expand".
         kv: of the model's shapes.
-        state: the model's.
+        patch: the model's.
 
     Raises:
         NotImplementedError: a bias or a gate, or layers with prefixes of different lengths.
         ValueError: a position_offset other than the prefix's length, where the model counts the
             tokens in its cache as positions.
     """
-    kind, how = type(model).__name__, state.expanded
+    kind, how = type(model).__name__, patch.expanded
     assert how is not None
     if isinstance(kv, PrefixKV):
         lengths = [[key.shape[1]] for key in kv.keys]
@@ -152,9 +152,9 @@ def _enter(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pre-hook of the stack: the prefix goes into the cache, mask and positions follow."""
-    state: State = getattr(module, HOOKED)
+    patch: Patch = getattr(module, HOOKED)
     kwargs = by_name(names, args, kwargs)
-    active = active_of(module, kwargs.pop(NAME, None), state)
+    active = active_of(module, kwargs.pop(NAME, None), patch)
     cache = cache_of(kwargs)
     if not isinstance(active, ActivePrefix) or active.kv is None:
         if expanded_layers(cache):
@@ -164,7 +164,7 @@ def _enter(
             )
         return (), kwargs
     _refuse(module, kwargs, active)
-    index, offset = rows_of(active, module, kwargs, None)
+    index, offset = rows_and_offsets(active, module, kwargs, None)
     kv, active = active.kv, replace(active, prefix_index=index)
     if cache is None:
         cache = new_cache(cross=kwargs.get("encoder_hidden_states") is not None)
@@ -176,7 +176,7 @@ def _enter(
     empty = check_cache(cache, active)
     seen = 0 if empty else length_of(cache)
     mask = _text_mask(kwargs, B, seen + L, inputs)
-    pads = _pads(module, state, active, mask) if empty else expanded_layers(cache)[0].pads
+    pads = _pads(module, patch, active, mask) if empty else expanded_layers(cache)[0].pads
     if pads is not None and not empty and kwargs.get("attention_mask") is None:
         raise ValueError(
             "attention_mask: got None with padding in the cache, takes the mask [B, L] of all its "
@@ -184,12 +184,12 @@ def _enter(
         )
     front = front_mask(active, B).to(mask)
     F, most = front.shape[1], kv.position_offset
-    assert state.expanded is not None
-    if not state.expanded.by_slots:
+    assert patch.expanded is not None
+    if not patch.expanded.by_slots:
         positions = kwargs["position_ids"] = behind_prefix(kwargs, offset)
-        check_room(state.positions_known, most, seen + L + most, positions)
+        check_position_limit(patch.expanded.limit, most, seen + L + most, positions)
     else:
-        check_room(state.positions_known, F, seen + L + F, None)
+        check_position_limit(patch.expanded.limit, F, seen + L + F, None)
     mask = torch.cat([front, mask], dim=1)
     kwargs["attention_mask"] = mask if pads is None else reordered_mask(mask, pads, F)
     if empty:
@@ -273,12 +273,12 @@ def _text_mask(kwargs: dict[str, Any], rows: int, length: int, like: Tensor) -> 
     return mask
 
 
-def _pads(module: nn.Module, state: State, active: ActivePrefix, mask: Tensor) -> Tensor | None:
+def _pads(module: nn.Module, patch: Patch, active: ActivePrefix, mask: Tensor) -> Tensor | None:
     """[B]: how many pads stand in front of each row's text, where they must be moved; else None.
 
     A model that is told positions leaves out what is masked, wherever it stands.
     """
-    how = state.expanded
+    how = patch.expanded
     assert how is not None
     real = mask != 0
     pads = real.long().argmax(dim=-1)

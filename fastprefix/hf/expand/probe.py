@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from fastprefix.hf.devices import device_of
+from fastprefix.hf.expand.cache import Expanded
 from fastprefix.hf.expand.hooks import install
 from fastprefix.hf.layer.active import ActivePrefix
+from fastprefix.hf.patch.patch import HOOKED, Patch
 from fastprefix.hf.patch.position_limit import positions_known
 from fastprefix.hf.patch.probe import UnsupportedModelError, is_encoder_decoder, takes
-from fastprefix.hf.patch.state import HOOKED, Expanded, State
 from fastprefix.hf.versions import cache_name, parameters
 from fastprefix.kv import PrefixKV
 
@@ -31,7 +33,7 @@ def can_expand(model: PreTrainedModel) -> bool:
     return not is_encoder_decoder(model) and _find_stack(model) is not None
 
 
-def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> State:
+def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> Patch:
     """Learns a model's layers from its cache, registers the hooks, and checks what they do.
 
     Args:
@@ -70,15 +72,16 @@ def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> St
             by_slots = not _is_told_positions(stack, ids)
         except Exception as error:
             raise refused(str(error)) from error
-        state = State([], "auto")
-        state.shapes, state.groups = (
+        patch = Patch([], "auto")
+        patch.shapes, patch.groups = (
             kv.shapes,
             ("decoder" if causal else "encoder",) * kv.num_layers,
         )
-        state.query_heads = (stack.config.num_attention_heads,) * kv.num_layers
-        state.positions_known = positions_known(model, stack)
-        state.expanded = Expanded(str(refusal), by_slots, pads_free=True)
-        install(model, stack, state)
+        patch.query_heads = (stack.config.num_attention_heads,) * kv.num_layers
+        patch.sources = tuple(range(kv.num_layers))
+        limit = positions_known(model, stack)
+        patch.expanded = Expanded(str(refusal), by_slots, pads_free=True, limit=limit)
+        install(model, stack, patch)
         try:
             front = kv.map(lambda x: x[:, :_PREFIX])
             front = PrefixKV(front.keys, front.values, _PREFIX)
@@ -95,14 +98,14 @@ def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> St
                 )
             pads_free = _agrees(stack, front, text, whole, alone, left=2, right=0)
             if not pads_free or (by_slots and _keys_hold_slots(stack, text)):
-                state.expanded = Expanded(str(refusal), by_slots, pads_free=False)
+                patch.expanded = replace(patch.expanded, pads_free=False)
         except BaseException:
-            for handle in state.handles:
+            for handle in patch.handles:
                 handle.remove()
             for module in {model, stack}:
                 delattr(module, HOOKED)
             raise
-    return state
+    return patch
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf.layer.attention import NAME
 from fastprefix.hf.layer.masks import add_patched, remove_patched
+from fastprefix.hf.patch.patch import PATCH, Patch
 from fastprefix.hf.patch.probe import UnsupportedModelError
-from fastprefix.hf.patch.state import STATE, State
 from fastprefix.hf.versions import set_attention
 
 # All patched models: two may share a configuration.
@@ -22,8 +22,8 @@ def implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
     """The configs of a model and of the models in it, and the implementations to restore."""
     before = {
         id(config): implementation
-        for state in _states()
-        for config, implementation in state.previous
+        for patch in _patches()
+        for config, implementation in patch.previous
     }
     configs = {
         id(config): config
@@ -46,7 +46,7 @@ def _with_sub_configs(config: Any) -> Iterator[Any]:
 
 def restore(previous: list[tuple[Any, str | None]]) -> None:
     """Sets implementations back, but in configs that another patched model shares."""
-    shared = {id(config) for state in _states() for config, _ in state.previous}
+    shared = {id(config) for patch in _patches() for config, _ in patch.previous}
     for config, implementation in previous:
         if id(config) not in shared:
             config._attn_implementation_internal = implementation
@@ -74,9 +74,9 @@ def set_implementation(model: PreTrainedModel) -> None:
         add_patched(config)
 
 
-def _states() -> Iterator[State]:
-    """What patching did to all models that are patched."""
+def _patches() -> Iterator[Patch]:
+    """What patching left on all models that are patched."""
     for model in PATCHED:
-        state: State | None = getattr(model, STATE, None)
-        if state is not None:
-            yield state
+        patch: Patch | None = getattr(model, PATCH, None)
+        if patch is not None:
+            yield patch

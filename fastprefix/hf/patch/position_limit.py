@@ -26,7 +26,9 @@ def positions_known(model: PreTrainedModel, stack: nn.Module) -> int | None:
     return None
 
 
-def check_room(known: int | None, offset: int, reach: int, positions: Tensor | None) -> None:
+def check_position_limit(
+    known: int | None, offset: int, reach: int, positions: Tensor | None
+) -> None:
     """Raises ValueError where a text's last position lies beyond the last one that is known.
 
     Args:

@@ -1,56 +1,374 @@
-"""Positions of a text behind its prefix, where the model is told them by an argument."""
+"""The ways to tell a stack of layers (a decoder, an encoder) where its text stands.
+
+Each class is one way. The hook of a patched model calls ``place`` for each call of a stack, with
+the keyword arguments of that call. It finds the rows and the packed sequences, and moves the text
+behind the prefix.
+"""
 
 from __future__ import annotations
 
+import threading
+import uuid
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from fastprefix.hf.layer.packing import inputs_of
+from fastprefix.hf.layer.active import ActivePrefix, Recorder
+from fastprefix.hf.layer.packing import inputs_of, refuse_packed, unpack
 from fastprefix.hf.multimodal import Asked
-from fastprefix.hf.versions import cache_of, length_of, parameters
+from fastprefix.hf.patch.calls import (
+    StackCall,
+    behind_prefix,
+    check_lengths,
+    place_of_text,
+    prompt_lengths,
+    reach_of,
+    rows_and_offsets,
+)
+from fastprefix.hf.patch.frequencies import check_cache, check_frequencies
+from fastprefix.hf.patch.position_limit import check_position_limit
+from fastprefix.hf.versions import by_name, cache_of, cached_name, length_of, parameters
+from fastprefix.kv import PrefixKV
+
+# By how much the stack at hand moves its text, by the key of its `ByEmbedding`: at most, by row.
+_OFFSETS = threading.local()
 
 
-def behind_prefix(
+@dataclass(frozen=True)
+class Placing:
+    """One way to tell a stack where its text stands; by itself it moves nothing."""
+
+    # Whether prefixes may have a position_offset other than 0.
+    can_move = False
+    # Whether a learned prefix moves the text unless the user says otherwise.
+    moves_by_default = False
+    # Whether the caller must pass position_ids for the text to be moved.
+    wants_position_ids = False
+
+    def forget(self) -> None:
+        """Forgets what a call that failed has left."""
+
+    def record(
+        self,
+        recorder: Recorder,
+        names: tuple[str, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Leaves the positions that a call was told in the recorder of the run."""
+
+    def place(self, call: StackCall) -> ActivePrefix:
+        """Says where a call's rows and text are, and moves the text behind the prefix."""
+        kv = call.active.kv
+        assert kv is not None
+        call.cu_seqlens = self._unpacked(call)
+        placed_text = place_of_text(call.kwargs, call.active.asked) if kv.in_window else {}
+        call.index, call.offset = rows_and_offsets(
+            call.active, call.module, call.kwargs, call.cu_seqlens
+        )
+        self._move(call)
+        # a new count of turns: the call may be one of several before a backward
+        return replace(
+            call.active,
+            positioned=True,
+            prefix_index=call.index,
+            cu_seqlens=call.cu_seqlens,
+            prefix_bias=call.prefix_bias,
+            turns={},
+            **placed_text,
+        )
+
+    def _unpacked(self, call: StackCall) -> Tensor | None:
+        """Offsets of packed sequences, None for none; refuses masks that count the prefix."""
+        check_lengths(call.kwargs, call.most)
+        refuse_packed(call.module, call.kwargs)
+        return None
+
+    def _move(self, call: StackCall) -> None:
+        """Moves the text of a call behind its prefix."""
+
+
+@dataclass(frozen=True)
+class _Told(Placing):
+    """By an argument of the forward.
+
+    Attributes:
+        limit: how many positions the stack has learned; None where it has learned none.
+        counts_padding: whether the stack, bare, gives pads positions.
+        frequencies: at which lengths its rotary embeddings change.
+    """
+
+    limit: int | None = None
+    counts_padding: bool = True
+    frequencies: tuple[tuple[str, int], ...] = ()
+
+    can_move = True
+
+    def _move(self, call: StackCall) -> None:
+        bare = None
+        if call.index is not None and call.cu_seqlens is None and self.counts_padding:
+            bare = (call.index < 0)[:, None]
+        positions = behind_prefix(call.kwargs, call.offset, bare, call.active.asked)
+        call.kwargs["position_ids"] = positions
+        reach = reach_of(call.kwargs) + call.most
+        check_position_limit(self.limit, call.most, reach, positions)
+        if self.frequencies and call.active.kv is not None and call.active.kv.in_window:
+            check_frequencies(self.frequencies, prompt_lengths(call.active), reach, positions)
+
+
+@dataclass(frozen=True)
+class ByPositionIds(_Told):
+    """By position_ids, which follow the attention mask where they are not given."""
+
+    moves_by_default = True
+
+    def record(
+        self,
+        recorder: Recorder,
+        names: tuple[str, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """See :class:`Placing`."""
+        recorder.positions = by_name(names, args, kwargs).get("position_ids")
+
+    def _unpacked(self, call: StackCall) -> Tensor | None:
+        if self.frequencies:
+            check_cache(call.module, call.kwargs)
+        check_lengths(call.kwargs, call.most)
+        return unpack(call.module.config, call.kwargs, call.names)
+
+
+@dataclass(frozen=True)
+class ByGivenPositionIds(_Told):
+    """By position_ids, for which the model itself knows a default where they are learned."""
+
+    wants_position_ids = True
+
+    def _move(self, call: StackCall) -> None:
+        # Rotary embeddings look at distances only. Pads between prefix and text must not add to
+        # them (ModernBERT), so positions are always given. Learned positions stay the model's own
+        # affair until a prefix moves them, and then the caller has to pass them.
+        if self.limit is not None:
+            if not call.most:
+                return
+            if call.kwargs.get("position_ids") is None:
+                raise ValueError(
+                    f"position_offset: got {call.most}, for which {call.kind} takes position_ids: "
+                    "it alone knows its default"
+                )
+        super()._move(call)
+
+
+@dataclass(frozen=True)
+class ByEmbedding(Placing):
+    """By what its position embedding is told about the number of keys in the cache.
+
+    The embedding has a hook of its own, :func:`shift`, which runs later in the same call.
+
+    Attributes:
+        limit: how many positions the stack has learned; None for any.
+        key: names the stack in `_OFFSETS`.
+    """
+
+    limit: int | None = None
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    can_move = moves_by_default = True
+
+    def forget(self) -> None:
+        """See :class:`Placing`."""
+        setattr(_OFFSETS, self.key, (0, 0))
+
+    def _move(self, call: StackCall) -> None:
+        kv = call.active.kv
+        if kv is not None and kv.in_window and call.kwargs.get("position_ids") is not None:
+            raise NotImplementedError(
+                f"position_ids: {call.kind} counts from another number than 0 where it "
+                "is left to itself, and a prompt's keys stand where it does so: call it without "
+                "position_ids. generate() makes some, from 0: put the prompt into input_ids"
+            )
+        setattr(_OFFSETS, self.key, (call.most, call.offset))
+
+    def take_offset(self) -> tuple[int, int | Tensor]:
+        """By how much the stack's call at hand moves its text, at most and by row; once a call."""
+        found: tuple[int, int | Tensor] = getattr(_OFFSETS, self.key, (0, 0))
+        if found[0]:
+            setattr(_OFFSETS, self.key, (0, 0))  # for the stack's own call alone
+        return found
+
+
+def shift(
+    module: nn.Module,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    offset: int | Tensor,
-    bare: Tensor | None = None,
-    asked: Asked | None = None,
-) -> Tensor:
-    """Positions of the text behind the prefix; pads take none.
-
-    Explicit position_ids count the text from 0, and an image's own are the model's. Without them
-    positions follow the attention mask, as generate() does: pads between prefix and text must not
-    push the text away.
+    *,
+    names: tuple[str, ...],
+    placing: ByEmbedding,
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of a position embedding: the prefix counts as keys in the cache, as in PEFT.
 
     Args:
-        kwargs: of the call.
-        offset: one for all, [B, 1] by row, or [1, L] by token of packed sequences.
-        bare: bool [B, 1]: rows that have no prefix, and stand where the bare model puts them, which
-            counts pads as well. None for no such row.
-        asked: in the language model of a model that sees, what that one was told.
+        module: the embedding.
+        args: of its forward.
+        kwargs: of its forward.
+        names: of the forward's parameters.
+        placing: of the stack.
     """
-    position_ids: Tensor | None = kwargs.get("position_ids")
-    made = asked is not None and not asked.position_ids
-    if position_ids is not None and (position_ids.dim() == 3 or not made):
-        return position_ids + offset
-    inputs = inputs_of(kwargs)
-    length = inputs.shape[1]
-    attention_mask = kwargs.get("attention_mask") if asked is None else asked.attention_mask
-    seen = length_of(cache_of(kwargs))
-    plain = positions = (torch.arange(length, device=inputs.device) + seen)[None]
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        positions = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -length:]
-        if bare is not None:
-            positions = torch.where(bare, plain, positions)
-    if position_ids is not None:  # the outer model's, which count pads, from 0 or 1 (PaliGemma)
-        positions = positions + (position_ids - plain)
-    # a row for each of the batch, as some models index them (Qwen4-Exp)
-    return (positions + offset).expand(inputs.shape[0], -1)
+    most, offset = placing.take_offset()
+    if most == 0:
+        return None
+    kwargs = by_name(names, args, kwargs)
+    if isinstance(offset, Tensor) and not {"inputs_embeds", "position_ids"} <= set(names):
+        raise NotImplementedError(
+            f"rows: {type(module).__name__} cannot be told of positions that differ by row; takes "
+            "prefixes with a position_offset of 0"
+        )
+    argument = cached_name(module)
+    cached = 0 if argument is None else kwargs.get(argument, 0)
+    positions = _shifted(module, kwargs, names, cached, offset)
+    reach: Any = 0
+    if positions is None:
+        assert argument is not None
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        reach = offset + cached + (inputs.shape[1] if isinstance(inputs, Tensor) else 0)
+        kwargs[argument] = cached + offset
+    else:
+        kwargs["position_ids"] = positions
+    check_position_limit(placing.limit, most, reach, positions)
+    return (), kwargs
 
 
-def counts_padding(stack: nn.Module) -> bool:
+def _shifted(
+    module: Any, kwargs: dict[str, Any], names: tuple[str, ...], cached: Any, offset: int | Tensor
+) -> Tensor | None:
+    """Moved position_ids; None where the number of keys in the cache says it all."""
+    positions: Tensor | None = kwargs.get("position_ids")
+    if positions is not None:
+        return positions + offset
+    if "position_ids" in names and hasattr(module, "create_position_ids_from_input_ids"):
+        # RoBERTa counts no padding
+        if kwargs.get("input_ids") is not None:
+            return module.create_position_ids_from_input_ids(
+                kwargs["input_ids"], module.padding_idx, cached + offset
+            )
+        made = module.create_position_ids_from_inputs_embeds(
+            kwargs["inputs_embeds"], module.padding_idx
+        )
+        return made + cached + offset  # it does not look at the cache's length
+    if isinstance(offset, Tensor):
+        # rows differ, and the module would slice its positions by one number (BERT)
+        length = inputs_of(kwargs).shape[1]
+        return torch.arange(length, device=offset.device) + cached + offset
+    return None
+
+
+@dataclass(frozen=True)
+class ByDistance(Placing):
+    """By a bias for each distance between tokens, to which that of the prefix is added (T5)."""
+
+    can_move = True
+
+    def _move(self, call: StackCall) -> None:
+        if not call.most:
+            return
+        kv = call.active.kv
+        if not isinstance(kv, PrefixKV):
+            raise NotImplementedError(
+                f"rows: {call.kind} makes a bias of distances, and of one distance for "
+                "all rows; takes prefixes with a position_offset of 0"
+            )
+        tokens, seen = inputs_of(call.kwargs), length_of(cache_of(call.kwargs))
+        maker: Any
+        (maker,) = relative_biases(call.module)
+        bias: Tensor = maker.compute_bias(
+            tokens.shape[1],
+            kv.num_virtual_tokens,
+            device=tokens.device,
+            past_seen_tokens=seen + kv.position_offset,
+        )
+        call.prefix_bias = bias[0]  # [Hq, Lq, P]: as though it were the first tokens of the text
+
+
+@dataclass(frozen=True)
+class Unmovable(Placing):
+    """Not at all: the text stands where the model puts it."""
+
+
+@dataclass(frozen=True)
+class InParts(Placing):
+    """Not here: the encoder and the decoder inside are told."""
+
+    def place(self, call: StackCall) -> ActivePrefix:
+        """Hands the prefix down as it is."""
+        return call.active
+
+
+@dataclass(frozen=True)
+class InLanguageModel(Placing):
+    """Not here: the language model inside is told, and what the caller told the outer model."""
+
+    def place(self, call: StackCall) -> ActivePrefix:
+        """Hands the prefix down, with what the caller said about the text."""
+        active = call.active
+        return active if active.asked else replace(active, asked=Asked.of(call.kwargs))
+
+
+def relative_biases(stack: nn.Module) -> list[nn.Module]:
+    """The attention modules that make a bias of the distance between tokens (T5)."""
+    return [
+        module
+        for module in stack.modules()
+        if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "compute_bias")
+    ]
+
+
+def position_embeddings(stack: nn.Module) -> list[nn.Module]:
+    """The modules that place a text behind the keys that are in the cache."""
+    return [module for module in stack.modules() if cached_name(module) is not None]
+
+
+def placing_of_decoder(stack: nn.Module, limit: int | None) -> Placing:
+    """How the decoder of an encoder-decoder learns where its text stands."""
+    if position_embeddings(stack):
+        return ByEmbedding(limit)
+    return ByDistance() if len(relative_biases(stack)) == 1 else Unmovable()
+
+
+def placing_of(
+    stack: PreTrainedModel,
+    *,
+    causal: bool,
+    limit: int | None,
+    frequencies: tuple[tuple[str, int], ...],
+) -> Placing:
+    """How a model that is one stack learns where its text stands.
+
+    Args:
+        stack: the model, or the language model in it.
+        causal: whether it is a decoder.
+        limit: how many positions it has learned; None for any.
+        frequencies: at which lengths its rotary embeddings change.
+    """
+    by_argument = "position_ids" in parameters(stack)
+    facts = (limit, _counts_padding(stack), frequencies)
+    if causal and by_argument and not _counts_itself(stack):
+        return ByPositionIds(*facts)
+    if position_embeddings(stack):
+        return ByEmbedding(limit)
+    return ByGivenPositionIds(*facts) if by_argument else Unmovable()
+
+
+def _counts_itself(stack: nn.Module) -> bool:
+    """Whether a stack counts positions from another number than 0, as it alone knows (RoBERTa)."""
+    return any(hasattr(x, "create_position_ids_from_input_ids") for x in stack.modules())
+
+
+def _counts_padding(stack: nn.Module) -> bool:
     """Whether a bare decoder that is given no position_ids gives pads positions as well.
 
     Those with an embedding that reads the attention mask do not (OPT).

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastprefix.hf.patch.state import ACTIVE, State
+from fastprefix.hf.patch.patch import Patch
+from fastprefix.hf.patch.threads import ACTIVE
 
 LOCK = threading.RLock()
 
-# Behind a state's key: the modules whose forwards a thread is in, the innermost last.
+# Behind a Patch's key: the modules whose forwards a thread is in, the innermost last.
 _ENTERED = "_entered"
 
 
@@ -44,7 +45,7 @@ def _wait(*_: Any) -> None:
 
 
 def count_forwards(
-    model: PreTrainedModel, state: State, restore: Callable[[PreTrainedModel], Any]
+    model: PreTrainedModel, patch: Patch, restore: Callable[[PreTrainedModel], Any]
 ) -> None:
     """Counts the forwards of a model that is patched for some blocks; the last one restores it.
 
@@ -52,23 +53,23 @@ def count_forwards(
 
     Args:
         model: just patched.
-        state: of the patch.
+        patch: of the patch.
         restore: undoes it.
     """
     for part in _models(model):
-        enter = partial(_enter, state=state)
-        leave = partial(_leave, state=state, model=model, restore=restore)
-        state.handles.append(part.register_forward_pre_hook(enter, prepend=True))
-        state.handles.append(part.register_forward_hook(leave, always_call=True))
+        enter = partial(_enter, patch=patch)
+        leave = partial(_leave, patch=patch, model=model, restore=restore)
+        patch.handles.append(part.register_forward_pre_hook(enter, prepend=True))
+        patch.handles.append(part.register_forward_hook(leave, always_call=True))
 
 
-def _enter(module: nn.Module, args: Any, *, state: State) -> None:
+def _enter(module: nn.Module, args: Any, *, patch: Patch) -> None:
     if torch.compiler.is_compiling():
         return
     with LOCK:
-        state.running += 1
-    entered = getattr(ACTIVE, state.key + _ENTERED, ())
-    setattr(ACTIVE, state.key + _ENTERED, (*entered, id(module)))
+        patch.running += 1
+    entered = getattr(ACTIVE, patch.key + _ENTERED, ())
+    setattr(ACTIVE, patch.key + _ENTERED, (*entered, id(module)))
 
 
 def _leave(
@@ -76,19 +77,19 @@ def _leave(
     args: Any,
     output: Any,
     *,
-    state: State,
+    patch: Patch,
     model: PreTrainedModel,
     restore: Callable[[PreTrainedModel], Any],
 ) -> None:
-    entered = getattr(ACTIVE, state.key + _ENTERED, ())
+    entered = getattr(ACTIVE, patch.key + _ENTERED, ())
     if not entered or entered[-1] != id(module):
         return  # began before the model was patched, or is compiled
-    setattr(ACTIVE, state.key + _ENTERED, entered[:-1])
+    setattr(ACTIVE, patch.key + _ENTERED, entered[:-1])
     if len(entered) == 1:
-        delattr(ACTIVE, state.key + _ENTERED)
+        delattr(ACTIVE, patch.key + _ENTERED)
     with LOCK:
-        state.running -= 1
-        if not (state.running or state.blocks or state.lasting):
+        patch.running -= 1
+        if not (patch.running or patch.blocks or patch.lasting):
             restore(model)
 
 

@@ -12,21 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastprefix.arguments import check_type
-from fastprefix.hf.checking.check import ask, ask_prefix, compare_prompt
+from fastprefix.hf.checking.check_prefix import check_prefix
+from fastprefix.hf.checking.check_prompt import compare_prompt
+from fastprefix.hf.checking.known import ask
 from fastprefix.hf.devices import device_of
 from fastprefix.hf.expand.probe import cached_keys_values
 from fastprefix.hf.layer.active import Recorder
 from fastprefix.hf.layer.attention import SLOT
 from fastprefix.hf.multimodal import language_model, next_position
-from fastprefix.hf.patch.patching import (
-    Fallback,
-    activate,
-    is_expanded,
-    layer_groups,
-    patched,
-    sharding_of,
-    state_of,
-)
+from fastprefix.hf.patch.activation import activate
+from fastprefix.hf.patch.patch import patch_of
+from fastprefix.hf.patch.patching import Fallback, patched
 from fastprefix.hf.patch.probe import is_encoder_decoder, takes
 from fastprefix.hf.prefill.inputs import one_prompt, prompt_inputs
 from fastprefix.hf.states.caches import take
@@ -116,7 +112,7 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
         return args, {**kwargs, "hidden_states": first[0]}
 
     with patched(model):
-        if is_expanded(model):
+        if patch_of(model).expanded is not None:
             raise ValueError(
                 f"init: got 'embeddings' for {type(model).__name__} with fallback='expand', takes "
                 "'text': its layers cannot be told apart from outside"
@@ -133,12 +129,13 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
 
 def _as_prompt(model: PreTrainedModel, check: bool, **inputs: Any) -> PrefixKV:
     with patched(model, check=check):
-        if set(layer_groups(model)) != {"decoder"} or _sees_both_sides(model):
+        if set(patch_of(model).groups) != {"decoder"} or _sees_both_sides(model):
             raise ValueError(
                 f"model: got {type(model).__name__}, takes a decoder-only model; an encoder's "
                 "prompt sees the text, so its keys are not the same for every text"
             )
-        if is_expanded(model):  # which was compared with one sequence when it was patched
+        if patch_of(model).expanded is not None:
+            # it was compared with one sequence when it was patched
             kv = _recorded(model, **inputs)
             return replace(kv, position_offset=kv.num_virtual_tokens, in_window=True)
         refuse(model, keeping_of(model))
@@ -173,9 +170,9 @@ def _check_prompt(model: PreTrainedModel, kv: PrefixKV) -> None:
     def behind(kv: PrefixKV | None, **inputs: Tensor) -> Any:
         return model(**inputs, fastprefix=activate(model, kv, check=False))
 
-    known = state_of(model).known
+    known = patch_of(model).known
     if known is not None:
-        ask_prefix(model, state_of(model))
+        check_prefix(model)
         ask(
             model,
             known,
@@ -203,9 +200,9 @@ def _recorded(
     if takes(model, "logits_to_keep"):
         options["logits_to_keep"] = 1  # those of all other tokens would be thrown away
     with patched(model):
-        if is_expanded(model):
+        if patch_of(model).expanded is not None:
             return cached_keys_values(model, inputs)
-        sharding = sharding_of(model)
+        sharding = patch_of(model).sharding
         if sharding is not None:
             inputs = {
                 name: sharding.agreed(x) if isinstance(x, Tensor) else x

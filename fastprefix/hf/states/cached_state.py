@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastprefix.hf.layer.active import ActivePrefix
 from fastprefix.hf.layer.packing import inputs_of, starts_anew
-from fastprefix.hf.patch.state import ACTIVE, STATE, Keeping, State
-from fastprefix.hf.states.caches import kept, new_cache, put
+from fastprefix.hf.patch.patch import Patch, patch_of
+from fastprefix.hf.patch.threads import ACTIVE
+from fastprefix.hf.states.caches import Keeping, kept, new_cache, put
 from fastprefix.hf.states.keeping import keeping_of, refuse
 from fastprefix.hf.states.pieces import PARTS, plan
 from fastprefix.hf.versions import cache_name, cache_of, length_of
@@ -30,10 +32,10 @@ def check_states(model: PreTrainedModel, kv: PrefixKV | PackedPrefixKV) -> None:
         NotImplementedError: the model cannot start from a state.
         ValueError: the states are another model's, or missing.
     """
-    state: State = getattr(model, STATE)
+    patch = patch_of(model)
     prompts = _prompts(kv)
     if all(states is None for states in prompts):
-        if kv.in_window and state.stateful:
+        if kv.in_window and patch.stateful:
             raise NotImplementedError(
                 f"kv: {type(model).__name__} does not take a prompt's keys and values alone for "
                 "its text, its layers keep a state besides, which this prefix does not hold; "
@@ -57,40 +59,37 @@ def check_states(model: PreTrainedModel, kv: PrefixKV | PackedPrefixKV) -> None:
 
 def begin(
     module: nn.Module,
-    kv: PrefixKV | PackedPrefixKV,
-    index: Tensor | None,
+    active: ActivePrefix,
     kwargs: dict[str, Any],
-    state: State,
+    patch: Patch,
     names: tuple[str, ...],
-    cu_seqlens: Tensor | None,
 ) -> None:
     """Puts the states of a call's prompts into its cache, if that is still empty.
 
     Args:
         module: the model, or the part of it that is called.
-        kv: the call's prefix.
-        index: of several prefixes each row's, [B].
+        active: the call's prefix, placed.
         kwargs: of the call; gets a cache where it has none.
-        state: of the patched model.
+        patch: of the patched model.
         names: parameters of the module's forward.
-        cu_seqlens: of packed sequences, which are refused.
 
     Raises:
         NotImplementedError: the call has no cache and is to have none, packs sequences, or its
             padding cannot be skipped.
         ValueError: the cache has no place for states, or holds a text that began without them.
     """
-    prompts = _prompts(kv)
+    assert active.kv is not None
+    prompts = _prompts(active.kv)
     if all(states is None for states in prompts):
         return
-    keeping = state.keeping
+    keeping = patch.keeping
     assert keeping is not None  # since check_states
     kind, config = type(module).__name__, module.config
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         use_cache = getattr(config.get_text_config(), "use_cache", True)  # type: ignore[union-attr, operator]
     cache, argument = cache_of(kwargs), cache_name(names)
-    if cu_seqlens is not None or starts_anew(kwargs):
+    if active.cu_seqlens is not None or starts_anew(kwargs):
         raise NotImplementedError(
             f"{kind}: packed sequences do not go with a prompt whose state starts a cache; takes "
             "them padded, in rows"
@@ -122,22 +121,22 @@ def begin(
                 f"{argument}: got one that holds a text but no states for {kind}, takes an empty "
                 "one, or one that began under the same prompt"
             )
-        states = rows_of(prompts, index, rows, keeping)
+        states = _states_of_rows(prompts, active.prefix_index, rows, keeping)
         put(cache, states, argument)
-    setattr(ACTIVE, state.key + PARTS, plan(kind, kwargs, keeping, rows, length))
+    setattr(ACTIVE, patch.key + PARTS, plan(kind, kwargs, keeping, rows, length))
 
 
-def clear(state: State) -> None:
+def clear(patch: Patch) -> None:
     """Forgets what a call that has ended, or failed, has left."""
-    if getattr(ACTIVE, state.key + PARTS, None) is not None:
-        setattr(ACTIVE, state.key + PARTS, None)
+    if getattr(ACTIVE, patch.key + PARTS, None) is not None:
+        setattr(ACTIVE, patch.key + PARTS, None)
 
 
 def _prompts(kv: PrefixKV | PackedPrefixKV) -> tuple[tuple[LayerState, ...] | None, ...]:
     return kv.states if isinstance(kv, PackedPrefixKV) else (kv.states,)
 
 
-def rows_of(
+def _states_of_rows(
     prompts: Sequence[tuple[LayerState, ...] | None],
     index: Tensor | None,
     rows: int,

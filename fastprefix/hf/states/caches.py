@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from fastprefix.hf.patch.state import Keeping
 from fastprefix.hf.versions import CACHE_NAMES
 from fastprefix.kv import LayerState
 
 KINDS = ("conv", "recurrent")
+
+
+@dataclass
+class Keeping:
+    """What a model's layers keep of a text beside keys and values; see :mod:`fastprefix.hf.states`.
+
+    Attributes:
+        stateful: whether they keep anything.
+        why_not: why prompts are refused, None where they are not.
+        pads: whether padding between a prompt and a text can be skipped.
+        stepwise: whether tokens behind a prompt pass the layers' states one by one.
+        owners: by name, the modules that go on from a state, and the cache's layers it is in.
+        forms: shape without the batch, and dtype, by layer and name.
+        cache: of the class that the model makes.
+    """
+
+    stateful: bool
+    why_not: str | None = None
+    pads: bool = False
+    stepwise: bool = False
+    owners: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    forms: dict[tuple[int, str], tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+    cache: Any = None
 
 
 def take(output: Any) -> tuple[LayerState, ...]:

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf.devices import device_of
 from fastprefix.hf.layer.active import ActivePrefix, Recorder
-from fastprefix.hf.patch.state import ACTIVE, HOOKED, STATE, Keeping, State
-from fastprefix.hf.states.caches import cache_in, is_state_layer, kept, new_cache, take
+from fastprefix.hf.patch.patch import HOOKED, Patch, patch_of
+from fastprefix.hf.patch.threads import ACTIVE
+from fastprefix.hf.states.caches import Keeping, cache_in, is_state_layer, kept, new_cache, take
 from fastprefix.hf.states.pieces import PARTS, join, plan, split
 from fastprefix.hf.versions import CACHE_NAMES, cache_name, parameters
 from fastprefix.kv import PrefixKV
@@ -55,7 +56,7 @@ def says_stateful(model: PreTrainedModel) -> bool:
 
 def keeping_of(model: PreTrainedModel) -> Keeping:
     """What a patched decoder-only model's layers keep of a text; runs it, the first time only."""
-    state: State = getattr(model, STATE)
+    patch = patch_of(model)
     with _LOCK:
         dtype, keeping = _KNOWN.get(model, (None, None))
         modules = dict(model.named_modules())
@@ -64,12 +65,12 @@ def keeping_of(model: PreTrainedModel) -> Keeping:
             model.eval()
             try:
                 with torch.no_grad():
-                    keeping = _find(model, state)
+                    keeping = _find(model, patch)
             finally:
                 for module in training:
                     module.training = True
             _KNOWN[model] = model.dtype, keeping
-        _install(model, state, keeping)
+        _install(model, patch, keeping)
     return keeping
 
 
@@ -83,7 +84,7 @@ def refuse(model: PreTrainedModel, keeping: Keeping) -> None:
         )
 
 
-def _find(model: PreTrainedModel, state: State) -> Keeping:
+def _find(model: PreTrainedModel, patch: Patch) -> Keeping:
     """Runs a model on a few tokens: which layers keep what, and whether they go on from it."""
     said, names = says_stateful(model), parameters(model)
     if "use_cache" not in names and "kwargs" not in names:
@@ -129,7 +130,7 @@ def _find(model: PreTrainedModel, state: State) -> Keeping:
     if not held:
         return Keeping(said, "its layers keep a state outside the cache" if said else None)
 
-    if state.sharding is not None:
+    if patch.sharding is not None:
         return Keeping(True, "its layers keep a state besides, which tensor parallelism divides")
     front = torch.cat([ids[:, :_FRONT]] * 2), places[:, :_FRONT].expand(2, -1)
     keeping = Keeping(
@@ -154,7 +155,7 @@ def _find(model: PreTrainedModel, state: State) -> Keeping:
         states=take(begun),
     )
     keeping.owners = {name: tuple(layers) for name, layers in owners.items()}
-    _install(model, state, keeping)
+    _install(model, patch, keeping)
 
     rest, later = torch.cat([ids[:, _FRONT:]] * 2), places[:, _FRONT:].expand(2, -1)
     wanted = _logits(whole)[0, _FRONT:]
@@ -173,12 +174,12 @@ def _find(model: PreTrainedModel, state: State) -> Keeping:
         with suppress(Exception):  # what a model raises here it cannot do either
             if shared:
                 text = mask[:, _FRONT:] if pads else None
-                active = ActivePrefix(prompt.to(device_of(model), model.dtype), state.backend)
+                active = ActivePrefix(prompt.to(device_of(model), model.dtype), patch.backend)
                 after = run(tokens, positions - _FRONT, mask=text, carried=active)
             else:
                 given = {"attention_mask": mask, "input_ids": tokens}
                 trial = Keeping(True, pads=True, stepwise=stepwise)
-                setattr(ACTIVE, state.key + PARTS, plan("", given, trial, 2, _REST))
+                setattr(ACTIVE, patch.key + PARTS, plan("", given, trial, 2, _REST))
                 after = run(tokens, positions, copy.deepcopy(start), mask if pads else None)
             got, left = _logits(after), kept(cache_in(after))
             pairs = [(got[0], wanted), (got[1, pads:], wanted[: _REST - pads])]
@@ -205,7 +206,7 @@ def _find(model: PreTrainedModel, state: State) -> Keeping:
             )
         keeping.pads = keeping.pads and right(keeping.stepwise, _PADS, shared=True)
     finally:
-        setattr(ACTIVE, state.key + PARTS, None)
+        setattr(ACTIVE, patch.key + PARTS, None)
     return keeping
 
 
@@ -266,18 +267,18 @@ def _watching(model: nn.Module, cache: Any) -> Iterator[dict[str, list[int]]]:
             delattr(thing, method)
 
 
-def _install(model: PreTrainedModel, state: State, keeping: Keeping) -> None:
+def _install(model: PreTrainedModel, patch: Patch, keeping: Keeping) -> None:
     """Hooks on the modules that own a state, once for each time that a model is patched."""
-    if state.keeping is not None:
-        state.keeping = keeping
+    if patch.keeping is not None:
+        patch.keeping = keeping
         return
-    state.keeping = keeping
+    patch.keeping = keeping
     for name, layers in keeping.owners.items():
         module = model.get_submodule(name)
-        setattr(module, HOOKED, state)
+        setattr(module, HOOKED, patch)
         hook = partial(split, layers=layers)
-        state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        state.handles.append(module.register_forward_hook(partial(join, layers=layers)))
+        patch.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        patch.handles.append(module.register_forward_hook(partial(join, layers=layers)))
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:

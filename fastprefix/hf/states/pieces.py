@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.layer.packing import inputs_of
-from fastprefix.hf.patch.state import ACTIVE, HOOKED, Keeping
-from fastprefix.hf.states.caches import KINDS, holds_states
+from fastprefix.hf.patch.patch import HOOKED
+from fastprefix.hf.patch.threads import ACTIVE
+from fastprefix.hf.states.caches import KINDS, Keeping, holds_states
 
-# Behind a state's key: how the modules that own a state are to run in the call at hand.
+# Behind a Patch's key: how the modules that own a state are to run in the call at hand.
 PARTS = "_parts"
 
 

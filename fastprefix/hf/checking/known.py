@@ -1,0 +1,102 @@
+"""What is known of a model: the questions that were asked about it, and their answers."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from fastprefix.hf.checking.trace import undisturbed
+from fastprefix.hf.devices import device_of, dtype_of, is_offloaded
+from fastprefix.hf.patch.probe import Slots, UnsupportedModelError
+
+Question = Literal["patch", "prefix", "prompt"]
+
+SWITCH_OFF = "check=False switches this check off"
+
+_LOGGER = logging.getLogger("fastprefix")
+
+
+@dataclass(eq=False)
+class Known:
+    """What is known of a model, for as long as its modules, dtype and device are the same.
+
+    Attributes:
+        likeness: of these.
+        slots: what the probe found.
+        answers: to the questions that were asked: "" for right, else what is wrong.
+        errors: the largest relative error that was seen; none where nothing could be compared.
+    """
+
+    likeness: Any
+    slots: Slots
+    answers: dict[Question, str] = field(default_factory=dict)
+    errors: dict[Question, float] = field(default_factory=dict)
+
+
+_KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, Known] = weakref.WeakKeyDictionary()
+
+
+def recall(model: PreTrainedModel) -> Known | None:
+    """What is known of a model as it is now; None of a new or a changed one."""
+    known = _KNOWN.get(model)
+    return known if known is not None and known.likeness == _likeness(model) else None
+
+
+def remember(model: PreTrainedModel, slots: Slots) -> Known:
+    """Starts anew with what the probe found."""
+    known = _KNOWN[model] = Known(_likeness(model), slots)
+    return known
+
+
+def ask(
+    model: PreTrainedModel,
+    known: Known,
+    question: Question,
+    compare: Callable[[], tuple[str, float | None]],
+) -> None:
+    """Raises UnsupportedModelError where the answer, found now or before, is not "".
+
+    A model whose weights are not all here is not asked; a line in the log says so.
+
+    Args:
+        model: to run.
+        known: where answers are kept.
+        question: which.
+        compare: finds what is wrong, or "", and the error, None where nothing was compared.
+    """
+    if question not in known.answers:
+        why = _unable(model)
+        if why:
+            _LOGGER.warning("%s: %s is not checked: %s", type(model).__name__, question, why)
+            known.answers[question] = ""
+            return
+        with undisturbed(model):
+            known.answers[question], error = compare()
+        if error is not None:
+            known.errors[question] = error
+    if known.answers[question]:
+        raise UnsupportedModelError(known.answers[question])
+
+
+def _unable(model: PreTrainedModel) -> str:
+    """Why a model cannot be run alone and compared; "" where it can."""
+    parameters = list(model.parameters())
+    if any(x.is_meta for x in parameters) and not is_offloaded(model):
+        return "some of its weights are on the meta device"
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        return "its weights are sharded"
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        return "it is tensor-parallel"
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return "its weights are DeepSpeed's"
+    return ""
+
+
+def _likeness(model: PreTrainedModel) -> Any:
+    return tuple(map(id, model.modules())), dtype_of(model), device_of(model)
