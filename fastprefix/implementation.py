@@ -16,10 +16,10 @@ NAME = "fastprefix"
 
 
 def attention(*args: Any, **kwargs: Any) -> Any:
-    """See :func:`fastprefix.hf.layer.attention.prefix_attention_forward`."""
-    from fastprefix.hf.layer.attention import prefix_attention_forward
+    """See :func:`fastprefix.hf.layer.attention.attention_interface`."""
+    from fastprefix.hf.layer.attention import attention_interface
 
-    return prefix_attention_forward(*args, **kwargs)
+    return attention_interface(*args, **kwargs)
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Any:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from fastprefix.cli.console import console, working
 from fastprefix.cli.loading import load_model
-from fastprefix.hf.checking.check import PREFIX, recall
 from fastprefix.hf.checking.check_prefix import check_prefix
+from fastprefix.hf.checking.known import FACTS
+from fastprefix.hf.checking.samples import PREFIX
 from fastprefix.hf.patch.patch import patch_of
 from fastprefix.hf.patch.patching import patch_model, unpatch_model
 from fastprefix.kv import PrefixKV
@@ -71,7 +72,7 @@ def answers(model: PreTrainedModel) -> list[tuple[str, str, str]]:
         except (ValueError, NotImplementedError) as error:
             found.append((question, "refused", str(error)))
             continue
-        known = recall(model)
+        known = FACTS.recall(model)
         errors: dict[Any, float] = known.errors if known is not None else {}
         said = f"{errors[question]:.1e}" if question in errors else "not checked"
         found.append((question, "right", said))

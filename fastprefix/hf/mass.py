@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastprefix.hf.evaluation import evaluating
 from fastprefix.hf.patch.activation import activate
 from fastprefix.hf.patch.patch import patch_of
 from fastprefix.hf.patch.patching import patched
@@ -36,17 +37,12 @@ def attention_mass(model: PreTrainedModel, kv: PrefixKV, **inputs: Any) -> tuple
     Raises:
         ValueError: kv does not fit the model.
     """
-    training = [module for module in model.modules() if module.training]
     with patched(model):
         masses: dict[int, Tensor] = {}
         active = replace(activate(model, kv), masses=masses)
-        model.eval()
-        try:
-            no_cache = {"use_cache": False} if takes(model, "use_cache") else {}
+        no_cache = {"use_cache": False} if takes(model, "use_cache") else {}
+        with evaluating(model):
             model(**{**inputs, **no_cache, "fastprefix": active})
-        finally:
-            for module in training:
-                module.training = True
         groups = patch_of(model).groups
     means = []
     for slot, group in enumerate(groups):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastprefix.hf.checking.trace import undisturbed
-from fastprefix.hf.devices import device_of, dtype_of, is_offloaded
+from fastprefix.hf.devices import is_offloaded
+from fastprefix.hf.facts import Facts
 from fastprefix.hf.patch.probe import Slots, UnsupportedModelError
 
 Question = Literal["patch", "prefix", "prompt"]
@@ -27,31 +27,17 @@ class Known:
     """What is known of a model, for as long as its modules, dtype and device are the same.
 
     Attributes:
-        likeness: of these.
         slots: what the probe found.
         answers: to the questions that were asked: "" for right, else what is wrong.
         errors: the largest relative error that was seen; none where nothing could be compared.
     """
 
-    likeness: Any
     slots: Slots
     answers: dict[Question, str] = field(default_factory=dict)
     errors: dict[Question, float] = field(default_factory=dict)
 
 
-_KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, Known] = weakref.WeakKeyDictionary()
-
-
-def recall(model: PreTrainedModel) -> Known | None:
-    """What is known of a model as it is now; None of a new or a changed one."""
-    known = _KNOWN.get(model)
-    return known if known is not None and known.likeness == _likeness(model) else None
-
-
-def remember(model: PreTrainedModel, slots: Slots) -> Known:
-    """Starts anew with what the probe found."""
-    known = _KNOWN[model] = Known(_likeness(model), slots)
-    return known
+FACTS = Facts[Known]()
 
 
 def ask(
@@ -96,7 +82,3 @@ def _unable(model: PreTrainedModel) -> str:
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         return "its weights are DeepSpeed's"
     return ""
-
-
-def _likeness(model: PreTrainedModel) -> Any:
-    return tuple(map(id, model.modules())), dtype_of(model), device_of(model)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastprefix.hf.devices import device_of
+from fastprefix.hf.evaluation import evaluating
 
 _INPUT = "hidden_states"
 
@@ -133,27 +134,15 @@ def held_to(
 
 @contextlib.contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation, without gradients and autocast; mode and random numbers are put back.
-
-    So is where the last call's images put what follows them, which models that see remember.
-    """
-    kept = {x: x.rope_deltas for x in model.modules() if hasattr(x, "rope_deltas")}
-    training = [module for module in model.modules() if module.training]
+    """Evaluation, without gradients and autocast; mode and random numbers are put back."""
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices),
-            torch.autocast(device.type, enabled=False),
-        ):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for seeing, deltas in kept.items():
-            seeing.rope_deltas = deltas
+    with (
+        evaluating(model),
+        torch.random.fork_rng(devices),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
 
 
 def result_of(output: Any) -> Tensor | None:

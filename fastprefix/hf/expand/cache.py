@@ -239,7 +239,7 @@ def _lengths(active: ActivePrefix) -> Tensor:
 def _same(one: ActivePrefix, other: ActivePrefix) -> bool:
     """Whether two calls have the same prefixes, row by row."""
     a, b = one.kv, other.kv
-    if a is None or b is None or type(a) is not type(b) or one.numbers != other.numbers:
+    if a is None or b is None or type(a) is not type(b) or one.prefix_ids != other.prefix_ids:
         return False
     if a is b:
         return True

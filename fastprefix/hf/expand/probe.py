@@ -5,8 +5,6 @@ Everything is found by running the model's own stack of layers on a few tokens.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from fastprefix.hf.devices import device_of
+from fastprefix.hf.evaluation import evaluating
 from fastprefix.hf.expand.cache import Expanded
 from fastprefix.hf.expand.hooks import install
 from fastprefix.hf.layer.active import ActivePrefix
@@ -61,7 +60,7 @@ def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> Pa
             raise refused(f"its cache has a {type(layer).__name__}, which drops what it holds")
     vocabulary = int(stack.config.get_text_config().vocab_size)
     ids = (torch.arange(_PREFIX + _TEXT, device=device_of(model)) + 1)[None] % vocabulary
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model):
         try:
             cache = DynamicCache(config=stack.config)
             whole = _run(stack, ids, cache=cache)
@@ -108,7 +107,6 @@ def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> Pa
     return patch
 
 
-@torch.no_grad()
 def cached_keys_values(model: PreTrainedModel, inputs: dict[str, Tensor]) -> PrefixKV:
     """What the layers of a model patched with fallback="expand" put into the cache for one text.
 
@@ -128,7 +126,7 @@ def cached_keys_values(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Pre
     assert stack is not None
     cache = DynamicCache(config=stack.config)
     (length,) = {x.shape[1] for x in inputs.values()}
-    with _evaluating(model):
+    with evaluating(model):
         _run(stack, cache=cache, fastprefix=ActivePrefix(None), **inputs)
     return _of_cache(cache, length)
 
@@ -228,15 +226,3 @@ def _agrees(
     effect = (alone.float() - wanted).abs().max()
     noise = 8 * torch.finfo(whole.dtype).eps * wanted.abs().max()
     return bool(error <= torch.maximum(0.02 * effect, noise))
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model is in evaluation mode in this block."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -21,7 +21,7 @@ class ActivePrefix:
         backend: of :func:`fastprefix.prefix_attention`.
         prefix_index: with several prefixes int32 [R], which of them a row attends to, -1 for none;
             the hook makes it [B].
-        numbers: the same before the hook, on the host: an R-tuple.
+        prefix_ids: the same before the hook, on the host: an R-tuple.
         positioned: whether the call's position_ids are already moved behind the prefix. Before
             that, in the towers of a model that sees, modules attend without it.
         asked: what the caller told the model around the language model.
@@ -44,7 +44,7 @@ class ActivePrefix:
     kv: PrefixKV | PackedPrefixKV | None
     backend: str = "auto"
     prefix_index: Tensor | None = None
-    numbers: tuple[int, ...] = ()
+    prefix_ids: tuple[int, ...] = ()
     positioned: bool = False
     asked: Asked | None = None
     cu_seqlens: Tensor | None = None

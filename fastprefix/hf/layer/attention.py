@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,10 @@ HARMLESS = frozenset(
 _LOGGER: Any = logging.get_logger(__name__)
 # While models are probed: the thread that does so, and the modules that attended in it without a
 # keyword argument of the forward call.
-MISSED: list[tuple[int, list[nn.Module]]] = []
+modules_without_kwarg: list[tuple[int, list[nn.Module]]] = []
 
 
-def prefix_attention_forward(
+def attention_interface(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -96,73 +96,142 @@ def prefix_attention_forward(
     _refuse_unknown(module, kwargs)
     if kwargs.get("output_attentions"):
         warn_of_no_weights()
-    if isinstance(fastprefix, ActivePrefix) and not (
-        fastprefix.positioned or hasattr(module, SLOT)
-    ):
-        fastprefix = ActivePrefix(None, fastprefix.backend)  # a tower in front of the text
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if attention_mask is None:
-        causal = getattr(module, CAUSAL, {}).get(is_causal, causal)
-    elif attention_mask.dim() == 2:
-        causal = True
-    if isinstance(fastprefix, Recorder) and (made := made_causal(attention_mask)) is not None:
-        causal = made
+    causal = _is_causal(module, attention_mask, is_causal, isinstance(fastprefix, Recorder))
     if query.is_meta:  # a model without weights, which is patched before they are loaded
         if isinstance(fastprefix, Recorder):
             fastprefix.record(module, query, key, value, causal, sliding_window, is_causal)
         return query.new_empty(*query.shape[:-1], value.shape[-1]).transpose(1, 2), None
-    if isinstance(fastprefix, ActivePrefix) and fastprefix.attended is not None:
-        call_number, fastprefix.attended[0] = fastprefix.attended[0], fastprefix.attended[0] + 1
-        fastprefix = replace(fastprefix, turn=fastprefix.turn + call_number, attended=None)
-    if isinstance(fastprefix, ActivePrefix) and fastprefix.masses is not None:
-        _measure(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            is_causal=is_causal,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            fastprefix=fastprefix,
-            position_bias=position_bias,
-            s_aux=s_aux,
-        )
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    active = fastprefix if isinstance(fastprefix, ActivePrefix) else None
+    active = None
     if isinstance(fastprefix, Recorder):
         fastprefix.record(module, query, key, value, causal, sliding_window, is_causal)
-    elif active is None and MISSED:
-        for thread, missed in MISSED:
-            if thread == threading.get_ident():
-                missed.append(module)
-
-    call = Call(query, key, value, is_causal=causal, sliding_window=sliding_window)
-    longest = _add_prefix(call, module, active) if active is not None else 0
-    call = in_window(module, call, active, longest)
-    if active is not None and active.cu_seqlens is not None:
-        call.cu_seqlens = active.cu_seqlens.to(query.device)
-    elif attention_mask is not None and attention_mask.dim() == 2:
-        call.key_padding_mask = attention_mask
-    elif attention_mask is not None:
-        call = with_mask(module, call, active, attention_mask, longest)
+    elif fastprefix is None:
+        _note_missing_kwarg(module)
+    else:
+        active = _of_module(module, fastprefix)
+    if s_aux is not None and s_aux.dtype is not torch.float32:
+        s_aux = s_aux.to(query.dtype)
     if position_bias is not None:
-        bias = _without_needless_gradient(module, position_bias)
-        call.attn_mask = _with_bias(bias, call.attn_mask, query.dtype)
-    sinks = s_aux
-    if sinks is not None and sinks.dtype is not torch.float32:
-        sinks = sinks.to(query.dtype)
-    call.options = {
+        position_bias = _without_needless_gradient(module, position_bias)
+    options = {
         "dropout_p": dropout,
         "scale": scaling,
         "softcap": softcap,
-        "sinks": sinks,
+        "sinks": s_aux,
         "backend": "auto" if active is None else active.backend,
     }
-    return attend(call).transpose(1, 2), None
+    inputs = _Inputs(
+        module, query, key, value, attention_mask, position_bias, causal, sliding_window, options
+    )
+    if active is not None and active.masses is not None and active.kv is not None:
+        active.masses[_slot(module, active.turn)] = _mass(inputs, active)
+    return _attend(inputs, active).transpose(1, 2), None
+
+
+class _Inputs(NamedTuple):
+    """What a layer hands to its attention.
+
+    Attributes:
+        module: the attention module.
+        query: [B, Hq, Lq, D].
+        key: [B, Hkv, Lk, D].
+        value: [B, Hkv, Lk, Dv].
+        mask: see :func:`attention_interface`.
+        position_bias: [1 or B, Hq, Lq, Lk], or None.
+        is_causal: whether a mask that is left out is causal.
+        sliding_window: how many keys a query sees.
+        options: of the operator, which hold for every part of the call alike.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    position_bias: Tensor | None
+    is_causal: bool
+    sliding_window: int | None
+    options: dict[str, Any]
+
+
+def _attend(inputs: _Inputs, active: ActivePrefix | None) -> Tensor:
+    """[B, Hq, Lq, Dv]: the attention of a layer to its share of the prefixes and to the text."""
+    module, mask = inputs.module, inputs.mask
+    given, longest = ({}, 0) if active is None else _prefix_arguments(inputs, active)
+    cu_seqlens = None if active is None else active.cu_seqlens
+    if cu_seqlens is not None:
+        given["cu_seqlens"] = cu_seqlens.to(inputs.query.device)
+    elif mask is not None and mask.dim() == 2:
+        given["key_padding_mask"] = mask
+    call = Call(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        is_causal=inputs.is_causal,
+        sliding_window=inputs.sliding_window,
+        options=inputs.options,
+        **given,
+    )
+    call = in_window(module, call, active, longest)
+    if mask is not None and mask.dim() != 2 and cu_seqlens is None:
+        call = with_mask(module, call, active, mask, longest)
+    if inputs.position_bias is not None:
+        bias = _with_bias(inputs.position_bias, call.attn_mask, inputs.query.dtype)
+        call = replace(call, attn_mask=bias)
+    return attend(call)
+
+
+def _mass(inputs: _Inputs, active: ActivePrefix) -> Tensor:
+    """[B, Hq, Lq]: the share of a layer's attention that falls on the prefix.
+
+    It is the layer's own output when the values are 1 in the prefix and 0 in the text.
+    """
+    kv = active.kv
+    assert kv is not None
+    ones = replace(kv, values=tuple(map(torch.ones_like, kv.values)))
+    inputs = inputs._replace(
+        value=torch.zeros_like(inputs.value), options={**inputs.options, "dropout_p": 0.0}
+    )
+    return _attend(inputs, replace(active, kv=ones, masses=None))[..., 0].float()
+
+
+def _is_causal(
+    module: nn.Module, mask: Tensor | None, is_causal: bool | None, recorded: bool
+) -> bool:
+    """Whether a call is causal as far as its mask does not say so.
+
+    Args:
+        module: the attention module.
+        mask: as :mod:`fastprefix.hf.layer.masks` makes it.
+        is_causal: what the call was told, or None.
+        recorded: whether the call is recorded, and the mask may be one of those noted meanwhile.
+    """
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if mask is None:
+        causal = getattr(module, CAUSAL, {}).get(is_causal, causal)
+    elif mask.dim() == 2:
+        causal = True
+    made = made_causal(mask) if recorded else None
+    return causal if made is None else made
+
+
+def _note_missing_kwarg(module: nn.Module) -> None:
+    """Tells a probe of this thread, if there is one, which module attended without the keyword."""
+    for thread, modules in modules_without_kwarg:
+        if thread == threading.get_ident():
+            modules.append(module)
+
+
+def _of_module(module: nn.Module, active: ActivePrefix) -> ActivePrefix:
+    """The active prefix as a module takes it, counted as one of its calls."""
+    if not (active.positioned or hasattr(module, SLOT)):
+        return ActivePrefix(None, active.backend)  # a tower in front of the text
+    if active.attended is None:
+        return active
+    call_number, active.attended[0] = active.attended[0], active.attended[0] + 1
+    return replace(active, turn=active.turn + call_number, attended=None)
 
 
 def warn_of_no_weights() -> None:
@@ -185,37 +254,42 @@ def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
             )
 
 
-def _add_prefix(call: Call, module: nn.Module, active: ActivePrefix) -> int:
-    """Puts a layer's share of the prefixes into a call; how many tokens of one may slide."""
-    kv, query = active.kv, call.query
+def _prefix_arguments(inputs: _Inputs, active: ActivePrefix) -> tuple[dict[str, Any], int]:
+    """A layer's share of the prefixes, as arguments of :class:`Call`.
+
+    And how many tokens of one prefix may slide out of a window.
+    """
+    kv, query = active.kv, inputs.query
     if kv is None:
-        return 0
-    slot = _slot(module, active.turn)
+        return {}, 0
+    slot = _slot(inputs.module, active.turn)
     prefix_key, prefix_value = kv.layer(slot)
     P = longest = prefix_key.shape[1]
-    call.prefix_key = prefix_key.to(query.device, query.dtype)
-    call.prefix_value = prefix_value.to(query.device, query.dtype)
+    given: dict[str, Any] = {
+        "prefix_key": prefix_key.to(query.device, query.dtype),
+        "prefix_value": prefix_value.to(query.device, query.dtype),
+    }
     if isinstance(kv, PrefixKV):
         if kv.reweighting is not None and P:
-            heads = kv.reweighting.heads[slot].to(query.device)
-            call.head_bias = heads if kv.reweighting.kind == "bias" else None
-            call.gate = heads if kv.reweighting.kind == "gate" else None
+            name = "head_bias" if kv.reweighting.kind == "bias" else "gate"
+            given[name] = kv.reweighting.heads[slot].to(query.device)
     else:
         assert active.prefix_index is not None
-        call.prefix_index = active.prefix_index.to(query.device)
-        call.prefix_lengths = kv.prefix_lengths[slot].to(query.device)
+        given["prefix_index"] = active.prefix_index.to(query.device)
+        given["prefix_lengths"] = kv.prefix_lengths[slot].to(query.device)
         longest = kv.longest[slot]
-        kinds = {kv.kinds[n] for n in active.numbers if n >= 0} if any(kv.kinds) and P else set()
+        ids = active.prefix_ids
+        kinds = {kv.kinds[n] for n in ids if n >= 0} if any(kv.kinds) and P else set()
         if "bias" in kinds:
-            call.head_bias = kv.biases[slot].to(query.device)
+            given["head_bias"] = kv.biases[slot].to(query.device)
         if "gate" in kinds:
-            call.gate = kv.gates[slot].to(query.device)
+            given["gate"] = kv.gates[slot].to(query.device)
         if kinds:
-            call.numbers = active.numbers
-            call.gated = frozenset(n for n, kind in enumerate(kv.kinds) if kind == "gate")
-    if active.prefix_bias is not None and call.is_causal and P:
-        call.prefix_bias = active.prefix_bias[..., :P].to(query.dtype)
-    return longest if kv.in_window else 0
+            given["numbers"] = ids
+            given["gated"] = frozenset(n for n, kind in enumerate(kv.kinds) if kind == "gate")
+    if active.prefix_bias is not None and inputs.is_causal and P:
+        given["prefix_bias"] = active.prefix_bias[..., :P].to(query.dtype)
+    return given, longest if kv.in_window else 0
 
 
 def _slot(module: nn.Module, turn: int) -> int:
@@ -256,39 +330,9 @@ def _with_bias(bias: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     return bias + mask
 
 
-def _measure(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    fastprefix: ActivePrefix,
-    **kwargs: Any,
-) -> None:
-    """Leaves the share of a layer's attention that falls on the prefix in ``fastprefix.masses``.
-
-    It is the layer's own output when the values are 1 in the prefix and 0 in the text.
-    """
-    kv, masses = fastprefix.kv, fastprefix.masses
-    if kv is None or masses is None:
-        return
-    ones = replace(kv, values=tuple(map(torch.ones_like, kv.values)))
-    share, _ = prefix_attention_forward(
-        module,
-        query,
-        key,
-        torch.zeros_like(value),
-        attention_mask,
-        fastprefix=replace(fastprefix, kv=ones, masses=None),
-        **kwargs,
-    )
-    masses[_slot(module, fastprefix.turn)] = share[..., 0].transpose(1, 2).float()
-
-
 def register() -> None:
     """Makes "fastprefix" an ``attn_implementation`` of transformers. Idempotent."""
-    AttentionInterface.register(NAME, prefix_attention_forward)
+    AttentionInterface.register(NAME, attention_interface)
     AttentionMaskInterface.register(NAME, prefix_attention_mask)
 
 

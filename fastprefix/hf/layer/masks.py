@@ -37,6 +37,8 @@ from transformers.masking_utils import (
 # then, so that each layer is seen to be handed one or the other. What a module says of itself need
 # not be true where a model's own attention looks at the mask alone (BigBird-Pegasus).
 MADE: list[list[tuple[Tensor, bool]]] = []
+# Masks of these kinds are noted, and whether they are causal.
+_KINDS = {causal_mask_function: True, bidirectional_mask_function: False}
 # The configs of patched models, by id: they compare by what is in them.
 _PATCHED: set[int] = set()
 
@@ -92,72 +94,48 @@ def prefix_attention_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """A mask function for transformers' AttentionMaskInterface; arguments are the interface's."""
-    kinds = {causal_mask_function: True, bidirectional_mask_function: False}
-    if MADE and mask_function in kinds:
-        made = sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,  # type: ignore[arg-type]
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            **kwargs,
-        )
-        assert made is not None
-        for masks in MADE:
-            masks.append((made, kinds[mask_function]))
-        return made
+    request: dict[str, Any] = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        **kwargs,
+    }
+    if MADE and mask_function in _KINDS:
+        return _noted(request)
     config = kwargs.get("config")
     if config is not None and not _is_patched(id(config)):
-        return eager_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,  # type: ignore[arg-type]
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            allow_is_bidirectional_skip=False,
-            **kwargs,
-        )
+        return eager_mask(**request, allow_is_bidirectional_skip=False)
+    whole = kv_offset == 0 and (attention_mask is None or attention_mask.shape[-1] == kv_length)
     known_ends = isinstance(q_offset, int) and q_offset + q_length == kv_length
-    if (
-        mask_function is causal_mask_function
-        and allow_is_causal_skip
-        and kv_offset == 0
-        and known_ends
-        and (attention_mask is None or attention_mask.shape[-1] == kv_length)
-    ):
+    if mask_function is causal_mask_function and allow_is_causal_skip and whole and known_ends:
         if _all_real(attention_mask):
             return None
-        if not _cut_by_query(kwargs.get("config")):
+        if not _cut_by_query(config):
             return attention_mask
-    if (
-        mask_function is bidirectional_mask_function
-        and allow_is_bidirectional_skip
-        and kv_offset == 0
-        and (attention_mask is None or attention_mask.shape[-1] == kv_length)
-    ):
+    if mask_function is bidirectional_mask_function and allow_is_bidirectional_skip and whole:
         if _all_real(attention_mask) or attention_mask is None:
             return None
         return attention_mask[:, None, None, :]
     return sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,  # type: ignore[arg-type]
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
+        **request,
         local_size=local_size,
         # sdpa's rules for leaving the mask out align to the start; ours to the end
         allow_is_causal_skip=False,
         allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-        **kwargs,
     )
+
+
+def _noted(request: dict[str, Any]) -> Tensor:
+    """A mask that is made in full while a model is probed, and noted with its kind."""
+    made = sdpa_mask(**request, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    assert made is not None
+    for masks in MADE:
+        masks.append((made, _KINDS[request["mask_function"]]))
+    return made
 
 
 def _cut_by_query(config: Any) -> bool:

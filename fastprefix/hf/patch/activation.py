@@ -71,11 +71,11 @@ def activate(
             "PackedPrefixKV)"
         )
     index: Tensor | None = None
-    numbers: tuple[int, ...] = ()
+    prefix_ids: tuple[int, ...] = ()
     if isinstance(kv, PackedPrefixKV):
         if rows is None:
             raise ValueError("rows: got None with several prefixes, takes a name for each row")
-        index, numbers = kv.index(rows).to(device), kv.numbers(rows)
+        index, prefix_ids = kv.index(rows).to(device), kv.numbers(rows)
     elif rows is not None:
         raise ValueError("rows: got names with one PrefixKV, takes several by name as kv")
     _check_fits(model, patch, kv)
@@ -84,7 +84,7 @@ def activate(
     check_states(model, kv)
     kv = kv.to(device, dtype)
     kv = patch.sharding.narrow(kv) if patch.sharding else kv
-    return ActivePrefix(kv, patch.backend, index, numbers)
+    return ActivePrefix(kv, patch.backend, index, prefix_ids)
 
 
 def _check_fits(model: PreTrainedModel, patch: Patch, kv: PrefixKV | PackedPrefixKV) -> None:

@@ -139,7 +139,7 @@ def prompt_lengths(active: ActivePrefix) -> list[int]:
     """How many positions the prompts among a call's prefixes take, those alone that a row has."""
     kv = active.kv
     if isinstance(kv, PackedPrefixKV):
-        used = {n for n in active.numbers if n >= 0 and kv.windowed[n]}
+        used = {n for n in active.prefix_ids if n >= 0 and kv.windowed[n]}
         return [kv.offsets[n] for n in used]
     return [] if kv is None else [kv.position_offset]
 

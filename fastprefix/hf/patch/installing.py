@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastprefix.hf.checking.check_patch import compare_patch
-from fastprefix.hf.checking.known import ask, recall, remember
+from fastprefix.hf.checking.known import FACTS, Known, ask
 from fastprefix.hf.layer.attention import CAUSAL, SLOT
 from fastprefix.hf.multimodal import around, language_model
 from fastprefix.hf.patch.frequencies import thresholds
@@ -61,12 +61,12 @@ def patch_attention(
         UnsupportedModelError: it cannot take a prefix.
     """
     patch = Patch(implementations(model), "auto", example=example)
-    known = recall(model) if example is None else None
+    known = FACTS.recall(model) if example is None else None
     try:
         set_implementation(model)
         refuse_split_heads(model)
         if known is None:
-            known = remember(model, probe(model, example))
+            known = FACTS.remember(model, Known(probe(model, example)))
         slots = known.slots
         for module, causal in slots.causal.items():
             setattr(module, CAUSAL, causal)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastprefix.hf.devices import device_of
+from fastprefix.hf.evaluation import evaluating
 from fastprefix.hf.layer import attention, masks
 from fastprefix.hf.layer.active import Recorder
 from fastprefix.hf.multimodal import language_model
@@ -87,15 +88,14 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
         model(**inputs, fastprefix=recorder)
         return recorder
 
-    training = [module for module in model.modules() if module.training]
     missed: list[nn.Module] = []
-    model.eval()
     made: list[tuple[Tensor, bool]] = []
-    attention.MISSED.append((threading.get_ident(), missed))
+    attention.modules_without_kwarg.append((threading.get_ident(), missed))
     masks.MADE.append(made)
     try:
-        recorder = run(Recorder())
-        shared, several = _shared(model, recorder.modules, run)
+        with evaluating(model):
+            recorder = run(Recorder())
+            shared, several = _shared(model, recorder.modules, run)
     except TypeError as error:
         raise UnsupportedModelError(
             f"{kind}: its forward does not pass keyword arguments down to the attention layers "
@@ -105,10 +105,9 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
         raise UnsupportedModelError(f"{kind}: {error}") from error
     finally:
         # by identity: lists of the same length may be equal
-        attention.MISSED[:] = [other for other in attention.MISSED if other[1] is not missed]
+        noted = attention.modules_without_kwarg
+        noted[:] = [other for other in noted if other[1] is not missed]
         masks.MADE[:] = [other for other in masks.MADE if other is not made]
-        for module in training:
-            module.training = True
     inside = language_model(model)
     own = set((model if inside is None else inside).modules())
     keep = [call for call, module in enumerate(recorder.modules) if module in own]

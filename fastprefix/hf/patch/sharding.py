@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastprefix.hf.evaluation import evaluating
 from fastprefix.hf.layer.active import Recorder
 from fastprefix.hf.patch.probe import UnsupportedModelError, is_encoder_decoder
 from fastprefix.hf.versions import tensor_parallel_group
@@ -205,13 +206,8 @@ def find_sharding(model: PreTrainedModel) -> Sharding | None:
     inputs = {"input_ids": tokens}
     if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = tokens
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         model(**inputs, fastprefix=recorder)
-    finally:
-        for module in training:
-            module.training = True
     own = [
         torch.cat([key[0].flatten(1), value[0].flatten(1)], 1).cpu()
         for key, value in zip(recorder.keys, recorder.values, strict=True)

@@ -16,6 +16,7 @@ from fastprefix.hf.checking.check_prefix import check_prefix
 from fastprefix.hf.checking.check_prompt import compare_prompt
 from fastprefix.hf.checking.known import ask
 from fastprefix.hf.devices import device_of
+from fastprefix.hf.evaluation import evaluating
 from fastprefix.hf.expand.probe import cached_keys_values
 from fastprefix.hf.layer.active import Recorder
 from fastprefix.hf.layer.attention import SLOT
@@ -195,7 +196,6 @@ def _recorded(
     And, if asked for, the states that other layers have afterwards.
     """
     recorder = Recorder() if recorder is None else recorder
-    training = [module for module in model.modules() if module.training]
     options: dict[str, Any] = {"use_cache": states} if states or takes(model, "use_cache") else {}
     if takes(model, "logits_to_keep"):
         options["logits_to_keep"] = 1  # those of all other tokens would be thrown away
@@ -208,16 +208,8 @@ def _recorded(
                 name: sharding.agreed(x) if isinstance(x, Tensor) else x
                 for name, x in inputs.items()
             }
-        # where a model that sees keeps what its last call's images took off the positions
-        kept = {x: x.rope_deltas for x in model.modules() if hasattr(x, "rope_deltas")}
-        model.eval()
-        try:
+        with evaluating(model):
             output = model(**inputs, fastprefix=recorder, **options)
-        finally:
-            for module in training:
-                module.training = True
-            for module, deltas in kept.items():
-                module.rope_deltas = deltas
         calls = _own_calls(model, recorder)
     kv = PrefixKV(
         tuple(recorder.keys[call][0].contiguous() for call in calls),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastprefix.hf.devices import device_of
+from fastprefix.hf.evaluation import evaluating
+from fastprefix.hf.facts import Facts
 from fastprefix.hf.layer.active import ActivePrefix, Recorder
 from fastprefix.hf.patch.patch import HOOKED, Patch, patch_of
 from fastprefix.hf.patch.threads import ACTIVE
@@ -42,10 +43,7 @@ _STATE_LAYERS = {
 _FRONT, _REST, _PADS = 4, 4, 2
 
 _LOCK = threading.RLock()
-# What is known of models, and in which dtype they were when they ran.
-_KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, tuple[torch.dtype, Keeping]] = (
-    weakref.WeakKeyDictionary()
-)
+_FACTS = Facts[Keeping]()
 
 
 def says_stateful(model: PreTrainedModel) -> bool:
@@ -58,18 +56,11 @@ def keeping_of(model: PreTrainedModel) -> Keeping:
     """What a patched decoder-only model's layers keep of a text; runs it, the first time only."""
     patch = patch_of(model)
     with _LOCK:
-        dtype, keeping = _KNOWN.get(model, (None, None))
-        modules = dict(model.named_modules())
-        if keeping is None or dtype != model.dtype or not set(keeping.owners) <= set(modules):
-            training = [module for module in modules.values() if module.training]
-            model.eval()
-            try:
-                with torch.no_grad():
-                    keeping = _find(model, patch)
-            finally:
-                for module in training:
-                    module.training = True
-            _KNOWN[model] = model.dtype, keeping
+        keeping = _FACTS.recall(model)
+        if keeping is None:
+            with evaluating(model):
+                keeping = _find(model, patch)
+            _FACTS.remember(model, keeping)
         _install(model, patch, keeping)
     return keeping
 
