@@ -323,7 +323,7 @@ def _writer(step: Step, base: Base) -> Callable[[Path], None]:
 
 def _computed(found: Source, base: Base) -> PrefixKV:
     """A prompt's keys and values."""
-    from fastprefix.hf.prefill.prefill import prefill_embeddings
+    from fastprefix.hf.prefill.prompts import prefill_embeddings
 
     assert found.prompt is not None
     model = base.model(found.config.get("task_type"))

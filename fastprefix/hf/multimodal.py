@@ -17,7 +17,7 @@ from fastprefix.hf.versions import parameters
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class OuterInputs:
     """What the caller told the outer model, which hands masks and positions of its own down.
 
     Attributes:
@@ -29,7 +29,7 @@ class Asked:
     position_ids: bool
 
     @classmethod
-    def of(cls, kwargs: Mapping[str, Any]) -> Asked:
+    def of(cls, kwargs: Mapping[str, Any]) -> OuterInputs:
         """From a call's keyword arguments."""
         return cls(kwargs.get("attention_mask"), kwargs.get("position_ids") is not None)
 
@@ -52,7 +52,7 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel | None:
     return None
 
 
-def around(model: PreTrainedModel, inside: PreTrainedModel) -> list[PreTrainedModel]:
+def models_around(model: PreTrainedModel, inside: PreTrainedModel) -> list[PreTrainedModel]:
     """The models that a language model is part of, the whole one among them."""
     return [
         module

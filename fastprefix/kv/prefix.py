@@ -164,7 +164,7 @@ class PrefixKV:
         Example:
             >>> kv = PrefixKV.prefill(model, **processor(text=question, images=picture))
         """
-        from fastprefix.hf.prefill.prefill import prefill  # the one place that looks down the map
+        from fastprefix.hf.prefill.prompts import prefill  # the one place that looks down the map
 
         return prefill(model, input_ids, check=check, fallback=fallback, **inputs)
 

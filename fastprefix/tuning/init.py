@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastprefix.encoders import Layout, orthogonal, resize
 from fastprefix.hf.patch.patch import patch_of
 from fastprefix.hf.peft_format import load_adapter
-from fastprefix.hf.prefill.prefill import embedding_keys_values, text_keys_values
+from fastprefix.hf.prefill.recorded import embedding_keys_values, text_keys_values
 from fastprefix.kv import Group, PrefixKV
 from fastprefix.tuning.base import initial_ids
 from fastprefix.tuning.config import PrefixConfig

@@ -29,7 +29,7 @@ from fastprefix.hf.peft_base import (
     unwrap,
 )
 from fastprefix.hf.peft_prompts import INFIX_KIND, Prompt, load_prompt, save_prompt
-from fastprefix.hf.prefill.prefill import prefill_embeddings
+from fastprefix.hf.prefill.prompts import prefill_embeddings
 from fastprefix.hf.versions import cache_of, length_of
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning import hub

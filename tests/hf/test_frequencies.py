@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from fastprefix import PrefixKV, patch_model, use_prefix
-from fastprefix.hf.patch.frequencies import thresholds
+from fastprefix.hf.patch.frequencies import frequency_thresholds
 from fastprefix.hf.patch.patch import patch_of
 
 EXACT = {"rtol": 0, "atol": 1e-9}
@@ -93,6 +93,6 @@ def test_only_prompts_that_a_row_has_count(tiny):
 
 def test_thresholds_of_nested_parameters():
     config = LlamaConfig(**SMALL, max_position_embeddings=LIMIT)
-    assert thresholds(config) == ()
+    assert frequency_thresholds(config) == ()
     config.rope_parameters = {"full_attention": LONG, "sliding_attention": DYNAMIC}
-    assert thresholds(config) == (("longrope", LIMIT), ("dynamic", LIMIT))
+    assert frequency_thresholds(config) == (("longrope", LIMIT), ("dynamic", LIMIT))

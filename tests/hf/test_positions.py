@@ -6,7 +6,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from fastprefix import PrefixKV, patch_model, use_prefix
 from fastprefix.hf import patch_of
-from fastprefix.hf.prefill.prefill import text_keys_values
+from fastprefix.hf.prefill.recorded import text_keys_values
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 P = 5

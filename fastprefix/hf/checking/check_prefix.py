@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,43 +66,16 @@ def compare_prefix(
     except Exception as problem:  # whatever a model of anybody's raises on such an input
         _LOGGER.warning("%s: prefix is not checked: it runs on no sample (%s)", kind, problem)
         return "", None
-    recorder = recorder.only(slots.modules)
-    stateful, calls = says_stateful(model), _slots_of(slots, trace)
-
-    def run(shortened: str | None) -> tuple[Judge, list[int]]:
-        """The model with a prefix; the text of one group of layers is what follows it."""
-        held = _held(model, slots, recorder, shortened)
-        judge, unmoved = Judge(model, trace, inputs), list[int]()
-
-        def begin(number: int) -> int:
-            return PREFIX if any(slots.groups[slot] == shortened for slot in calls[number]) else 0
-
-        def look(number: int, made: Tensor, want: Tensor) -> None:
-            if not calls[number]:
-                return
-            same = judge.error(number, made, want) <= judge.tolerance
-            if not all(held[slot] for slot in calls[number]):
-                unmoved.extend([number] if same else [])
-            elif same or not stateful:  # else attention may start from a state, a prompt's own
-                judge.compare(number, made, want)
-
-        kv = _shares(recorder, held, PREFIX if shortened is not None else 0)
-        with held_to(trace, begin, look):
-            model(
-                **_behind(model, patch, inputs, shortened),
-                fastprefix=ActivePrefix(kv, patch.backend),
-            )
-        return judge, unmoved
-
+    trial = _Trial(model, patch, slots, inputs, recorder.of_modules(slots.modules), trace)
     shortened = _shortened(model, slots, patch) if is_text else None
     expected = (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError)
     try:
         try:
-            judge, unmoved = run(shortened)
+            judge, unmoved = trial.run(shortened)
         except expected:
             if shortened is None or not is_encoder_decoder(model):
                 raise
-            judge, unmoved = run(None)  # classifiers want one text in encoder and decoder
+            judge, unmoved = trial.run(None)  # classifiers want one text in encoder and decoder
     except expected as error:
         return f"{kind}: it does not run with a prefix ({error}). {SWITCH_OFF}", None
     if unmoved:
@@ -116,6 +90,62 @@ def compare_prefix(
             f"{SWITCH_OFF}"
         ), judge.worst
     return "", judge.worst
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """A run of a model on prefix and text in one sequence, to hold runs with a prefix to.
+
+    Attributes:
+        model: patched.
+        patch: the model's.
+        slots: its attention layers.
+        inputs: of the run.
+        recorder: what the layers were handed in it.
+        trace: what they made of it.
+    """
+
+    model: PreTrainedModel
+    patch: Patch
+    slots: Slots
+    inputs: dict[str, Any]
+    recorder: Recorder
+    trace: Trace
+
+    def run(self, shortened: str | None) -> tuple[Judge, list[int]]:
+        """Runs the model with a prefix.
+
+        Args:
+            shortened: the group of layers whose text is only what follows the prefix; None for all
+                layers to have the whole text.
+
+        Returns:
+            What was compared, and the calls that a prefix did not change.
+        """
+        groups, calls = self.slots.groups, _slots_of(self.slots, self.trace)
+        stateful = says_stateful(self.model)
+        held = _held(self.model, self.slots, self.recorder, shortened)
+        judge, unmoved = Judge(self.model, self.trace, self.inputs), list[int]()
+
+        def begin(number: int) -> int:
+            return PREFIX if any(groups[slot] == shortened for slot in calls[number]) else 0
+
+        def look(number: int, made: Tensor, want: Tensor) -> None:
+            if not calls[number]:
+                return
+            same = judge.error(number, made, want) <= judge.tolerance
+            if not all(held[slot] for slot in calls[number]):
+                unmoved.extend([number] if same else [])
+            elif same or not stateful:  # else attention may start from a state, a prompt's own
+                judge.compare(number, made, want)
+
+        kv = _shares(self.recorder, held, PREFIX if shortened is not None else 0)
+        with held_to(self.trace, begin, look):
+            self.model(
+                **_behind(self.model, self.patch, self.inputs, shortened),
+                fastprefix=ActivePrefix(kv, self.patch.backend),
+            )
+        return judge, unmoved
 
 
 def _shortened(model: PreTrainedModel, slots: Slots, patch: Patch) -> str | None:

@@ -19,7 +19,7 @@ from fastprefix.hf.expand.cache import Expanded
 from fastprefix.hf.expand.hooks import install
 from fastprefix.hf.layer.active import ActivePrefix
 from fastprefix.hf.patch.patch import HOOKED, Patch
-from fastprefix.hf.patch.position_limit import positions_known
+from fastprefix.hf.patch.position_limit import position_limit
 from fastprefix.hf.patch.probe import UnsupportedModelError, is_encoder_decoder, takes
 from fastprefix.hf.versions import cache_name, parameters
 from fastprefix.kv import PrefixKV
@@ -42,22 +42,14 @@ def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> Pa
     Raises:
         UnsupportedModelError: nothing can be done through its cache; the message says why.
     """
-    kind, stack = type(model).__name__, _find_stack(model)
 
     def refused(why: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{refusal}; and fallback='expand' does not help: {why}")
 
-    if is_encoder_decoder(model):
-        raise refused("it is for decoder-only models")
-    if stack is None:
-        raise refused(f"{kind} takes no KV cache")
-    if model.main_input_name != "input_ids":
-        raise refused(f"{kind} reads {model.main_input_name} and no text")
-    if getattr(model, "tp_size", None) not in (None, 1):
-        raise refused("it does not know which heads of a tensor-parallel model a rank has")
-    for layer in DynamicCache(config=stack.config).layers:
-        if type(layer) is not DynamicLayer:
-            raise refused(f"its cache has a {type(layer).__name__}, which drops what it holds")
+    stack = _find_stack(model)
+    if why := _why_not(model, stack):
+        raise refused(why)
+    assert stack is not None
     vocabulary = int(stack.config.get_text_config().vocab_size)
     ids = (torch.arange(_PREFIX + _TEXT, device=device_of(model)) + 1)[None] % vocabulary
     with evaluating(model):
@@ -71,33 +63,23 @@ def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> Pa
             by_slots = not _is_told_positions(stack, ids)
         except Exception as error:
             raise refused(str(error)) from error
-        patch = Patch([], "auto")
-        patch.shapes, patch.groups = (
-            kv.shapes,
-            ("decoder" if causal else "encoder",) * kv.num_layers,
-        )
+        how = Expanded(str(refusal), by_slots, True, position_limit(model, stack))
+        patch = Patch([], "auto", shapes=kv.shapes, expanded=how)
+        patch.groups = ("decoder" if causal else "encoder",) * kv.num_layers
         patch.query_heads = (stack.config.num_attention_heads,) * kv.num_layers
         patch.sources = tuple(range(kv.num_layers))
-        limit = positions_known(model, stack)
-        patch.expanded = Expanded(str(refusal), by_slots, pads_free=True, limit=limit)
         install(model, stack, patch)
         try:
-            front = kv.map(lambda x: x[:, :_PREFIX])
-            front = PrefixKV(front.keys, front.values, _PREFIX)
-            text = ids[:, _PREFIX:]
-            alone = _run(stack, text)
             try:
-                fits = _agrees(stack, front, text, whole, alone, left=0, right=1)
+                pads_free = _are_pads_free(stack, kv, ids, whole, by_slots)
             except Exception as error:
                 raise refused(f"{type(error).__name__}: {error}") from error
-            if not fits:
+            if pads_free is None:
                 raise refused(
-                    f"what {kind} computes behind keys and values in its cache is not what it "
-                    "computes behind the text that they are of"
+                    f"what {type(model).__name__} computes behind keys and values in its cache is "
+                    "not what it computes behind the text that they are of"
                 )
-            pads_free = _agrees(stack, front, text, whole, alone, left=2, right=0)
-            if not pads_free or (by_slots and _keys_hold_slots(stack, text)):
-                patch.expanded = replace(patch.expanded, pads_free=False)
+            patch.expanded = replace(how, pads_free=pads_free)
         except BaseException:
             for handle in patch.handles:
                 handle.remove()
@@ -105,6 +87,47 @@ def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> Pa
                 delattr(module, HOOKED)
             raise
     return patch
+
+
+def _why_not(model: PreTrainedModel, stack: PreTrainedModel | None) -> str:
+    """Why a model's cache cannot hold a prefix, as far as that shows without a run; or ""."""
+    if is_encoder_decoder(model):
+        return "it is for decoder-only models"
+    if stack is None:
+        return f"{type(model).__name__} takes no KV cache"
+    if model.main_input_name != "input_ids":
+        return f"{type(model).__name__} reads {model.main_input_name} and no text"
+    if getattr(model, "tp_size", None) not in (None, 1):
+        return "it does not know which heads of a tensor-parallel model a rank has"
+    for layer in DynamicCache(config=stack.config).layers:
+        if type(layer) is not DynamicLayer:
+            return f"its cache has a {type(layer).__name__}, which drops what it holds"
+    return ""
+
+
+def _are_pads_free(
+    stack: PreTrainedModel, kv: PrefixKV, ids: Tensor, whole: Tensor, by_slots: bool
+) -> bool | None:
+    """Whether padding on the left of a text leaves its results as they are.
+
+    Args:
+        stack: with the hooks.
+        kv: what its layers put into the cache for the token ids.
+        ids: [1, L].
+        whole: [1, L, hidden], what it makes of them.
+        by_slots: see :class:`fastprefix.hf.expand.cache.Expanded`.
+
+    Returns:
+        None where a text behind a prefix gets other results than behind the prefix's text.
+    """
+    front = kv.map(lambda x: x[:, :_PREFIX])
+    front = PrefixKV(front.keys, front.values, _PREFIX)
+    text = ids[:, _PREFIX:]
+    alone = _run(stack, text)
+    if not _agrees(stack, front, text, whole, alone, left=0, right=1):
+        return None
+    pads_free = _agrees(stack, front, text, whole, alone, left=2, right=0)
+    return pads_free and not (by_slots and _keys_hold_slots(stack, text))
 
 
 def cached_keys_values(model: PreTrainedModel, inputs: dict[str, Tensor]) -> PrefixKV:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fastprefix.hf.multimodal import Asked
+from fastprefix.hf.multimodal import OuterInputs
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 
 
@@ -24,7 +24,7 @@ class ActivePrefix:
         prefix_ids: the same before the hook, on the host: an R-tuple.
         positioned: whether the call's position_ids are already moved behind the prefix. Before
             that, in the towers of a model that sees, modules attend without it.
-        asked: what the caller told the model around the language model.
+        outer_inputs: what the caller told the model around the language model.
         cu_seqlens: offsets [M + 1] of sequences packed in one row, which stand for any mask.
         placement: how a windowed layer with an explicit mask learns how far a prompt slid: "end",
             its keys end at the newest token and text_mask says which are real; "mask", its mask
@@ -46,7 +46,7 @@ class ActivePrefix:
     prefix_index: Tensor | None = None
     prefix_ids: tuple[int, ...] = ()
     positioned: bool = False
-    asked: Asked | None = None
+    outer_inputs: OuterInputs | None = None
     cu_seqlens: Tensor | None = None
     placement: Literal["end", "mask", "unknown"] = "end"
     text_mask: Tensor | None = None
@@ -68,7 +68,7 @@ class Recorder:
         causal: whether each call was causal.
         queries: [B, Hq, D] of the last token of each call.
         windows: the sliding window of each call, or None.
-        told: what each call was told by its argument ``is_causal``.
+        is_causal_given: the argument ``is_causal`` of each call.
         positions: what the language model was told, None for its own default.
     """
 
@@ -78,7 +78,7 @@ class Recorder:
     causal: list[bool] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
-    told: list[bool | None] = field(default_factory=list)
+    is_causal_given: list[bool | None] = field(default_factory=list)
     positions: Tensor | None = None
 
     def record(
@@ -89,10 +89,10 @@ class Recorder:
         value: Tensor,
         causal: bool,
         window: int | None = None,
-        told: bool | None = None,
+        is_causal_given: bool | None = None,
     ) -> None:
         """Keeps one call."""
-        self.told.append(told)
+        self.is_causal_given.append(is_causal_given)
         self.modules.append(module)
         self.keys.append(key)
         self.values.append(value)
@@ -100,10 +100,10 @@ class Recorder:
         self.queries.append(query[:, :, -1].clone())  # a view would keep all of them
         self.windows.append(window)
 
-    def only(self, modules: Collection[nn.Module]) -> Recorder:
+    def of_modules(self, modules: Collection[nn.Module]) -> Recorder:
         """What was kept of calls of these modules."""
         own = set(modules)
         calls = [call for call, module in enumerate(self.modules) if module in own]
-        lists = ("modules", "keys", "values", "causal", "queries", "windows", "told")
+        lists = ("modules", "keys", "values", "causal", "queries", "windows", "is_causal_given")
         parts: dict[str, Any] = {name: [getattr(self, name)[x] for x in calls] for name in lists}
         return Recorder(**parts, positions=self.positions)

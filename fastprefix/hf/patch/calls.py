@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastprefix.hf.layer.active import ActivePrefix
 from fastprefix.hf.layer.packing import inputs_of
-from fastprefix.hf.multimodal import Asked
+from fastprefix.hf.multimodal import OuterInputs
 from fastprefix.hf.versions import cache_of, length_of
 from fastprefix.kv import PackedPrefixKV
 
@@ -151,10 +151,12 @@ def reach_of(kwargs: dict[str, Any]) -> int:
     return length + (seen if isinstance(seen, int) else 0)  # a static cache keeps a tensor
 
 
-def place_of_text(kwargs: dict[str, Any], asked: Asked | None = None) -> dict[str, Any]:
+def place_of_text(
+    kwargs: dict[str, Any], outer_inputs: OuterInputs | None = None
+) -> dict[str, Any]:
     """Where the call's text lies in the layers' keys: `placement` and `text_mask`."""
     attention_mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
-    attention_mask = attention_mask if asked is None else asked.attention_mask
+    attention_mask = attention_mask if outer_inputs is None else outer_inputs.attention_mask
     if any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ())):
         return {"placement": "mask"}
     if attention_mask is None:
@@ -178,7 +180,7 @@ def behind_prefix(
     kwargs: dict[str, Any],
     offset: int | Tensor,
     bare: Tensor | None = None,
-    asked: Asked | None = None,
+    outer_inputs: OuterInputs | None = None,
 ) -> Tensor:
     """Positions of the text behind the prefix; pads take none.
 
@@ -191,15 +193,17 @@ def behind_prefix(
         offset: one for all, [B, 1] by row, or [1, L] by token of packed sequences.
         bare: bool [B, 1]: rows that have no prefix, and stand where the bare model puts them, which
             counts pads as well. None for no such row.
-        asked: in the language model of a model that sees, what that one was told.
+        outer_inputs: in the language model of a model that sees, what that one was told.
     """
     position_ids: Tensor | None = kwargs.get("position_ids")
-    made = asked is not None and not asked.position_ids
+    made = outer_inputs is not None and not outer_inputs.position_ids
     if position_ids is not None and (position_ids.dim() == 3 or not made):
         return position_ids + offset
     inputs = inputs_of(kwargs)
     length = inputs.shape[1]
-    attention_mask = kwargs.get("attention_mask") if asked is None else asked.attention_mask
+    attention_mask = (
+        kwargs.get("attention_mask") if outer_inputs is None else outer_inputs.attention_mask
+    )
     seen = length_of(cache_of(kwargs))
     plain = positions = (torch.arange(length, device=inputs.device) + seen)[None]
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:

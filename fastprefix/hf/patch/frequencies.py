@@ -17,7 +17,7 @@ from fastprefix.hf.layer.packing import inputs_of
 from fastprefix.hf.versions import cache_of
 
 
-def thresholds(config: Any) -> tuple[tuple[str, int], ...]:
+def frequency_thresholds(config: Any) -> tuple[tuple[str, int], ...]:
     """The kinds of rotary embedding that depend on the length, and up to which they do not."""
     text = config.get_text_config()
     given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -34,7 +34,7 @@ def thresholds(config: Any) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
-def check_cache(module: nn.Module, kwargs: dict[str, Any]) -> None:
+def check_dropped_cache(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raises NotImplementedError where generate() has thrown a text's cache away (Phi3, in 5.17).
 
     It does so where the text alone, as long as it thinks, crosses the threshold, and goes on with
@@ -57,7 +57,7 @@ def check_frequencies(
     """Raises NotImplementedError where a prompt's keys have other frequencies than the text's.
 
     Args:
-        limits: see :func:`thresholds`.
+        limits: see :func:`frequency_thresholds`.
         prompts: how many positions each prompt of the call takes.
         reach: how far the moved text reaches at most: with padding, which takes no position.
         positions: of the moved text. Only looked at where the answer may be an error.

@@ -16,7 +16,7 @@ from fastprefix.hf.patch.calls import StackCall
 from fastprefix.hf.patch.patch import HOOKED, Patch
 from fastprefix.hf.patch.positions import Placing
 from fastprefix.hf.patch.threads import active_of
-from fastprefix.hf.states.cached_state import begin, clear
+from fastprefix.hf.states.cached_state import forget_pieces, start_from_prompt
 from fastprefix.hf.versions import by_name, cache_of
 
 
@@ -62,7 +62,7 @@ def inject(
     if isinstance(active, Recorder):
         placing.record(active, names, args, kwargs)
         return None
-    clear(patch)
+    forget_pieces(patch)
     if active is None and patch.backend == "auto":
         return None
     if active is None or active.kv is None:  # plain attention, by the backend that was asked for
@@ -72,13 +72,13 @@ def inject(
     active = placing.place(StackCall(module, names, kwargs, active))
     kwargs[NAME] = active
     if active.positioned:
-        begin(module, active, kwargs, patch, names)
+        start_from_prompt(module, active, kwargs, patch, names)
     if active.cu_seqlens is not None and module.base_model is module:
         kwargs["attention_mask"] = no_mask(kwargs)
     return (), kwargs
 
 
-def take_turn(
+def tell_layers_apart(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook of a module that several layers share: tells these layers apart, by their order."""

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from fastprefix.hf.checking.check_patch import compare_patch
 from fastprefix.hf.checking.known import FACTS, Known, ask
 from fastprefix.hf.layer.attention import CAUSAL, SLOT
-from fastprefix.hf.multimodal import around, language_model
-from fastprefix.hf.patch.frequencies import thresholds
-from fastprefix.hf.patch.hooks import contiguous_input, count_calls, inject, take_turn
+from fastprefix.hf.multimodal import language_model, models_around
+from fastprefix.hf.patch.frequencies import frequency_thresholds
+from fastprefix.hf.patch.hooks import contiguous_input, count_calls, inject, tell_layers_apart
 from fastprefix.hf.patch.implementation import (
     NAME,
     implementations,
@@ -29,7 +29,7 @@ from fastprefix.hf.patch.implementation import (
     set_implementation,
 )
 from fastprefix.hf.patch.patch import HOOKED, Patch
-from fastprefix.hf.patch.position_limit import positions_known
+from fastprefix.hf.patch.position_limit import position_limit
 from fastprefix.hf.patch.positions import (
     ByEmbedding,
     InLanguageModel,
@@ -108,7 +108,7 @@ def _hook_layers(patch: Patch, slots: Slots) -> None:
     for slot, module in enumerate(slots.modules):
         setattr(module, SLOT, (*getattr(module, SLOT, ()), slot))
     for module in slots.shared:
-        patch.handles.append(module.register_forward_pre_hook(take_turn, with_kwargs=True))
+        patch.handles.append(module.register_forward_pre_hook(tell_layers_apart, with_kwargs=True))
     for module, each in slots.several.items():  # behind the hook above, where it has both
         hook = partial(count_calls, each=each)
         patch.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -123,7 +123,7 @@ def _hook_stacks(model: PreTrainedModel, patch: Patch) -> None:
     hooked: dict[nn.Module, Placing] = {}
     if patch.is_encoder_decoder:
         stack = model.get_decoder()
-        limit = positions_known(model, stack)
+        limit = position_limit(model, stack)
         placing = placing_of_decoder(stack, limit)
         hooked = {model: InParts(), model.base_model: InParts()}
         hooked |= {model.get_encoder(): Unmovable(), stack: placing}
@@ -132,11 +132,11 @@ def _hook_stacks(model: PreTrainedModel, patch: Patch) -> None:
         placing = placing_of(
             stack,
             causal="decoder" in patch.groups,
-            limit=positions_known(model, stack),
-            frequencies=thresholds(model.config),
+            limit=position_limit(model, stack),
+            frequencies=frequency_thresholds(model.config),
         )
         if stack is not model:
-            hooked = dict.fromkeys(around(model, stack), InLanguageModel())
+            hooked = dict.fromkeys(models_around(model, stack), InLanguageModel())
         hooked |= {stack: placing, stack.base_model: placing}
     patch.placing = placing
     for module, way in hooked.items():

@@ -20,7 +20,7 @@ from fastprefix.hf.patch.implementation import PATCHED, restore
 from fastprefix.hf.patch.installing import patch_attention
 from fastprefix.hf.patch.patch import HOOKED, PATCH, is_patched, patch_of
 from fastprefix.hf.patch.probe import UnsupportedModelError
-from fastprefix.hf.patch.running import LOCK, count_forwards, held_up
+from fastprefix.hf.patch.running import LOCK, count_forwards, holding_up_forwards
 from fastprefix.hf.patch.threads import ACTIVE
 
 # What else to try with a model that cannot be patched.
@@ -206,7 +206,7 @@ def _patch(
 ) -> None:
     """Patches a model, through its KV cache where nothing else helps and the caller allows it."""
     try:
-        with held_up(model):
+        with holding_up_forwards(model):
             patch = patch_attention(model, example, check)
         if fallback is not None and check:
             setattr(model, PATCH, patch)

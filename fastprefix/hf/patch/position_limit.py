@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-def positions_known(model: PreTrainedModel, stack: nn.Module) -> int | None:
+def position_limit(model: PreTrainedModel, stack: nn.Module) -> int | None:
     """How many positions a stack of layers has embeddings for; None where there is no end.
 
     The embedding is the one that is as long as the config says, the tokens' own aside, but for rows
@@ -27,25 +27,25 @@ def positions_known(model: PreTrainedModel, stack: nn.Module) -> int | None:
 
 
 def check_position_limit(
-    known: int | None, offset: int, reach: int, positions: Tensor | None
+    limit: int | None, offset: int, reach: int, positions: Tensor | None
 ) -> None:
     """Raises ValueError where a text's last position lies beyond the last one that is known.
 
     Args:
-        known: see :func:`positions_known`.
+        limit: see :func:`position_limit`.
         offset: by how much the prefix moved the text.
         reach: how far the moved text reaches at most: with padding, which takes no position.
         positions: of the moved text; None if it reaches exactly that far. Only looked at where the
             answer costs no synchronisation, or may be an error.
     """
-    if known is None or not offset or torch.compiler.is_compiling():
+    if limit is None or not offset or torch.compiler.is_compiling():
         return
-    if positions is not None and (reach > known or positions.device.type == "cpu"):
+    if positions is not None and (reach > limit or positions.device.type == "cpu"):
         reach = int(positions.max()) + 1
-    if reach > known:
+    if reach > limit:
         raise ValueError(
             f"position_offset: got {offset}, which moves the text's last token to position "
-            f"{reach - 1}; the model has learned {known} positions, 0 to {known - 1}"
+            f"{reach - 1}; the model has learned {limit} positions, 0 to {limit - 1}"
         )
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from fastprefix.hf.layer.active import ActivePrefix, Recorder
 from fastprefix.hf.layer.packing import inputs_of, refuse_packed, unpack
-from fastprefix.hf.multimodal import Asked
+from fastprefix.hf.multimodal import OuterInputs
 from fastprefix.hf.patch.calls import (
     StackCall,
     behind_prefix,
@@ -28,7 +28,7 @@ from fastprefix.hf.patch.calls import (
     reach_of,
     rows_and_offsets,
 )
-from fastprefix.hf.patch.frequencies import check_cache, check_frequencies
+from fastprefix.hf.patch.frequencies import check_dropped_cache, check_frequencies
 from fastprefix.hf.patch.position_limit import check_position_limit
 from fastprefix.hf.versions import by_name, cache_of, cached_name, length_of, parameters
 from fastprefix.kv import PrefixKV
@@ -65,7 +65,7 @@ class Placing:
         kv = call.active.kv
         assert kv is not None
         call.cu_seqlens = self._unpacked(call)
-        placed_text = place_of_text(call.kwargs, call.active.asked) if kv.in_window else {}
+        placed_text = place_of_text(call.kwargs, call.active.outer_inputs) if kv.in_window else {}
         call.index, call.offset = rows_and_offsets(
             call.active, call.module, call.kwargs, call.cu_seqlens
         )
@@ -92,7 +92,7 @@ class Placing:
 
 
 @dataclass(frozen=True)
-class _Told(Placing):
+class _ByArgument(Placing):
     """By an argument of the forward.
 
     Attributes:
@@ -111,7 +111,7 @@ class _Told(Placing):
         bare = None
         if call.index is not None and call.cu_seqlens is None and self.counts_padding:
             bare = (call.index < 0)[:, None]
-        positions = behind_prefix(call.kwargs, call.offset, bare, call.active.asked)
+        positions = behind_prefix(call.kwargs, call.offset, bare, call.active.outer_inputs)
         call.kwargs["position_ids"] = positions
         reach = reach_of(call.kwargs) + call.most
         check_position_limit(self.limit, call.most, reach, positions)
@@ -120,7 +120,7 @@ class _Told(Placing):
 
 
 @dataclass(frozen=True)
-class ByPositionIds(_Told):
+class ByPositionIds(_ByArgument):
     """By position_ids, which follow the attention mask where they are not given."""
 
     moves_by_default = True
@@ -137,13 +137,13 @@ class ByPositionIds(_Told):
 
     def _unpacked(self, call: StackCall) -> Tensor | None:
         if self.frequencies:
-            check_cache(call.module, call.kwargs)
+            check_dropped_cache(call.module, call.kwargs)
         check_lengths(call.kwargs, call.most)
         return unpack(call.module.config, call.kwargs, call.names)
 
 
 @dataclass(frozen=True)
-class ByGivenPositionIds(_Told):
+class ByGivenPositionIds(_ByArgument):
     """By position_ids, for which the model itself knows a default where they are learned."""
 
     wants_position_ids = True
@@ -315,7 +315,9 @@ class InLanguageModel(Placing):
     def place(self, call: StackCall) -> ActivePrefix:
         """Hands the prefix down, with what the caller said about the text."""
         active = call.active
-        return active if active.asked else replace(active, asked=Asked.of(call.kwargs))
+        if active.outer_inputs is not None:
+            return active
+        return replace(active, outer_inputs=OuterInputs.of(call.kwargs))
 
 
 def relative_biases(stack: nn.Module) -> list[nn.Module]:

@@ -128,7 +128,7 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
         ),
         tuple(recorder.queries[call].shape[1] for call in keep),
         tuple(group for call, group in enumerate(_groups(model, recorder)) if call in set(keep)),
-        _sources(recorder.only(own)),
+        _sources(recorder.of_modules(own)),
         shared,
         several,
         _causal(recorder),
@@ -155,11 +155,12 @@ def _causal(recorder: Recorder) -> dict[nn.Module, dict[bool | None, bool]]:
     """Modules whose masks are other than they say; those with masks of both kinds aside."""
     found: dict[nn.Module, dict[bool | None, bool]] = {}
     both = set()
-    for module, causal, told in zip(recorder.modules, recorder.causal, recorder.told, strict=True):
-        said = getattr(module, "is_causal", True) if told is None else told
-        both |= {module} if found.get(module, {}).get(told, causal) != causal else set()
+    calls = zip(recorder.modules, recorder.causal, recorder.is_causal_given, strict=True)
+    for module, causal, given in calls:
+        said = getattr(module, "is_causal", True) if given is None else given
+        both |= {module} if found.get(module, {}).get(given, causal) != causal else set()
         if said != causal:
-            found.setdefault(module, {})[told] = causal
+            found.setdefault(module, {})[given] = causal
     return {module: kinds for module, kinds in found.items() if module not in both}
 
 

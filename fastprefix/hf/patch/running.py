@@ -27,7 +27,7 @@ _ENTERED = "_entered"
 
 
 @contextlib.contextmanager
-def held_up(model: PreTrainedModel) -> Iterator[None]:
+def holding_up_forwards(model: PreTrainedModel) -> Iterator[None]:
     """Forwards that other threads begin in this block wait for its end; it holds :data:`LOCK`."""
     with LOCK:
         handles = [part.register_forward_pre_hook(_wait) for part in _models(model)]

@@ -18,7 +18,7 @@ from fastprefix.hf.layer.active import ActivePrefix
 from fastprefix.hf.layer.packing import inputs_of, starts_anew
 from fastprefix.hf.patch.patch import Patch, patch_of
 from fastprefix.hf.patch.threads import ACTIVE
-from fastprefix.hf.states.caches import Keeping, kept, new_cache, put
+from fastprefix.hf.states.caches import Keeping, fill_states, new_cache, states_in
 from fastprefix.hf.states.keeping import keeping_of, refuse
 from fastprefix.hf.states.pieces import PARTS, plan
 from fastprefix.hf.versions import cache_name, cache_of, length_of
@@ -57,7 +57,7 @@ def check_states(model: PreTrainedModel, kv: PrefixKV | PackedPrefixKV) -> None:
             raise ValueError(f"kv: got states {got}, takes {want} for this {type(model).__name__}")
 
 
-def begin(
+def start_from_prompt(
     module: nn.Module,
     active: ActivePrefix,
     kwargs: dict[str, Any],
@@ -115,18 +115,18 @@ def begin(
     if cache is None:
         cache = kwargs[argument] = new_cache(module, keeping)
         kwargs["use_cache"] = True
-    if not kept(cache):
+    if not states_in(cache):
         if isinstance(length_of(cache), int) and length_of(cache) > 0:
             raise ValueError(
                 f"{argument}: got one that holds a text but no states for {kind}, takes an empty "
                 "one, or one that began under the same prompt"
             )
         states = _states_of_rows(prompts, active.prefix_index, rows, keeping)
-        put(cache, states, argument)
+        fill_states(cache, states, argument)
     setattr(ACTIVE, patch.key + PARTS, plan(kind, kwargs, keeping, rows, length))
 
 
-def clear(patch: Patch) -> None:
+def forget_pieces(patch: Patch) -> None:
     """Forgets what a call that has ended, or failed, has left."""
     if getattr(ACTIVE, patch.key + PARTS, None) is not None:
         setattr(ACTIVE, patch.key + PARTS, None)

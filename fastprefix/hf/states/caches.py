@@ -39,15 +39,15 @@ class Keeping:
     cache: Any = None
 
 
-def take(output: Any) -> tuple[LayerState, ...]:
+def prompt_states(output: Any) -> tuple[LayerState, ...]:
     """The states that a run of one row with a cache has left in it."""
     return tuple(
         LayerState(layer, {name: x[0].detach().clone() for name, x in tensors.items()})
-        for layer, tensors in kept(cache_in(output)).items()
+        for layer, tensors in states_in(cache_in(output)).items()
     )
 
 
-def kept(cache: Any) -> dict[int, dict[str, Tensor]]:
+def states_in(cache: Any) -> dict[int, dict[str, Tensor]]:
     """The states in a cache, [B, ...] each: layers and names of those that there are."""
     if hasattr(cache, "linear_cache"):
         held = enumerate(cache.linear_cache)
@@ -64,7 +64,7 @@ def kept(cache: Any) -> dict[int, dict[str, Tensor]]:
     return found
 
 
-def put(cache: Any, states: Mapping[int, Mapping[str, Tensor]], argument: str) -> None:
+def fill_states(cache: Any, states: Mapping[int, Mapping[str, Tensor]], argument: str) -> None:
     """Fills the layers of an empty cache, which become the owners of the tensors."""
     if hasattr(cache, "linear_cache"):
         for layer, tensors in states.items():

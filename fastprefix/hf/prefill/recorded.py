@@ -1,62 +1,25 @@
-"""A text's keys and values, as the model's own attention layers receive them."""
+"""What the attention layers of a model are handed for one text: its keys and values."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastprefix.arguments import check_type
-from fastprefix.hf.checking.check_prefix import check_prefix
-from fastprefix.hf.checking.check_prompt import compare_prompt
-from fastprefix.hf.checking.known import ask
-from fastprefix.hf.devices import device_of
 from fastprefix.hf.evaluation import evaluating
 from fastprefix.hf.expand.probe import cached_keys_values
 from fastprefix.hf.layer.active import Recorder
 from fastprefix.hf.layer.attention import SLOT
-from fastprefix.hf.multimodal import language_model, next_position
-from fastprefix.hf.patch.activation import activate
+from fastprefix.hf.multimodal import language_model
 from fastprefix.hf.patch.patch import patch_of
-from fastprefix.hf.patch.patching import Fallback, patched
+from fastprefix.hf.patch.patching import patched
 from fastprefix.hf.patch.probe import is_encoder_decoder, takes
-from fastprefix.hf.prefill.inputs import one_prompt, prompt_inputs
-from fastprefix.hf.states.caches import take
-from fastprefix.hf.states.keeping import keeping_of, refuse
+from fastprefix.hf.prefill.inputs import one_prompt
+from fastprefix.hf.states.caches import prompt_states
 from fastprefix.kv import PrefixKV
-
-
-def prefill(
-    model: PreTrainedModel,
-    input_ids: Tensor | Sequence[int] | None = None,
-    *,
-    check: bool = True,
-    fallback: Fallback | None = None,
-    **inputs: Any,
-) -> PrefixKV:
-    """Runs a prompt through the model once; see :meth:`fastprefix.PrefixKV.prefill`."""
-    check_type("model", model, PreTrainedModel, "a transformers PreTrainedModel")
-    made = prompt_inputs(model, input_ids, inputs)
-    with patched(model, fallback, check=check):
-        return _as_prompt(model, check, **made)
-
-
-def prefill_embeddings(model: PreTrainedModel, embeddings: Tensor) -> PrefixKV:
-    """Keys and values of a prompt of embeddings, as :func:`prefill` gives those of a text.
-
-    Args:
-        model: a decoder-only model that :func:`fastprefix.patch_model` accepts; left as it was.
-        embeddings: [P, width].
-
-    Raises:
-        ValueError: not a decoder-only model.
-    """
-    return _as_prompt(model, True, inputs_embeds=embeddings[None].to(device_of(model), model.dtype))
 
 
 def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
@@ -73,8 +36,8 @@ def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) 
     """
     ids = one_prompt(model, input_ids)
     if is_encoder_decoder(model):
-        return _recorded(model, input_ids=ids, decoder_input_ids=ids)
-    return _recorded(model, input_ids=ids)
+        return keys_values_of_run(model, input_ids=ids, decoder_input_ids=ids)
+    return keys_values_of_run(model, input_ids=ids)
 
 
 def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
@@ -122,70 +85,13 @@ def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[i
         blocks = [model.get_submodule(name.rpartition(".")[0]) for name in names]
         handles = [x.register_forward_pre_hook(from_the_start, with_kwargs=True) for x in blocks]
         try:
-            return _recorded(model, input_ids=ids)
+            return keys_values_of_run(model, input_ids=ids)
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def _as_prompt(model: PreTrainedModel, check: bool, **inputs: Any) -> PrefixKV:
-    with patched(model, check=check):
-        if set(patch_of(model).groups) != {"decoder"} or _sees_both_sides(model):
-            raise ValueError(
-                f"model: got {type(model).__name__}, takes a decoder-only model; an encoder's "
-                "prompt sees the text, so its keys are not the same for every text"
-            )
-        if patch_of(model).expanded is not None:
-            # it was compared with one sequence when it was patched
-            kv = _recorded(model, **inputs)
-            return replace(kv, position_offset=kv.num_virtual_tokens, in_window=True)
-        refuse(model, keeping_of(model))
-        kv = _prompt(model, **inputs)
-        if check:
-            _check_prompt(model, kv)
-        return kv
-
-
-def _sees_both_sides(model: PreTrainedModel) -> bool:
-    """Whether types of tokens decide who sees the text behind (PaliGemma): its layers say so."""
-    layers = (module for module in model.modules() if hasattr(module, SLOT))
-    return takes(model, "token_type_ids") and not all(
-        getattr(layer, "is_causal", True) for layer in layers
-    )
-
-
-def _prompt(model: PreTrainedModel, **inputs: Tensor) -> PrefixKV:
-    recorder = Recorder()
-    kv = _recorded(model, recorder, states=keeping_of(model).stateful, **inputs)
-    offset = next_position(kv.num_virtual_tokens, recorder.positions)
-    return replace(kv, position_offset=offset, in_window=True)
-
-
-def _check_prompt(model: PreTrainedModel, kv: PrefixKV) -> None:
-    """Compares, once per model, a text behind a prompt's prefix with both in one sequence."""
-    try:
-        activate(model, kv, check=False)
-    except NotImplementedError:
-        return  # refused by name wherever it is used
-
-    def behind(kv: PrefixKV | None, **inputs: Tensor) -> Any:
-        return model(**inputs, fastprefix=activate(model, kv, check=False))
-
-    known = patch_of(model).known
-    if known is not None:
-        check_prefix(model)
-        ask(
-            model,
-            known,
-            "prompt",
-            lambda: compare_prompt(
-                model, known.slots, lambda ids: _prompt(model, input_ids=ids), behind
-            ),
-        )
-
-
-@torch.no_grad()
-def _recorded(
+def keys_values_of_run(
     model: PreTrainedModel,
     recorder: Recorder | None = None,
     states: bool = False,
@@ -215,7 +121,7 @@ def _recorded(
         tuple(recorder.keys[call][0].contiguous() for call in calls),
         tuple(recorder.values[call][0].contiguous() for call in calls),
         position_offset=0,
-        states=take(output) if states else None,
+        states=prompt_states(output) if states else None,
     )
     return sharding.gather(kv) if sharding else kv
 
