@@ -1,4 +1,4 @@
-"""How much of the attention a prefix takes."""
+"""How much of the attention falls on a prefix."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ from fastprefix.kv import PrefixKV
 def attention_mass(model: PreTrainedModel, kv: PrefixKV, **inputs: Any) -> tuple[Tensor, ...]:
     """The share of the attention weights that falls on the prefix, by layer and query head.
 
-    The mean over real tokens: the encoder's, or the decoder's in its own layers. No weights are
-    formed: a layer's output is the share, when its values are 1 in the prefix and 0 in the text.
-    Of a prefix with gates that is tanh(gate): its weight beside the text's, which is 1.
+    It is the mean over real tokens: tokens of the encoder in encoder layers, of the decoder in
+    decoder layers. No weights are formed: a layer's output is this share if its values are 1 in the
+    prefix and 0 in the text. For a prefix with gates the result is tanh(gate): the weight of the
+    prefix beside the text, whose weight is 1.
 
     Args:
-        model: see :func:`fastprefix.patch_model`; it is left as it was, in evaluation mode for the
-            one forward pass that this takes.
+        model: see :func:`fastprefix.patch_model`; it is left as it was. It runs once, in evaluation
+            mode.
         kv: the prefix.
-        inputs: of the model's forward; padding where attention_mask (decoder_attention_mask) is 0.
+        inputs: arguments of the model's forward. attention_mask (decoder_attention_mask) is 0 for
+            padding.
 
     Returns:
-        One [Hq] tensor in float32 a layer, zeros for a layer without a prefix.
+        For each layer a float32 tensor [Hq]; zeros for a layer without a prefix.
 
     Raises:
         ValueError: kv does not fit the model.

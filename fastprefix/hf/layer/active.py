@@ -1,4 +1,4 @@
-"""What travels with a forward call: the active prefix, or a recorder of what layers are handed."""
+"""What travels with a forward call: the active prefix, or a recorder of what layers receive."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ class ActivePrefix:
     """What travels with a forward call, as its keyword argument ``fastprefix``.
 
     Attributes:
-        kv: the prefix, or several of which a row picks one, or None for plain attention.
-        backend: of :func:`fastprefix.prefix_attention`.
-        prefix_index: with several prefixes int32 [R], which of them a row attends to, -1 for none;
-            the hook makes it [B].
-        prefix_ids: the same before the hook, on the host: an R-tuple.
-        positioned: whether the call's position_ids are already moved behind the prefix. Before
-            that, in the towers of a model that sees, modules attend without it.
-        outer_inputs: what the caller told the model around the language model.
-        cu_seqlens: offsets [M + 1] of sequences packed in one row, which stand for any mask.
-        placement: how a windowed layer with an explicit mask learns how far a prompt slid: "end",
-            its keys end at the newest token and text_mask says which are real; "mask", its mask
-            says both (a static cache, packed sequences); "unknown", the mask is the user's own.
-        text_mask: the call's attention mask [B, L], 1 = real token, up to the newest token; None
-            for no padding.
-        prefix_bias: [Hq, Lq, P], added to the prefix's scores in a decoder's own attention.
-        turn: how often the layers at hand ran before in this call, where layers share modules;
-            times how often each attends where that is several times.
-        attended: how often the module at hand has attended in this run of it, a list of one number;
-            None where it does so once.
-        turns: the same, counted for each module that several layers share.
-        masses: where each layer leaves the share of its attention that the prefix takes, by slot,
-            [B, Hq, Lq] each; None for not at all.
+        kv: the prefix; or several packed ones, of which each row has at most one; or None for plain
+            attention.
+        backend: the backend argument of :func:`fastprefix.prefix_attention`.
+        prefix_index: with several prefixes, int32 [R]: which of them each row attends to, -1 for
+            none. The hook makes it [B].
+        prefix_ids: prefix_index before the hook, as R numbers on the host.
+        positioned: whether the call's position_ids are already moved behind the prefix. Until they
+            are, modules attend without it: these are the towers of a model that sees.
+        outer_inputs: what the caller passed to the model around the language model.
+        cu_seqlens: offsets [M + 1] of sequences packed in one row. They replace any mask.
+        placement: how a windowed layer with an explicit mask learns how far a prompt slid. "end":
+            its keys end at the newest token, and text_mask says which are real. "mask": its mask
+            says both (a static cache, packed sequences). "unknown": the mask is the user's own.
+        text_mask: the call's attention mask [B, L] up to the newest token, 1 = real token; None
+            without padding.
+        prefix_bias: [Hq, Lq, P], added to the prefix's scores in decoder self-attention.
+        turn: where layers share a module, how many calls of that module in this forward came
+            before. Where a module attends several times whenever it runs, each of these counts.
+        attended: a list of one number: how often the module has attended in its current run; None
+            for a module that attends once.
+        turns: for each module that several layers share, by id, how often it has run.
+        masses: where layers leave the share of the attention that falls on the prefix: [B, Hq, Lq]
+            by slot; None if nobody wants to know.
     """
 
     kv: PrefixKV | PackedPrefixKV | None
@@ -59,7 +60,7 @@ class ActivePrefix:
 
 @dataclass(eq=False)
 class Recorder:
-    """Travels like :class:`ActivePrefix`, and keeps what each attention layer was handed.
+    """Travels like :class:`ActivePrefix`, and keeps what each attention layer receives.
 
     Attributes:
         modules: the attention modules in the order of their calls.
@@ -69,7 +70,7 @@ class Recorder:
         queries: [B, Hq, D] of the last token of each call.
         windows: the sliding window of each call, or None.
         is_causal_given: the argument ``is_causal`` of each call.
-        positions: what the language model was told, None for its own default.
+        positions: the position_ids of the language model; None for its own default.
     """
 
     modules: list[nn.Module] = field(default_factory=list)

@@ -20,11 +20,11 @@ from fastprefix.implementation import NAME
 from fastprefix.kv import PrefixKV
 
 SLOT = "_fastprefix_slot"
-# On modules whose masks are other than they say: whether a mask left out is causal, by what a call
-# is told as ``is_causal``.
+# On modules whose masks are not what ``module.is_causal`` says: whether a call without a mask is
+# causal, by the argument ``is_causal`` of that call.
 CAUSAL = "_fastprefix_causal"
-# Keywords that reach attention functions and decide nothing in them: transformers' own, eager and
-# sdpa, read none of these. Looked through in 5.17 to 5.24.
+# Keywords that reach attention functions and change nothing in them: transformers' own functions,
+# eager and sdpa, read none of these (checked in 5.17 to 5.24).
 HARMLESS = frozenset(
     {
         # where the text stands, which its keys and masks hold already
@@ -40,8 +40,8 @@ HARMLESS = frozenset(
     }
 )  # fmt: skip
 _LOGGER: Any = logging.get_logger(__name__)
-# While models are probed: the thread that does so, and the modules that attended in it without a
-# keyword argument of the forward call.
+# For each probe that runs: its thread, and the attention modules that ran in it without receiving
+# the keyword argument of the forward call.
 modules_without_kwarg: list[tuple[int, list[nn.Module]]] = []
 
 
@@ -66,32 +66,31 @@ def attention_interface(
     Args:
         module: the attention module; its slot says which layer of the prefix is its own.
         query: [B, Hq, Lq, D].
-        key: [B, Hkv, Lk, D], from the cache where there is one: the text alone.
+        key: [B, Hkv, Lk, D]: the text without the prefix, the cached tokens included.
         value: [B, Hkv, Lk, Dv].
         attention_mask: as :mod:`fastprefix.hf.layer.masks` makes it, or a custom mask of 4
             dimensions.
-        dropout: share of the attention weights that is dropped; models give 0 in evaluation.
+        dropout: share of the attention weights that is dropped; models pass 0 in evaluation.
         scaling: factor on the scores.
         is_causal: overrides the module's own.
-        sliding_window: how many keys a query sees, itself included. An explicit mask has it
-            inside already, and is not cut again.
-        softcap: of the scores.
-        fastprefix: what the hook of a patched model injected.
-        position_bias: [1 or B, Hq, Lq, Lk], added to the text's scores (T5). The prefix stands at
-            no distance from any query, its bias is 0, unless its position_offset places the text
-            behind it.
+        sliding_window: how many keys a query sees, itself included. An explicit mask contains the
+            window already and is not cut again.
+        softcap: limit of the scores: softcap * tanh(scores / softcap).
+        fastprefix: what the hook of a patched model added to the call.
+        position_bias: [1 or B, Hq, Lq, Lk], added to the text's scores (T5). The bias of the prefix
+            is 0, unless its position_offset places the text behind it.
         s_aux: the sinks [Hq].
-        kwargs: the rest of what models hand down, of which a tensor or a number that is not known
-            to be harmless is refused.
+        kwargs: everything else that models pass. A tensor or a number is refused if it is not known
+            to be harmless.
 
     Returns:
-        [B, Lq, Hq, Dv], and None for the weights, which are never formed: a model that is asked for
-        them by output_attentions answers as with sdpa, with an empty tuple, and a warning says so.
+        [B, Lq, Hq, Dv], and None in place of the weights, which are never formed. With
+        output_attentions the model returns an empty tuple, as with sdpa, and logs a warning.
 
     Raises:
         ValueError: the module has no slot for the prefix.
-        NotImplementedError: the call needs what the operator does not have yet, or has an argument
-            that is not known here.
+        NotImplementedError: the operator cannot do this call yet, or the call has an argument that
+            is not known here.
     """
     _refuse_unknown(module, kwargs)
     if kwargs.get("output_attentions"):
@@ -142,7 +141,7 @@ class _Inputs(NamedTuple):
         position_bias: [1 or B, Hq, Lq, Lk], or None.
         is_causal: whether a mask that is left out is causal.
         sliding_window: how many keys a query sees.
-        options: of the operator, which hold for every part of the call alike.
+        options: arguments of the operator that are the same for every part of the call.
     """
 
     module: nn.Module
@@ -200,13 +199,13 @@ def _mass(inputs: _Inputs, active: ActivePrefix) -> Tensor:
 def _is_causal(
     module: nn.Module, mask: Tensor | None, is_causal: bool | None, recorded: bool
 ) -> bool:
-    """Whether a call is causal as far as its mask does not say so.
+    """Whether a call is causal where its mask does not say so itself.
 
     Args:
         module: the attention module.
         mask: as :mod:`fastprefix.hf.layer.masks` makes it.
-        is_causal: what the call was told, or None.
-        recorded: whether the call is recorded, and the mask may be one of those noted meanwhile.
+        is_causal: the argument of the call, or None.
+        recorded: whether the call is recorded. Its mask may then be one that the probe noted.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if mask is None:
@@ -225,7 +224,7 @@ def _note_missing_kwarg(module: nn.Module) -> None:
 
 
 def _of_module(module: nn.Module, active: ActivePrefix) -> ActivePrefix:
-    """The active prefix as a module takes it, counted as one of its calls."""
+    """The active prefix for one call of a module, which is counted."""
     if not (active.positioned or hasattr(module, SLOT)):
         return ActivePrefix(None, active.backend)  # a tower in front of the text
     if active.attended is None:
@@ -235,7 +234,7 @@ def _of_module(module: nn.Module, active: ActivePrefix) -> ActivePrefix:
 
 
 def warn_of_no_weights() -> None:
-    """Says, once, what a model answers that is asked for its attention weights."""
+    """Warns, once, that the model returns no attention weights."""
     _LOGGER.warning_once(
         "output_attentions: fastprefix never forms attention weights, so the model returns none of "
         "them, as with sdpa; unpatch it and run it with attn_implementation='eager' to see them"
@@ -243,7 +242,7 @@ def warn_of_no_weights() -> None:
 
 
 def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """What a layer hands over must not be lost: a mask of chosen keys, a bias, a sink by token."""
+    """Refuses arguments that might matter: a mask of chosen keys, a bias, a sink by token."""
     for name, given in kwargs.items():
         number = isinstance(given, (int, float)) and not isinstance(given, bool) and given != 0
         if name not in HARMLESS and (number or isinstance(given, Tensor)):
@@ -255,9 +254,10 @@ def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 
 def _prefix_arguments(inputs: _Inputs, active: ActivePrefix) -> tuple[dict[str, Any], int]:
-    """A layer's share of the prefixes, as arguments of :class:`Call`.
+    """A layer's share of the prefixes.
 
-    And how many tokens of one prefix may slide out of a window.
+    Returns:
+        Arguments of :class:`Call`, and how many tokens of a prefix may slide out of a window.
     """
     kv, query = active.kv, inputs.query
     if kv is None:
@@ -309,9 +309,10 @@ def _slot(module: nn.Module, turn: int) -> int:
 
 
 def _without_needless_gradient(module: nn.Module, bias: Tensor) -> Tensor:
-    """T5 makes zeros where it has no bias, and asks for their gradient when it checkpoints.
+    """A bias without a gradient if it is one of T5's zeros.
 
-    Zeros alone: what reentrant checkpointing hands to a layer is a leaf as well, and may be real.
+    Layers of T5 that have no bias make zeros, and require their gradient when they checkpoint. Only
+    zeros are changed: reentrant checkpointing passes real biases as leaves as well.
     """
     if not (torch.is_grad_enabled() and bias.requires_grad and bias.is_leaf):
         return bias
@@ -320,7 +321,7 @@ def _without_needless_gradient(module: nn.Module, bias: Tensor) -> Tensor:
 
 
 def _with_bias(bias: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """An additive mask [1 or B, Hq, Lq, Lk] that holds both."""
+    """The additive mask [1 or B, Hq, Lq, Lk] of a bias and a mask."""
     if bias.dtype is not torch.float32:
         bias = bias.to(dtype)
     if mask is None:

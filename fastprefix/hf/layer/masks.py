@@ -1,21 +1,21 @@
-"""Attention masks for the "fastprefix" implementation, kept compact where the mask is standard.
+"""Attention masks of the "fastprefix" implementation. Standard masks stay compact.
 
 What a model's layers receive as ``attention_mask``, and what
 :mod:`fastprefix.hf.layer.attention` reads:
 
-- None: no padding; causal or not as the module's mask was when the model was patched (see
-  :data:`MADE`), and as the module says where it had none.
-- [B, Lk] bool: causal, whatever the module says, aligned to the end, with padding (True = real
-  token).
+- None: no padding. The call is causal if the module's mask was causal when the model was patched
+  (see :data:`MADE`); if the module had no mask then, ``module.is_causal`` decides.
+- [B, Lk] bool, True = real token: causal, aligned to the end, with padding. ``module.is_causal`` is
+  ignored.
 - [B, 1, 1, Lk] bool: not causal, with padding.
-- anything else of four dimensions: an explicit mask [B, 1 or Hq, Lq, Lk], which the standard ones
-  are as well for models that cut their masks to the last queries.
+- anything else of four dimensions: an explicit mask [B, 1 or Hq, Lq, Lk]. Models that cut their
+  masks to the last queries get their standard masks in this form too.
 
-The prefix appears in none of them: every query sees all of it.
+The prefix is part of none of them: every query sees all of it.
 
-All this holds for models that were patched. Of one that was only given the implementation's name
-nothing is known, neither whether its modules say the truth nor which of them use this attention. It
-gets the masks that "eager" gets, of which every model knows what to do with them.
+All this holds for patched models. A model may also have been given the implementation's name
+without being patched. Then we know neither whether its modules tell the truth about causality nor
+which of them use this attention, so it gets the masks that "eager" gets. Every model can use those.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-# While models are probed: every mask that was made, and whether it is causal. None is left out
-# then, so that each layer is seen to be handed one or the other. What a module says of itself need
-# not be true where a model's own attention looks at the mask alone (BigBird-Pegasus).
+# For each probe that runs: every mask that was made, and whether it is causal. Meanwhile no mask is
+# left out, so that we see which kind each layer receives. ``module.is_causal`` cannot be trusted if
+# the model's own attention looks at nothing but the mask (BigBird-Pegasus).
 MADE: list[list[tuple[Tensor, bool]]] = []
 # Masks of these kinds are noted, and whether they are causal.
 _KINDS = {causal_mask_function: True, bidirectional_mask_function: False}
-# The configs of patched models, by id: they compare by what is in them.
+# Ids of the configs of patched models. Ids, since configs with the same contents are equal.
 _PATCHED: set[int] = set()
 
 
 def add_patched(config: Any) -> None:
-    """From now on the models of a config get compact masks."""
+    """Has the models of a config get compact masks from now on."""
     if id(config) not in _PATCHED:
         _PATCHED.add(id(config))
         weakref.finalize(config, _PATCHED.discard, id(config)).atexit = False
 
 
 def remove_patched(config: Any) -> None:
-    """From now on they get explicit masks."""
+    """Has the models of a config get explicit masks from now on."""
     _PATCHED.discard(id(config))
 
 
@@ -60,14 +60,15 @@ def _is_patched(config_id: int) -> bool:
     return config_id in _PATCHED
 
 
-# What torch.compiler.assume_constant_result sets, without an import of the compiler: looked up when
-# a graph is traced. Else every graph would depend on all models that are patched, and be traced
-# anew with each. Patching itself changes modules, on which a graph depends.
+# This is what torch.compiler.assume_constant_result sets; done by hand to avoid an import of the
+# compiler. Dynamo calls the function while it traces and keeps the result. Otherwise every graph
+# would depend on the set of all patched models, and patching any model would recompile it. The
+# result stays right because patching also changes the model's modules, which the graph guards.
 vars(_is_patched)["_dynamo_marked_constant"] = True
 
 
 def made_causal(mask: Tensor | None) -> bool | None:
-    """Whether a mask, or a part of one, was made to be causal; None for one not known."""
+    """Whether a mask, or a part of one, was noted as causal; None if it was not noted."""
     if mask is None:
         return None
     for made in MADE:
@@ -123,7 +124,7 @@ def prefix_attention_mask(
     return sdpa_mask(
         **request,
         local_size=local_size,
-        # sdpa's rules for leaving the mask out align to the start; ours to the end
+        # where sdpa leaves a causal mask out, it aligns queries to the first key; we to the last
         allow_is_causal_skip=False,
         allow_is_bidirectional_skip=allow_is_bidirectional_skip,
     )
@@ -144,7 +145,7 @@ def _cut_by_query(config: Any) -> bool:
 
 
 def _all_real(attention_mask: Tensor | None) -> bool:
-    """Whether nothing is padded, asked only where the answer costs no synchronisation."""
+    """Whether nothing is padded; False where the answer would cost a synchronisation."""
     if attention_mask is None:
         return True
     if torch.compiler.is_compiling() or attention_mask.device.type != "cpu":

@@ -1,7 +1,7 @@
-"""Packed sequences: several texts end to end in one row, as DataCollatorWithFlattening lays them.
+"""Packed sequences: several texts end to end in one row, as DataCollatorWithFlattening makes them.
 
-Each of them sees the prefix and itself. The operator takes their offsets, so that no mask of L x L
-is made; where more than the offsets decides who sees whom, transformers makes its own mask.
+Each text sees the prefix and itself. The operator gets the offsets of the texts, so that no mask of
+L x L is needed. If offsets are not enough to say who sees whom, transformers makes its own mask.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 def unpack(config: Any, kwargs: dict[str, Any], names: tuple[str, ...]) -> Tensor | None:
     """Offsets of a call's packed sequences; fills in position_ids and switches the cache off.
 
-    They come from cu_seq_lens_q, from seq_idx, or from position_ids that start anew in a call
-    without mask and cache.
+    The offsets come from cu_seq_lens_q, from seq_idx, or, in a call without mask and cache, from
+    position_ids that start again from 0.
 
     Args:
         config: the model's.
@@ -28,7 +28,7 @@ def unpack(config: Any, kwargs: dict[str, Any], names: tuple[str, ...]) -> Tenso
         names: parameters of the model's forward.
 
     Returns:
-        int32 [M + 1]; None where nothing is packed, or where transformers' mask is to say so.
+        int32 [M + 1]; None if nothing is packed, or if transformers' mask keeps the texts apart.
 
     Raises:
         ValueError: packed sequences together with a mask, a cache, several rows, or keys of
@@ -62,7 +62,7 @@ def unpack(config: Any, kwargs: dict[str, Any], names: tuple[str, ...]) -> Tenso
 
 
 def refuse_packed(module: Any, kwargs: dict[str, Any]) -> None:
-    """Raises NotImplementedError for packed sequences in a model that is no plain decoder."""
+    """Raises NotImplementedError for packed sequences in anything but a decoder-only model."""
     for name in ("cu_seq_lens_q", "seq_idx"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(
@@ -72,22 +72,22 @@ def refuse_packed(module: Any, kwargs: dict[str, Any]) -> None:
 
 
 def no_mask(kwargs: dict[str, Any]) -> Tensor:
-    """What a decoder takes for a mask that is made already, and does not make its own L x L."""
+    """A mask of four dimensions: a decoder takes it as finished and makes no L x L mask."""
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs_of(kwargs).device)
 
 
 def starts_anew(kwargs: dict[str, Any]) -> bool:
-    """Whether position_ids go back or stand still, which one text's do not."""
+    """Whether position_ids go back or stand still; those of a single text never do."""
     positions = kwargs.get("position_ids")
     if positions is None or positions.dim() != 2 or positions.shape[1] < 2:
         return False
     if _given(kwargs, "attention_mask", *CACHE_NAMES) or torch.compiler.is_compiling():
-        return False  # transformers takes them for packed in no other case; not while compiling
+        return False  # in these cases transformers does not take them for packed either
     return bool((positions.diff(dim=-1) < 1).any())
 
 
 def _offsets(name: str, kwargs: dict[str, Any]) -> Tensor:
-    """Offsets that the call gives, checked against the rest of it."""
+    """The offsets among the arguments of a call, checked against the others."""
     rows, length = inputs_of(kwargs).shape[:2]
     if rows != 1:
         raise ValueError(f"{name}: got a batch of {rows}, takes packed sequences in a single row")
@@ -107,20 +107,20 @@ def _offsets(name: str, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _from_starts(starts: Tensor) -> Tensor:
-    """Offsets from [L - 1] bool: whether a token is the first of a sequence, from the second on."""
+    """Offsets from [L - 1] bool: whether each token from the second on starts a sequence."""
     firsts = starts.nonzero()[:, 0] + 1
     ends = firsts.new_tensor([0]), firsts.new_tensor([starts.shape[0] + 1])
     return torch.cat([ends[0], firsts, ends[1]]).to(torch.int32)
 
 
 def _positions(offsets: Tensor, length: int) -> Tensor:
-    """[1, L] positions that start anew in each sequence."""
+    """Positions [1, L] that start from 0 in each sequence."""
     token = torch.arange(length, device=offsets.device)
     return (token - offsets[torch.searchsorted(offsets, token, right=True) - 1])[None]
 
 
 def inputs_of(kwargs: dict[str, Any]) -> Tensor:
-    """[B, L] or [B, L, hidden]."""
+    """The text of a call: input_ids [B, L] or inputs_embeds [B, L, hidden]."""
     inputs = kwargs.get("input_ids")
     return kwargs["inputs_embeds"] if inputs is None else inputs
 

@@ -53,10 +53,20 @@ class StackCall:
 def rows_and_offsets(
     active: ActivePrefix, module: nn.Module, kwargs: dict[str, Any], cu_seqlens: Tensor | None
 ) -> tuple[Tensor | None, int | Tensor]:
-    """Which of several prefixes each row or packed sequence attends to, [B] or [M].
+    """Which prefix each row or packed sequence attends to, and by how much it moves the text.
 
-    And by how much it moves its text, [B, 1], or each token of the packed row, [1, L]. Of a single
-    prefix None, and one number for all.
+    Args:
+        active: of the call.
+        module: the stack.
+        kwargs: of the call.
+        cu_seqlens: offsets of packed sequences; None without.
+
+    Returns:
+        The index of a prefix, [B] by row or [M] by packed sequence, and the offset, [B, 1] by row
+        or [1, L] by token of the packed row. With a single prefix None and a number.
+
+    Raises:
+        ValueError: the names of the prefixes do not fit the rows.
     """
     if not isinstance(active.kv, PackedPrefixKV):
         assert active.kv is not None
@@ -83,9 +93,10 @@ def rows_and_offsets(
 
 
 def check_lengths(kwargs: dict[str, Any], offset: int) -> None:
-    """Masks and positions are the text's alone, not of prefix and text as beside a DynamicCache.
+    """Checks that masks and positions cover the text only, and do not count the prefix.
 
-    What the device alone knows (a static cache's length) is not waited for.
+    A caller that is used to a prefix in the cache might count it. What is known on the device only
+    (a static cache's length) is not waited for.
 
     Raises:
         ValueError: one of them counts the prefix.
@@ -118,7 +129,7 @@ def check_lengths(kwargs: dict[str, Any], offset: int) -> None:
     positions = kwargs.get("position_ids")
     if not isinstance(positions, Tensor) or positions.dim() != 2 or not offset or compiling:
         return
-    # generate() leaves a mask of ones alone away, and makes positions of it before
+    # generate() makes positions of the mask first, and then drops a mask that is all ones
     on_host = positions.device.type == "cpu" or cache is not None
     if not on_host or seen is None or (L == 1 and seen > 0):
         return
@@ -136,7 +147,7 @@ def _is_text(given: Any) -> bool:
 
 
 def prompt_lengths(active: ActivePrefix) -> list[int]:
-    """How many positions the prompts among a call's prefixes take, those alone that a row has."""
+    """How many positions each prompt takes, among the prefixes that the rows of a call have."""
     kv = active.kv
     if isinstance(kv, PackedPrefixKV):
         used = {n for n in active.prefix_ids if n >= 0 and kv.windowed[n]}
@@ -145,7 +156,7 @@ def prompt_lengths(active: ActivePrefix) -> list[int]:
 
 
 def reach_of(kwargs: dict[str, Any]) -> int:
-    """How many positions the text takes at most, what is in the cache included."""
+    """Upper bound on the positions that the text takes, cached tokens included."""
     length = inputs_of(kwargs).shape[1]
     seen = length_of(cache_of(kwargs))
     return length + (seen if isinstance(seen, int) else 0)  # a static cache keeps a tensor
@@ -154,20 +165,19 @@ def reach_of(kwargs: dict[str, Any]) -> int:
 def place_of_text(
     kwargs: dict[str, Any], outer_inputs: OuterInputs | None = None
 ) -> dict[str, Any]:
-    """Where the call's text lies in the layers' keys: `placement` and `text_mask`."""
+    """Where the text is among the layers' keys: `placement` and `text_mask` of ActivePrefix."""
     attention_mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
     attention_mask = attention_mask if outer_inputs is None else outer_inputs.attention_mask
     if any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ())):
         return {"placement": "mask"}
     if attention_mask is None:
         position_ids = kwargs.get("position_ids")
-        if (
-            position_ids is not None and position_ids.dim() == 3
-        ):  # of 4 axes the first is the text's
+        if position_ids is not None and position_ids.dim() == 3:
+            # the first of 4 axes counts the text's tokens; 3 axes are those of images
             position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
         if position_ids is None or cache is not None or torch.compiler.is_compiling():
             return {}
-        # transformers takes positions that start anew for packed sequences, as we do here
+        # positions that start again are packed sequences, to transformers as well
         packed = position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) != 1).any())
         return {"placement": "mask"} if packed else {}
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
@@ -184,16 +194,19 @@ def behind_prefix(
 ) -> Tensor:
     """Positions of the text behind the prefix; pads take none.
 
-    Explicit position_ids count the text from 0, and an image's own are the model's. Without them
-    positions follow the attention mask, as generate() does: pads between prefix and text must not
-    push the text away.
+    Explicit position_ids count the text from 0. Those of images come from the model and stay as
+    they are. Without position_ids the positions follow the attention mask, as in generate(): pads
+    between prefix and text must not push the text away.
 
     Args:
         kwargs: of the call.
-        offset: one for all, [B, 1] by row, or [1, L] by token of packed sequences.
-        bare: bool [B, 1]: rows that have no prefix, and stand where the bare model puts them, which
-            counts pads as well. None for no such row.
-        outer_inputs: in the language model of a model that sees, what that one was told.
+        offset: a number, or [B, 1] by row, or [1, L] by token of packed sequences.
+        bare: bool [B, 1]: rows without a prefix. They keep the positions of the bare model, which
+            counts pads as well. None if there is no such row.
+        outer_inputs: what the caller passed to the model around this one, if there is one.
+
+    Returns:
+        [B, L], or as many dimensions as the given position_ids have.
     """
     position_ids: Tensor | None = kwargs.get("position_ids")
     made = outer_inputs is not None and not outer_inputs.position_ids
@@ -210,7 +223,8 @@ def behind_prefix(
         positions = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -length:]
         if bare is not None:
             positions = torch.where(bare, plain, positions)
-    if position_ids is not None:  # the outer model's, which count pads, from 0 or 1 (PaliGemma)
+    if position_ids is not None:
+        # made by the outer model: they count pads, and from 1 in PaliGemma
         positions = positions + (position_ids - plain)
-    # a row for each of the batch, as some models index them (Qwen4-Exp)
+    # one row for each row of the batch, since some models index them (Qwen4-Exp)
     return (positions + offset).expand(inputs.shape[0], -1)

@@ -1,8 +1,9 @@
-"""Rotary frequencies that depend on how long a text is: a prompt's keys then go with some texts.
+"""Rotary frequencies that depend on the length of a text: a prompt's keys then fit some texts only.
 
-Such a model (longrope, dynamic scaling) rotates a whole sequence by frequencies that it picks by
-the sequence's last position. A prompt's keys were rotated by those of the prompt alone, which one
-sequence of prompt and text has as well only where both lie on the same side of a threshold.
+Such a model (longrope, dynamic scaling) chooses the frequencies for a whole sequence by the
+sequence's last position. A prompt's keys were rotated when the prompt was the whole sequence. They
+are right for prompt and text in one sequence only if both lengths lie on the same side of a
+threshold.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastprefix.hf.versions import cache_of
 
 
 def frequency_thresholds(config: Any) -> tuple[tuple[str, int], ...]:
-    """The kinds of rotary embedding that depend on the length, and up to which they do not."""
+    """Kinds of rotary embedding that depend on the length, and up to which length they do not."""
     text = config.get_text_config()
     given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     flat = [given] if {"rope_type", "type"} & set(given) else list(given.values())
@@ -35,10 +36,10 @@ def frequency_thresholds(config: Any) -> tuple[tuple[str, int], ...]:
 
 
 def check_dropped_cache(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raises NotImplementedError where generate() has thrown a text's cache away (Phi3, in 5.17).
+    """Raises NotImplementedError if generate() has dropped the cache of a text (Phi3, in 5.17).
 
-    It does so where the text alone, as long as it thinks, crosses the threshold, and goes on with
-    the last token alone.
+    It does so when the text, by its own count, crosses the threshold. It then goes on with nothing
+    but the last token.
     """
     mask = kwargs.get("attention_mask")
     if cache_of(kwargs) is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -54,19 +55,20 @@ def check_dropped_cache(module: nn.Module, kwargs: dict[str, Any]) -> None:
 def check_frequencies(
     limits: Iterable[tuple[str, int]], prompts: Iterable[int], reach: int, positions: Tensor
 ) -> None:
-    """Raises NotImplementedError where a prompt's keys have other frequencies than the text's.
+    """Raises NotImplementedError if a prompt's keys have other frequencies than the text needs.
 
     Args:
         limits: see :func:`frequency_thresholds`.
         prompts: how many positions each prompt of the call takes.
-        reach: how far the moved text reaches at most: with padding, which takes no position.
-        positions: of the moved text. Only looked at where the answer may be an error.
+        reach: upper bound on where the moved text ends; it counts padding, which takes no position.
+        positions: of the moved text. Their values are read only if reach is beyond a threshold, or
+            on the CPU.
     """
     if torch.compiler.is_compiling():
         return
     prompts = sorted(set(prompts))
     for kind, limit in limits:
-        # beyond the threshold dynamic scaling goes on changing, and longrope does not
+        # beyond the threshold dynamic scaling keeps changing, longrope does not
         short = [one for one in prompts if kind != "longrope" or one <= limit]
         if not short or (positions.device.type != "cpu" and reach <= limit):
             continue

@@ -1,4 +1,4 @@
-"""Attention implementations of models: ours set, and what was there before put back."""
+"""Sets our attention implementation in a model, and puts back what was there before."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastprefix.hf.patch.patch import PATCH, Patch
 from fastprefix.hf.patch.probe import UnsupportedModelError
 from fastprefix.hf.versions import set_attention
 
-# All patched models: two may share a configuration.
+# All patched models. Two of them may share a config.
 PATCHED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
-    """The configs of a model and of the models in it, and the implementations to restore."""
+    """The configs of a model and of its parts, and the implementation to restore in each."""
     before = {
         id(config): implementation
         for patch in _patches()
@@ -45,7 +45,7 @@ def _with_sub_configs(config: Any) -> Iterator[Any]:
 
 
 def restore(previous: list[tuple[Any, str | None]]) -> None:
-    """Sets implementations back, but in configs that another patched model shares."""
+    """Restores implementations, except in configs that another patched model shares."""
     shared = {id(config) for patch in _patches() for config, _ in patch.previous}
     for config, implementation in previous:
         if id(config) not in shared:
@@ -54,7 +54,7 @@ def restore(previous: list[tuple[Any, str | None]]) -> None:
 
 
 def set_default(model: PreTrainedModel) -> None:
-    """Gives a model the attention that transformers would choose for it: sdpa, or else eager."""
+    """Gives a model the attention that transformers chooses by default: sdpa, or else eager."""
     set_attention(model, model.get_correct_attn_implementation(None))
 
 

@@ -28,30 +28,31 @@ class Patch:
 
     Attributes:
         previous: configs, and the attention implementation to restore in each.
-        backend: of the operator.
-        lasting: patched by `patch_model`, not just for the blocks that need it.
-        blocks: how many blocks rely on the patch at the moment, in all threads.
-        running: how many forwards do, of a model that is patched for blocks alone.
+        backend: the backend argument of the operator.
+        lasting: whether `patch_model` patched the model. Otherwise the last block that needs the
+            patch restores the model.
+        blocks: how many open blocks need the patch, in all threads.
+        running: how many running forwards need it; counted only for a patch that is not lasting.
         prefixes: how many `use_prefix` blocks with a prefix are open, in all threads.
-        opened: all blocks that are open, in the order of opening, with their threads.
+        opened: the open blocks in the order of opening: thread and active prefix of each.
         shapes: key and value shapes of the attention layers, as seen in a forward pass. In a
             tensor-parallel model they count the heads of all ranks, as prefixes do.
         query_heads: how many query heads each attention layer has, all ranks together.
         groups: which part of the model each attention layer belongs to.
-        sources: from which layer each layer has the text's keys and values. Itself where it makes
-            its own; -1 where it has another layer's keys with other values. Prefixes have keys and
-            values for every layer, but PEFT, which puts them in the cache, has them only for those
-            that make their own.
-        placing: how the stack whose text a prefix moves is told where that text stands.
-        is_encoder_decoder: whether the model is one.
-        sharding: which heads this rank has of a tensor-parallel model; None for any other model.
-        known: what :mod:`fastprefix.hf.checking` found of the model; None for not to be checked.
-        example: what to run the model on to check it; made from the config if None.
+        sources: for each layer, the layer whose keys and values of the text it uses. This is the
+            layer itself if it makes its own, and -1 if it uses another layer's keys with other
+            values. Our prefixes have keys and values for every layer. PEFT puts prefixes into the
+            cache, so it has them only for layers that make their own.
+        placing: how to tell the stack that attends to the prefix where its text stands.
+        is_encoder_decoder: whether the model is an encoder-decoder.
+        sharding: which heads this rank has in a tensor-parallel model; None for any other model.
+        known: what :mod:`fastprefix.hf.checking` found out; None if the model is not to be checked.
+        example: inputs for checks of the model; made from its config if None.
         stateful: whether the model says that its layers keep more than keys and values.
-        keeping: what they keep, once a prompt was prefilled or used; None before.
-        expanded: how a model with fallback="expand" takes its prefixes; None for all others.
-        handles: of the hooks.
-        key: names the model in :data:`fastprefix.hf.patch.threads.ACTIVE`.
+        keeping: what they keep; None until a prompt is prefilled or used.
+        expanded: how a model with fallback="expand" gets its prefixes; None for all others.
+        handles: the handles of all hooks.
+        key: name of the model in :data:`fastprefix.hf.patch.threads.ACTIVE`.
     """
 
     previous: list[tuple[Any, str | None]]
@@ -77,35 +78,35 @@ class Patch:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def default_offset(self, num_virtual_tokens: int) -> int:
-        """By how many positions a learned prefix moves the text.
+        """By how many positions a learned prefix moves the text, unless the user says otherwise.
 
-        As PEFT does it, which puts prefixes in the cache: by the prefix's length in decoder-only
-        models and in encoders that count cached keys as text (BERT, RoBERTa, ELECTRA); else by 0.
-        PEFT moves the text of some encoder-decoders' decoders too (BART), which here takes an
-        explicit offset.
+        The text moves by the prefix's length in decoder-only models, and in encoders that count
+        cached keys as text (BERT, RoBERTa, ELECTRA). Otherwise it does not move. This follows PEFT,
+        which puts prefixes into the cache. One difference: PEFT also moves the text of some
+        decoders of encoder-decoders (BART). Here that needs an explicit offset.
         """
         moves = self.placing.moves_by_default and not self.is_encoder_decoder
         return num_virtual_tokens if moves else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle holds: see ``__setstate__``."""
+        """What a pickle contains; see ``__setstate__``."""
         return {**vars(self), "key": "", **_OF_COPIES}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Each model that a pickle is read into has a key of its own, as deep copies have."""
+        """Gives each model that is read from a pickle a key of its own, as for deep copies."""
         vars(self).update(state, key=uuid.uuid4().hex)
         for config, _ in self.previous:
             add_patched(config)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
-        """A copied model is patched for good, and sees none of the original's prefixes."""
+        """The Patch of a copied model: lasting, and without the original's prefixes."""
         own = {n: copy.deepcopy(getattr(self, n), memo) for n in ("previous", "known", "handles")}
         for config, _ in own["previous"]:
             add_patched(config)
         return replace(self, **own, key=uuid.uuid4().hex, **_OF_COPIES)
 
 
-# A copy is patched for good, since no block of its own will restore it.
+# The patch of a copy is lasting, since no block of its own will restore it.
 _OF_COPIES: dict[str, Any] = {
     "lasting": True,
     "blocks": 0,
@@ -121,7 +122,7 @@ def is_patched(model: PreTrainedModel) -> bool:
 
 
 def patch_of(model: PreTrainedModel) -> Patch:
-    """What patching found out about a model.
+    """The Patch of a model.
 
     Raises:
         ValueError: it is not patched.

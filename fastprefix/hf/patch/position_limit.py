@@ -1,4 +1,4 @@
-"""Learned absolute positions end somewhere: a text moved behind a prefix must still fit."""
+"""Models with learned absolute positions know a limited number; a moved text must still fit."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 
 def position_limit(model: PreTrainedModel, stack: nn.Module) -> int | None:
-    """How many positions a stack of layers has embeddings for; None where there is no end.
+    """How many positions a stack of layers has embeddings for; None without a limit.
 
-    The embedding is the one that is as long as the config says, the tokens' own aside, but for rows
-    that it keeps for itself (OPT, BART).
+    We look for an ``nn.Embedding``, other than the token embedding, whose length equals the
+    config's maximum position. Extra rows that OPT and BART reserve (``offset``) are not counted.
     """
     config = model.config.get_text_config()
     fields = ("max_position_embeddings", "max_target_positions")
@@ -29,14 +29,14 @@ def position_limit(model: PreTrainedModel, stack: nn.Module) -> int | None:
 def check_position_limit(
     limit: int | None, offset: int, reach: int, positions: Tensor | None
 ) -> None:
-    """Raises ValueError where a text's last position lies beyond the last one that is known.
+    """Raises ValueError if a text's last position is beyond the last one that the model knows.
 
     Args:
         limit: see :func:`position_limit`.
         offset: by how much the prefix moved the text.
-        reach: how far the moved text reaches at most: with padding, which takes no position.
-        positions: of the moved text; None if it reaches exactly that far. Only looked at where the
-            answer costs no synchronisation, or may be an error.
+        reach: upper bound on where the moved text ends; it counts padding, which takes no position.
+        positions: of the moved text; None if it ends exactly at reach. Their values are read only
+            if that costs no synchronisation, or if reach is beyond the limit.
     """
     if limit is None or not offset or torch.compiler.is_compiling():
         return

@@ -33,7 +33,7 @@ from fastprefix.hf.patch.position_limit import check_position_limit
 from fastprefix.hf.versions import by_name, cache_of, cached_name, length_of, parameters
 from fastprefix.kv import PrefixKV
 
-# By how much the stack at hand moves its text, by the key of its `ByEmbedding`: at most, by row.
+# By how much the running stack moves its text, by the key of its `ByEmbedding`: at most, by row.
 _OFFSETS = threading.local()
 
 
@@ -58,10 +58,10 @@ class Placing:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        """Leaves the positions that a call was told in the recorder of the run."""
+        """Notes the position_ids of a call in the recorder."""
 
     def place(self, call: StackCall) -> ActivePrefix:
-        """Says where a call's rows and text are, and moves the text behind the prefix."""
+        """Finds the rows and packed sequences of a call, and moves its text behind the prefix."""
         kv = call.active.kv
         assert kv is not None
         call.cu_seqlens = self._unpacked(call)
@@ -70,7 +70,7 @@ class Placing:
             call.active, call.module, call.kwargs, call.cu_seqlens
         )
         self._move(call)
-        # a new count of turns: the call may be one of several before a backward
+        # a new dict of turns for each call: several calls may come before one backward
         return replace(
             call.active,
             positioned=True,
@@ -82,7 +82,7 @@ class Placing:
         )
 
     def _unpacked(self, call: StackCall) -> Tensor | None:
-        """Offsets of packed sequences, None for none; refuses masks that count the prefix."""
+        """Offsets of packed sequences, or None; refuses masks that count the prefix."""
         check_lengths(call.kwargs, call.most)
         refuse_packed(call.module, call.kwargs)
         return None
@@ -121,7 +121,7 @@ class _ByArgument(Placing):
 
 @dataclass(frozen=True)
 class ByPositionIds(_ByArgument):
-    """By position_ids, which follow the attention mask where they are not given."""
+    """By position_ids. If the caller gives none, they follow the attention mask."""
 
     moves_by_default = True
 
@@ -144,7 +144,7 @@ class ByPositionIds(_ByArgument):
 
 @dataclass(frozen=True)
 class ByGivenPositionIds(_ByArgument):
-    """By position_ids, for which the model itself knows a default where they are learned."""
+    """By position_ids. For learned positions the model has a default that only it knows."""
 
     wants_position_ids = True
 
@@ -165,7 +165,7 @@ class ByGivenPositionIds(_ByArgument):
 
 @dataclass(frozen=True)
 class ByEmbedding(Placing):
-    """By what its position embedding is told about the number of keys in the cache.
+    """By the position embedding, which is told how many keys are in the cache.
 
     The embedding has a hook of its own, :func:`shift`, which runs later in the same call.
 
@@ -194,10 +194,10 @@ class ByEmbedding(Placing):
         setattr(_OFFSETS, self.key, (call.most, call.offset))
 
     def take_offset(self) -> tuple[int, int | Tensor]:
-        """By how much the stack's call at hand moves its text, at most and by row; once a call."""
+        """By how much the running call moves its text, at most and by row. Can be read once."""
         found: tuple[int, int | Tensor] = getattr(_OFFSETS, self.key, (0, 0))
         if found[0]:
-            setattr(_OFFSETS, self.key, (0, 0))  # for the stack's own call alone
+            setattr(_OFFSETS, self.key, (0, 0))  # it is for the stack's own call only
         return found
 
 
@@ -246,12 +246,12 @@ def shift(
 def _shifted(
     module: Any, kwargs: dict[str, Any], names: tuple[str, ...], cached: Any, offset: int | Tensor
 ) -> Tensor | None:
-    """Moved position_ids; None where the number of keys in the cache says it all."""
+    """Moved position_ids; None if a larger number of cached keys moves the text."""
     positions: Tensor | None = kwargs.get("position_ids")
     if positions is not None:
         return positions + offset
     if "position_ids" in names and hasattr(module, "create_position_ids_from_input_ids"):
-        # RoBERTa counts no padding
+        # RoBERTa's positions leave padding out
         if kwargs.get("input_ids") is not None:
             return module.create_position_ids_from_input_ids(
                 kwargs["input_ids"], module.padding_idx, cached + offset
@@ -259,9 +259,9 @@ def _shifted(
         made = module.create_position_ids_from_inputs_embeds(
             kwargs["inputs_embeds"], module.padding_idx
         )
-        return made + cached + offset  # it does not look at the cache's length
+        return made + cached + offset  # made without the cache's length
     if isinstance(offset, Tensor):
-        # rows differ, and the module would slice its positions by one number (BERT)
+        # the module would slice its positions by one number, but rows differ (BERT)
         length = inputs_of(kwargs).shape[1]
         return torch.arange(length, device=offset.device) + cached + offset
     return None
@@ -269,7 +269,7 @@ def _shifted(
 
 @dataclass(frozen=True)
 class ByDistance(Placing):
-    """By a bias for each distance between tokens, to which that of the prefix is added (T5)."""
+    """By biases of distances between tokens (T5), which are computed for the prefix as well."""
 
     can_move = True
 
@@ -291,7 +291,7 @@ class ByDistance(Placing):
             device=tokens.device,
             past_seen_tokens=seen + kv.position_offset,
         )
-        call.prefix_bias = bias[0]  # [Hq, Lq, P]: as though it were the first tokens of the text
+        call.prefix_bias = bias[0]  # [Hq, Lq, P], as if the prefix began the text
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ class Unmovable(Placing):
 
 @dataclass(frozen=True)
 class InParts(Placing):
-    """Not here: the encoder and the decoder inside are told."""
+    """A model around an encoder and a decoder, which are told themselves."""
 
     def place(self, call: StackCall) -> ActivePrefix:
         """Hands the prefix down as it is."""
@@ -310,10 +310,10 @@ class InParts(Placing):
 
 @dataclass(frozen=True)
 class InLanguageModel(Placing):
-    """Not here: the language model inside is told, and what the caller told the outer model."""
+    """A model around a language model, which is told itself."""
 
     def place(self, call: StackCall) -> ActivePrefix:
-        """Hands the prefix down, with what the caller said about the text."""
+        """Hands the prefix down, with what the caller passed to the outermost model."""
         active = call.active
         if active.outer_inputs is not None:
             return active
@@ -330,12 +330,12 @@ def relative_biases(stack: nn.Module) -> list[nn.Module]:
 
 
 def position_embeddings(stack: nn.Module) -> list[nn.Module]:
-    """The modules that place a text behind the keys that are in the cache."""
+    """The position embeddings that are told how many keys are in the cache."""
     return [module for module in stack.modules() if cached_name(module) is not None]
 
 
 def placing_of_decoder(stack: nn.Module, limit: int | None) -> Placing:
-    """How the decoder of an encoder-decoder learns where its text stands."""
+    """How to tell the decoder of an encoder-decoder where its text stands."""
     if position_embeddings(stack):
         return ByEmbedding(limit)
     return ByDistance() if len(relative_biases(stack)) == 1 else Unmovable()
@@ -348,7 +348,7 @@ def placing_of(
     limit: int | None,
     frequencies: tuple[tuple[str, int], ...],
 ) -> Placing:
-    """How a model that is one stack learns where its text stands.
+    """How to tell a model that is one stack where its text stands.
 
     Args:
         stack: the model, or the language model in it.
@@ -366,14 +366,14 @@ def placing_of(
 
 
 def _counts_itself(stack: nn.Module) -> bool:
-    """Whether a stack counts positions from another number than 0, as it alone knows (RoBERTa)."""
+    """Whether a stack counts positions in a way of its own, and not from 0 (RoBERTa)."""
     return any(hasattr(x, "create_position_ids_from_input_ids") for x in stack.modules())
 
 
 def _counts_padding(stack: nn.Module) -> bool:
-    """Whether a bare decoder that is given no position_ids gives pads positions as well.
+    """Whether pads take positions in a bare decoder that gets no position_ids.
 
-    Those with an embedding that reads the attention mask do not (OPT).
+    They take none if its position embedding reads the attention mask (OPT).
     """
     return not any(
         isinstance(module, nn.Embedding) and "attention_mask" in parameters(module)

@@ -1,8 +1,9 @@
-"""Forwards of other threads, while a model is patched for a block and restored behind it.
+"""Forwards of other threads, while a model is patched for a block and restored after it.
 
-A forward makes its masks first, and every layer then looks up which attention reads them. Ours
-reads the masks of all others, but they do not read ours: so no forward may begin while a model is
-tried out with one and the other, and none that began with ours may end without it.
+A forward makes its masks first. Every layer then looks up which attention function to call with
+them. Our function understands the masks of all implementations, but other functions do not
+understand ours. So no forward may begin while a model is tried with one and the other, and the
+model may not be restored while a forward that began with our masks still runs.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from fastprefix.hf.patch.threads import ACTIVE
 
 LOCK = threading.RLock()
 
-# Behind a Patch's key: the modules whose forwards a thread is in, the innermost last.
+# Suffix to a Patch's key in ACTIVE: the modules whose forwards this thread is in, innermost last.
 _ENTERED = "_entered"
 
 
 @contextlib.contextmanager
 def holding_up_forwards(model: PreTrainedModel) -> Iterator[None]:
-    """Forwards that other threads begin in this block wait for its end; it holds :data:`LOCK`."""
+    """Has forwards of other threads wait for the end of this block, which holds :data:`LOCK`."""
     with LOCK:
         handles = [part.register_forward_pre_hook(_wait) for part in _models(model)]
         try:
@@ -47,14 +48,14 @@ def _wait(*_: Any) -> None:
 def count_forwards(
     model: PreTrainedModel, patch: Patch, restore: Callable[[PreTrainedModel], Any]
 ) -> None:
-    """Counts the forwards of a model that is patched for some blocks; the last one restores it.
+    """Counts the forwards of a model whose patch is not lasting.
 
-    Where the blocks end before the forwards do.
+    If all blocks have ended before, the last forward restores the model.
 
     Args:
         model: just patched.
-        patch: of the patch.
-        restore: undoes it.
+        patch: the model's.
+        restore: undoes the patch.
     """
     for part in _models(model):
         enter = partial(_enter, patch=patch)

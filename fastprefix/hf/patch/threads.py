@@ -12,19 +12,19 @@ from torch import nn
 from fastprefix.hf.devices import is_replica
 from fastprefix.hf.patch.patch import Patch
 
-# The prefix of each `use_prefix` block, by the key of the model's Patch. Thread-local, so that two
-# threads may run one model with different prefixes; not a ContextVar, which torch.compile cannot
-# trace. A thread in no block is refused while another's is open: it may have been started for that
-# block.
+# The active prefix of the innermost `use_prefix` block, by the key of the model's Patch.
+# Thread-local, so that two threads may run one model with different prefixes. Not a ContextVar,
+# because torch.compile cannot trace those. A thread without a block is refused while another thread
+# has one: it may have been started for that block.
 ACTIVE = threading.local()
 _WANTING_NONE = "wanting_none"  # there: see `wanting_none`
 
 
 @contextlib.contextmanager
 def wanting_none() -> Iterator[None]:
-    """A thread that is in no `use_prefix` block wants no prefix, and is not refused in this one.
+    """In this block the thread may run models without a prefix while other threads use one.
 
-    For calls that run a model as it is, whether or not other threads have it patched.
+    It is for calls that run a model as it is, whether or not other threads have patched it.
     """
     before = getattr(ACTIVE, _WANTING_NONE, False)
     setattr(ACTIVE, _WANTING_NONE, True)
@@ -35,14 +35,15 @@ def wanting_none() -> Iterator[None]:
 
 
 def active_of(module: nn.Module, given: Any, patch: Patch) -> Any:
-    """The prefix of a call: the one that it was given, or its thread's; None for none.
+    """The prefix of a call: the one given as an argument, or that of its thread; None for none.
 
     Raises:
         RuntimeError: this thread has none, and another has a use_prefix block open.
     """
     active = getattr(ACTIVE, patch.key, None) if given is None else given
     if active is None and patch.opened and is_replica(module):
-        # nn.DataParallel runs it in a thread for the one that called; which is clear if it is one
+        # nn.DataParallel runs a replica in its own thread, on behalf of the thread that called.
+        # Which one that is, is clear only if a single thread has blocks open.
         threads = {thread for thread, _ in patch.opened}
         active = patch.opened[-1][1] if len(threads) == 1 else None
     if active is None and patch.prefixes and not getattr(ACTIVE, _WANTING_NONE, False):
