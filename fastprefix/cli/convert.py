@@ -53,7 +53,7 @@ class Source:
         heads: what was trained of the base beside it.
         groups: of the layers of an encoder-decoder; None for a single stack.
         sources: of the layers of a base that is known to share keys and values among them, see
-            :class:`fastprefix.hf.Patch`; None for any other.
+            :class:`fastprefix.hf.patch.patch.Patch`; None for any other.
     """
 
     path: Path

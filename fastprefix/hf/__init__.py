@@ -8,12 +8,11 @@
 - :mod:`fastprefix.hf.expand`: models whose attention cannot be replaced.
 """
 
-from fastprefix.hf.patch.patch import Patch, is_patched, patch_of
+from fastprefix.hf.patch.patch import is_patched, patch_of
 from fastprefix.hf.patch.patching import patch_model, unpatch_model, use_prefix
 from fastprefix.hf.patch.probe import UnsupportedModelError
 
 __all__ = [
-    "Patch",
     "UnsupportedModelError",
     "is_patched",
     "patch_model",

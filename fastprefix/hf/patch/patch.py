@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from fastprefix.arguments import refuses_unknown_arguments
 from fastprefix.hf.expand.cache import Expanded
 from fastprefix.hf.layer.masks import add_patched
 from fastprefix.hf.patch.positions import ByPositionIds, Placing
@@ -116,18 +117,20 @@ _OF_COPIES: dict[str, Any] = {
 }
 
 
+@refuses_unknown_arguments
 def is_patched(model: PreTrainedModel) -> bool:
     """Whether :func:`fastprefix.patch_model` holds for a model."""
     return getattr(model, PATCH, None) is not None
 
 
+@refuses_unknown_arguments
 def patch_of(model: PreTrainedModel) -> Patch:
     """The Patch of a model.
 
     Raises:
         ValueError: it is not patched.
     """
-    patch = getattr(model, PATCH, None)
+    patch: Patch | None = getattr(model, PATCH, None)
     if patch is None:
         raise ValueError(f"model: this {type(model).__name__} is not patched; call patch_model")
     return patch
