@@ -1,4 +1,4 @@
-"""What was found out about models, for as long as they stay as they were."""
+"""Remembers what was found out about a model until the model changes."""
 
 from __future__ import annotations
 

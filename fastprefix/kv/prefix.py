@@ -143,7 +143,7 @@ class PrefixKV:
         """Keys and values that the model itself computes for a prompt.
 
         That a text behind them gets what it gets behind the prompt is checked on a few tokens,
-        once per model (:mod:`fastprefix.hf.checking.check`).
+        once per model (:mod:`fastprefix.hf.checking`).
 
         Args:
             model: a model that :func:`fastprefix.patch_model` accepts; it is left as it was.

@@ -29,14 +29,14 @@ def compare_patch(
     """Whether a patched model computes what it did before.
 
     Args:
-        model: of transformers.
+        model: a transformers model.
         slots: its attention layers.
-        example: what to run it on; made from the config if None.
+        example: inputs to run it on; made from the config if None.
         bare: gives the model its own attention implementation back.
         patched: gives it ours.
 
     Returns:
-        What is wrong, or "", and the largest relative error; None where there is none to tell.
+        What is wrong, or "", and the largest relative error, or None if nothing was compared.
     """
     kind = type(model).__name__
     causal = "encoder" not in slots.groups
@@ -48,12 +48,12 @@ def compare_patch(
     try:
         for inputs in choices:
             if runs and "attention_mask" not in runs[-1][0]:
-                break  # with a mask and without: implementations treat them apart
+                break  # one run with a mask, one without: implementations have a path for each
             inputs |= no_cache(model)
             try:
                 with recorded(slots.modules) as trace:
                     want = result_of(model(**inputs))
-            except Exception as error:  # whatever a model of anybody's raises on such an input
+            except Exception as error:  # a model may raise anything on such an input
                 problem = error
             else:
                 runs.append((inputs, trace, want))
@@ -70,7 +70,7 @@ def compare_patch(
                 got = result_of(model(**inputs, fastprefix=Recorder()))
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             return f"{kind}: patched, it does not run as before ({error}). {SWITCH_OFF}", None
-        judge.final(got, want)  # what is not attention is the same to the last digit
+        judge.final(got, want)  # everything but attention is unchanged, bit for bit
         if judge.worst > judge.tolerance:
             return (
                 f"{kind}: patched and without a prefix, {judge.where} computes something else than "

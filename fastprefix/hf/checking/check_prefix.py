@@ -29,7 +29,7 @@ def check_prefix(model: PreTrainedModel) -> None:
 
     Raises:
         ValueError: the model is not patched.
-        UnsupportedModelError: one does not.
+        UnsupportedModelError: some layer does not.
     """
     patch = patch_of(model)
     known: Known | None = patch.known
@@ -47,10 +47,10 @@ def compare_prefix(
         model: patched.
         slots: its attention layers.
         patch: the model's.
-        example: what to run it on; made from the config if None.
+        example: inputs to run it on; made from the config if None.
 
     Returns:
-        What is wrong, or "", and the largest relative error; None where there is none to tell.
+        What is wrong, or "", and the largest relative error, or None if nothing was compared.
     """
     kind = type(model).__name__
     is_text = example is None and reads_text(model)
@@ -63,7 +63,7 @@ def compare_prefix(
     try:
         with recorded(slots.modules) as trace:
             model(**inputs, fastprefix=recorder)
-    except Exception as problem:  # whatever a model of anybody's raises on such an input
+    except Exception as problem:  # a model may raise anything on such an input
         _LOGGER.warning("%s: prefix is not checked: it runs on no sample (%s)", kind, problem)
         return "", None
     trial = _Trial(model, patch, slots, inputs, recorder.of_modules(slots.modules), trace)
@@ -75,7 +75,9 @@ def compare_prefix(
         except expected:
             if shortened is None or not is_encoder_decoder(model):
                 raise
-            judge, unmoved = trial.run(None)  # classifiers want one text in encoder and decoder
+            judge, unmoved = trial.run(
+                None
+            )  # classifiers need the same text in encoder and decoder
     except expected as error:
         return f"{kind}: it does not run with a prefix ({error}). {SWITCH_OFF}", None
     if unmoved:
@@ -94,15 +96,15 @@ def compare_prefix(
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """A run of a model on prefix and text in one sequence, to hold runs with a prefix to.
+    """A run of a model on prefix and text in one sequence. Runs with a prefix must equal it.
 
     Attributes:
         model: patched.
         patch: the model's.
         slots: its attention layers.
-        inputs: of the run.
-        recorder: what the layers were handed in it.
-        trace: what they made of it.
+        inputs: inputs of the run.
+        recorder: what the attention functions received.
+        trace: what the attention modules received and made.
     """
 
     model: PreTrainedModel
@@ -116,11 +118,11 @@ class _Trial:
         """Runs the model with a prefix.
 
         Args:
-            shortened: the group of layers whose text is only what follows the prefix; None for all
-                layers to have the whole text.
+            shortened: the group of layers that get only the text behind the prefix; None if all
+                layers get the whole text.
 
         Returns:
-            What was compared, and the calls that a prefix did not change.
+            What was compared, and the numbers of the calls that a prefix did not change.
         """
         groups, calls = self.slots.groups, _slots_of(self.slots, self.trace)
         stateful = says_stateful(self.model)
@@ -136,7 +138,7 @@ class _Trial:
             same = judge.error(number, made, want) <= judge.tolerance
             if not all(held[slot] for slot in calls[number]):
                 unmoved.extend([number] if same else [])
-            elif same or not stateful:  # else attention may start from a state, a prompt's own
+            elif same or not stateful:  # else it may start from a state that the prefix lacks
                 judge.compare(number, made, want)
 
         kv = _shares(self.recorder, held, PREFIX if shortened is not None else 0)
@@ -149,7 +151,7 @@ class _Trial:
 
 
 def _shortened(model: PreTrainedModel, slots: Slots, patch: Patch) -> str | None:
-    """The group of layers whose text can be placed behind a prefix; None where none can."""
+    """The group of layers whose text can be placed behind a prefix; None if there is none."""
     if not patch.placing.can_move:
         return None
     if is_encoder_decoder(model):
@@ -161,7 +163,7 @@ def _shortened(model: PreTrainedModel, slots: Slots, patch: Patch) -> str | None
 def _held(
     model: PreTrainedModel, slots: Slots, recorder: Recorder, shortened: str | None
 ) -> list[bool]:
-    """For each slot whether a prefix is, for its layer, the start of the same sequence."""
+    """For each slot, whether its layer sees prefix and text as in the whole sequence."""
     chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
     if shortened is None or (chunk is not None and chunk < PREFIX + TEXT):
         return [False] * len(slots.groups)
@@ -174,7 +176,7 @@ def _held(
 
 
 def _slots_of(slots: Slots, trace: Trace) -> list[list[int]]:
-    """For each call of a trace the slots of the attention in it."""
+    """For each call of a trace, the slots of the attention in it."""
     own: dict[nn.Module, list[int]] = {}
     for slot, module in enumerate(slots.modules):
         own.setdefault(module, []).append(slot)
@@ -190,7 +192,7 @@ def _slots_of(slots: Slots, trace: Trace) -> list[list[int]]:
 
 
 def _shares(recorder: Recorder, held: list[bool], offset: int) -> PrefixKV:
-    """The start of the recorded keys and values; loud random ones where nothing is held to them."""
+    """The start of the recorded keys and values; large random ones for slots not in held."""
     keys, values = [], []
     for key, value, same in zip(recorder.keys, recorder.values, held, strict=True):
         pair = [x[0, :, :PREFIX].contiguous() for x in (key, value)]
@@ -209,7 +211,7 @@ def _shares(recorder: Recorder, held: list[bool], offset: int) -> PrefixKV:
 def _behind(
     model: PreTrainedModel, patch: Patch, inputs: Mapping[str, Any], shortened: str | None
 ) -> dict[str, Any]:
-    """The inputs with the text alone, where it is behind the prefix."""
+    """The inputs of a run with a prefix, where the shortened group gets the rest of the text."""
     if shortened is None:
         return dict(inputs)
     name = "decoder_input_ids" if is_encoder_decoder(model) else "input_ids"

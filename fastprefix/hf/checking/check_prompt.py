@@ -16,7 +16,7 @@ from fastprefix.hf.patch.probe import Slots
 from fastprefix.hf.states.keeping import says_stateful
 from fastprefix.kv import PrefixKV
 
-# A state in half precision is rounded at every token, so that its error grows with the text.
+# A state in half precision is rounded at every token, so its error grows with the text.
 _HALF, _ROUNDED_STATE = 1e-2, 0.2
 
 
@@ -28,7 +28,7 @@ def compare_prompt(
 ) -> tuple[str, float | None]:
     """Whether a text behind a prefilled prompt gets the outputs of both in one sequence.
 
-    All blocks of the stack are held to that sequence, those without attention among them.
+    All blocks of the stack are compared with that sequence, those without attention included.
 
     Args:
         model: patched, a decoder.
@@ -37,7 +37,7 @@ def compare_prompt(
         behind: runs the model on keyword arguments with a prefix, or with None.
 
     Returns:
-        What is wrong, or "", and the largest relative error; None where there is none to tell.
+        What is wrong, or "", and the largest relative error, or None if nothing was compared.
     """
     ids: Tensor = tokens(model, 1, PREFIX + TEXT)["input_ids"]
     kv = prefilled(ids[:, :PREFIX])
@@ -47,7 +47,7 @@ def compare_prompt(
     with held_to(trace, lambda _: PREFIX, judge.compare):
         got = result_of(behind(kv, input_ids=ids[:, PREFIX:]))
     judge.final(got, _last(want, TEXT))
-    rounded = says_stateful(model) and judge.tolerance >= _HALF  # token by token, or all at once
+    rounded = says_stateful(model) and judge.tolerance >= _HALF  # a state made token by token
     if judge.worst > (_ROUNDED_STATE if rounded else judge.tolerance):
         return (
             f"{type(model).__name__}: a prompt's keys and values are not all that it keeps of a "
@@ -73,7 +73,7 @@ def _blocks(model: PreTrainedModel, slots: Slots) -> list[nn.Module]:
 
 
 def _last(output: Tensor | None, length: int) -> Tensor | None:
-    """The last tokens of an output that has one for each; else all of it."""
+    """The part of an output for the last tokens; all of it if it has no part for each token."""
     if output is None or output.dim() < 3 or output.shape[1] != PREFIX + TEXT:
         return output
     return output[:, -length:]

@@ -1,4 +1,4 @@
-"""How much two runs of a model differ, and how much of it is rounding."""
+"""How much two runs of a model differ, and how much of that rounding explains."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 from fastprefix.hf.checking.trace import Trace
 from fastprefix.hf.devices import device_of
 
-# The largest error of what a layer makes of a token, relative to its norm: several times what two
-# ways to round differ by, and far below what a lost token or a wrong position changes.
-# Models in float64 take their softmax in float32.
+# The largest error that is allowed in a layer's output for a token, relative to its norm. It is
+# several times the difference between two ways of rounding, and far below the effect of a lost
+# token or a wrong position. Models in float64 compute their softmax in float32.
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}
 _TF32, _COARSE = 5e-3, 3e-2
 
 
 class Judge:
-    """The largest error of what layers make, token by token, where tokens are real."""
+    """Keeps the largest error in the outputs of layers, over all real tokens."""
 
     def __init__(self, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
         self.names = {module: name for name, module in model.named_modules()}
@@ -34,11 +34,11 @@ class Judge:
         return f"{type(module).__name__} ({self.names[module]})"
 
     def compare(self, number: int, made: Tensor, want: Tensor) -> None:
-        """Compares what a call made with what it is to make, [B, L, width]."""
+        """Compares the output of a call, [B, L, width], with the one that is right."""
         self._note(self.error(number, made, want), self.name(number))
 
     def final(self, got: Tensor | None, want: Tensor | None) -> None:
-        """Compares what models return."""
+        """Compares the outputs of models."""
         if got is None or want is None:
             return
         self._note(_error(got, want, self._real(want)), "the model")
@@ -68,12 +68,12 @@ def _error(got: Tensor, want: Tensor, real: Tensor | None) -> float:
         return float("inf")
     difference = (got - want).nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
     norms = want.nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
-    scale = norms.clamp(min=0.1 * float(norms.square().mean().sqrt()))  # of a token near zero
+    scale = norms.clamp(min=0.1 * float(norms.square().mean().sqrt()))  # for tokens near zero
     return float((difference / scale.clamp(min=1e-30)).max()) if norms.numel() else 0.0
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    """For the coarsest arithmetic that a model's layers may use."""
+    """The tolerance for the coarsest arithmetic that a model's layers may use."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {model.dtype}
     found = max(_TOLERANCES.get(dtype, _COARSE) for dtype in dtypes)
     if getattr(model, "quantization_method", None) is not None or _quantised(model):
@@ -86,6 +86,6 @@ def _tolerance(model: PreTrainedModel) -> float:
 
 
 def _quantised(model: PreTrainedModel) -> bool:
-    """Whether weights are of a type that computes on its own terms."""
+    """Whether some weight is of a tensor subclass with its own arithmetic."""
     plain = (nn.Parameter, Tensor)
     return any(type(parameter.data) not in plain for parameter in model.parameters())

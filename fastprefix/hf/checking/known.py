@@ -28,8 +28,9 @@ class Known:
 
     Attributes:
         slots: what the probe found.
-        answers: to the questions that were asked: "" for right, else what is wrong.
-        errors: the largest relative error that was seen; none where nothing could be compared.
+        answers: for each question that was asked, what is wrong, or "" if nothing is.
+        errors: the largest relative error that was seen; nothing for a question without a
+            comparison.
     """
 
     slots: Slots
@@ -46,15 +47,19 @@ def ask(
     question: Question,
     compare: Callable[[], tuple[str, float | None]],
 ) -> None:
-    """Raises UnsupportedModelError where the answer, found now or before, is not "".
+    """Asks a question about a model, unless the answer is known.
 
-    A model whose weights are not all here is not asked; a line in the log says so.
+    A model whose weights are not all here is not asked; a warning in the log says so.
 
     Args:
-        model: to run.
-        known: where answers are kept.
-        question: which.
-        compare: finds what is wrong, or "", and the error, None where nothing was compared.
+        model: the model to run.
+        known: what is known of it; gets the answer.
+        question: the question.
+        compare: returns what is wrong, or "", and the largest error, or None if nothing was
+            compared.
+
+    Raises:
+        UnsupportedModelError: the answer, found now or before, says that something is wrong.
     """
     if question not in known.answers:
         why = _unable(model)
@@ -71,7 +76,7 @@ def ask(
 
 
 def _unable(model: PreTrainedModel) -> str:
-    """Why a model cannot be run alone and compared; "" where it can."""
+    """Why this process cannot run a model and compare its results; "" if it can."""
     parameters = list(model.parameters())
     if any(x.is_meta for x in parameters) and not is_offloaded(model):
         return "some of its weights are on the meta device"

@@ -1,4 +1,4 @@
-"""A few tokens that a model can be run on, to see what it computes."""
+"""Inputs of a few tokens that a model can run on."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ PREFIX, TEXT = 3, 3
 
 
 def samples(model: PreTrainedModel, length: int, causal: bool) -> Iterator[dict[str, Any]]:
-    """Keyword arguments of one forward, the most telling first.
+    """Keyword arguments of one forward, the sample that shows most first.
 
-    Two rows, one of them padded; then one row, where the model takes no batch (classifiers without
-    a padding token); then what the probe runs on.
+    First two rows, one of them padded. Then one row, for models that accept no batch (classifiers
+    without a padding token). Then the input of the probe.
 
     Args:
-        model: of transformers.
-        length: tokens of a row.
-        causal: pads stand on the left, as generation wants them; else on the right.
+        model: a transformers model.
+        length: tokens in a row.
+        causal: whether pads are on the left, as for generation, and not on the right.
     """
     if reads_text(model):
         pads = length // 3
@@ -47,7 +47,7 @@ def reads_text(model: PreTrainedModel) -> bool:
 
 
 def tokens(model: PreTrainedModel, rows: int, length: int) -> dict[str, Any]:
-    """Token ids [rows, length], none of them special but the end of an encoder's text."""
+    """Token ids [rows, length]. None is special, except for an end token in encoder-decoders."""
     ids = _ordinary(model, 2 * rows * length).view(2, rows, length)
     if not is_encoder_decoder(model):
         return {"input_ids": ids[0]}
@@ -58,12 +58,12 @@ def tokens(model: PreTrainedModel, rows: int, length: int) -> dict[str, Any]:
 
 
 def no_cache(model: PreTrainedModel) -> dict[str, Any]:
-    """What keeps a forward from making a cache."""
+    """The argument that keeps a forward from making a cache, if it has one."""
     return {"use_cache": False} if takes(model, "use_cache") else {}
 
 
 def _ordinary(model: PreTrainedModel, number: int) -> Tensor:
-    """So many token ids, spread over the vocabulary, without those that the config names."""
+    """Token ids spread over the vocabulary, without the special ones that the config names."""
     text = model.config.get_text_config()
     weight = getattr(model.get_input_embeddings(), "weight", None)  # Musicgen has several
     size = int(text.vocab_size if weight is None else weight.shape[0])

@@ -1,9 +1,8 @@
-"""What a model's attention modules are handed and make in one run, held to it in another.
+"""Compares two runs of a model, attention module by attention module.
 
-Two runs of one model are compared layer by layer: each attention module of the second is handed
-what it was handed in the first, and what it makes of that is compared and then replaced by what it
-made in the first. So rounding does not add up from layer to layer, and an error shows where it is
-made and in full, not diluted by the rest of the model.
+In the second run each attention module gets the inputs that it got in the first run. Its output is
+compared with its output in the first run, and then replaced by that. So rounding errors do not add
+up from layer to layer, and an error shows where it is made and in full size.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ class Call:
 
     Attributes:
         module: the module.
-        given: the hidden states that it was handed, and what has the same shape (MobileBERT's
+        given: the hidden states that it received, and arguments of the same shape (MobileBERT's
             queries, keys and values), by the name or the number of the argument.
-        made: its output, the first tensor of it.
+        made: the first tensor of its output.
     """
 
     module: nn.Module
@@ -50,7 +49,7 @@ class Trace:
 
 @contextlib.contextmanager
 def recorded(modules: Iterable[nn.Module]) -> Iterator[Trace]:
-    """Keeps what the modules are handed and make, in this block and this thread."""
+    """Keeps what the modules receive and make, in this block and this thread."""
     trace, thread = Trace(), threading.get_ident()
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -70,16 +69,16 @@ def recorded(modules: Iterable[nn.Module]) -> Iterator[Trace]:
 def held_to(
     trace: Trace, begin: Callable[[int], int], judge: Callable[[int, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """The traced modules are handed what they were in the trace, and judged by what they made.
+    """Gives the traced modules their inputs and outputs of the trace, in this block and thread.
 
     Args:
-        trace: of the same model.
-        begin: for a call of the trace, by its number: the first of its tokens that the run at hand
-            has; it has all that follow.
-        judge: called with a call's number, what its module made, and what it had made.
+        trace: a trace of the same model.
+        begin: returns, for the number of a call in the trace, the first token that the call has in
+            this block. It has all tokens that follow.
+        judge: called with the number of a call, its output, and its output in the trace.
 
     Raises:
-        RuntimeError: at the end of the block, where a module of the trace ran more or less often.
+        RuntimeError: at the end of the block, if a module ran more or less often than in the trace.
     """
     thread = threading.get_ident()
     numbers: dict[nn.Module, list[int]] = {}
@@ -134,7 +133,7 @@ def held_to(
 
 @contextlib.contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation, without gradients and autocast; mode and random numbers are put back."""
+    """Evaluation without gradients and autocast; modes and random state are put back."""
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
     with (
@@ -155,9 +154,10 @@ def result_of(output: Any) -> Tensor | None:
 
 
 def _given(args: Any, kwargs: dict[str, Any]) -> dict[str | int, Tensor]:
-    """The hidden states [B, L, width] among a call's arguments, and what stands beside them.
+    """The hidden states [B, L, width] among a call's arguments, and arguments of the same shape.
 
-    Not by its name, though: an encoder's states, which cross-attention is handed, are compared.
+    Other keyword arguments are left out. In cross-attention they are the encoder's states, whose
+    errors must show.
     """
     first = args[0] if args else kwargs.get(_INPUT)
     if not isinstance(first, Tensor) or first.dim() != 3:

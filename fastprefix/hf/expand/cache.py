@@ -1,8 +1,8 @@
-"""A KV cache that holds a prefix in front of each row's text, and shows the text alone.
+"""A KV cache with a prefix in front of each row's text, which shows only the text.
 
-The caller of a model, ``generate()`` above all, counts the tokens of a cache as tokens of the text.
-The layers here therefore leave the prefix out when they are asked for their length, but within the
-forward of the model, whose hooks say when that is (:mod:`fastprefix.hf.expand.hooks`).
+The caller of a model, above all ``generate()``, counts the tokens of a cache as tokens of the text.
+Therefore the length of these layers leaves the prefix out. Only within the forward of the model it
+counts: the hooks in :mod:`fastprefix.hf.expand.hooks` say when that is.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Expanded:
 
     Attributes:
         reason: why it could not be patched.
-        by_slots: it counts what is in its cache, or in its mask, as positions (alibi), so that a
-            prefix takes as many as it has tokens. Else it is told by position_ids.
-        pads_free: whether padding on the left of a text leaves its results as they are.
+        by_slots: whether it counts the slots of its cache or mask as positions (alibi). A prefix
+            then takes as many positions as it has tokens. Otherwise position_ids decide.
+        pads_free: whether padding on the left of a text leaves the results as they are.
         limit: how many positions the model has learned; None for any.
     """
 
@@ -39,18 +39,18 @@ class Expanded:
 class ExpandedLayer(DynamicLayer):
     """One layer: F slots of the prefix, and the text, for each row.
 
-    A row's pads on the left stand in front of its prefix, not between prefix and text, so that
-    every distance is that of the concatenation [pads, prefix, text].
+    Pads on the left of a row are moved in front of its prefix. So all distances are those in the
+    concatenation [pads, prefix, text].
 
     Args:
         keys: [B, Hkv, F, D], the prefix of each row.
         values: [B, Hkv, F, Dv].
         pads: [B], how many tokens of each row's text to move in front of its prefix; None for none.
-        active: the call's prefix, of which these are the rows.
+        active: the active prefix that the rows were made of.
 
     Attributes:
         front: F.
-        inside: whether the model's own forward is running, which counts the prefix as well.
+        inside: whether the model's forward is running. The length then counts the prefix as well.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class ExpandedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Adds the text's next keys [B, Hkv, L, D] and values; returns all, the prefix's too.
+        """Adds the text's next keys [B, Hkv, L, D] and values; returns all with the prefix.
 
         Raises:
-            RuntimeError: outside of a forward that the prefix is active in.
+            RuntimeError: no forward with this prefix is running.
         """
         if not self.inside:
             raise RuntimeError(
@@ -89,7 +89,7 @@ class ExpandedLayer(DynamicLayer):
         return keys, values
 
     def get_seq_length(self) -> int:
-        """How many tokens of the text are in the cache; within the forward with the prefix's."""
+        """How many tokens of the text are in the cache; in the forward the prefix counts too."""
         if not self.is_initialized or self.keys is None:
             return 0
         return int(self.keys.shape[-2]) - (0 if self.inside else self.front)
@@ -98,7 +98,7 @@ class ExpandedLayer(DynamicLayer):
         """Removes the text's last tokens.
 
         Args:
-            tokens_to_remove: their number, negative; a positive number is that of the tokens to
+            tokens_to_remove: their number, negative. A positive number is the number of tokens to
                 keep, as in older releases of transformers.
         """
         length = self.get_seq_length()
@@ -109,12 +109,12 @@ class ExpandedLayer(DynamicLayer):
         self.keys, self.values = self.keys[..., :end, :], self.values[..., :end, :]
 
     def reset(self) -> None:
-        """Forgets the text, and the prefix, which the next forward puts in anew."""
+        """Forgets the text and the prefix. The next forward puts the prefix in again."""
         self.keys = self.values = self.pads = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Keeps the rows that beam search goes on with."""
+        """Keeps the rows that beam search continues."""
         super().reorder_cache(beam_idx)
         if self.pads is not None:
             self.pads = self.pads[beam_idx.to(self.pads.device)]
@@ -133,12 +133,12 @@ class ExpandedLayer(DynamicLayer):
 
 
 def own_cache(cache: Any) -> Any:
-    """A decoder's cache of its own text; of one that sees an encoder, the part that is."""
+    """The cache of a decoder's own text, which may be a part of an encoder-decoder's cache."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def new_cache(*, cross: bool) -> Cache:
-    """An empty cache, for a decoder that sees an encoder's output if cross."""
+    """An empty cache. With cross, for a decoder that sees an encoder's output."""
     return EncoderDecoderCache(DynamicCache(), DynamicCache()) if cross else DynamicCache()
 
 
@@ -152,8 +152,8 @@ def check_cache(cache: Any, active: ActivePrefix) -> bool:
     """Whether a cache is empty, so that the prefix can be put into it.
 
     Raises:
-        NotImplementedError: it is of a kind that cannot hide a prefix.
-        ValueError: it holds a text without this prefix.
+        NotImplementedError: this kind of cache cannot hide a prefix.
+        ValueError: it contains a text that began without this prefix.
     """
     own = own_cache(cache)
     fits = isinstance(own, DynamicCache) and not getattr(own, "offloading", False)
@@ -197,25 +197,25 @@ def front_mask(active: ActivePrefix, rows: int) -> Tensor:
 
 
 def reordered_mask(mask: Tensor, pads: Tensor, front: int) -> Tensor:
-    """A mask [B, F + L] in the order of the slots of a layer with these pads."""
+    """A mask [B, F + L], put into the order of the slots in a layer with these pads."""
     return mask.gather(1, _order(pads, front, mask.shape[1]))
 
 
 def _reordered(x: Tensor, pads: Tensor, front: int) -> Tensor:
-    """[prefix, pads, text] to [pads, prefix, text] along the tokens of [B, Hkv, F + L, D]."""
+    """Turns [prefix, pads, text] into [pads, prefix, text]; [B, Hkv, F + L, D]."""
     order = _order(pads, front, x.shape[2])[:, None, :, None]
     return x.gather(2, order.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _order(pads: Tensor, front: int, total: int) -> Tensor:
-    """[B, F + L]: for each slot of a row, where it is in [prefix, text]."""
+    """[B, F + L]: for each slot of a row, its place in [prefix, text]."""
     slot, pads = torch.arange(total, device=pads.device)[None], pads[:, None]
     behind = torch.where(slot < pads + front, slot - pads, slot)
     return torch.where(slot < pads, slot + front, behind)
 
 
 def _of_rows(x: Tensor, active: ActivePrefix, rows: int) -> Tensor:
-    """[B, Hkv, F, D] of keys or values: [Hkv, P, D], or of several prefixes end to end."""
+    """[B, Hkv, F, D]: a copy for each row of keys or values [Hkv, P, D], of one or more prefixes."""
     if isinstance(active.kv, PrefixKV):
         return x.expand(rows, -1, -1, -1)
     kv, index = active.kv, active.prefix_index
@@ -223,13 +223,13 @@ def _of_rows(x: Tensor, active: ActivePrefix, rows: int) -> Tensor:
     assert index is not None
     lengths = kv.prefix_lengths[0].long()
     ends = torch.cat([lengths.cumsum(0), lengths.new_zeros(1)])[index.long()]
-    # what stands in front of a shorter prefix is any token: the mask leaves it out
+    # in front of a shorter prefix any token will do: the mask leaves it out
     tokens = ends[:, None] - torch.arange(kv.longest[0], 0, -1, device=ends.device)
     return x[:, tokens.clamp(min=0)].transpose(0, 1)
 
 
 def _lengths(active: ActivePrefix) -> Tensor:
-    """[B, 1]: the prefix length of each row, of several prefixes."""
+    """[B, 1]: the length of each row's prefix."""
     assert isinstance(active.kv, PackedPrefixKV)
     assert active.prefix_index is not None
     lengths = active.kv.prefix_lengths[0]

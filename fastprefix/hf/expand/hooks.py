@@ -1,9 +1,9 @@
 """``fallback="expand"``: prefixes for models whose attention cannot be replaced, in their KV cache.
 
-Such a model attends to whatever its cache holds. Hooks around its stack of layers put the prefix
-there, copied for each row, and extend the mask and the positions of the text accordingly. Nothing
-is approximated: what this way cannot do is refused. The cost is that of everybody else's way: a
-copy of the prefix for each row.
+Such a model attends to whatever its cache contains. Hooks around its stack of layers put the
+prefix there, copied for each row, and adapt the mask and the positions of the text. Nothing is
+approximated: what cannot be done exactly is refused. The cost is a copy of the prefix for each row,
+as in other libraries.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from fastprefix.kv import PackedPrefixKV, PrefixKV
 
 FALLBACKS = (None, "expand")
 
-# Behind a Patch's key: what was active before each call of the model that is running.
+# Suffix to a Patch's key in ACTIVE: what was active before each running call of the model.
 _OUTER = "_outer"
-# On a cache that the hooks made for one call, whose caller wants none.
+# Attribute of a cache that the hooks made for a call whose caller wants no cache.
 _FOR_ONE_CALL = "_fastprefix_for_one_call"
 
 _LOCK = threading.Lock()
@@ -50,13 +50,13 @@ _WARNED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def check_fallback(fallback: object) -> None:
-    """Raises ValueError for what is no fallback."""
+    """Raises ValueError for an unknown fallback."""
     if fallback not in FALLBACKS:
         raise ValueError(f"fallback: got {fallback!r}, takes None or 'expand'")
 
 
 def install(model: PreTrainedModel, stack: PreTrainedModel, patch: Patch) -> None:
-    """Registers the hooks of a model and its stack of layers, and leaves the Patch on both."""
+    """Registers the hooks of a model and its stack of layers, and sets their Patch."""
     enter = partial(_enter, names=parameters(stack))
     hooks = [stack.register_forward_pre_hook(enter, with_kwargs=True)]
     hooks.append(stack.register_forward_hook(_leave, with_kwargs=True, always_call=True))
@@ -69,11 +69,11 @@ def install(model: PreTrainedModel, stack: PreTrainedModel, patch: Patch) -> Non
 
 
 def check_expanded(model: PreTrainedModel, kv: PrefixKV | PackedPrefixKV, patch: Patch) -> None:
-    """Refuses what a cache cannot hold exactly, and says once for each model what it costs.
+    """Refuses prefixes that a cache cannot hold exactly; warns once per model of the cost.
 
     Args:
         model: patched with fallback="expand".
-        kv: of the model's shapes.
+        kv: a prefix with the model's shapes.
         patch: the model's.
 
     Raises:
@@ -126,7 +126,7 @@ def check_expanded(model: PreTrainedModel, kv: PrefixKV | PackedPrefixKV, patch:
 def _hand_down(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pre-hook of the model around the stack: a prefix given to its call is the stack's."""
+    """Pre-hook of the model around the stack: makes a prefix in its arguments the active one."""
     key = getattr(module, HOOKED).key
     before = getattr(ACTIVE, key, None)
     outer = getattr(ACTIVE, key + _OUTER, ())
@@ -137,7 +137,7 @@ def _hand_down(
 
 
 def _take_back(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Undoes :func:`_hand_down` when the call ends, also where it fails."""
+    """Undoes :func:`_hand_down` when the call ends or fails."""
     key = getattr(module, HOOKED).key
     *outer, before = getattr(ACTIVE, key + _OUTER)
     setattr(ACTIVE, key, before)
@@ -151,7 +151,7 @@ def _take_back(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 def _enter(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pre-hook of the stack: the prefix goes into the cache, mask and positions follow."""
+    """Pre-hook of the stack: puts the prefix into the cache, and adapts mask and positions."""
     patch: Patch = getattr(module, HOOKED)
     kwargs = by_name(names, args, kwargs)
     active = active_of(module, kwargs.pop(NAME, None), patch)
@@ -203,7 +203,7 @@ def _enter(
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Hook behind the stack, also where it fails: the cache is again the text's alone."""
+    """Hook after the stack, even if it fails: the cache shows only the text again."""
     cache = cache_of(kwargs)
     for layer in expanded_layers(cache):
         layer.inside = False
@@ -217,7 +217,7 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 
 def _refuse(module: nn.Module, kwargs: dict[str, Any], active: ActivePrefix) -> None:
-    """What cannot be exact with a prefix in the cache."""
+    """Refuses calls that cannot be exact with a prefix in the cache."""
     kind, config = type(module).__name__, module.config
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
         raise ValueError(
@@ -260,7 +260,7 @@ def _starts_anew(positions: Tensor) -> bool:
 
 
 def _text_mask(kwargs: dict[str, Any], rows: int, length: int, like: Tensor) -> Tensor:
-    """The text's mask [B, L], what is in the cache included."""
+    """The text's mask [B, L], cached tokens included."""
     mask = kwargs.get("attention_mask")
     if mask is None:
         return torch.ones(rows, length, dtype=torch.long, device=like.device)
@@ -274,9 +274,9 @@ def _text_mask(kwargs: dict[str, Any], rows: int, length: int, like: Tensor) -> 
 
 
 def _pads(module: nn.Module, patch: Patch, active: ActivePrefix, mask: Tensor) -> Tensor | None:
-    """[B]: how many pads stand in front of each row's text, where they must be moved; else None.
+    """[B]: how many pads are in front of each row's text, if they must be moved; else None.
 
-    A model that is told positions leaves out what is masked, wherever it stands.
+    They need not be moved if the model gets position_ids: it ignores what is masked anywhere.
     """
     how = patch.expanded
     assert how is not None

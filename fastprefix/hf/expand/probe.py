@@ -1,6 +1,6 @@
-"""What a model's KV cache says about it, and whether a prefix put there is exactly that.
+"""Learns a model's layers from its KV cache, and checks that a prefix in the cache is exact.
 
-Everything is found by running the model's own stack of layers on a few tokens.
+All this is found by running the model's own stack of layers on a few tokens.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> Pa
     """Learns a model's layers from its cache, registers the hooks, and checks what they do.
 
     Args:
-        model: one that cannot be patched; left as it was where it is refused here as well.
-        refusal: why it cannot.
+        model: a model that cannot be patched. It is left as it was if it is refused here as well.
+        refusal: why it cannot be patched.
 
     Raises:
-        UnsupportedModelError: nothing can be done through its cache; the message says why.
+        UnsupportedModelError: its cache does not help either; the message says why.
     """
 
     def refused(why: str) -> UnsupportedModelError:
@@ -90,7 +90,7 @@ def patch_expanded(model: PreTrainedModel, refusal: UnsupportedModelError) -> Pa
 
 
 def _why_not(model: PreTrainedModel, stack: PreTrainedModel | None) -> str:
-    """Why a model's cache cannot hold a prefix, as far as that shows without a run; or ""."""
+    """Why a model's cache cannot hold a prefix, if that shows without a run; else ""."""
     if is_encoder_decoder(model):
         return "it is for decoder-only models"
     if stack is None:
@@ -108,17 +108,17 @@ def _why_not(model: PreTrainedModel, stack: PreTrainedModel | None) -> str:
 def _are_pads_free(
     stack: PreTrainedModel, kv: PrefixKV, ids: Tensor, whole: Tensor, by_slots: bool
 ) -> bool | None:
-    """Whether padding on the left of a text leaves its results as they are.
+    """Whether padding on the left of a text leaves the results as they are.
 
     Args:
-        stack: with the hooks.
+        stack: the stack with the hooks.
         kv: what its layers put into the cache for the token ids.
         ids: [1, L].
         whole: [1, L, hidden], what it makes of them.
         by_slots: see :class:`fastprefix.hf.expand.cache.Expanded`.
 
     Returns:
-        None where a text behind a prefix gets other results than behind the prefix's text.
+        None if a text behind a prefix gets other results than in one sequence.
     """
     front = kv.map(lambda x: x[:, :_PREFIX])
     front = PrefixKV(front.keys, front.values, _PREFIX)
@@ -131,14 +131,14 @@ def _are_pads_free(
 
 
 def cached_keys_values(model: PreTrainedModel, inputs: dict[str, Tensor]) -> PrefixKV:
-    """What the layers of a model patched with fallback="expand" put into the cache for one text.
+    """The keys and values of one text in a model patched with fallback="expand".
 
     Args:
-        model: left as it was.
+        model: it is left as it was.
         inputs: input_ids [1, P] or inputs_embeds [1, P, hidden].
 
     Raises:
-        NotImplementedError: other inputs, those of images say.
+        NotImplementedError: there are other inputs, for example images.
     """
     if len(inputs) != 1:
         raise NotImplementedError(
@@ -155,7 +155,7 @@ def cached_keys_values(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Pre
 
 
 def _find_stack(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The innermost model that takes a cache: the stack of layers. None if there is not one."""
+    """The stack of layers: the innermost model with a cache argument. None unless just one."""
     takers = [
         part
         for part in model.modules()
@@ -186,7 +186,7 @@ def _run(
 
 
 def _of_cache(cache: DynamicCache, length: int) -> PrefixKV:
-    """What a cache holds for one row of so many tokens."""
+    """The keys and values in a cache for one row of the given length."""
     keys, values = (
         [getattr(layer, what, None) for layer in cache.layers] for what in ("keys", "values")
     )
@@ -204,19 +204,19 @@ def _of_cache(cache: DynamicCache, length: int) -> PrefixKV:
 
 
 def _is_told_positions(stack: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether position_ids say where a text stands, and not the slots of the cache alone."""
+    """Whether position_ids have an effect, or only the slots of the cache."""
     if not takes(stack, "position_ids"):
         return False
     near = torch.arange(ids.shape[1], device=ids.device)[None]
     far = near.clone()
-    far[0, -1] += 2  # not moved as a whole, which a model of distances would not see
+    far[0, -1] += 2  # moving all would not show in a model of distances
     mask = torch.ones_like(ids)
     told = [_run(stack, ids, position_ids=x, attention_mask=mask) for x in (near, far)]
     return not torch.equal(*told)
 
 
 def _keys_hold_slots(stack: PreTrainedModel, text: Tensor) -> bool:
-    """Whether the first layer's keys say in which slots a text stands, pads in front counted."""
+    """Whether the first layer's keys depend on the slots of a text, so that pads shift them."""
     keys = []
     for left in (0, 2):
         cache = DynamicCache(config=stack.config)
@@ -238,7 +238,7 @@ def _agrees(
     left: int,
     right: int,
 ) -> bool:
-    """Whether a text behind a prefix, with pads around it, is computed as in one sequence."""
+    """Whether a text behind a prefix, with pads around it, gets the results of one sequence."""
     ids = torch.nn.functional.pad(text, (left, right))
     mask = torch.nn.functional.pad(torch.ones_like(text), (left, right))
     active = ActivePrefix(front)

@@ -1,4 +1,4 @@
-"""A prefix is checked against a patched model and made ready to travel with a call."""
+"""Checks that a prefix fits a patched model, and makes it ready to travel with a call."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def activate(
         check: whether to check, once per model, that each layer sees its own share.
 
     Raises:
-        UnsupportedModelError: the first prefix of a model whose layers do not see their own.
+        UnsupportedModelError: layers of the model do not see their own share of a prefix.
         TypeError: kv is not a PrefixKV, nor several by name, nor None.
         ValueError: the model is not patched or has no weights, kv does not fit its layers, or rows
             does not fit kv.
-        NotImplementedError: kv is a prompt, and the model keeps more of a text than the prompt
-            holds or than it can start from, or sees it in chunks.
+        NotImplementedError: kv is a prompt that the model cannot continue: its layers keep more of
+            a text than kv contains, cannot start from what it contains, or see a text in chunks.
     """
     device, dtype = device_of(model), dtype_of(model)
     if device.type == "meta":
@@ -57,9 +57,9 @@ def activate(
         if rows is not None:
             raise ValueError("rows: got names with no prefix, takes several by name as kv")
         return ActivePrefix(None, patch.backend)
-    # what follows is converted once here, not in every layer
+    # converted once here, not in every layer
     if isinstance(kv, Mapping):
-        # of a bank, those alone that a row asks for: the others may lie on a disk
+        # a bank loads only what the rows name: the rest may be on disk
         named = kv.select(rows) if isinstance(kv, PrefixBank) and rows is not None else kv
         fitting = {
             n: x.to(device, dtype) if isinstance(x, PrefixKV) else x for n, x in named.items()
@@ -119,14 +119,14 @@ def _check_fits(model: PreTrainedModel, patch: Patch, kv: PrefixKV | PackedPrefi
 
 
 def _heads(kv: PrefixKV | PackedPrefixKV) -> tuple[int, ...]:
-    """Of how many query heads each layer has numbers that reweight them."""
+    """For each layer, how many query heads the prefix reweights; 0 for none."""
     if isinstance(kv, PackedPrefixKV):
         return kv.num_heads
     return kv.reweighting.num_heads if kv.reweighting is not None else (0,) * kv.num_layers
 
 
 def _refuse_chunks(model: PreTrainedModel) -> None:
-    """A prompt's keys and values must be all that its text does to what follows."""
+    """Refuses prompts in models with chunked attention, where a text's place matters as well."""
     layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if "chunked_attention" in layers:
         raise NotImplementedError(

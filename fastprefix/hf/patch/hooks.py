@@ -31,11 +31,11 @@ def inject(
     """Forward pre-hook: adds the active prefix and moves positions behind it.
 
     Args:
-        module: a patched model, or the part of it that the hook is on.
+        module: a patched model, or a part of it.
         args: of its forward.
         kwargs: of its forward.
         names: of the forward's parameters.
-        placing: how this module learns where its text stands.
+        placing: how to tell this module where its text stands.
     """
     patch: Patch = getattr(module, HOOKED)
     config: Any = module.config
@@ -53,7 +53,7 @@ def inject(
             "seen; call unpatch_model and patch_model"
         )
     active = active_of(module, kwargs.get(NAME), patch)
-    if isinstance(active, ActivePrefix) and active.positioned:  # the outer model's hook was here
+    if isinstance(active, ActivePrefix) and active.positioned:  # the outer model's hook placed it
         if active.cu_seqlens is None:
             return None
         kwargs = by_name(names, args, kwargs)
@@ -65,7 +65,7 @@ def inject(
     forget_pieces(patch)
     if active is None and patch.backend == "auto":
         return None
-    if active is None or active.kv is None:  # plain attention, by the backend that was asked for
+    if active is None or active.kv is None:  # plain attention, by the chosen backend
         return args, {**kwargs, NAME: ActivePrefix(None, patch.backend, positioned=True)}
     kwargs = by_name(names, args, kwargs)
     _check_checkpointing(module, patch)
@@ -81,7 +81,7 @@ def inject(
 def tell_layers_apart(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pre-hook of a module that several layers share: tells these layers apart, by their order."""
+    """Pre-hook of a module that several layers share: tells them apart by the order of calls."""
     active = kwargs.get(NAME)
     if not isinstance(active, ActivePrefix):
         return None
@@ -93,12 +93,12 @@ def tell_layers_apart(
 def count_calls(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, each: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pre-hook of a module that attends several times: counts from 0 whenever it runs.
+    """Pre-hook of a module that attends several times in a run: counts from 0 in each run.
 
-    Gradient checkpointing runs it again, and its calls take the same places again.
+    So its calls get the same numbers when gradient checkpointing runs it again.
 
     Args:
-        module: which attends.
+        module: the module.
         args: of its forward.
         kwargs: of its forward.
         each: how often it attends in a run.
@@ -110,16 +110,17 @@ def count_calls(
 
 
 def contiguous_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pre-hook of the head: generate() hands it the last token of each row, a strided view.
+    """Pre-hook of the LM head: makes its input contiguous.
 
-    torch.matmul multiplies that by a frozen weight as a batch of products, each with its own copy
-    of the whole vocabulary's weights: most of the memory that a prompt's forward takes.
+    generate() passes the last token of each row, which is a strided view. With a frozen weight,
+    torch.matmul turns that into a batch of products and copies the weight for each row. This copy
+    would be most of the memory of a prompt's forward.
     """
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
 def _check_checkpointing(module: nn.Module, patch: Patch) -> None:
-    """Gradient checkpointing runs layers again in the backward: they must find the prefix there."""
+    """Refuses checkpointing that would run layers again, in the backward, without the prefix."""
     if not (module.training and torch.is_grad_enabled()):
         return
     functions = [
@@ -134,7 +135,7 @@ def _check_checkpointing(module: nn.Module, patch: Patch) -> None:
             "gradient checkpointing: the backward runs layers again, possibly after use_prefix has "
             "restored the model; call patch_model(model) before the block"
         )
-    # the reentrant variant finds gradients for positional inputs only, and the prefix is none
+    # the reentrant variant computes gradients for positional inputs only; the prefix is a keyword
     if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions):
         raise ValueError(
             "gradient checkpointing: the reentrant variant would lose the prefix's gradient; "

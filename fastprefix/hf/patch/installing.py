@@ -50,10 +50,10 @@ from fastprefix.hf.versions import parameters
 def patch_attention(
     model: PreTrainedModel, example: Mapping[str, Any] | None, check: bool
 ) -> Patch:
-    """Gives a model our attention, checks that it computes what it did, and registers the hooks.
+    """Gives a model our attention, checks that its results stay the same, and registers the hooks.
 
     Args:
-        model: left as it was where it is refused.
+        model: it is left as it was if it is refused.
         example: what to run it on; made from the config if None.
         check: whether to compare its outputs before and after.
 
@@ -73,7 +73,7 @@ def patch_attention(
         if check:
             patch.known = known
             named = any(implementation == NAME for _, implementation in patch.previous)
-            # ours is not to be compared with ours
+            # a model that has our implementation already is compared with its default one
             bare = partial(set_default, model) if named else partial(restore, patch.previous)
             ours = partial(set_implementation, model)
             ask(model, known, "patch", lambda: compare_patch(model, slots, example, bare, ours))
@@ -93,7 +93,7 @@ def patch_attention(
 
 
 def _describe(model: PreTrainedModel, patch: Patch, slots: Slots) -> None:
-    """Notes what the probe found out about the layers."""
+    """Writes down what the probe found out about the layers."""
     patch.shapes, patch.query_heads = slots.shapes, slots.query_heads
     patch.groups, patch.sources = slots.groups, slots.sources
     patch.stateful = says_stateful(model)
@@ -104,12 +104,12 @@ def _describe(model: PreTrainedModel, patch: Patch, slots: Slots) -> None:
 
 
 def _hook_layers(patch: Patch, slots: Slots) -> None:
-    """Numbers the attention modules, and tells those apart that make several calls."""
+    """Numbers the attention modules, and has those counted that make several calls."""
     for slot, module in enumerate(slots.modules):
         setattr(module, SLOT, (*getattr(module, SLOT, ()), slot))
     for module in slots.shared:
         patch.handles.append(module.register_forward_pre_hook(tell_layers_apart, with_kwargs=True))
-    for module, each in slots.several.items():  # behind the hook above, where it has both
+    for module, each in slots.several.items():  # after the hook above, if it has both
         hook = partial(count_calls, each=each)
         patch.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -117,8 +117,8 @@ def _hook_layers(patch: Patch, slots: Slots) -> None:
 def _hook_stacks(model: PreTrainedModel, patch: Patch) -> None:
     """Registers the hooks that add the prefix to a call and place the text behind it.
 
-    Inner models get the hook too: calling one alone, as generate() calls an encoder, must not
-    silently run without the prefix.
+    Inner models get the hook too. They may be called directly, as generate() calls an encoder, and
+    must not silently run without the prefix then.
     """
     hooked: dict[nn.Module, Placing] = {}
     if patch.is_encoder_decoder:

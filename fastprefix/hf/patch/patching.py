@@ -39,20 +39,20 @@ def patch_model(
     """Makes a model attend through fastprefix, ready for :func:`use_prefix`.
 
     Runs the model once on one token to see which modules attend, in which order, and what shape
-    their keys and values have. Without an active prefix the model computes what it did before;
-    that it does is checked on a few tokens, once per model (:mod:`fastprefix.hf.checking.check`).
+    their keys and values have. Without an active prefix the model computes what it did before. This
+    is checked on a few tokens, once per model (:mod:`fastprefix.hf.checking`).
 
     Args:
         model: a transformers model whose attention goes through AttentionInterface: a decoder, an
-            encoder of text or images, an encoder-decoder; of one that sees or hears besides text,
-            the language model inside takes the prefix.
-        backend: of :func:`fastprefix.prefix_attention`, for all layers.
-        example: keyword arguments of one forward call, for models that run on anything but
-            token ids, images or log-mel spectrograms.
-        check: False leaves out this check, and those of the prefixes that the model is given.
-        fallback: what to do with a decoder that cannot be patched. None refuses it. "expand" gives
-            it its prefixes through its own KV cache: the same results, at the price of a copy of
-            the prefix for each row, of which a warning tells once. Others are patched as ever.
+            encoder of text or images, or an encoder-decoder. In a model that sees or hears, the
+            language model inside attends to the prefix.
+        backend: the backend argument of :func:`fastprefix.prefix_attention` for all layers.
+        example: keyword arguments of one forward call. Needed for models whose input is none of
+            token ids, images and log-mel spectrograms.
+        check: False leaves out this check, and the checks of the prefixes that the model gets.
+        fallback: what to do with a decoder that cannot be patched. None refuses it. "expand" puts
+            its prefixes into its own KV cache: the results are the same, but each row gets a copy
+            of the prefix. A warning says so once. Models that can be patched are not affected.
 
     Returns:
         The model itself. Patching a patched model only sets the backend.
@@ -82,8 +82,8 @@ def patch_model(
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes :func:`patch_model`: the model is what it was, attention implementation included.
 
-    While :func:`use_prefix` blocks are open, in any thread, they keep their prefixes: the last of
-    them restores the model.
+    Open :func:`use_prefix` blocks, in any thread, keep their prefixes. In that case the last block
+    to end restores the model.
 
     Raises:
         ValueError: the model is not patched.
@@ -116,30 +116,30 @@ def use_prefix(
 ) -> Iterator[PreTrainedModel]:
     """Every forward of the model in this block, and in this thread, attends to the prefix.
 
-    ``generate()``, padding on either side and caches work as without it: the cache and the
-    attention mask hold the text alone, position_ids count it from 0. A block within a block
-    replaces the prefix. A model that was not patched is patched for the block and restored.
+    ``generate()``, padding on either side and caches work as without a prefix: the cache and the
+    attention mask contain only the text, and position_ids count it from 0. A block within a block
+    replaces the prefix. A model that was not patched is patched for the block and then restored.
 
     Threads may run one model with different prefixes. A block belongs to its thread: a thread that
-    generates for a streamer opens its own. While any block with a prefix is open, threads in no
-    block are refused by the model, so that none loses a prefix unnoticed.
+    generates for a streamer opens its own block. While any block with a prefix is open, the model
+    refuses threads that have no block, so that none runs without its prefix unnoticed.
 
     Args:
         model: see :func:`patch_model`.
-        kv: the prefix; moved to the model's device and dtype if need be. Gradients flow to it.
-            Or several by name, of which each row of a batch has its own: a dict, a
-            :class:`fastprefix.PrefixBank`, of which only what rows name is loaded, or the
-            :class:`fastprefix.PackedPrefixKV` of one, which spares packing it anew.
-            None for no prefix, within another block or beside other threads.
+        kv: one prefix, which is moved to the model's device and dtype if necessary. Gradients flow
+            to it. Or several prefixes by name, one for each row of a batch: a dict; a
+            :class:`fastprefix.PrefixBank`, which loads only the names in rows; or a
+            :class:`fastprefix.PackedPrefixKV`, which need not be packed again.
+            Or None for no prefix, inside another block or while other threads have blocks.
         rows: with several prefixes, each row's name, or None for a row without a prefix. A batch
-            may have a multiple of as many rows, which then stand in groups, as ``generate()``
-            repeats rows for beams and num_return_sequences; anything else is an error.
+            may have k times as many rows as there are names. Each name then stands for k rows in
+            succession, as ``generate()`` repeats rows for beams and num_return_sequences.
         check: see :func:`patch_model`.
         fallback: see :func:`patch_model`.
 
     Raises:
-        TypeError: kv is not a PrefixKV, nor several by name, nor None, or rows are no names.
-        ValueError: kv does not fit the model's layers, or rows does not fit kv; in the forward,
+        TypeError: kv is not a PrefixKV, nor several by name, nor None; or rows are not names.
+        ValueError: kv does not fit the model's layers, or rows does not fit kv. In the forward:
             rows does not fit the batch.
         UnsupportedModelError: see :func:`patch_model`.
 
@@ -171,7 +171,7 @@ def use_prefix(
 def patched(
     model: PreTrainedModel, fallback: Fallback | None = None, *, check: bool = True
 ) -> Iterator[PreTrainedModel]:
-    """The model is patched in this block; the last block to end restores it, unless it was before.
+    """Patches the model for this block; the last block to end restores it if none had patched it.
 
     Raises:
         UnsupportedModelError: see :func:`patch_model`.
@@ -204,7 +204,7 @@ def _patch(
     check: bool,
     fallback: Fallback | None,
 ) -> None:
-    """Patches a model, through its KV cache where nothing else helps and the caller allows it."""
+    """Patches a model; through its KV cache if nothing else works and the caller allows it."""
     try:
         with holding_up_forwards(model):
             patch = patch_attention(model, example, check)

@@ -1,7 +1,7 @@
-"""One run of a model to learn which modules attend, in which order, and for which part of it.
+"""Runs a model once to learn which modules attend, in which order, and for which part of it.
 
-Every call of an attention module in that run is a slot, which a prefix holds keys and values for.
-Where layers share a module (ALBERT) each call is a slot of its own.
+Every call of an attention module in that run is a slot. A prefix has keys and values for each slot.
+If layers share a module (ALBERT), each of its calls is a slot of its own.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ class Slots:
     """What a model's attention looks like, in the order of the calls.
 
     Attributes:
-        modules: the module of each call; layers may share one. Of a model that sees or hears,
-            those of its language model.
-        shapes: of the keys and values.
-        query_heads: Hq.
-        groups: which part of the model the call belongs to.
-        sources: of each call the first one that was handed the same keys, itself where it has its
-            own; -1 where that one was handed other values.
-        shared: modules that run once for each of several layers, by which these are told apart.
-        several: modules that attend several times whenever they run, and how often.
-        causal: modules that are handed other masks than they say, and whether a mask left out is
-            causal, by what the call is told as ``is_causal``.
+        modules: the module of each call; layers may share one. In a model that sees or hears, only
+            modules of its language model.
+        shapes: shapes of the keys and values of each call.
+        query_heads: Hq of each call.
+        groups: which part of the model each call belongs to.
+        sources: for each call, the first call with the same keys. This is the call itself if it has
+            its own keys, and -1 if the first call had other values.
+        shared: modules that run once for each of several layers. The order of their runs tells
+            these layers apart.
+        several: modules that attend several times in each run, and how often.
+        causal: modules whose masks are not what ``module.is_causal`` says: whether a call without a
+            mask is causal, by the call's argument ``is_causal``.
     """
 
     modules: tuple[nn.Module, ...]
@@ -63,7 +64,7 @@ def takes(module: nn.Module, argument: str) -> bool:
 
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
-    """By what its forward takes: a T5 encoder alone has an encoder-decoder's config."""
+    """Whether a model is one, by its forward: a T5 encoder has the config of the whole T5."""
     return takes(model, "decoder_input_ids")
 
 
@@ -72,12 +73,12 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
     """Runs a model, whose attention implementation is ours, on one short input.
 
     Args:
-        model: left as it is, but for caches that its own forward keeps.
+        model: it is left as it was, except for caches that its own forward keeps.
         example: keyword arguments to run it on; made from the config if None.
 
     Raises:
-        UnsupportedModelError: keyword arguments do not reach its attention layers, or nothing is
-            known that it could be run on.
+        UnsupportedModelError: keyword arguments do not reach its attention layers, or we cannot
+            make an input for it.
     """
     kind = type(model).__name__
     inputs = dict(example) if example is not None else shortest_inputs(model)
@@ -136,7 +137,7 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
 
 
 def _sources(recorder: Recorder) -> tuple[int, ...]:
-    """See :class:`Slots`; all keys are still there, so that no memory was used twice."""
+    """See :class:`Slots`. All keys are still alive, so none shares its address by chance."""
 
     def same(a: Tensor, b: Tensor) -> bool:
         if a is b or a.device.type == "meta":
@@ -152,7 +153,7 @@ def _sources(recorder: Recorder) -> tuple[int, ...]:
 
 
 def _causal(recorder: Recorder) -> dict[nn.Module, dict[bool | None, bool]]:
-    """Modules whose masks are other than they say; those with masks of both kinds aside."""
+    """See :class:`Slots`; without modules that got masks of both kinds."""
     found: dict[nn.Module, dict[bool | None, bool]] = {}
     both = set()
     calls = zip(recorder.modules, recorder.causal, recorder.is_causal_given, strict=True)
@@ -165,7 +166,7 @@ def _causal(recorder: Recorder) -> dict[nn.Module, dict[bool | None, bool]]:
 
 
 def shortest_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """The shortest input that the model takes, by its main input's name and its config."""
+    """The shortest input that the model accepts, by its main input's name and its config."""
     config, main = model.config, model.main_input_name
     text = config.get_text_config()
     eos = getattr(text, "eos_token_id", None)
@@ -188,7 +189,7 @@ def shortest_inputs(model: PreTrainedModel) -> dict[str, Any]:
         )
     inputs = {main: made.to(device_of(model))}
     if main == "input_ids" and device_of(model).type == "meta":
-        # without a mask transformers looks at values, which there are none of
+        # without a mask transformers reads values, and meta tensors have none
         inputs["attention_mask"] = torch.ones_like(inputs[main])
     if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = torch.tensor([[last]], device=device_of(model))
@@ -212,16 +213,16 @@ def _groups(model: PreTrainedModel, recorder: Recorder) -> tuple[Group, ...]:
 def _shared(
     model: PreTrainedModel, modules: list[nn.Module], run: Callable[[Recorder], Any]
 ) -> tuple[tuple[nn.Module, ...], dict[nn.Module, int]]:
-    """Where layers are told apart whose attention module makes several calls.
+    """How to tell layers apart if an attention module makes several calls.
 
     Returns:
-        For each attention module that ran several times, the outermost module that runs as often.
-        Outermost, because gradient checkpointing runs what is inside a layer again, out of order.
-        And modules that attend several times in each run, with how often.
+        For each attention module that ran several times, the outermost module that ran as often.
+        It is the outermost, because gradient checkpointing runs what is inside a layer again, out
+        of order. And the modules that attend several times in each run, with how often.
 
     Raises:
-        UnsupportedModelError: the calls cannot be told apart, since what attends is not run itself,
-            is not handed the keyword arguments, or attends now more often and now less.
+        UnsupportedModelError: the calls cannot be told apart: the attention module is not called
+            itself, does not receive the keyword arguments, or attends more often in some runs.
     """
     repeated = [module for module, number in Counter(modules).items() if number > 1]
     if not repeated:

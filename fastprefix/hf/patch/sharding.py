@@ -1,9 +1,9 @@
-"""Tensor parallelism: a rank's attention has some of the heads, a prefix has all of them.
+"""Tensor parallelism: each rank attends with some of the heads, a prefix has all of them.
 
-A model that transformers sharded (``from_pretrained(..., tp_plan="auto")``) hands each attention
-layer the heads of its rank. Prefixes stay whole on every rank, as encoders make them and files hold
-them. A call narrows the prefix to the rank's heads, which are views; the backward sums what each
-rank's heads got into the gradient of the whole prefix, the same on all ranks.
+In a model that transformers sharded (``from_pretrained(..., tp_plan="auto")``) each attention layer
+receives the heads of its rank. Prefixes stay whole on every rank, as encoders make them and files
+contain them. A call narrows the prefix to views of the rank's heads. The backward collects the
+gradients of all ranks' heads into the gradient of the whole prefix, the same on all ranks.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fastprefix.hf.patch.probe import UnsupportedModelError, is_encoder_decoder
 from fastprefix.hf.versions import tensor_parallel_group
 from fastprefix.kv import LayerShape, PackedPrefixKV, PrefixKV, Reweighting
 
-# What a tensor-parallel plan calls the layers that make keys.
+# Names of the layers that make keys, in a tensor-parallel plan.
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
-# a rank's first head, the one behind its last, the number of heads of all ranks
+# The rank's first head, its last head + 1, and the number of heads of all ranks.
 Heads = tuple[int, int, int]
 
 
@@ -35,10 +35,10 @@ class Sharding:
 
     Attributes:
         group: the ranks that share a layer's heads.
-        heads: of each layer: this rank's first head, the one behind its last, and the number of
-            heads of all ranks. Layers that the plan gathers have all heads on every rank.
-        query_heads: the same of the query heads, which a rank may have some of where it has all
-            key/value heads (MQA).
+        heads: for each layer: this rank's first head, its last head + 1, and the number of heads
+            of all ranks. Layers that the plan gathers have all heads on every rank.
+        query_heads: the same for query heads. With MQA a rank has some of the query heads and all
+            key/value heads.
     """
 
     group: Any
@@ -53,9 +53,9 @@ class Sharding:
         )
 
     def narrow(self, kv: PrefixKV | PackedPrefixKV) -> PrefixKV | PackedPrefixKV:
-        """This rank's heads of a whole prefix, or of several that are packed.
+        """This rank's heads of a whole prefix, or of several packed ones.
 
-        The gradient of the whole one is all ranks' sum.
+        The gradient of the whole prefix is the sum over all ranks.
         """
         if isinstance(kv, PackedPrefixKV):
             reweighting = (*kv.biases, *kv.gates)
@@ -72,11 +72,11 @@ class Sharding:
         return replace(kv, keys=keys, values=values, reweighting=narrowed)
 
     def places(self, tensors: Sequence[Tensor]) -> list[Heads]:
-        """Where a rank's heads of each tensor are.
+        """Where a rank's heads are in each tensor.
 
         Args:
-            tensors: as many as there are layers, of the keys, of the values, and then of what has
-                a row for each query head, or none at all.
+            tensors: the keys of all layers, the values of all layers, and then any number of
+                further tensors for all layers. These have a row for each query head, or no rows.
         """
         count = len(self.heads)
         more = len(tensors) // count - 2
@@ -87,13 +87,13 @@ class Sharding:
         ]
 
     def gather(self, kv: PrefixKV) -> PrefixKV:
-        """The whole prefix of which each rank has its own heads; not differentiable."""
+        """The whole prefix, from the heads that each rank has; not differentiable."""
         tensors = self.sum_of_ranks((*kv.keys, *kv.values))
         count = kv.num_layers
         return replace(kv, keys=tensors[:count], values=tensors[count:])
 
     def sum_of_ranks(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Each rank's heads at their place among all heads, in one collective.
+        """Puts each rank's heads at their place among all heads, in one collective.
 
         Args:
             tensors: [local heads, ...], see :meth:`places`.
@@ -105,7 +105,7 @@ class Sharding:
         whole = []
         for tensor, (start, stop, total) in zip(tensors, self.places(tensors), strict=True):
             padded = tensor.new_zeros(total, *tensor.shape[1:])
-            if stop - start < total or first:  # what every rank has counts once
+            if stop - start < total or first:  # heads that every rank has count once
                 padded[start:stop] = tensor
             whole.append(padded)
         flat = torch.cat([tensor.flatten() for tensor in whole])
@@ -116,7 +116,7 @@ class Sharding:
         )
 
     def agreed(self, inputs: Tensor) -> Tensor:
-        """The first rank's token ids or embeddings: all ranks then compute the same."""
+        """The first rank's token ids or embeddings, so that all ranks compute the same."""
         found = [inputs.cpu()]
         dist.broadcast_object_list(found, group_src=0, group=self.group)
         return found[0].to(inputs.device)
@@ -126,7 +126,7 @@ class Sharding:
         """Gives a module that makes prefixes the parameters and buffers of the first rank.
 
         Raises:
-            ValueError: the module has dropout, of which each rank would draw its own.
+            ValueError: the module has dropout, which each rank would draw for itself.
         """
         for part in module.modules():
             if isinstance(part, nn.Dropout) and part.p > 0:
@@ -153,7 +153,9 @@ class _Narrow(torch.autograd.Function):
 
 
 def refuse_split_heads(model: PreTrainedModel) -> None:
-    """Refuses a tensor-parallel model some of whose ranks have no whole head, and would fail alone.
+    """Refuses a tensor-parallel model if some rank would get part of a head.
+
+    That rank would fail on its own while the others wait for it.
 
     Raises:
         UnsupportedModelError: its heads do not divide among the ranks.
@@ -176,20 +178,20 @@ def refuse_split_heads(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def find_sharding(model: PreTrainedModel) -> Sharding | None:
-    """Which heads this rank has, from what its layers are handed for the same tokens on all ranks.
+    """Which heads this rank has, found by running the same tokens on all ranks.
 
-    No plan or configuration is read: a layer whose keys and values are the same on all ranks was
-    handed all heads, any other its rank's own, in the order of the ranks.
+    No plan or configuration is read. A layer whose keys and values are the same on all ranks got
+    all heads. Any other layer got the heads of its rank, in the order of the ranks.
 
     Args:
-        model: of transformers, its attention implementation ours; all of its ranks make this call.
+        model: a transformers model with our attention implementation. All ranks make this call.
 
     Returns:
         None for a model that is not tensor-parallel.
 
     Raises:
-        UnsupportedModelError: a layer's keys and values are all zero, which says nothing; or the
-            model takes no token ids.
+        UnsupportedModelError: a layer's keys and values are all zero, so that ranks cannot be told
+            apart; or the model does not accept token ids.
     """
     if (model.tp_size or 1) == 1:
         return None
@@ -201,7 +203,7 @@ def find_sharding(model: PreTrainedModel) -> Sharding | None:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     recorder = Recorder()
     embedding: Any = model.get_input_embeddings()
-    # several, since the embedding of one may be zero, as that of padding is
+    # several tokens: the embedding of one may be zero, as for padding
     tokens = torch.linspace(0, embedding.weight.shape[0] - 1, 8, device=model.device).long()[None]
     inputs = {"input_ids": tokens}
     if is_encoder_decoder(model):
@@ -232,5 +234,5 @@ def find_sharding(model: PreTrainedModel) -> Sharding | None:
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """The same numbers but for rounding: ranks need not be the same device."""
+    """Equal up to rounding: ranks may be different devices."""
     return torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-2 * one.abs().max().item())

@@ -1,4 +1,4 @@
-"""What a prompt is made of: what the model's forward takes, images among it, checked."""
+"""Checks the arguments that make up a prompt: those of the model's forward, images included."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastprefix.arguments import shown, unknown_argument
 from fastprefix.hf.devices import device_of
 from fastprefix.hf.versions import CACHE_NAMES, parameters
 
-# What a forward takes besides, and a prompt's run says itself.
+# Arguments of a forward that are not part of a prompt, or are set by its run.
 _NO_INPUTS = {
     *CACHE_NAMES, "position_ids", "labels", "use_cache", "return_dict", "output_attentions",
     "output_hidden_states", "logits_to_keep", "self", "kwargs", "args",
 }  # fmt: skip
-# Where images, videos and sound stand in the text, and by which inputs they come.
+# Kinds of input that replace tokens of the text, and the arguments that carry them.
 _KINDS = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
 
 
@@ -28,9 +28,10 @@ def prompt_inputs(
     """Keyword arguments of one forward over a prompt.
 
     Raises:
-        TypeError: input_ids are no ids, input_ids and inputs_embeds, neither or both, or what the
-            forward does not take.
-        ValueError: not one prompt without padding, or images in the text alone.
+        TypeError: input_ids are no ids; both input_ids and inputs_embeds are given, or neither; or
+            the forward does not have an argument.
+        ValueError: not one prompt without padding; or the text has places for images, but no images
+            are given.
     """
     found = {name: x for name, x in inputs.items() if x is not None}
     known = [name for name in _known(model) if name not in _NO_INPUTS]
@@ -64,7 +65,7 @@ def prompt_inputs(
 
 
 def _known(model: PreTrainedModel) -> list[str]:
-    """Parameters of the forward of a model and of the one under its head."""
+    """Parameters of the forwards of a model and of its base model."""
     return list(dict.fromkeys([*parameters(model), *parameters(model.base_model)]))
 
 
@@ -73,8 +74,8 @@ def one_prompt(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Ten
 
     Raises:
         TypeError: input_ids are no numbers.
-        ValueError: the model reads no text, input_ids is empty or holds several, or an id that is
-            not in the model's vocabulary.
+        ValueError: the model reads no text; or input_ids is empty, has several rows, or contains an
+            id that is not in the model's vocabulary.
     """
     if "input_ids" not in parameters(model):
         raise ValueError(
@@ -97,11 +98,11 @@ def one_prompt(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> Ten
 
 
 def _check_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:
-    """Refuses ids that the model has no embedding for; on a GPU they would end the process."""
+    """Refuses ids without an embedding; on a GPU they would end the process."""
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if rows is None or ids.device.type == "meta":
         return
-    # those of images and sound are replaced before they are looked up, and may lie beyond
+    # tokens of images and sound may be outside: they are replaced before the embedding
     special = [token for _, _, token in _places(model)]
     text = ids[~torch.isin(ids, ids.new_tensor(special))]
     if text.numel() == 0:
@@ -115,7 +116,7 @@ def _check_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:
 
 
 def _check_pictures(model: PreTrainedModel, found: Mapping[str, Any]) -> None:
-    """Refuses places for images, videos or sound that nothing is put into."""
+    """Refuses tokens for images, videos or sound if no input replaces them."""
     if any(
         (isinstance(x, Tensor) and x.is_floating_point()) or "encoder_outputs" in name
         for name, x in found.items()
@@ -133,7 +134,7 @@ def _check_pictures(model: PreTrainedModel, found: Mapping[str, Any]) -> None:
 
 
 def _places(model: PreTrainedModel) -> Iterator[tuple[str, str, int]]:
-    """The tokens that images, videos and sound replace: what, the config's field, and the token."""
+    """Tokens that images, videos and sound replace: the kind, the config's field, the token."""
     for kind in _KINDS:
         for field in (f"{kind}_token_id", f"{kind}_token_index"):
             token = getattr(model.config, field, None)

@@ -1,4 +1,4 @@
-"""A prompt that comes before every text: its keys and values as a prefix."""
+"""Runs a prompt once and makes a prefix of its keys and values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def prefill(
 
 
 def prefill_embeddings(model: PreTrainedModel, embeddings: Tensor) -> PrefixKV:
-    """Keys and values of a prompt of embeddings, as :func:`prefill` gives those of a text.
+    """Like :func:`prefill`, for a prompt that is given as embeddings.
 
     Args:
         model: a decoder-only model that :func:`fastprefix.patch_model` accepts; left as it was.
@@ -63,7 +63,7 @@ def _as_prompt(model: PreTrainedModel, check: bool, **inputs: Any) -> PrefixKV:
                 "prompt sees the text, so its keys are not the same for every text"
             )
         if patch_of(model).expanded is not None:
-            # it was compared with one sequence when it was patched
+            # patching has compared it with one sequence already
             kv = keys_values_of_run(model, **inputs)
             return replace(kv, position_offset=kv.num_virtual_tokens, in_window=True)
         refuse(model, keeping_of(model))
@@ -74,7 +74,7 @@ def _as_prompt(model: PreTrainedModel, check: bool, **inputs: Any) -> PrefixKV:
 
 
 def _sees_both_sides(model: PreTrainedModel) -> bool:
-    """Whether types of tokens decide who sees the text behind (PaliGemma): its layers say so."""
+    """Whether token types let tokens see those behind them (PaliGemma)."""
     layers = (module for module in model.modules() if hasattr(module, SLOT))
     return takes(model, "token_type_ids") and not all(
         getattr(layer, "is_causal", True) for layer in layers
@@ -93,7 +93,7 @@ def _check_prompt(model: PreTrainedModel, kv: PrefixKV) -> None:
     try:
         activate(model, kv, check=False)
     except NotImplementedError:
-        return  # refused by name wherever it is used
+        return  # every use of the prompt refuses it, with its own message
 
     def behind(kv: PrefixKV | None, **inputs: Tensor) -> Any:
         return model(**inputs, fastprefix=activate(model, kv, check=False))

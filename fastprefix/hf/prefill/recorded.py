@@ -1,4 +1,4 @@
-"""What the attention layers of a model are handed for one text: its keys and values."""
+"""The keys and values that the attention layers of a model receive for one text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastprefix.kv import PrefixKV
 
 
 def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
-    """What every attention layer makes of a text: where a learned prefix may start from.
+    """The keys and values of a text in every attention layer, from which learning may start.
 
     An encoder-decoder reads the text twice, in its encoder and in its decoder.
 
@@ -41,10 +41,10 @@ def text_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) 
 
 
 def embedding_keys_values(model: PreTrainedModel, input_ids: Tensor | Sequence[int]) -> PrefixKV:
-    """What every attention layer makes of a text's embeddings, as though it were the first layer.
+    """The keys and values that every layer makes of a text's embeddings, as if it were the first.
 
-    The block around each attention module gets what the first block gets: the embeddings, with
-    positions where these are added to them. Its own norm and projections then make the keys.
+    Each block gets the input of the first block: the embeddings, with positions added if the model
+    adds them there. The block's own norm and projections then make keys and values.
 
     Args:
         model: see :func:`text_keys_values`; one stack.
@@ -97,9 +97,13 @@ def keys_values_of_run(
     states: bool = False,
     **inputs: Any,
 ) -> PrefixKV:
-    """What the attention layers are handed for one sequence of input_ids or inputs_embeds.
+    """The keys and values of one sequence in every layer that prefixes have a share in.
 
-    And, if asked for, the states that other layers have afterwards.
+    Args:
+        model: it is patched for the run if necessary.
+        recorder: records the run, if the caller wants to see more of it.
+        states: whether to keep the states that other layers have after the run.
+        inputs: arguments of the model's forward for one row.
     """
     recorder = Recorder() if recorder is None else recorder
     options: dict[str, Any] = {"use_cache": states} if states or takes(model, "use_cache") else {}
@@ -127,7 +131,7 @@ def keys_values_of_run(
 
 
 def _own_calls(model: PreTrainedModel, recorder: Recorder) -> list[int]:
-    """The recorded calls of the layers that have a share in prefixes, in their order."""
+    """The numbers of the recorded calls whose layers have a share in prefixes, in order."""
     inside = language_model(model)
     own = set((model if inside is None else inside).modules())
     calls = [call for call, module in enumerate(recorder.modules) if module in own]

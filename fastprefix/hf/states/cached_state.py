@@ -1,8 +1,8 @@
-"""Prompts on models whose layers keep a state of the text beside keys and values.
+"""Prompts on models whose layers keep a state of the text besides keys and values.
 
-Convolutions and recurrences of hybrid models leave their state in the cache. A prompt's prefix
-holds that state for one row; when a call under it starts a cache, the cache gets a copy for each
-row.
+Convolutions and recurrences of hybrid models leave their state in the cache. The prefix of a prompt
+contains that state for one row. When a call with this prefix starts a cache, the cache gets a copy
+of the state for each row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastprefix.kv import LayerState, PackedPrefixKV, PrefixKV
 
 
 def check_states(model: PreTrainedModel, kv: PrefixKV | PackedPrefixKV) -> None:
-    """Refuses prompts whose states the model cannot take, or that lack what it needs.
+    """Refuses prompts whose states do not fit the model, or that lack states that it needs.
 
     Raises:
         NotImplementedError: the model cannot start from a state.
@@ -64,19 +64,19 @@ def start_from_prompt(
     patch: Patch,
     names: tuple[str, ...],
 ) -> None:
-    """Puts the states of a call's prompts into its cache, if that is still empty.
+    """Puts the states of a call's prompts into its cache if that is still empty.
 
     Args:
         module: the model, or the part of it that is called.
-        active: the call's prefix, placed.
+        active: the prefix of the call, whose text is placed already.
         kwargs: of the call; gets a cache where it has none.
         patch: of the patched model.
         names: parameters of the module's forward.
 
     Raises:
-        NotImplementedError: the call has no cache and is to have none, packs sequences, or its
-            padding cannot be skipped.
-        ValueError: the cache has no place for states, or holds a text that began without them.
+        NotImplementedError: the call has no cache and wants none, packs sequences, or has padding
+            that cannot be skipped.
+        ValueError: the cache has no place for states, or contains a text that began without them.
     """
     assert active.kv is not None
     prompts = _prompts(active.kv)
@@ -127,7 +127,7 @@ def start_from_prompt(
 
 
 def forget_pieces(patch: Patch) -> None:
-    """Forgets what a call that has ended, or failed, has left."""
+    """Forgets the pieces of a call that has ended or failed."""
     if getattr(ACTIVE, patch.key + PARTS, None) is not None:
         setattr(ACTIVE, patch.key + PARTS, None)
 
@@ -142,7 +142,7 @@ def _states_of_rows(
     rows: int,
     keeping: Keeping,
 ) -> dict[int, dict[str, Tensor]]:
-    """Each row's states, [B, ...]; zeros for rows without a prompt, as models themselves start."""
+    """The states of each row, [B, ...]; zeros for rows without a prompt, as models start."""
     found: dict[int, dict[str, Tensor]] = {}
     given = [
         {(one.layer, name): x for one in states or () for name, x in one.tensors.items()}
@@ -153,7 +153,7 @@ def _states_of_rows(
         columns = [one.get((layer, name), torch.zeros_like(some)).to(dtype) for one in given]
         if index is None:
             whole = columns[0].expand(rows, *some.shape).clone()
-        else:  # the last one is that of -1
+        else:  # index -1 takes the last one, zeros
             whole = torch.stack([*columns, torch.zeros_like(columns[0])])[index.to(some.device)]
         found.setdefault(layer, {})[name] = whole
     return found

@@ -1,4 +1,4 @@
-"""The states that layers keep in a cache of transformers: taken out of it, and put into it."""
+"""Takes the states of layers out of a cache of transformers, and puts them into one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class Keeping:
 
     Attributes:
         stateful: whether they keep anything.
-        why_not: why prompts are refused, None where they are not.
+        why_not: why prompts are refused; None if they are not.
         pads: whether padding between a prompt and a text can be skipped.
-        stepwise: whether tokens behind a prompt pass the layers' states one by one.
-        owners: by name, the modules that go on from a state, and the cache's layers it is in.
-        forms: shape without the batch, and dtype, by layer and name.
-        cache: of the class that the model makes.
+        stepwise: whether layers with a state must get the tokens behind a prompt one by one.
+        owners: the modules that go on from a state, by name, and the layers of the cache that the
+            state is in.
+        forms: for each state, by layer and name: its shape without the batch, and its dtype.
+        cache: the class of cache that the model makes.
     """
 
     stateful: bool
@@ -40,7 +41,7 @@ class Keeping:
 
 
 def prompt_states(output: Any) -> tuple[LayerState, ...]:
-    """The states that a run of one row with a cache has left in it."""
+    """The states that a run of one row has left in its cache."""
     return tuple(
         LayerState(layer, {name: x[0].detach().clone() for name, x in tensors.items()})
         for layer, tensors in states_in(cache_in(output)).items()
@@ -48,7 +49,7 @@ def prompt_states(output: Any) -> tuple[LayerState, ...]:
 
 
 def states_in(cache: Any) -> dict[int, dict[str, Tensor]]:
-    """The states in a cache, [B, ...] each: layers and names of those that there are."""
+    """The states in a cache, [B, ...] each, by layer and name."""
     if hasattr(cache, "linear_cache"):
         held = enumerate(cache.linear_cache)
         return {layer: {"linear": x} for layer, x in held if isinstance(x, Tensor)}
@@ -65,7 +66,7 @@ def states_in(cache: Any) -> dict[int, dict[str, Tensor]]:
 
 
 def fill_states(cache: Any, states: Mapping[int, Mapping[str, Tensor]], argument: str) -> None:
-    """Fills the layers of an empty cache, which become the owners of the tensors."""
+    """Fills the layers of an empty cache with states. The cache may overwrite the tensors later."""
     if hasattr(cache, "linear_cache"):
         for layer, tensors in states.items():
             cache.set_linear_cache(layer, tensors["linear"])
@@ -96,7 +97,7 @@ def holds_states(x: Any) -> bool:
 
 
 def new_cache(module: Any, keeping: Keeping) -> Any:
-    """A cache as the model itself would make it."""
+    """An empty cache of the kind that the model itself makes."""
     if keeping.cache is None or keeping.cache is DynamicCache:
         return DynamicCache(config=module.config)
     return keeping.cache()

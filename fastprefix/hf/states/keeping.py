@@ -1,7 +1,7 @@
-"""Which models' layers keep a state of the text, and whether they can start from it.
+"""Whether the layers of a model keep a state of the text, and whether they can start from it.
 
-Found out by running a model once on a few tokens. What does not go on from a prompt's state as if
-prompt and text were one sequence is refused.
+A model is run once on a few tokens to find out. It is refused if it does not go on from a prompt's
+state as if prompt and text were one sequence.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastprefix.hf.states.pieces import PARTS, join, split
 from fastprefix.hf.states.seam import PADS, Seam, run, tokens_of_text
 from fastprefix.hf.versions import parameters
 
-# What a config's layer_types call layers that keep keys and values at most.
+# Names in a config's layer_types of layers that keep nothing but keys and values.
 _PLAIN_TYPES = {
     "full_attention", "sliding_attention", "chunked_attention", "attention", "moe", "mlp", "dense",
     "sparse", "dummy",
@@ -49,7 +49,7 @@ def says_stateful(model: PreTrainedModel) -> bool:
 
 
 def keeping_of(model: PreTrainedModel) -> Keeping:
-    """What a patched decoder-only model's layers keep of a text; runs it, the first time only."""
+    """What the layers of a patched decoder-only model keep of a text; runs it the first time."""
     patch = patch_of(model)
     with _LOCK:
         keeping = _FACTS.recall(model)
@@ -62,7 +62,7 @@ def keeping_of(model: PreTrainedModel) -> Keeping:
 
 
 def refuse(model: PreTrainedModel, keeping: Keeping) -> None:
-    """Raises NotImplementedError for a model that no prompt can be prefilled for."""
+    """Raises NotImplementedError for a model that cannot use prefilled prompts."""
     if keeping.why_not:
         raise NotImplementedError(
             f"kv: {type(model).__name__} does not take a prompt's keys and values for its text, "
@@ -72,7 +72,7 @@ def refuse(model: PreTrainedModel, keeping: Keeping) -> None:
 
 
 def _find(model: PreTrainedModel, patch: Patch) -> Keeping:
-    """Runs a model on a few tokens: which layers keep what, and whether they go on from it."""
+    """Runs a model on a few tokens to see what its layers keep, and whether they go on from it."""
     said, names = says_stateful(model), parameters(model)
     if "use_cache" not in names and "kwargs" not in names:
         return Keeping(said, "its layers keep a state besides" if said else None)
@@ -80,7 +80,7 @@ def _find(model: PreTrainedModel, patch: Patch) -> Keeping:
     places = torch.arange(ids.shape[1], device=device_of(model))[None]
     try:
         whole = run(model, ids, places)
-    except Exception as error:  # takes more than a text, or no cache: its prompts will show it
+    except Exception as error:  # it needs more than a text, or accepts no cache
         why_not = f"it does not run on a few tokens with a cache ({error!r})"
         return Keeping(said, why_not if said else None)
     keeping = _kept_in(cache_in(whole), said)
@@ -111,10 +111,10 @@ def _find(model: PreTrainedModel, patch: Patch) -> Keeping:
 
 
 def _kept_in(cache: Any, said: bool) -> Keeping:
-    """What a run has left in a cache beside keys and values; without forms where that is all.
+    """What a run has left in a cache besides keys and values; without forms if nothing.
 
     Args:
-        cache: of the run; None where the model returned none.
+        cache: the cache of the run; None if the model returned none.
         said: whether the model says that its layers keep a state.
     """
     outside = Keeping(said, "its layers keep a state outside the cache" if said else None)
@@ -140,7 +140,7 @@ def _kept_in(cache: Any, said: bool) -> Keeping:
 
 
 def _install(model: PreTrainedModel, patch: Patch, keeping: Keeping) -> None:
-    """Hooks on the modules that own a state, once for each time that a model is patched."""
+    """Registers hooks on the modules that own a state, once per Patch."""
     if patch.keeping is not None:
         patch.keeping = keeping
         return

@@ -1,9 +1,9 @@
-"""Modules that go on from a state run in pieces where they would not be right by themselves.
+"""Runs modules that go on from a state in pieces, if they would be wrong by themselves.
 
-Pads between a prompt and its text would shift convolutions and let recurrences decay, so rows run
-without their pads, those with the same padding together. Modules which start from a state for
-single tokens only get their tokens one by one. And where gradients are wanted, modules get states
-that are not overwritten. Hooks on these modules see to it.
+Pads between a prompt and its text would shift convolutions and let recurrences decay. So rows run
+without their pads, and rows with the same padding run together. Some modules can start from a state
+only if they get a single token; they get their tokens one by one. If gradients are wanted, modules
+get states that they do not overwrite. Hooks on these modules do all this.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fastprefix.hf.patch.patch import HOOKED
 from fastprefix.hf.patch.threads import ACTIVE
 from fastprefix.hf.states.caches import KINDS, Keeping, holds_states
 
-# Behind a Patch's key: how the modules that own a state are to run in the call at hand.
+# Suffix to a Patch's key in ACTIVE: the pieces of the running call.
 PARTS = "_parts"
 
 
 @dataclass(eq=False)
 class Parts:
-    """In which pieces the modules that own a state run in one call.
+    """The pieces in which the modules that own a state run in one call.
 
     Attributes:
         rows: of the batch, B.
         length: tokens of a row, L.
-        pieces: rows and tokens of each piece, those of the same rows one after the other.
-        waiting: by module, the outputs of the pieces that have run.
-        busy: whether a piece is running: the module is left alone then.
+        pieces: rows and tokens of each piece. Pieces of the same rows follow each other.
+        waiting: outputs of the pieces that have run, by module, with the caches.
+        busy: whether a piece is running. The hooks then do nothing.
     """
 
     rows: int
@@ -48,9 +48,9 @@ class Parts:
 def plan(
     kind: str, kwargs: dict[str, Any], keeping: Keeping, rows: int, length: int
 ) -> Parts | None:
-    """How the modules that own a state are to run; None for as they do by themselves."""
+    """The pieces of a call; None if the modules are right by themselves."""
     if length == 1:
-        return None  # never a pad, and every model goes on from a state by one token
+        return None  # it is no pad, and every model goes on from a state by one token
     mask = _padding(kwargs.get("attention_mask"))
     seen = None
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -84,7 +84,7 @@ def plan(
 
 
 def _padding(mask: Any) -> Any:
-    """Of masks that are made already, as for a static cache, that of layers with a state."""
+    """The mask for layers with a state, among finished masks (those of a static cache)."""
     if not isinstance(mask, dict):
         return mask
     found = (_padding(x) for key, x in mask.items() if "attention" not in key or "linear" in key)
@@ -94,7 +94,7 @@ def _padding(mask: Any) -> Any:
 def split(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, layers: tuple[int, ...]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pre-hook of a module that owns a state: runs all pieces of its call but the last."""
+    """Pre-hook of a module that owns a state: runs all pieces of its call except the last."""
     parts: Parts | None = getattr(ACTIVE, getattr(module, HOOKED).key + PARTS, None)
     if parts is None or parts.busy:
         return None
@@ -120,7 +120,7 @@ def split(
 def join(
     module: nn.Module, args: tuple[Any, ...], output: Any, *, layers: tuple[int, ...]
 ) -> Any | None:
-    """Hook of the same module: puts the outputs of all pieces together; pads get zeros."""
+    """Hook after the same module: joins the outputs of all pieces; pads get zeros."""
     parts: Parts | None = getattr(ACTIVE, getattr(module, HOOKED).key + PARTS, None)
     if parts is None or id(module) not in parts.waiting:
         return None
@@ -136,7 +136,7 @@ def join(
 
 
 def _whole(outputs: Sequence[Any], parts: Parts) -> Tensor | None:
-    """[B, L, ...] of the pieces' [b, l, ...]; None for anything else, such as a state."""
+    """[B, L, ...] from the pieces' outputs [b, l, ...]; None for other outputs, such as a state."""
     for (rows, tokens), output in zip(parts.pieces, outputs, strict=True):
         if not isinstance(output, Tensor) or output.shape[:2] != (len(rows), len(tokens)):
             return None
@@ -163,7 +163,7 @@ def _cut(x: Any, *, parts: Parts, rows: Tensor, tokens: Tensor, cache: Any, own:
 
 
 def _of_rows(cache: Any, layers: tuple[int, ...], rows: Tensor) -> Any:
-    """A cache with the states of some rows, which are copies, and all else as in the whole."""
+    """A shallow copy of a cache, whose states are copies for some of the rows."""
     own = copy.copy(cache)
     if hasattr(cache, "linear_cache"):
         own.linear_cache = list(cache.linear_cache)
@@ -184,13 +184,13 @@ def _of_rows(cache: Any, layers: tuple[int, ...], rows: Tensor) -> Any:
 
 
 def _keep(layer: Any, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
-    """In place of a layer's own update, which overwrites the state that a backward pass needs."""
+    """Replaces a layer's own update, which overwrites the state that a backward pass needs."""
     layer.recurrent_states[state_idx] = recurrent_states
     return recurrent_states
 
 
 def _give_back(own: Any, cache: Any, layers: tuple[int, ...], rows: Tensor) -> None:
-    """What :func:`_of_rows` gave, after a module has gone on from it, back into the whole."""
+    """Writes the states of some rows back into the whole cache, after a module has run."""
     for layer in layers:
         if hasattr(cache, "linear_cache"):
             whole = cache.linear_cache[layer].clone()

@@ -1,4 +1,4 @@
-"""A text in two parts, to see whether a model goes on from the first as in one sequence."""
+"""Runs a text in two parts, to see whether a model goes on as in one sequence."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from fastprefix.hf.states.pieces import PARTS, plan
 from fastprefix.hf.versions import CACHE_NAMES, cache_name, parameters
 from fastprefix.kv import PrefixKV
 
-# Tokens in front of the seam and behind it, and pads.
+# Numbers of tokens in front of the seam and behind it, and of pads between them.
 _FRONT, _REST, PADS = 4, 4, 2
 
 
 class Seam:
-    """A text in two parts: whether a model goes on from the first as in one sequence.
+    """A text in two parts: does a model go on from the first part as in one sequence?
 
     Args:
         model: patched.
@@ -46,7 +46,7 @@ class Seam:
         whole: output of the model on both in one sequence.
 
     Attributes:
-        owners: by name, the modules that go on from a state, and the cache's layers it is in.
+        owners: see :class:`fastprefix.hf.states.caches.Keeping`.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Seam:
         self.held = states_in(cache_in(whole))
 
     def goes_on(self, stepwise: bool, pads: int) -> bool:
-        """Whether the model goes on rightly from its own cache; in the second row behind pads."""
+        """Whether the model goes on right from its own cache; the second row has pads first."""
         ids, positions, mask = self._behind_pads(pads)
-        with suppress(Exception):  # what a model raises here it cannot do either
+        with suppress(Exception):  # if the model raises anything, it cannot do this
             given = {"attention_mask": mask, "input_ids": ids}
             trial = Keeping(True, pads=True, stepwise=stepwise)
             parts = plan("", given, trial, 2, _REST)
@@ -92,7 +92,7 @@ class Seam:
         return False
 
     def goes_on_from_prompt(self, pads: int) -> bool:
-        """Whether it goes on rightly from a prompt that rows share; in the second behind pads."""
+        """The same from a prompt that the rows share."""
         ids, positions, mask = self._behind_pads(pads)
         with suppress(Exception):
             text = mask[:, _FRONT:] if pads else None
@@ -113,7 +113,7 @@ class Seam:
         return ids, positions, mask
 
     def _is_right(self, after: Any, pads: int) -> bool:
-        """Whether logits and states are those of one sequence."""
+        """Whether logits and states equal those of one sequence."""
         got, left = _logits(after), states_in(cache_in(after))
         pairs = [(got[0], self.wanted), (got[1, pads:], self.wanted[: _REST - pads])]
         pairs += [
@@ -153,7 +153,7 @@ def run(
 
 @contextmanager
 def _watching(model: nn.Module, cache: Any) -> Iterator[dict[str, list[int]]]:
-    """By name, the innermost modules that hand a cache states in this block, and their layers."""
+    """The innermost modules that put states into a cache in this block, and into which layers."""
     owners: dict[str, list[int]] = {}
     running: list[str] = []
     thread = threading.get_ident()
@@ -214,7 +214,7 @@ def _logits(output: Any) -> Tensor:
 
 
 def _close(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
-    """Within what rounding explains in a model of a dtype; a lost state is off by far more."""
+    """Equal up to rounding in this dtype; the error of a lost state is far larger."""
     limit = 0.01 if dtype in (torch.float32, torch.float64) else 0.1
     got, wanted = got.double(), wanted.double()
     return bool((got - wanted).norm() <= limit * wanted.norm() + 1e-12)
