@@ -215,7 +215,7 @@ def _order(pads: Tensor, front: int, total: int) -> Tensor:
 
 
 def _of_rows(x: Tensor, active: ActivePrefix, rows: int) -> Tensor:
-    """[B, Hkv, F, D]: a copy for each row of keys or values [Hkv, P, D], of one or more prefixes."""
+    """[B, Hkv, F, D]: a copy for each row of the keys or values [Hkv, P, D] of its prefix."""
     if isinstance(active.kv, PrefixKV):
         return x.expand(rows, -1, -1, -1)
     kv, index = active.kv, active.prefix_index

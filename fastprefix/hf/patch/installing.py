@@ -147,4 +147,3 @@ def _hook_stacks(model: PreTrainedModel, patch: Patch) -> None:
         for module in position_embeddings(stack):
             hook = partial(shift, names=parameters(module), placing=placing)
             patch.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            setattr(module, HOOKED, patch)

@@ -20,7 +20,7 @@ from fastprefix.hf.states.caches import Keeping
 from fastprefix.kv import Group, LayerShape
 
 PATCH = "_fastprefix_state"  # on the patched model: its Patch
-HOOKED = "_fastprefix_hooked"  # on it and on all that has a hook which looks for the same Patch
+HOOKED = "_fastprefix_hooked"  # on every module with a hook that needs the model's Patch
 
 
 @dataclass
