@@ -16,15 +16,15 @@ NAME = "fastprefix"
 
 
 def attention(*args: Any, **kwargs: Any) -> Any:
-    """See :func:`fastprefix.hf.attention.prefix_attention_forward`."""
-    from fastprefix.hf.attention import prefix_attention_forward
+    """See :func:`fastprefix.hf.layer.attention.attention_interface`."""
+    from fastprefix.hf.layer.attention import attention_interface
 
-    return prefix_attention_forward(*args, **kwargs)
+    return attention_interface(*args, **kwargs)
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Any:
-    """See :func:`fastprefix.hf.masks.prefix_attention_mask`."""
-    from fastprefix.hf.masks import prefix_attention_mask
+    """See :func:`fastprefix.hf.layer.masks.prefix_attention_mask`."""
+    from fastprefix.hf.layer.masks import prefix_attention_mask
 
     return prefix_attention_mask(*args, **kwargs)
 

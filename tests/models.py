@@ -38,7 +38,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from fastprefix import PrefixKV
-from fastprefix.hf.patching import query_heads
+from fastprefix.hf.patch.patch import patch_of
 from fastprefix.hf.versions import set_attention
 from fastprefix.kv import Reweighting
 from fastprefix.kv.reweighting import Kind
@@ -534,7 +534,7 @@ def reweighted(
     generator = torch.Generator().manual_seed(4000 + seed)
     heads = tuple(
         (2 * torch.rand(number, generator=generator) + 0.5).mul(-1 if seed % 2 else 1)
-        for number in query_heads(model)
+        for number in patch_of(model).query_heads
     )
     heads = tuple(x.to(kv.device).requires_grad_() for x in heads)
     return replace(kv, reweighting=Reweighting(kind, heads))

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from fastprefix import PrefixKV, patch_model, use_prefix
-from fastprefix.hf.patching import default_offset, layer_groups, layer_shapes, patched
+from fastprefix.hf.patch.patch import patch_of
+from fastprefix.hf.patch.patching import patched
 
 
 class Library:
@@ -52,7 +53,7 @@ class Library:
             self.patch(model)
         with patched(model):
             return (
-                list(layer_shapes(model)),
-                list(layer_groups(model)),
-                default_offset(model, length),
+                list(patch_of(model).shapes),
+                list(patch_of(model).groups),
+                patch_of(model).default_offset(length),
             )

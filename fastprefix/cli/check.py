@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 
 from fastprefix.cli.console import console, working
 from fastprefix.cli.loading import load_model
-from fastprefix.hf.check import PREFIX, recall
-from fastprefix.hf.patching import check_prefix, layer_groups, patch_model, unpatch_model
+from fastprefix.hf.checking.check_prefix import check_prefix
+from fastprefix.hf.checking.known import FACTS
+from fastprefix.hf.checking.samples import PREFIX
+from fastprefix.hf.patch.patch import patch_of
+from fastprefix.hf.patch.patching import patch_model, unpatch_model
 from fastprefix.kv import PrefixKV
 
 _QUESTIONS = {
@@ -69,16 +72,16 @@ def answers(model: PreTrainedModel) -> list[tuple[str, str, str]]:
         except (ValueError, NotImplementedError) as error:
             found.append((question, "refused", str(error)))
             continue
-        known = recall(model)
+        known = FACTS.recall(model)
         errors: dict[Any, float] = known.errors if known is not None else {}
         said = f"{errors[question]:.1e}" if question in errors else "not checked"
         found.append((question, "right", said))
     if found[0][1] == "right":
-        groups = ", ".join(f"{layer_groups(model).count(g)} {g}" for g in _groups(model))
+        groups = ", ".join(f"{patch_of(model).groups.count(g)} {g}" for g in _groups(model))
         found[0] = (*found[0][:2], f"{found[0][2]}; layers of attention: {groups}")
         unpatch_model(model)
     return found
 
 
 def _groups(model: PreTrainedModel) -> list[Any]:
-    return list(dict.fromkeys(layer_groups(model)))
+    return list(dict.fromkeys(patch_of(model).groups))

@@ -53,7 +53,7 @@ class Source:
         heads: what was trained of the base beside it.
         groups: of the layers of an encoder-decoder; None for a single stack.
         sources: of the layers of a base that is known to share keys and values among them, see
-            :func:`fastprefix.hf.layer_sources`; None for any other.
+            :class:`fastprefix.hf.patch.patch.Patch`; None for any other.
     """
 
     path: Path
@@ -106,13 +106,14 @@ class Base:
         """
         if self.name is None:
             return None
-        from fastprefix.hf.patching import layer_sources, patched
+        from fastprefix.hf.patch.patch import patch_of
+        from fastprefix.hf.patch.patching import patched
 
         if not getattr(load_config(self.name).get_text_config(), _SHARED, 0):
             return None
         model = self.model(task_type)
         with patched(model):
-            return layer_sources(model)
+            return patch_of(model).sources
 
 
 def run_conversion(
@@ -224,11 +225,12 @@ def _read(path: Path, base: Base) -> Source:
                 f"source: {file} is for an encoder-decoder, whose layers the base alone knows; "
                 "takes --base"
             )
-        from fastprefix.hf.patching import layer_groups, layer_shapes, patched
+        from fastprefix.hf.patch.patch import patch_of
+        from fastprefix.hf.patch.patching import patched
 
         model = base.model("SEQ_2_SEQ_LM")
         with patched(model):
-            shapes, groups = layer_shapes(model), layer_groups(model)
+            shapes, groups = patch_of(model).shapes, patch_of(model).groups
     else:
         sources = base.sources(config.get("task_type"))
     with blaming("source"):
@@ -321,7 +323,7 @@ def _writer(step: Step, base: Base) -> Callable[[Path], None]:
 
 def _computed(found: Source, base: Base) -> PrefixKV:
     """A prompt's keys and values."""
-    from fastprefix.hf.prefill import prefill_embeddings
+    from fastprefix.hf.prefill.prompts import prefill_embeddings
 
     assert found.prompt is not None
     model = base.model(found.config.get("task_type"))

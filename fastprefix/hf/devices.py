@@ -1,4 +1,4 @@
-"""Where a model computes, and in which dtype, wherever its weights are between calls."""
+"""The device and dtype that a model computes with, wherever its weights are between calls."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 def device_of(model: PreTrainedModel) -> torch.device:
     """The device that a model's inputs go to.
 
-    That of its first weight; of one that accelerate offloads, where its hooks bring the weights;
-    of a replica that nn.DataParallel made, which has no parameters, that of what it has instead.
-    The meta device for a model without weights.
+    This is the device of its first weight, with two exceptions. If accelerate offloads the model,
+    it is where accelerate's hooks bring the weights. A replica made by nn.DataParallel has no
+    parameters; it is the device of the tensors that replace them. A model without weights is on the
+    meta device.
     """
     device = _weights(model)[0].device if is_replica(model) else model.device
     if device.type == "meta":
@@ -27,30 +28,30 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 
 def dtype_of(model: PreTrainedModel) -> torch.dtype:
-    """The dtype of a model's weights, a replica's among them."""
+    """The dtype of the weights of a model or a replica."""
     if not is_replica(model):
         return model.dtype
     return next(x.dtype for x in _weights(model) if x.is_floating_point())
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether weights of a module are nowhere but while it runs, when accelerate brings them."""
+    """Whether accelerate brings weights of a module for the time that it runs only."""
     absent = any(x.is_meta for x in module.parameters())
     return absent and any(map(_hooks_of, module.modules()))
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Whether nn.DataParallel made this module for one of its threads."""
+    """Whether nn.DataParallel made this module as a replica for one of its threads."""
     return getattr(module, "_is_replica", False)
 
 
 def _weights(model: nn.Module) -> list[torch.Tensor]:
-    """What a replica has for parameters."""
+    """The tensors that a replica has in place of parameters."""
     parts: Any = model.modules()
     return [x for part in parts for x in getattr(part, "_former_parameters", {}).values()]
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:
-    """accelerate's, of which several may stand one behind the other."""
+    """The hooks of accelerate on a module; a SequentialHook holds several."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else [hook, *getattr(hook, "hooks", ())]

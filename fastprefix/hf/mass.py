@@ -1,4 +1,4 @@
-"""How much of the attention a prefix takes."""
+"""How much of the attention falls on a prefix."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastprefix.hf.patching import activate, layer_groups, patched
-from fastprefix.hf.probe import is_encoder_decoder, takes
+from fastprefix.hf.evaluation import evaluating
+from fastprefix.hf.patch.activation import activate
+from fastprefix.hf.patch.patch import patch_of
+from fastprefix.hf.patch.patching import patched
+from fastprefix.hf.patch.probe import is_encoder_decoder, takes
 from fastprefix.kv import PrefixKV
 
 
@@ -18,34 +21,31 @@ from fastprefix.kv import PrefixKV
 def attention_mass(model: PreTrainedModel, kv: PrefixKV, **inputs: Any) -> tuple[Tensor, ...]:
     """The share of the attention weights that falls on the prefix, by layer and query head.
 
-    The mean over real tokens: the encoder's, or the decoder's in its own layers. No weights are
-    formed: a layer's output is the share, when its values are 1 in the prefix and 0 in the text.
-    Of a prefix with gates that is tanh(gate): its weight beside the text's, which is 1.
+    It is the mean over real tokens: tokens of the encoder in encoder layers, of the decoder in
+    decoder layers. No weights are formed: a layer's output is this share if its values are 1 in the
+    prefix and 0 in the text. For a prefix with gates the result is tanh(gate): the weight of the
+    prefix beside the text, whose weight is 1.
 
     Args:
-        model: see :func:`fastprefix.patch_model`; it is left as it was, in evaluation mode for the
-            one forward pass that this takes.
+        model: see :func:`fastprefix.patch_model`; it is left as it was. It runs once, in evaluation
+            mode.
         kv: the prefix.
-        inputs: of the model's forward; padding where attention_mask (decoder_attention_mask) is 0.
+        inputs: arguments of the model's forward. attention_mask (decoder_attention_mask) is 0 for
+            padding.
 
     Returns:
-        One [Hq] tensor in float32 a layer, zeros for a layer without a prefix.
+        For each layer a float32 tensor [Hq]; zeros for a layer without a prefix.
 
     Raises:
         ValueError: kv does not fit the model.
     """
-    training = [module for module in model.modules() if module.training]
     with patched(model):
         masses: dict[int, Tensor] = {}
         active = replace(activate(model, kv), masses=masses)
-        model.eval()
-        try:
-            no_cache = {"use_cache": False} if takes(model, "use_cache") else {}
+        no_cache = {"use_cache": False} if takes(model, "use_cache") else {}
+        with evaluating(model):
             model(**{**inputs, **no_cache, "fastprefix": active})
-        finally:
-            for module in training:
-                module.training = True
-        groups = layer_groups(model)
+        groups = patch_of(model).groups
     means = []
     for slot, group in enumerate(groups):
         mass = masses[slot]  # [B, Hq, L]

@@ -1,7 +1,7 @@
-"""Models that see or hear besides: prefixes belong to the language model inside, and to it alone.
+"""Models that see or hear: only the language model inside them attends to the prefix.
 
-The outer model puts images among the text's embeddings and knows their positions; the language
-model gets both when they are final. The towers in front of it attend without a prefix.
+The outer model puts images among the text's embeddings and computes their positions. The language
+model receives both in their final form. The towers in front of it attend without a prefix.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fastprefix.hf.versions import parameters
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """What the caller told the outer model, which hands masks and positions of its own down.
+class OuterInputs:
+    """What the caller passed to the outer model, which passes its own masks and positions on.
 
     Attributes:
-        attention_mask: as given: [B, L], 1 = real token; or one that was made already; or None.
+        attention_mask: as given: [B, L], 1 = real token; or a finished mask; or None.
         position_ids: whether any were given.
     """
 
@@ -29,13 +29,13 @@ class Asked:
     position_ids: bool
 
     @classmethod
-    def of(cls, kwargs: Mapping[str, Any]) -> Asked:
-        """From a call's keyword arguments."""
+    def of(cls, kwargs: Mapping[str, Any]) -> OuterInputs:
+        """Reads them from a call's keyword arguments."""
         return cls(kwargs.get("attention_mask"), kwargs.get("position_ids") is not None)
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The language model inside a model that sees or hears; None for a model that is one itself."""
+    """The language model inside a model that sees or hears; None for a plain language model."""
     text = model.config.get_text_config()
     if text is model.config or isinstance(model.config, type(text)):
         return None
@@ -52,8 +52,8 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel | None:
     return None
 
 
-def around(model: PreTrainedModel, inside: PreTrainedModel) -> list[PreTrainedModel]:
-    """The models that a language model is part of, the whole one among them."""
+def models_around(model: PreTrainedModel, inside: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models that contain a language model, the outermost one included."""
     return [
         module
         for module in model.modules()
@@ -67,9 +67,9 @@ def next_position(tokens: int, positions: Tensor | None) -> int:
     """Position of the text that follows a prompt: an image takes fewer positions than tokens.
 
     Args:
-        tokens: of the prompt.
-        positions: what its language model was told; of 3 axes, or of 4 where the first one counts
-            tokens, wherever images have positions of their own.
+        tokens: length of the prompt.
+        positions: position_ids of its language model. They have 3 dimensions if images have
+            positions of their own: [3 or 4 axes, B, L], where the first of 4 axes counts tokens.
     """
     if positions is None or positions.dim() != 3:
         return tokens

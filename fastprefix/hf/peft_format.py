@@ -61,7 +61,7 @@ def refusal(
     Args:
         kv: the prefix.
         groups: which part of the model each layer belongs to; one stack if None.
-        sources: see :func:`fastprefix.hf.layer_sources`; each layer's own if None.
+        sources: see :class:`fastprefix.hf.patch.patch.Patch`; each layer's own if None.
     """
     for layer, source in enumerate(sources or ()):
         if source < 0:
@@ -116,7 +116,7 @@ def save_adapter(
         kind: "PREFIX_TUNING" or "CARTRIDGE".
         heads: see :class:`Adapter`.
         groups: which part of the model each layer belongs to; one stack if None.
-        sources: see :func:`fastprefix.hf.layer_sources`; each layer's own if None.
+        sources: see :class:`fastprefix.hf.patch.patch.Patch`; each layer's own if None.
         safe_serialization: see :func:`fastprefix.hf.peft_files.write_adapter`.
 
     Raises:
@@ -171,7 +171,7 @@ def load_adapter(
         name_or_folder: a folder, or a repository name on the Hugging Face hub.
         shapes: what the model's layers take; as the configuration says if None.
         groups: which part of the model each layer belongs to; one stack if None.
-        sources: see :func:`fastprefix.hf.layer_sources`; each layer's own if None.
+        sources: see :class:`fastprefix.hf.patch.patch.Patch`; each layer's own if None.
 
     Raises:
         FileNotFoundError: a file is missing.

@@ -1,4 +1,4 @@
-"""transformers' pipelines know PEFT's models by the names of their classes; this adds ours."""
+"""transformers' pipelines know PEFT's models by their class names; this adds the names of ours."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 
 def accept(class_name: str) -> None:
-    """Has pipelines take models of a class without saying that it is not supported.
+    """Keeps pipelines from saying that models of a class are not supported.
 
-    They look at the name alone, so every task takes it; whether the base does the task shows when
-    it runs.
+    Pipelines check nothing but the name. So the name is added for every task. Whether the base
+    model can do the task shows when the pipeline runs.
     """
     for names in SUPPORTED_PEFT_TASKS.values():
         if class_name not in names:

@@ -565,7 +565,7 @@ def plan_kv_bytes(
     """What prefixes of given lengths will take, before anything is allocated.
 
     Args:
-        shapes: of the model's layers, e.g. :func:`fastprefix.hf.layer_shapes`; a model on the
+        shapes: of the model's layers, e.g. ``fastprefix.hf.patch_of(model).shapes``; a model on the
             meta device does.
         num_virtual_tokens: length by name.
         dtype: of keys and values.

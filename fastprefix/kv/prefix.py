@@ -143,7 +143,7 @@ class PrefixKV:
         """Keys and values that the model itself computes for a prompt.
 
         That a text behind them gets what it gets behind the prompt is checked on a few tokens,
-        once per model (:mod:`fastprefix.hf.check`).
+        once per model (:mod:`fastprefix.hf.checking`).
 
         Args:
             model: a model that :func:`fastprefix.patch_model` accepts; it is left as it was.
@@ -164,7 +164,7 @@ class PrefixKV:
         Example:
             >>> kv = PrefixKV.prefill(model, **processor(text=question, images=picture))
         """
-        from fastprefix.hf.prefill import prefill  # the one place that looks down the map
+        from fastprefix.hf.prefill.prompts import prefill  # the one place that looks down the map
 
         return prefill(model, input_ids, check=check, fallback=fallback, **inputs)
 

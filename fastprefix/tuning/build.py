@@ -8,14 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Encoder, HeadNumbers, Layout, build_encoder, slot_lengths
 from fastprefix.hf.devices import device_of
-from fastprefix.hf.patching import (
-    default_offset,
-    is_expanded,
-    layer_groups,
-    layer_shapes,
-    query_heads,
-    sharding_of,
-)
+from fastprefix.hf.patch.patch import patch_of
 from fastprefix.kv import Group
 from fastprefix.tuning.config import PrefixConfig
 from fastprefix.tuning.init import initial_prefix
@@ -32,22 +25,23 @@ def new_encoder(
         ValueError: the config does not fit the model, or init="text" without a tokenizer.
         FileNotFoundError: config.init_prefix does not exist.
     """
-    if config.prefix_in_window and set(layer_groups(model)) != {"decoder"}:
+    patch = patch_of(model)
+    if config.prefix_in_window and set(patch.groups) != {"decoder"}:
         raise ValueError(
             f"prefix_in_window: got True, takes False for this {type(model).__name__}; prefixes "
             "slide in decoder-only models alone"
         )
     for name in ("gated", "prefix_bias", "layers", "layer_lengths"):
-        if is_expanded(model) and getattr(config, name) not in (None, False):
+        if patch.expanded is not None and getattr(config, name) not in (None, False):
             raise ValueError(
                 f"{name}: got {getattr(config, name)!r}, takes none for {type(model).__name__} "
                 "with fallback='expand', which keeps the prefix in its KV cache"
             )
-    shapes = layer_shapes(model)
+    shapes = patch.shapes
     P, offset = config.num_virtual_tokens, config.position_offset
     layers = config.layers if config.groups is None else _of_groups(config.groups, model)
-    if offset is None and default_offset(model, P) != P:
-        offset = default_offset(model, P)  # None follows a prefix that grows
+    if offset is None and patch.default_offset(P) != P:
+        offset = patch.default_offset(P)  # None follows a prefix that grows
     if offset is None and config.gated:
         offset = 0  # the text keeps its positions, so that a gate of 0 is the bare model
     lengths = slot_lengths(len(shapes), P, layers, config.layer_lengths)
@@ -69,20 +63,20 @@ def new_encoder(
         init_std=config.init_std,
     )
     if config.gated or config.prefix_bias is not None:
-        heads = [n if length else 0 for n, length in zip(query_heads(model), lengths, strict=True)]
+        heads = [n if length else 0 for n, length in zip(patch.query_heads, lengths, strict=True)]
         fixed = None if isinstance(config.prefix_bias, str) else config.prefix_bias
         encoder.reweighting = HeadNumbers("gate" if config.gated else "bias", heads, fixed)
     encoder = encoder.to(device_of(model))
     if start is not None:
         encoder.start_from(start)
-    if (sharding := sharding_of(model)) is not None:
+    if (sharding := patch.sharding) is not None:
         sharding.synchronize(encoder)
     return encoder
 
 
 def _of_groups(groups: Sequence[Group], model: PreTrainedModel) -> list[int]:
     """The attention layers of a patched model that belong to some groups."""
-    known = layer_groups(model)
+    known = patch_of(model).groups
     if not set(groups) <= set(known):
         raise ValueError(
             f"groups: got {groups!r}, takes some of {tuple(dict.fromkeys(known))}, which this "

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Layout, orthogonal, resize
-from fastprefix.hf.patching import layer_groups, layer_sources
+from fastprefix.hf.patch.patch import patch_of
 from fastprefix.hf.peft_format import load_adapter
-from fastprefix.hf.prefill import embedding_keys_values, text_keys_values
+from fastprefix.hf.prefill.recorded import embedding_keys_values, text_keys_values
 from fastprefix.kv import Group, PrefixKV
 from fastprefix.tuning.base import initial_ids
 from fastprefix.tuning.config import PrefixConfig
@@ -37,7 +37,7 @@ def initial_prefix(
     if config.init == "orthogonal":
         return orthogonal(layout, config.init_std)
     if config.init == "prefix":
-        kv = _load(config, layout, layer_groups(model), layer_sources(model))
+        kv = _load(config, layout, patch_of(model).groups, patch_of(model).sources)
         method = config.init_resize
     else:
         if model.main_input_name != "input_ids":

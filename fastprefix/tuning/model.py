@@ -16,27 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
 from fastprefix.encoders import Encoder, evaluating
+from fastprefix.hf.checking.check_prefix import check_prefix
 from fastprefix.hf.hub import Source
-from fastprefix.hf.patching import (
-    Fallback,
-    activate,
-    check_prefix,
-    is_patched,
-    layer_groups,
-    layer_shapes,
-    layer_sources,
-    patch_model,
-    patched,
-    unpatch_model,
-    use_prefix,
-)
+from fastprefix.hf.patch.activation import activate
+from fastprefix.hf.patch.patch import is_patched, patch_of
+from fastprefix.hf.patch.patching import Fallback, patch_model, patched, unpatch_model, use_prefix
+from fastprefix.hf.patch.threads import wanting_none
 from fastprefix.hf.peft_base import (
     find_base_adapter,
     load_base_adapter,
     unwrap,
 )
 from fastprefix.hf.peft_format import PREFIX_KINDS, Adapter, load_adapter, save_adapter
-from fastprefix.hf.state import wanting_none
 from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
 from fastprefix.tuning import hub
@@ -295,8 +286,8 @@ class PrefixTuningModel(SavedAdapters):
             fields,
             kind=config.peft_type,
             heads=heads,
-            groups=layer_groups(self.base_model),
-            sources=layer_sources(self.base_model),
+            groups=patch_of(self.base_model).groups,
+            sources=patch_of(self.base_model).sources,
             safe_serialization=safe_serialization,
         )
 
@@ -410,7 +401,8 @@ class PrefixTuningModel(SavedAdapters):
 
 def _load(place: Source, model: PreTrainedModel) -> tuple[Adapter, PrefixConfig]:
     """A saved prefix for a patched model, and a configuration that trains it directly."""
-    adapter = load_adapter(place, layer_shapes(model), layer_groups(model), layer_sources(model))
+    patch = patch_of(model)
+    adapter = load_adapter(place, patch.shapes, patch.groups, patch.sources)
     activate(model, adapter.kv)  # refuses what the model cannot run
     kind = adapter.config.get("kind", adapter.config["peft_type"])
     heads = saved_heads(adapter.config, adapter.heads)

@@ -21,15 +21,15 @@ from fastprefix.arguments import (
 from fastprefix.encoders import evaluating
 from fastprefix.hf.devices import device_of
 from fastprefix.hf.hub import Source
-from fastprefix.hf.patching import UnsupportedModelError, use_prefix
+from fastprefix.hf.patch.patching import UnsupportedModelError, use_prefix
+from fastprefix.hf.patch.threads import wanting_none
 from fastprefix.hf.peft_base import (
     find_base_adapter,
     load_base_adapter,
     unwrap,
 )
 from fastprefix.hf.peft_prompts import INFIX_KIND, Prompt, load_prompt, save_prompt
-from fastprefix.hf.prefill import prefill_embeddings
-from fastprefix.hf.state import wanting_none
+from fastprefix.hf.prefill.prompts import prefill_embeddings
 from fastprefix.hf.versions import cache_of, length_of
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning import hub

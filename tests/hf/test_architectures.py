@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastprefix import PrefixKV, UnsupportedModelError, patch_model, unpatch_model, use_prefix
-from fastprefix.hf import layer_groups, layer_shapes
+from fastprefix.hf import patch_of
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 ENCODERS = ["bert", "roberta", "electra", "distilbert", "albert", "modernbert", "vit", "t5 encoder"]
@@ -51,7 +51,7 @@ def test_logits_and_gradients(tiny, name, side):
     model, bare = patch_model(frozen(tiny, name)), frozen(tiny, name)
     inputs, real = tiny.kind_inputs(model, side)
     offset = 5 if name in DECODERS else 0
-    kv = tiny.kv_of_shapes(layer_shapes(model), position_offset=offset)
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=offset)
     told = dict(inputs)
     if name in (*DECODERS, "modernbert"):  # rotary positions: pads push no text away
         told["position_ids"] = tiny.positions(inputs["attention_mask"]) + offset
@@ -94,7 +94,7 @@ def test_a_prompt_where_positions_count_every_token(tiny, name):
         with use_prefix(model, PrefixKV.prefill(model, front)):
             got = model(ids, attention_mask=mask).logits
     torch.testing.assert_close(got[mask.bool()], expected, **EXACT)
-    assert layer_groups(patch_model(model)) == ("decoder",) * 2
+    assert patch_of(patch_model(model)).groups == ("decoder",) * 2
 
 
 def test_attention_that_cannot_be_told_apart_is_refused(tiny):
@@ -124,7 +124,7 @@ def test_custom_masks_cover_the_text_alone(tiny, name, dtype):
     hidden = torch.zeros(sees.shape, dtype=torch.float64)
     hidden = hidden.masked_fill(~sees, torch.finfo(torch.float64).min)
     inputs = {"input_ids": tiny.batch((7, 7))[0], "attention_mask": hidden}
-    kv, real = tiny.kv_of_shapes(layer_shapes(model)), torch.ones(2, 7, dtype=torch.bool)
+    kv, real = tiny.kv_of_shapes(patch_of(model).shapes), torch.ones(2, 7, dtype=torch.bool)
     logits, gradients = run(tiny.concatenating(bare, kv, inputs), kv, inputs, real)
     mask = sees if dtype == torch.bool else hidden
     with use_prefix(model, kv):
@@ -138,7 +138,7 @@ def test_gradient_checkpointing_trains_the_prefix(tiny, name):
     """PEFT's prefix is silently lost here in BERT, RoBERTa and ELECTRA."""
     model = patch_model(frozen(tiny, name))
     inputs, real = tiny.kind_inputs(model)
-    kv = tiny.kv_of_shapes(layer_shapes(model))
+    kv = tiny.kv_of_shapes(patch_of(model).shapes)
     with use_prefix(model, kv):
         logits, gradients = run(model, kv, inputs, real)
         model.train()
@@ -169,7 +169,7 @@ def parts(model):
 
 
 def test_groups_say_which_part_a_layer_belongs_to(tiny):
-    groups = {name: layer_groups(patch_model(tiny.kind(name))) for name in ("bert", "t5", "opt")}
+    groups = {name: patch_of(patch_model(tiny.kind(name))).groups for name in ("bert", "t5", "opt")}
     assert groups["bert"] == ("encoder",) * 2
     assert groups["t5"] == ("encoder", "encoder", *("decoder", "cross") * 2)
     assert groups["opt"] == ("decoder",) * 2
@@ -178,14 +178,14 @@ def test_groups_say_which_part_a_layer_belongs_to(tiny):
 def test_each_call_of_a_shared_module_is_a_layer_of_its_own(tiny):
     """ALBERT: 4 layers of 2 inner ones, made of 2 groups of 2 modules."""
     model = patch_model(tiny.kind("albert"))
-    assert len(layer_shapes(model)) == 8
+    assert len(patch_of(model).shapes) == 8
     assert len({id(m) for m in model.modules() if type(m).__name__ == "AlbertAttention"}) == 4
 
 
 def test_layers_that_share_keys_see_prefixes_of_their_own_in_a_cache(tiny):
     """Gemma 3n: the last two layers are handed the text's keys of the first two, and no cache."""
     model, bare = patch_model(tiny.kind("gemma3n")), tiny.kind("gemma3n")
-    kv = tiny.kv_of_shapes(layer_shapes(model)).detach()
+    kv = tiny.kv_of_shapes(patch_of(model).shapes).detach()
     inputs, _ = tiny.kind_inputs(model, "left")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     plain = tiny.generate(bare, ids, mask)
@@ -202,7 +202,7 @@ def test_compiled_without_graph_breaks(tiny, name):
     inputs, _ = tiny.kind_inputs(model)
     tiny.skip_unless_one_graph(model, **inputs)
     patch_model(model)
-    kv = tiny.kv_of_shapes(layer_shapes(model), position_offset=0 if name == "albert" else 5)
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=0 if name == "albert" else 5)
     with torch.no_grad(), use_prefix(model, kv.detach()):
         expected = model(**inputs).logits
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -254,7 +254,7 @@ def test_a_position_bias_is_trained_with_the_rest(tiny, name, checkpointing):
 def test_a_position_bias_is_trained_beside_a_prefix(tiny, name):
     model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
     inputs, real = tiny.kind_inputs(model)
-    kv = tiny.kv_of_shapes(layer_shapes(model))
+    kv = tiny.kv_of_shapes(patch_of(model).shapes)
     expected = parameter_gradients(tiny.concatenating(bare, kv, inputs), inputs, real)
     with use_prefix(model, kv):
         got = parameter_gradients(model, inputs, real)
@@ -267,7 +267,7 @@ def test_a_frozen_position_bias_costs_nothing(tiny, monkeypatch):
 
     model = patch_model(frozen(tiny, "t5"))
     inputs, real = tiny.kind_inputs(model)
-    kv = tiny.kv_of_shapes(layer_shapes(model))
+    kv = tiny.kv_of_shapes(patch_of(model).shapes)
     monkeypatch.setattr(reference, "forward", None)
     with use_prefix(model, kv):
         run(model, kv, inputs, real)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from fastprefix import PrefixKV, patch_model, use_prefix
-from fastprefix.hf import layer_groups, layer_shapes
+from fastprefix.hf import patch_of
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 P = 5
@@ -39,14 +39,14 @@ def build(name):
 @torch.no_grad()
 def test_prompts_and_learned_prefixes_in_forwards(tiny, name):
     model, bare = patch_model(build(name)), build(name)
-    assert layer_groups(model) == ("decoder", "decoder")
+    assert patch_of(model).groups == ("decoder", "decoder")
     front, (ids, mask) = tiny.prompt(7), tiny.batch((6, 3), "right")
     whole, whole_mask = tiny.concatenate(front, ids, mask, "right")
     expected = bare(whole, attention_mask=whole_mask).logits[:, 7:]
     with use_prefix(model, PrefixKV.prefill(model, front)):
         got = model(ids, attention_mask=mask).logits
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **EXACT)
-    kv = tiny.kv_of_shapes(layer_shapes(model), P, position_offset=P)
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P)
     cache = DynamicCache()
     for layer in range(2):
         cache.update(*(x.expand(2, -1, -1, -1) for x in kv.layer(layer)), layer)

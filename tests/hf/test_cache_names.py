@@ -19,8 +19,7 @@ from fastprefix import (
     patch_model,
     use_prefix,
 )
-from fastprefix.hf import layer_groups, layer_shapes
-from fastprefix.hf.patching import default_offset
+from fastprefix.hf import patch_of
 from fastprefix.hf.versions import CACHE_NAMES, cache_name, cache_of
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -96,7 +95,8 @@ def test_encoders_that_decode_go_on_behind_prefix_and_cache(tiny, name, call):
     model, bare = (tiny.kind(name, is_decoder=True) for _ in range(2))
     patch_model(model)
     P = 4
-    kv = tiny.kv_of_shapes(layer_shapes(model), P, position_offset=default_offset(model, P))
+    patch = patch_of(model)
+    kv = tiny.kv_of_shapes(patch.shapes, P, position_offset=patch.default_offset(P))
     assert kv.position_offset > 0
     ids = tiny.batch((7, 7))[0].clamp(min=3)
     expected_cache, cache = tiny.expanded(kv, 2), DynamicCache()
@@ -110,9 +110,9 @@ def test_encoders_that_decode_go_on_behind_prefix_and_cache(tiny, name, call):
 @torch.no_grad()
 def test_a_decoder_behind_an_encoder(tiny, call):
     model, bare = patch_model(tiny.kind("bart")), tiny.kind("bart")
-    own = [layer for layer, group in enumerate(layer_groups(model)) if group == "decoder"]
-    whole = tiny.kv_of_shapes(layer_shapes(model), 4, position_offset=4)
-    kv = whole.select(own).spread(own, layer_shapes(model))
+    own = [layer for layer, group in enumerate(patch_of(model).groups) if group == "decoder"]
+    whole = tiny.kv_of_shapes(patch_of(model).shapes, 4, position_offset=4)
+    kv = whole.select(own).spread(own, patch_of(model).shapes)
     inputs, _ = tiny.kind_inputs(model, "left")
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     decoded = inputs["decoder_input_ids"]

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import (
 
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, patch_model, use_prefix
 from fastprefix.hf import UnsupportedModelError, is_patched
-from fastprefix.hf import check as checks
+from fastprefix.hf.checking import check_prefix as checks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -22,7 +22,7 @@ from fastprefix import (
     unpatch_model,
     use_prefix,
 )
-from fastprefix.hf.patching import is_expanded, layer_shapes
+from fastprefix.hf.patch.patch import patch_of
 
 
 def saved(model):
@@ -90,8 +90,8 @@ def test_a_copy_of_a_model_that_expands_its_prefix(tiny, copied):
     """The copy had lost how it does that, and failed."""
     config = BloomConfig(vocab_size=tiny.VOCAB, hidden_size=32, n_layer=2, n_head=4)
     model = patch_model(tiny.from_config(config), fallback="expand")
-    assert is_expanded(model)
-    kv = tiny.kv_of_shapes(layer_shapes(model), position_offset=5, dtype=torch.float32)
+    assert patch_of(model).expanded is not None
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=5, dtype=torch.float32)
     plain, twin = logits(tiny, model), copied(model)
     with use_prefix(model, kv):
         expected = logits(tiny, model)

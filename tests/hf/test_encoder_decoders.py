@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastprefix import PrefixKV, patch_model, use_prefix
-from fastprefix.hf import layer_groups, layer_shapes
+from fastprefix.hf import patch_of
 
 MODES = {
     "greedy": {},
@@ -22,7 +22,7 @@ def test_generated_ids(tiny, name, mode):
     inputs, _ = tiny.kind_inputs(model, "left")
     with torch.no_grad():
         patch_model(model)
-        kv = tiny.kv_of_shapes(layer_shapes(model)).detach()
+        kv = tiny.kv_of_shapes(patch_of(model).shapes).detach()
         oracle = tiny.concatenating(bare, kv, inputs)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **MODES[mode]}
     text = {key: value for key, value in inputs.items() if not key.startswith("decoder")}
@@ -42,8 +42,8 @@ def test_a_decoder_deeper_than_the_encoder(tiny, name, deeper):
     model, bare = (tiny.kind(name, **{deeper: 4}).requires_grad_(False) for _ in range(2))
     inputs, real = tiny.kind_inputs(model)
     patch_model(model)
-    assert layer_groups(model).count("encoder") < layer_groups(model).count("decoder") == 4
-    kv = tiny.kv_of_shapes(layer_shapes(model))
+    assert patch_of(model).groups.count("encoder") < patch_of(model).groups.count("decoder") == 4
+    kv = tiny.kv_of_shapes(patch_of(model).shapes)
     expected = tiny.concatenating(bare, kv, inputs)(**inputs).logits[real]
     with use_prefix(model, kv):
         got = model(**inputs).logits[real]
@@ -62,7 +62,7 @@ def test_the_encoder_alone_sees_its_prefix(tiny):
     """As generate() calls it."""
     model = patch_model(tiny.kind("t5").requires_grad_(False))
     inputs, _ = tiny.kind_inputs(model)
-    kv = tiny.kv_of_shapes(layer_shapes(model))
+    kv = tiny.kv_of_shapes(patch_of(model).shapes)
     text = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     with use_prefix(model, kv):
         whole = model(**inputs).encoder_last_hidden_state
@@ -78,7 +78,7 @@ def test_prompts_are_for_decoders(tiny, name):
     with pytest.raises(ValueError, match="takes a decoder-only model"):
         PrefixKV.prefill(model, tiny.prompt())
     patch_model(model)
-    kv = tiny.kv_of_shapes(layer_shapes(model))
+    kv = tiny.kv_of_shapes(patch_of(model).shapes)
     with (
         pytest.raises(ValueError, match="in_window: got a prefilled prompt"),
         use_prefix(model, PrefixKV(kv.keys, kv.values, 0, in_window=True)),

@@ -32,8 +32,7 @@ from fastprefix import (
     unpatch_model,
     use_prefix,
 )
-from fastprefix.hf import layer_groups, layer_shapes
-from fastprefix.hf.patching import default_offset, is_expanded
+from fastprefix.hf import patch_of
 from fastprefix.kv import Reweighting
 
 P = 5
@@ -156,7 +155,7 @@ def learned(model, length=P, seed=0, requires_grad=True):
     """A prefix that no text has, for a patched model."""
     generator = torch.Generator().manual_seed(7 + seed)
     made = []
-    for shape in layer_shapes(model) * 2:
+    for shape in patch_of(model).shapes * 2:
         size = (shape.num_heads, length, shape.key_size)
         made.append(torch.randn(size, generator=generator).requires_grad_(requires_grad))
     half = len(made) // 2
@@ -213,9 +212,9 @@ def test_a_prompt_is_the_concatenation(tiny, name):
 
 def test_a_learned_prefix_and_its_gradient(tiny, name):
     model, bare = patch_model(make(name), fallback="expand"), make(name)
-    assert is_expanded(model) or name in MAY_BE_PATCHED
-    assert layer_groups(model) == ("decoder",) * 2
-    assert default_offset(model, P) == P
+    assert patch_of(model).expanded is not None or name in MAY_BE_PATCHED
+    assert patch_of(model).groups == ("decoder",) * 2
+    assert patch_of(model).default_offset(P) == P
     kv = learned(model)
     leaves = [*kv.keys, *kv.values]
     for side in sides(name):
@@ -365,7 +364,7 @@ def test_encoders_that_look_into_their_cache(tiny):
     config = transformers.RemBertConfig(**fields)
     model = patch_model(fill(transformers.RemBertForMaskedLM(config)), fallback="expand")
     bare = fill(transformers.RemBertForMaskedLM(config))
-    assert set(layer_groups(model)) == {"encoder"}
+    assert set(patch_of(model).groups) == {"encoder"}
     front, text = tiny.prompt(P), tiny.prompt(6, seed=3)
     # the keys that all layers make of the first tokens of one sequence are a prefix of the rest
     cache = DynamicCache()
@@ -417,7 +416,7 @@ def test_models_that_can_be_patched_are(tiny):
         patch_model(model, fallback="expand")
         with use_prefix(model, tiny.random_kv(model), fallback="expand"):
             model(tiny.prompt(4))
-    assert not is_expanded(model)
+    assert patch_of(model).expanded is None
 
 
 @pytest.mark.parametrize("thing", ["copy", True, 1])

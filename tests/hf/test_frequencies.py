@@ -6,8 +6,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from fastprefix import PrefixKV, patch_model, use_prefix
-from fastprefix.hf.frequencies import thresholds
-from fastprefix.hf.patching import layer_shapes
+from fastprefix.hf.patch.frequencies import frequency_thresholds
+from fastprefix.hf.patch.patch import patch_of
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 LIMIT = 16
@@ -87,12 +87,12 @@ def test_only_prompts_that_a_row_has_count(tiny):
         model(ids)
     with use_prefix(model, kv, ["long", "short"]), pytest.raises(NotImplementedError, match="of 9"):
         model(ids)
-    with use_prefix(model, tiny.kv_of_shapes(layer_shapes(model), 5, position_offset=5)):
+    with use_prefix(model, tiny.kv_of_shapes(patch_of(model).shapes, 5, position_offset=5)):
         model(tiny.prompt(30))  # a learned prefix is no text
 
 
 def test_thresholds_of_nested_parameters():
     config = LlamaConfig(**SMALL, max_position_embeddings=LIMIT)
-    assert thresholds(config) == ()
+    assert frequency_thresholds(config) == ()
     config.rope_parameters = {"full_attention": LONG, "sliding_attention": DYNAMIC}
-    assert thresholds(config) == (("longrope", LIMIT), ("dynamic", LIMIT))
+    assert frequency_thresholds(config) == (("longrope", LIMIT), ("dynamic", LIMIT))

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from fastprefix import patch_model, use_prefix
-from fastprefix.hf import layer_shapes
+from fastprefix.hf import patch_of
 
 P, L = 5, 7
 
@@ -75,7 +75,7 @@ def test_what_is_in_the_cache_counts(tiny, model, kv, kind):
 def test_masks_of_every_part_of_a_model(tiny, name):
     model = patch_model(tiny.kind(name))
     inputs, _ = tiny.kind_inputs(model)
-    kv = tiny.kv_of_shapes(layer_shapes(model))
+    kv = tiny.kv_of_shapes(patch_of(model).shapes)
     masks = [key for key in inputs if key.endswith("attention_mask")]
     assert masks
     for key in masks:
@@ -86,6 +86,6 @@ def test_masks_of_every_part_of_a_model(tiny, name):
 
 def test_token_types_of_prefix_and_text(tiny):
     model = patch_model(tiny.kind("bert"))
-    kv = tiny.kv_of_shapes(layer_shapes(model))
+    kv = tiny.kv_of_shapes(patch_of(model).shapes)
     with use_prefix(model, kv), refused("token_type_ids", P + 1):
         model(tiny.prompt(1), token_type_ids=ones(1, P + 1) * 0)

@@ -1,4 +1,4 @@
-"""The form of each mask, as fastprefix.hf.masks documents it, and custom masks from the user."""
+"""Each mask has the form that fastprefix.hf.layer.masks documents; users may give their own."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from transformers.masking_utils import (
 )
 
 from fastprefix import PrefixKV, patch_model, use_prefix
-from fastprefix.hf.masks import prefix_attention_mask
+from fastprefix.hf.layer.masks import prefix_attention_mask
 
 ALL = torch.ones(2, 6, dtype=torch.bool)
 PADDED = ALL.clone()

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fastprefix import PrefixKV
-from fastprefix.hf import is_patched
+from fastprefix.hf import is_patched, patch_of
 from fastprefix.hf.mass import attention_mass
-from fastprefix.hf.patching import layer_groups, layer_shapes, patched
+from fastprefix.hf.patch.patching import patched
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_encoders_and_encoder_decoders(tiny, name):
     model = tiny.kind(name)
     inputs, _ = tiny.kind_inputs(model)
     with patched(model):
-        shapes, groups = layer_shapes(model), layer_groups(model)
+        shapes, groups = patch_of(model).shapes, patch_of(model).groups
     kv = tiny.kv_of_shapes(shapes).detach()
     whole = attention_mass(model, kv, **inputs)
     alone = []

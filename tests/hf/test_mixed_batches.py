@@ -5,7 +5,7 @@ import torch
 from transformers import MistralConfig, set_seed
 
 from fastprefix import PackedPrefixKV, PrefixKV, patch_model, use_prefix
-from fastprefix.hf import layer_shapes
+from fastprefix.hf import patch_of
 
 ROWS = ["a", None, "b", "a"]
 LENGTHS = (7, 4, 1, 5)
@@ -64,7 +64,7 @@ def test_a_row_without_a_prefix_does_not_depend_on_the_others(tiny, name, side):
     if side == "holes":
         mask[:, 3] = 0
     kv = {
-        x: tiny.kv_of_shapes(layer_shapes(model), P, position_offset=P).detach()
+        x: tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P).detach()
         for x, P in (("a", 3), ("b", 6))
     }
     with torch.no_grad():

@@ -5,7 +5,7 @@ import torch
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from fastprefix import PrefixKV, patch_model, use_prefix
-from fastprefix.hf import masks
+from fastprefix.hf.layer import masks
 
 LENGTHS = (9, 1, 4)
 OPTIONS = {

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastprefix import PrefixKV, patch_model, unpatch_model, use_prefix
-from fastprefix.hf import is_patched, layer_shapes
+from fastprefix.hf import is_patched, patch_of
 from fastprefix.kv import LayerShape
 
 
@@ -126,12 +126,12 @@ def test_unknown_backend_is_refused_and_nothing_patched(tiny, model):
 
 
 def test_layer_shapes_are_those_of_the_key_value_heads(tiny, architecture, model):
-    shapes = layer_shapes(patch_model(model))
+    shapes = patch_of(patch_model(model)).shapes
     heads = 4 if architecture == "gpt2" else 2
     assert shapes == (LayerShape(heads, 16, 16),) * 3
 
 
-@pytest.mark.parametrize("function", [unpatch_model, layer_shapes])
+@pytest.mark.parametrize("function", [unpatch_model, patch_of])
 def test_what_needs_a_patched_model_says_so(tiny, function):
     with pytest.raises(ValueError, match="patch_model"):
         function(tiny.build())

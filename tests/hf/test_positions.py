@@ -5,9 +5,8 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from fastprefix import PrefixKV, patch_model, use_prefix
-from fastprefix.hf import layer_groups, layer_shapes
-from fastprefix.hf.patching import default_offset
-from fastprefix.hf.prefill import text_keys_values
+from fastprefix.hf import patch_of
+from fastprefix.hf.prefill.recorded import text_keys_values
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 P = 5
@@ -26,7 +25,8 @@ def cached(kv, layers, rows):
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
 def test_encoders_as_with_the_prefix_in_a_cache(tiny, name, side, given):
     model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
-    kv = tiny.kv_of_shapes(layer_shapes(model), P, position_offset=default_offset(model, P))
+    patch = patch_of(model)
+    kv = tiny.kv_of_shapes(patch.shapes, P, position_offset=patch.default_offset(P))
     inputs, real = tiny.kind_inputs(model, side)
     mask = inputs["attention_mask"]
     told = {}
@@ -52,10 +52,10 @@ def test_encoders_as_with_the_prefix_in_a_cache(tiny, name, side, given):
 def test_a_decoder_with_its_prefix_in_a_cache(tiny, name):
     """As PEFT trains BART: a prefix in the decoder's own attention, which moves its text."""
     model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
-    groups = layer_groups(model)
+    groups = patch_of(model).groups
     own = [layer for layer, group in enumerate(groups) if group == "decoder"]
-    whole = tiny.kv_of_shapes(layer_shapes(model), P, position_offset=P)
-    kv = whole.select(own).spread(own, layer_shapes(model))
+    whole = tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P)
+    kv = whole.select(own).spread(own, patch_of(model).shapes)
     inputs, real = tiny.kind_inputs(model, "left")
     told = dict(inputs)
     if "decoder_attention_mask" in told:
@@ -75,7 +75,7 @@ def test_the_offset_does_not_outlive_its_call(tiny):
     """The embedding is told by the call at hand: one run by itself keeps its own positions."""
     model = patch_model(tiny.kind("bert"))
     inputs, _ = tiny.kind_inputs(model)
-    kv = tiny.kv_of_shapes(layer_shapes(model), position_offset=P)
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=P)
     before = model.bert.embeddings(inputs["input_ids"])
     with use_prefix(model, kv):
         model(**inputs)
@@ -86,7 +86,7 @@ def test_the_offset_does_not_outlive_its_call(tiny):
 def test_the_offset_of_a_call_that_failed_is_forgotten(tiny):
     model = patch_model(tiny.kind("bert"))
     inputs, _ = tiny.kind_inputs(model)
-    kv = tiny.kv_of_shapes(layer_shapes(model), position_offset=P)
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=P)
     before, start = model(**inputs).logits, text_keys_values(model, inputs["input_ids"][:1])
     with use_prefix(model, kv), pytest.raises(ValueError, match="exactly one of input_ids"):
         model(attention_mask=inputs["attention_mask"])
@@ -98,9 +98,9 @@ def test_the_offset_of_a_call_that_failed_is_forgotten(tiny):
 @pytest.mark.parametrize("name", ["distilbert", "albert", "modernbert"])
 def test_encoders_without_a_cache_move_explicit_positions_alone(tiny, name):
     model = patch_model(tiny.kind(name))
-    assert default_offset(model, P) == 0
+    assert patch_of(model).default_offset(P) == 0
     inputs, real = tiny.kind_inputs(model)
-    moved = tiny.kv_of_shapes(layer_shapes(model), position_offset=3)
+    moved = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=3)
     still = PrefixKV(moved.keys, moved.values, 0)
     if name == "modernbert":  # whose positions are rotary, so that only distances matter
         with use_prefix(model, moved):
@@ -124,7 +124,7 @@ def test_encoders_without_a_cache_move_explicit_positions_alone(tiny, name):
 @pytest.mark.parametrize("name", ["t5 encoder", "vit"])
 def test_models_that_cannot_be_told_take_no_offset(tiny, name):
     model = patch_model(tiny.kind(name))
-    kv = tiny.kv_of_shapes(layer_shapes(model), position_offset=2)
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=2)
     with (
         pytest.raises(ValueError, match=r"position_offset: got 2, takes 0"),
         use_prefix(model, kv),
@@ -138,7 +138,7 @@ def test_a_text_that_does_not_fit_behind_the_prefix(tiny, name):
     model = patch_model(tiny.kind(name))
     room = 48 - P - (name == "roberta")
     field = "decoder_input_ids" if name == "bart" else "input_ids"
-    kv = tiny.kv_of_shapes(layer_shapes(model), P, position_offset=P).detach()
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P).detach()
     inputs = {"input_ids": tiny.prompt(4)} if name == "bart" else {}
     with torch.no_grad(), use_prefix(model, kv):
         model(**inputs, **{field: tiny.prompt(room)})
@@ -151,7 +151,7 @@ def test_padding_needs_no_room(tiny, name):
     model = patch_model(tiny.kind(name))
     ids, mask = tiny.batch((42, 7), "left")
     ids, mask = (torch.nn.functional.pad(x, (6, 0)) for x in (ids, mask))
-    kv = tiny.kv_of_shapes(layer_shapes(model), P, position_offset=P).detach()
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P).detach()
     with torch.no_grad(), use_prefix(model, kv):
         padded = model(ids, attention_mask=mask).logits[0, -1]
         alone = model(ids[:1, 6:]).logits[0, -1]
@@ -160,7 +160,7 @@ def test_padding_needs_no_room(tiny, name):
 
 def test_generating_past_the_last_position(tiny):
     model = patch_model(tiny.kind("gpt2"))
-    kv = tiny.kv_of_shapes(layer_shapes(model), P, position_offset=P).detach()
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P).detach()
     with use_prefix(model, kv):
         assert tiny.generate(model, tiny.prompt(40), max_new_tokens=4).shape[1] == 4
         with pytest.raises(ValueError, match="to position 48"):

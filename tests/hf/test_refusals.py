@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from fastprefix import PrefixKV, UnsupportedModelError, patch_model, use_prefix
-from fastprefix.hf import layer_groups
+from fastprefix.hf import patch_of
 
 SMALL = {
     "hidden_size": 32,
@@ -119,7 +119,7 @@ def test_an_example_says_what_a_model_runs_on():
     before = model(sound).last_hidden_state
     patch_model(model, example={"input_values": sound[:1]})
     torch.testing.assert_close(model(sound).last_hidden_state, before, rtol=1e-4, atol=1e-4)
-    assert layer_groups(model) == ("encoder",)
+    assert patch_of(model).groups == ("encoder",)
 
 
 def test_a_model_with_an_attention_of_its_own_stays_usable(tiny):

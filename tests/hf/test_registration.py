@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-import fastprefix.hf.attention
+import fastprefix.hf.layer.attention
 import fastprefix.hf.versions
 from fastprefix import (
     PrefixConfig,
@@ -23,7 +23,7 @@ from fastprefix import (
     use_prefix,
 )
 from fastprefix.after_import import after_import
-from fastprefix.hf import is_patched, layer_shapes
+from fastprefix.hf import is_patched, patch_of
 
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
 PADDED = ["llama", "gemma2", "gpt2", "bert", "modernbert", "t5", "bart", "bigbird_pegasus"]
@@ -205,8 +205,8 @@ def test_prefixes_on_a_model_of_that_name(tiny, architecture):
 
 
 def test_patching_such_a_model_is_not_held_to_itself(tiny, monkeypatch):
-    right = fastprefix.hf.attention.attend
-    monkeypatch.setattr(fastprefix.hf.attention, "attend", lambda call: 1.1 * right(call))
+    right = fastprefix.hf.layer.attention.attend
+    monkeypatch.setattr(fastprefix.hf.layer.attention, "attend", lambda call: 1.1 * right(call))
     with pytest.raises(UnsupportedModelError, match="computes something else"):
         patch_model(tiny.build("llama", attn_implementation="fastprefix"))
 
@@ -216,7 +216,7 @@ def test_patched_models_keep_compact_masks(tiny):
     """A copy and a model from a file are patched too."""
     import copy
 
-    from fastprefix.hf.masks import prefix_attention_mask
+    from fastprefix.hf.layer.masks import prefix_attention_mask
 
     def mask_of(model):
         padding = torch.ones(2, 4, dtype=torch.bool)
@@ -268,7 +268,7 @@ def test_output_attentions_is_answered_as_sdpa_does(tiny, name, caplog):
     assert not any(torch.is_tensor(x) for attentions in want[0].values() for x in attentions)
     patch_model(model)
     assert answer(model, inputs) == want
-    kv = tiny.kv_of_shapes(layer_shapes(model))
+    kv = tiny.kv_of_shapes(patch_of(model).shapes)
     with use_prefix(model, kv):
         assert answer(model, inputs) == want
     with pytest.raises(ValueError, match="output_attentions"):  # transformers' own, as with sdpa

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from fastprefix import PrefixKV, patch_model, prefix_attention, use_prefix
-from fastprefix.hf import layer_groups, layer_shapes
-from fastprefix.hf.call import Call
+from fastprefix.hf import patch_of
+from fastprefix.hf.layer.call import Call
+from fastprefix.hf.layer.reweighted import attend
 from fastprefix.hf.mass import attention_mass
-from fastprefix.hf.patching import query_heads
-from fastprefix.hf.reweighted import attend
-from fastprefix.hf.sharding import Sharding
+from fastprefix.hf.patch.sharding import Sharding
 from fastprefix.hf.versions import enable_checkpointing
 from fastprefix.kv import PackedPrefixKV, Reweighting
 
@@ -32,12 +31,12 @@ def weighted(logits, real):
 
 
 def ours(tiny, model, kind, length=5, seed=0, **options):
-    kv = tiny.kv_of_shapes(layer_shapes(model), length, **options)
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, length, **options)
     return tiny.reweighted(model, kv, kind, seed=seed)
 
 
 def constant(model, kv, kind, number):
-    heads = tuple(torch.full((count,), number) for count in query_heads(model))
+    heads = tuple(torch.full((count,), number) for count in patch_of(model).query_heads)
     return replace(kv, reweighting=Reweighting(kind, heads))
 
 
@@ -68,7 +67,7 @@ def test_logits_and_gradients(tiny, name, kind):
 def test_nothing_of_the_prefix_is_the_bare_model(tiny, name):
     model = patch_model(frozen(tiny, name, dtype=torch.float32))
     inputs, real = tiny.kind_inputs(model)
-    plain = tiny.kv_of_shapes(layer_shapes(model), dtype=torch.float32).detach()
+    plain = tiny.kv_of_shapes(patch_of(model).shapes, dtype=torch.float32).detach()
 
     def run(kv):
         with torch.no_grad(), use_prefix(model, kv):
@@ -127,7 +126,7 @@ def test_a_trained_bias_in_a_decoder_that_counts_distances(tiny):
         with use_prefix(model, kv):
             return model(**inputs).logits[real].square().mean()
 
-    decoder = [n for n, group in enumerate(layer_groups(model)) if group == "decoder"]
+    decoder = [n for n, group in enumerate(patch_of(model).groups) if group == "decoder"]
     leaves = [kv.reweighting.heads[n] for n in decoder]
     leaves += [p for n, p in model.named_parameters() if "relative_attention_bias" in n]
     assert len(leaves) == 4
@@ -220,7 +219,7 @@ def test_a_prompt_with_a_bias_slides(tiny, cache, several):
     bare = tiny.textbook(tiny.kind("mistral"))
     window = model.config.sliding_window
     front, text = tiny.prompt(6), tiny.prompt(2, seed=3)
-    bias = torch.linspace(-2, 3, query_heads(model)[0])
+    bias = torch.linspace(-2, 3, patch_of(model).query_heads[0])
     kv = PrefixKV.prefill(model, front)
     named = {
         name: replace(kv, reweighting=Reweighting("bias", (x,) * kv.num_layers))
@@ -332,8 +331,8 @@ def test_every_backend_attends_a_prefix_alone(backend, queries):
 
 def test_refuses_what_does_not_fit(tiny):
     model = patch_model(frozen(tiny, "llama"))
-    kv = tiny.kv_of_shapes(layer_shapes(model)).detach()
-    Hkv, Hq = kv.shapes[0].num_heads, query_heads(model)[0]
+    kv = tiny.kv_of_shapes(patch_of(model).shapes).detach()
+    Hkv, Hq = kv.shapes[0].num_heads, patch_of(model).query_heads[0]
     wrong = replace(kv, reweighting=Reweighting("gate", (torch.zeros(Hq + Hkv),) * kv.num_layers))
     with (
         pytest.raises(ValueError, match=f"reweighting of {Hq + Hkv} query heads in layer 0"),

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from fastprefix import PrefixKV, patch_model, use_prefix
-from fastprefix.hf import layer_shapes
+from fastprefix.hf import patch_of
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 SMALL = {
@@ -67,7 +67,7 @@ def test_training_a_learned_prefix_on_padded_batches(tiny, name, side):
     """Rows of a batch are what they are alone, gradients too."""
     model = patch_model(build(name).requires_grad_(False).train())
     ids, mask = tiny.batch((9, 6, 1), side)
-    kv = tiny.kv_of_shapes(layer_shapes(model), 5, position_offset=5)
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, 5, position_offset=5)
     with use_prefix(model, kv):
         together = model(ids, attention_mask=mask).logits
         alone = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastprefix import PrefixConfig, PrefixTuningModel, patch_model
-from fastprefix.hf import layer_shapes, layer_sources
+from fastprefix.hf import patch_of
 from fastprefix.hf.peft_format import load_adapter, save_adapter
 
 P = 5
@@ -49,15 +49,15 @@ def behind(tiny, bare, kv, ids):
 
 
 def prefix(tiny, model):
-    kv = tiny.kv_of_shapes(layer_shapes(model), P, position_offset=P)
+    kv = tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P)
     return kv.detach()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_which_layers_share(tiny, name):
-    assert layer_sources(patch_model(build(tiny, name))) == (0, 1, 0, 1)
-    assert layer_sources(patch_model(tiny.kind("llama"))) == (0, 1)
-    assert layer_sources(patch_model(tiny.kind("albert"))) == tuple(range(8))
+    assert patch_of(patch_model(build(tiny, name))).sources == (0, 1, 0, 1)
+    assert patch_of(patch_model(tiny.kind("llama"))).sources == (0, 1)
+    assert patch_of(patch_model(tiny.kind("albert"))).sources == tuple(range(8))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
@@ -120,7 +120,7 @@ def test_the_same_keys_with_other_values(tiny, tmp_path):
     """DiffLlama: of one layer in PEFT's cache fastprefix makes two."""
     model = tiny.kind("diffllama")
     tuned = PrefixTuningModel(model, PrefixConfig(num_virtual_tokens=P))
-    assert layer_sources(model) == (0, -1, 2, -1)
+    assert patch_of(model).sources == (0, -1, 2, -1)
     tuned.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "FASTPREFIX_KV"

@@ -22,8 +22,8 @@ from fastprefix import (
     unpatch_model,
     use_prefix,
 )
-from fastprefix.hf.patching import is_patched
-from fastprefix.hf.state import ACTIVE
+from fastprefix.hf.patch.patch import is_patched
+from fastprefix.hf.patch.threads import ACTIVE
 
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
 

@@ -19,7 +19,7 @@ from fastprefix import (
     unpatch_model,
     use_prefix,
 )
-from fastprefix.hf import UnsupportedModelError, layer_groups, layer_shapes
+from fastprefix.hf import UnsupportedModelError, patch_of
 from fastprefix.hf.multimodal import language_model
 
 EXACT = {"rtol": 0, "atol": 1e-9}
@@ -176,7 +176,7 @@ def learned(model: Any) -> PrefixKV:
     def draw(heads: int, size: int) -> Tensor:
         return torch.randn(heads, P, size, generator=generator, dtype=torch.float64)
 
-    shapes = layer_shapes(model)
+    shapes = patch_of(model).shapes
     return PrefixKV(
         tuple(draw(x.num_heads, x.key_size) for x in shapes),
         tuple(draw(x.num_heads, x.value_size) for x in shapes),
@@ -211,11 +211,11 @@ def test_patched_models_see_as_before(name):
     with torch.no_grad():
         expected = bare(**given).logits
         got = patch_model(model)(**given).logits
-        assert layer_groups(model) == ("decoder", "decoder")
+        assert patch_of(model).groups == ("decoder", "decoder")
         assert torch.equal(generate(model, given), generate(bare, given))
         seen = unpatch_model(model)(**given).logits
         patch_model(model, example=given)
-        assert layer_groups(model) == ("decoder", "decoder")
+        assert patch_of(model).groups == ("decoder", "decoder")
     torch.testing.assert_close(got, expected, **EXACT)
     assert torch.equal(seen, expected)
 
@@ -365,7 +365,7 @@ def test_cross_attention_to_an_image_is_refused():
     }  # fmt: skip
     make = transformers.MllamaForConditionalGeneration
     model = patch_model(make(make.config_class(**fields)).double().eval())
-    assert layer_groups(model) == ("decoder", "decoder")
+    assert patch_of(model).groups == ("decoder", "decoder")
     ids = torch.tensor([[5, 6, 7]])
     picture = {
         "pixel_values": torch.randn(1, 1, 1, 3, 8, 8, dtype=torch.float64),

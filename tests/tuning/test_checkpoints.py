@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
-from fastprefix.hf.patching import is_patched
+from fastprefix.hf.patch.patch import is_patched
 from fastprefix.hf.peft_files import decoded, encoded
 from fastprefix.tuning.callbacks import ProgressiveLength
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, patch_model, use_prefix
-from fastprefix.hf import layer_groups, layer_shapes
+from fastprefix.hf import patch_of
 from fastprefix.hf.peft_format import load_adapter
 
 GROUPS = [None, ("encoder",), ("decoder",), ("cross",), ("encoder", "cross")]
@@ -20,11 +20,11 @@ def test_only_the_chosen_groups_are_trained(tiny, groups, projection):
         num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM", groups=groups, prefix_projection=projection
     )
     tuned = PrefixTuningModel(model, config)
-    chosen = [groups is None or group in groups for group in layer_groups(model)]
+    chosen = [groups is None or group in groups for group in patch_of(model).groups]
     kv = tuned.export()
     assert [key.shape[1] == 3 for key in kv.keys] == chosen
     assert [key.shape[1] == 0 for key in kv.keys] != chosen
-    assert kv.shapes == layer_shapes(model)
+    assert kv.shapes == patch_of(model).shapes
     assert kv.position_offset == 0
     if not projection:
         width = sum(shape.width for shape, yes in zip(kv.shapes, chosen, strict=True) if yes)
@@ -45,8 +45,8 @@ def test_layers_without_a_prefix_run_without_one(tiny):
     """The same logits as with a prefix for all layers, of which the oracle hides the others."""
     model, bare = patch_model(tiny.kind("bart")), tiny.kind("bart")
     inputs, real = tiny.kind_inputs(model)
-    shapes = layer_shapes(model)
-    chosen = [layer for layer, group in enumerate(layer_groups(model)) if group == "cross"]
+    shapes = patch_of(model).shapes
+    chosen = [layer for layer, group in enumerate(patch_of(model).groups) if group == "cross"]
     kv = tiny.kv_of_shapes(shapes).detach().select(chosen).spread(chosen, shapes)
     expected = tiny.concatenating(bare, kv, inputs)(**inputs).logits
     with use_prefix(model, kv):
@@ -56,7 +56,7 @@ def test_layers_without_a_prefix_run_without_one(tiny):
 
 
 def test_a_prefix_with_gaps_is_saved_and_loaded(tiny, tmp_path):
-    shapes = layer_shapes(patch_model(tiny.kind("t5")))
+    shapes = patch_of(patch_model(tiny.kind("t5"))).shapes
     kv = tiny.kv_of_shapes(shapes).detach().select([1, 4]).spread([1, 4], shapes)
     kv.save(tmp_path / "kv.safetensors")
     loaded = PrefixKV.load(tmp_path / "kv.safetensors")
@@ -67,7 +67,7 @@ def test_a_prefix_with_gaps_is_saved_and_loaded(tiny, tmp_path):
 
 @pytest.mark.parametrize("layers", [[0], [0, 0], [0, 5], [-1, 0]])
 def test_layers_that_do_not_exist(tiny, layers):
-    shapes = layer_shapes(patch_model(tiny.kind("bert")))
+    shapes = patch_of(patch_model(tiny.kind("bert"))).shapes
     with pytest.raises(ValueError, match="layers: got"):
         tiny.kv_of_shapes(shapes).spread(layers, shapes)
 

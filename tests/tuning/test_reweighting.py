@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, use_prefix
-from fastprefix.hf.patching import query_heads
+from fastprefix.hf.patch.patch import patch_of
 from fastprefix.tuning.accounting import count_parameters
 from fastprefix.tuning.callbacks.growth import grow
 
@@ -158,7 +158,7 @@ def test_layers_that_are_not_trained_yet(tiny):
     tuned = PrefixTuningModel(tiny.build(), config(prefix_bias="learned"))
     tuned.encoder.trained_slots = frozenset({2})
     loss(tuned).backward()
-    first, second, third = numbers(tuned).grad.split(query_heads(tuned.base_model))
+    first, second, third = numbers(tuned).grad.split(patch_of(tuned.base_model).query_heads)
     assert third.all()
     assert not first.any()
     assert not second.any()

@@ -1,0 +1,1 @@
+"""``fallback="expand"``: prefixes in the KV cache of models whose attention cannot be replaced."""

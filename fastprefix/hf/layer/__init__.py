@@ -1,0 +1,1 @@
+"""What runs in each attention layer of a patched model: masks, windows, and the operator's call."""

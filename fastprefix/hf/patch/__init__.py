@@ -1,0 +1,1 @@
+"""What patching does to a model: the probe, the hooks, positions, and the state it leaves there."""
