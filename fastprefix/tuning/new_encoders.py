@@ -17,8 +17,8 @@ from fastprefix.hf.patching import (
     sharding_of,
 )
 from fastprefix.kv import Group
-from fastprefix.tuning.config import PrefixConfig
-from fastprefix.tuning.init import initial_prefix
+from fastprefix.tuning.configs.prefix_config import PrefixConfig
+from fastprefix.tuning.initial_values import initial_prefix
 
 
 def new_encoder(
