@@ -47,7 +47,7 @@ def _with_tuned_models(asked: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_tuned(model: Any) -> bool:
-    tuning = sys.modules.get("fastprefix.tuning.base")  # without it there is no tuned model
+    tuning = sys.modules.get("fastprefix.tuning.tuned_model")  # without it there is no tuned model
     if tuning is None:
         return False
     from accelerate.utils import extract_model_from_parallel

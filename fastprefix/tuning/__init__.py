@@ -5,10 +5,10 @@ take transformers' Trainer a while to import.
 """
 
 from fastprefix.tuning.accounting import ParameterCount, count_parameters
-from fastprefix.tuning.config import PrefixConfig
-from fastprefix.tuning.model import PrefixTuningModel
-from fastprefix.tuning.prompt import PromptTuningModel
-from fastprefix.tuning.prompt_config import PromptConfig
+from fastprefix.tuning.configs.prefix_config import PrefixConfig
+from fastprefix.tuning.configs.prompt_config import PromptConfig
+from fastprefix.tuning.prefix_model import PrefixTuningModel
+from fastprefix.tuning.prompt_model import PromptTuningModel
 
 __all__ = [
     "ParameterCount",

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
 from fastprefix.tuning.hub import CARD_FILE
-from fastprefix.tuning.prompt import PromptTuningModel
+from fastprefix.tuning.prompt_model import PromptTuningModel
 
 
 @methods_refuse_unknown_arguments

@@ -16,7 +16,7 @@ from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_files import CONFIG_FILE
 
 if TYPE_CHECKING:
-    from fastprefix.tuning.base import TunedModel
+    from fastprefix.tuning.tuned_model import TunedModel
 
 CARD_FILE = "README.md"
 _LIBRARIES = ("peft", "fastprefix")

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from fastprefix.tuning.prompt_config import PromptConfig
+from fastprefix.tuning.configs.prompt_config import PromptConfig
 
 
 class PromptEncoder(nn.Module):

@@ -32,7 +32,7 @@ from fastprefix.arguments import (
 from fastprefix.files import reason, remove_leftovers, written_together
 from fastprefix.hf.versions import checkpointing_arguments
 from fastprefix.tuning.callbacks import PrefixMonitor, ProgressiveLayers, ProgressiveLength
-from fastprefix.tuning.model import PrefixTuningModel
+from fastprefix.tuning.prefix_model import PrefixTuningModel
 
 
 @dataclass

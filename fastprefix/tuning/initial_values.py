@@ -14,8 +14,8 @@ from fastprefix.hf.patch.patch import patch_of
 from fastprefix.hf.peft_format import load_adapter
 from fastprefix.hf.prefill.recorded import embedding_keys_values, text_keys_values
 from fastprefix.kv import Group, PrefixKV
-from fastprefix.tuning.base import initial_ids
-from fastprefix.tuning.config import PrefixConfig
+from fastprefix.tuning.configs.prefix_config import PrefixConfig
+from fastprefix.tuning.tuned_model import initial_ids
 
 
 def initial_prefix(

@@ -20,7 +20,7 @@ from fastprefix.arguments import (
 from fastprefix.encoders.build import Reparameterization
 from fastprefix.encoders.init import Resize
 from fastprefix.kv import Group
-from fastprefix.tuning.config_files import ConfigFiles, plain
+from fastprefix.tuning.configs.tuning_config import ConfigFiles, plain
 
 Init = Literal["random", "orthogonal", "zero", "text", "embeddings", "vocab", "prefix"]
 # PEFT's; None leaves it open, as PEFT does

@@ -24,10 +24,10 @@ from fastprefix.hf.peft_base import freeze
 from fastprefix.hf.versions import disable_checkpointing, enable_checkpointing, is_checkpointing
 from fastprefix.tuning import hub
 from fastprefix.tuning.checkpoint import EXTRA, described
-from fastprefix.tuning.config import PrefixConfig
-from fastprefix.tuning.config_files import ConfigFiles
+from fastprefix.tuning.configs.prefix_config import PrefixConfig
+from fastprefix.tuning.configs.prompt_config import PromptConfig
+from fastprefix.tuning.configs.tuning_config import ConfigFiles
 from fastprefix.tuning.misspelt import forward_inputs
-from fastprefix.tuning.prompt_config import PromptConfig
 
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 

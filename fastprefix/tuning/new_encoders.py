@@ -10,8 +10,8 @@ from fastprefix.encoders import Encoder, HeadNumbers, Layout, build_encoder, slo
 from fastprefix.hf.devices import device_of
 from fastprefix.hf.patch.patch import patch_of
 from fastprefix.kv import Group
-from fastprefix.tuning.config import PrefixConfig
-from fastprefix.tuning.init import initial_prefix
+from fastprefix.tuning.configs.prefix_config import PrefixConfig
+from fastprefix.tuning.initial_values import initial_prefix
 
 
 def new_encoder(

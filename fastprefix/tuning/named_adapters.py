@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.arguments import check_names, check_type, methods_refuse_unknown_arguments
 from fastprefix.hf.peft_base import BASE_FOLDER
-from fastprefix.tuning.base import TunedModel
 from fastprefix.tuning.heads import (
     Heads,
     HeadsInUse,
@@ -25,6 +24,7 @@ from fastprefix.tuning.heads import (
     in_layers,
     keep_heads,
 )
+from fastprefix.tuning.tuned_model import TunedModel
 
 DEFAULT = "default"
 # What trl's trainers call the adapter that holds the policy as it was before they train it.

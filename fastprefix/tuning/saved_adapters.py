@@ -20,8 +20,8 @@ from fastprefix.hf.peft_base import (
     save_base_adapter,
 )
 from fastprefix.tuning import hub
-from fastprefix.tuning.adapters import DEFAULT, NamedAdapters
 from fastprefix.tuning.checkpoint import refuse_checkpoint
+from fastprefix.tuning.named_adapters import DEFAULT, NamedAdapters
 
 
 @methods_refuse_unknown_arguments

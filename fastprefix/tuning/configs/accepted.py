@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from transformers import AutoTokenizer
 
 from fastprefix.hf.hub import Source
-from fastprefix.tuning.config import PrefixConfig
-from fastprefix.tuning.config_files import ConfigFiles, PeftsOwn, plain
-from fastprefix.tuning.prompt_config import PromptConfig
+from fastprefix.tuning.configs.prefix_config import PrefixConfig
+from fastprefix.tuning.configs.prompt_config import PromptConfig
+from fastprefix.tuning.configs.tuning_config import ConfigFiles, PeftsOwn, plain
 
 _Config = TypeVar("_Config", PrefixConfig, PromptConfig)
 

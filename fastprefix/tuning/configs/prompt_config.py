@@ -13,8 +13,8 @@ from fastprefix.arguments import (
     methods_refuse_unknown_arguments,
 )
 from fastprefix.hf.peft_prompts import INFIX_KIND
-from fastprefix.tuning.config import TASK_TYPES
-from fastprefix.tuning.config_files import ConfigFiles, plain
+from fastprefix.tuning.configs.prefix_config import TASK_TYPES
+from fastprefix.tuning.configs.tuning_config import ConfigFiles, plain
 
 Init = Literal["random", "text", "vocab"]
 Reparameterization = Literal["MLP", "LSTM"]

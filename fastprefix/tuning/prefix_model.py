@@ -31,9 +31,6 @@ from fastprefix.hf.peft_format import PREFIX_KINDS, Adapter, load_adapter, save_
 from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
 from fastprefix.tuning import hub
-from fastprefix.tuning.adapters import DEFAULT
-from fastprefix.tuning.base import with_inputs_of_bases
-from fastprefix.tuning.build import new_encoder
 from fastprefix.tuning.checkpoint import (
     Checkpoint,
     as_it_was,
@@ -41,12 +38,15 @@ from fastprefix.tuning.checkpoint import (
     load_state,
     read_checkpoint,
 )
-from fastprefix.tuning.config import PrefixConfig
-from fastprefix.tuning.config_files import PeftsOwn
+from fastprefix.tuning.configs.accepted import agreed, as_prefix_config
+from fastprefix.tuning.configs.prefix_config import PrefixConfig
+from fastprefix.tuning.configs.tuning_config import PeftsOwn
 from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
 from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_misspelt_option
-from fastprefix.tuning.peft_configs import agreed, as_prefix_config
-from fastprefix.tuning.saving import SavedAdapters
+from fastprefix.tuning.named_adapters import DEFAULT
+from fastprefix.tuning.new_encoders import new_encoder
+from fastprefix.tuning.saved_adapters import SavedAdapters
+from fastprefix.tuning.tuned_model import with_inputs_of_bases
 
 
 @methods_refuse_unknown_arguments

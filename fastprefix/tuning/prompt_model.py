@@ -33,8 +33,6 @@ from fastprefix.hf.prefill.prompts import prefill_embeddings
 from fastprefix.hf.versions import cache_of, length_of
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning import hub
-from fastprefix.tuning.adapters import DEFAULT
-from fastprefix.tuning.base import embedding_weight, initial_ids, with_inputs_of_bases
 from fastprefix.tuning.checkpoint import (
     Checkpoint,
     as_it_was,
@@ -42,14 +40,16 @@ from fastprefix.tuning.checkpoint import (
     load_state,
     read_checkpoint,
 )
-from fastprefix.tuning.config_files import PeftsOwn
+from fastprefix.tuning.configs.accepted import agreed, as_prompt_config, tokenizer_of
+from fastprefix.tuning.configs.prompt_config import PromptConfig
+from fastprefix.tuning.configs.tuning_config import PeftsOwn
 from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
 from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_misspelt_option
-from fastprefix.tuning.peft_configs import agreed, as_prompt_config, tokenizer_of
-from fastprefix.tuning.prompt_config import PromptConfig
+from fastprefix.tuning.named_adapters import DEFAULT
 from fastprefix.tuning.prompt_encoder import PromptEncoder
 from fastprefix.tuning.prompt_layout import Layout, Padding, lay_out, positions
-from fastprefix.tuning.saving import SavedAdapters
+from fastprefix.tuning.saved_adapters import SavedAdapters
+from fastprefix.tuning.tuned_model import embedding_weight, initial_ids, with_inputs_of_bases
 
 # outputs with one entry per token, and of how many dimensions they are then
 _PER_TOKEN = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
