@@ -1,4 +1,4 @@
-"""What a prefix starts from when it is trained: see ``PrefixConfig.init``."""
+"""What training starts from: token ids for a prefix or a prompt, numbers for a prefix."""
 
 from __future__ import annotations
 
@@ -9,13 +9,51 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastprefix.arguments import shown
 from fastprefix.encoders import Layout, orthogonal, resize
 from fastprefix.hf.patching import layer_groups, layer_sources
 from fastprefix.hf.peft_format import load_adapter
 from fastprefix.hf.prefill import embedding_keys_values, text_keys_values
 from fastprefix.kv import Group, PrefixKV
 from fastprefix.tuning.configs.prefix_config import PrefixConfig
-from fastprefix.tuning.tuned_model import initial_ids
+from fastprefix.tuning.configs.prompt_config import PromptConfig
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """[vocabulary, hidden]."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def initial_ids(
+    config: PrefixConfig | PromptConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Tensor | None:
+    """[P] token ids that training starts from; None for a random start.
+
+    Raises:
+        ValueError: a text without a tokenizer, or without tokens, or a model that reads none.
+    """
+    P = config.num_virtual_tokens
+    if config.init == "random":
+        return None
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"init: got {config.init!r}, takes 'random' for this {type(model).__name__}, which "
+            f"reads {model.main_input_name} and no text"
+        )
+    if config.init == "vocab":
+        return torch.randint(embedding_weight(model).shape[0], (P,))
+    if tokenizer is None:
+        raise ValueError(f"tokenizer: got None, takes the model's with init={config.init!r}")
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer: got {shown(tokenizer)}, takes the model's tokenizer")
+    ids = torch.tensor(tokenizer(config.init_text)["input_ids"])
+    if len(ids) == 0:
+        raise ValueError(f"init_text: got {config.init_text!r}, takes a text with tokens")
+    return ids.repeat(-(-P // len(ids)))[:P]
 
 
 def initial_prefix(

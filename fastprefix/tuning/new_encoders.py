@@ -1,9 +1,10 @@
-"""The encoder that a configuration asks for, at its start."""
+"""The untrained encoder of a prefix or of a prompt, as its configuration describes it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.encoders import Encoder, HeadNumbers, Layout, build_encoder, slot_lengths
@@ -18,18 +19,20 @@ from fastprefix.hf.patching import (
 )
 from fastprefix.kv import Group
 from fastprefix.tuning.configs.prefix_config import PrefixConfig
-from fastprefix.tuning.initial_values import initial_prefix
+from fastprefix.tuning.configs.prompt_config import PromptConfig
+from fastprefix.tuning.initial_values import embedding_weight, initial_ids, initial_prefix
+from fastprefix.tuning.prompt_encoder import PromptEncoder
 
 
-def new_encoder(
+def new_prefix_encoder(
     model: PreTrainedModel,
     config: PrefixConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Encoder:
-    """An encoder for a patched model, on its device.
+    """A prefix's untrained encoder for a patched model, on the model's device.
 
     Raises:
-        ValueError: the config does not fit the model, or init="text" without a tokenizer.
+        ValueError: the config does not fit the model, or init="text" needs a tokenizer.
         FileNotFoundError: config.init_prefix does not exist.
     """
     if config.prefix_in_window and set(layer_groups(model)) != {"decoder"}:
@@ -47,7 +50,7 @@ def new_encoder(
     P, offset = config.num_virtual_tokens, config.position_offset
     layers = config.layers if config.groups is None else _of_groups(config.groups, model)
     if offset is None and default_offset(model, P) != P:
-        offset = default_offset(model, P)  # None follows a prefix that grows
+        offset = default_offset(model, P)  # an offset of None grows with the prefix
     if offset is None and config.gated:
         offset = 0  # the text keeps its positions, so that a gate of 0 is the bare model
     lengths = slot_lengths(len(shapes), P, layers, config.layer_lengths)
@@ -80,8 +83,26 @@ def new_encoder(
     return encoder
 
 
+def new_prompt_encoder(
+    model: PreTrainedModel, config: PromptConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> PromptEncoder:
+    """A prompt's untrained encoder for a model, on the model's device.
+
+    Raises:
+        TypeError: tokenizer is none.
+        ValueError: init="text" needs a tokenizer and a text with tokens, or the model reads no
+            tokens.
+    """
+    start = initial_ids(config, model, tokenizer)
+    encoder = PromptEncoder(config, embedding_weight(model).shape[1]).to(device_of(model))
+    if start is not None:
+        with torch.no_grad():  # call the module: it may scale the embeddings that it looks up
+            encoder.start_from(model.get_input_embeddings()(start.to(device_of(model))))
+    return encoder
+
+
 def _of_groups(groups: Sequence[Group], model: PreTrainedModel) -> list[int]:
-    """The attention layers of a patched model that belong to some groups."""
+    """The attention layers of a patched model that belong to one of the groups."""
     known = layer_groups(model)
     if not set(groups) <= set(known):
         raise ValueError(

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from fastprefix.hf.hub import Source
 from fastprefix.tuning.configs.prefix_config import PrefixConfig
 from fastprefix.tuning.configs.prompt_config import PromptConfig
-from fastprefix.tuning.configs.tuning_config import ConfigFiles, PeftsOwn, plain
+from fastprefix.tuning.configs.tuning_config import PeftConfigLike, TuningConfig, enum_value
 
 _Config = TypeVar("_Config", PrefixConfig, PromptConfig)
 
@@ -24,7 +24,7 @@ _UNTOLD = {
 _ALWAYS = ("num_virtual_tokens", "peft_type")
 
 
-def as_prefix_config(config: PrefixConfig | PeftsOwn) -> PrefixConfig:
+def as_prefix_config(config: PrefixConfig | PeftConfigLike) -> PrefixConfig:
     """A PrefixConfig, also for PEFT's PrefixTuningConfig and CartridgeConfig.
 
     Raises:
@@ -34,7 +34,7 @@ def as_prefix_config(config: PrefixConfig | PeftsOwn) -> PrefixConfig:
     return _converted(PrefixConfig, config)
 
 
-def as_prompt_config(config: PromptConfig | PeftsOwn) -> PromptConfig:
+def as_prompt_config(config: PromptConfig | PeftConfigLike) -> PromptConfig:
     """A PromptConfig, also for PEFT's PromptTuningConfig and PromptEncoderConfig.
 
     Raises:
@@ -46,7 +46,7 @@ def as_prompt_config(config: PromptConfig | PeftsOwn) -> PromptConfig:
 
 def tokenizer_of(config: Any) -> Any:
     """The tokenizer that PEFT's PromptTuningConfig names for its text; None if it needs none."""
-    if plain(getattr(config, "prompt_tuning_init", None)) != "TEXT":
+    if enum_value(getattr(config, "prompt_tuning_init", None)) != "TEXT":
         return None
     options = config.tokenizer_kwargs or {}
     return AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
@@ -84,7 +84,7 @@ def agreed(wanted: _Config, found: _Config, place: Source) -> _Config:
 def _converted(kind: type[_Config], config: Any) -> _Config:
     if isinstance(config, kind):
         return config
-    if isinstance(config, ConfigFiles) or not hasattr(config, "to_dict"):
+    if isinstance(config, TuningConfig) or not hasattr(config, "to_dict"):
         raise TypeError(
             f"config: got {type(config).__name__}, takes a {kind.__name__} or PEFT's for "
             f"{kind.model_class}"

@@ -20,28 +20,16 @@ from fastprefix.arguments import (
 from fastprefix.encoders.build import Reparameterization
 from fastprefix.encoders.init import Resize
 from fastprefix.kv import Group
-from fastprefix.tuning.configs.tuning_config import ConfigFiles, plain
+from fastprefix.tuning.configs.tuning_config import TuningConfig
 
 Init = Literal["random", "orthogonal", "zero", "text", "embeddings", "vocab", "prefix"]
-# PEFT's; None leaves it open, as PEFT does
-TASK_TYPES = (
-    "CAUSAL_LM",
-    "SEQ_2_SEQ_LM",
-    "SEQ_CLS",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-    "FEATURE_EXTRACTION",
-    None,
-)
-
-
-# of both kinds; PEFT has the first for cartridges alone, and the second nowhere
-_BESIDE = ("num_frozen_tokens", "prefix_in_window")
+# Fields of both peft_types. PEFT has the first for cartridges only, and the second not at all.
+_OF_BOTH_TYPES = ("num_frozen_tokens", "prefix_in_window")
 
 
 @methods_refuse_unknown_arguments
 @dataclass
-class PrefixConfig(ConfigFiles):
+class PrefixConfig(TuningConfig):
     """Configuration of prefix tuning (Li and Liang 2021).
 
     Layers are the model's attention layers, counted from 0 in the order in which they run.
@@ -103,8 +91,6 @@ class PrefixConfig(ConfigFiles):
         ValueError: a field has a value it does not take; the message names it.
     """
 
-    num_virtual_tokens: int = 20
-    task_type: str | None = "CAUSAL_LM"
     modules_to_save: list[str] | None = None
     prefix_projection: bool = False
     encoder_reparameterization_type: Reparameterization = "MLP"
@@ -133,15 +119,16 @@ class PrefixConfig(ConfigFiles):
 
     model_class: ClassVar[str] = "PrefixTuningModel"
     peft_kinds: ClassVar[dict[str, tuple[str, ...]]] = {
-        "PREFIX_TUNING": ("encoder_hidden_size", "init_weights", "prefix_projection", *_BESIDE),
-        "CARTRIDGE": _BESIDE,
+        "PREFIX_TUNING": (
+            *("encoder_hidden_size", "init_weights", "prefix_projection"),
+            *_OF_BOTH_TYPES,
+        ),
+        "CARTRIDGE": _OF_BOTH_TYPES,
     }
 
     def __post_init__(self) -> None:
-        self.task_type = plain(self.task_type)  # PEFT's is an enum
+        self._check_shared_fields()
         self._check_types()
-        if self.task_type not in TASK_TYPES:
-            raise ValueError(f"task_type: got {self.task_type!r}, takes one of {TASK_TYPES}")
         if self.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
             raise ValueError(
                 f"peft_type: got {self.peft_type!r}, takes 'PREFIX_TUNING' or 'CARTRIDGE'"
@@ -152,7 +139,7 @@ class PrefixConfig(ConfigFiles):
         self._check_layers()
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, takes 0 <= dropout < 1")
-        self._check_choice("init", Init)
+        self._check_choice("init", get_args(Init))
         if (self.init in ("text", "embeddings")) != bool(self.init_text):
             raise ValueError(
                 f"init_text: got {self.init_text!r} with init={self.init!r}, takes a text with "
@@ -163,16 +150,13 @@ class PrefixConfig(ConfigFiles):
                 f"init_prefix: got {self.init_prefix!r} with init={self.init!r}, takes a file, a "
                 "folder or a name with init='prefix', and None with any other"
             )
-        self._check_choice("init_resize", Resize)
+        self._check_choice("init_resize", get_args(Resize))
         if not 0.0 <= self.init_std < float("inf"):
             raise ValueError(f"init_std: got {self.init_std}, takes 0 or more")
         self._check_reweighting()
 
     def _check_types(self) -> None:
-        """What can be told of each field alone: a number where one goes, and so on."""
-        check_whole("num_virtual_tokens", self.num_virtual_tokens, 1)
-        check_whole("encoder_hidden_size", self.encoder_hidden_size, 1, none=True)
-        check_whole("encoder_num_layers", self.encoder_num_layers, 1)
+        """Checks the type of each field by itself."""
         check_whole("num_frozen_tokens", self.num_frozen_tokens, 0)
         check_whole("position_offset", self.position_offset, 0, none=True)
         for name in ("dropout", "init_std"):
@@ -182,45 +166,35 @@ class PrefixConfig(ConfigFiles):
             "prefix_in_window", "gated", "inference_mode",
         ):  # fmt: skip
             check_flag(name, getattr(self, name))
-        if self.init_text is not None:
-            check_type("init_text", self.init_text, str, "a text, or None")
         if self.init_prefix is not None:
             check_type("init_prefix", self.init_prefix, (str, os.PathLike), "a path, or None")
-        if self.modules_to_save is not None:
-            check_names("modules_to_save", self.modules_to_save, "a list of names, or None")
 
     @classmethod
-    def _converted(cls, kind: str, taken: dict[str, Any]) -> dict[str, Any]:
-        start = taken.pop("init_weights", None)
+    def _from_peft_fields(cls, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+        start = fields.pop("init_weights", None)
         if start not in (None, "zero"):
             raise ValueError(f"config.init_weights: got {start!r}, takes 'zero' or None")
         if start == "zero":
-            taken["init"] = "zero"
-        if not taken.get("prefix_projection"):
-            taken.pop("encoder_hidden_size", None)
-        return {"peft_type": kind, **taken}
+            fields["init"] = "zero"
+        if not fields.get("prefix_projection"):
+            fields.pop("encoder_hidden_size", None)
+        return {"peft_type": kind, **fields}
 
     @classmethod
-    def _beside(cls, about: dict[str, Any]) -> dict[str, Any]:
+    def _fields_of_weights(cls, about: dict[str, Any]) -> dict[str, Any]:
         names = {"num_frozen_tokens": "num_frozen_tokens", "in_window": "prefix_in_window"}
         return {ours: about[name] for name, ours in names.items() if name in about}
 
     def _peft_fields(self) -> dict[str, Any]:
-        told = super()._peft_fields()
+        common = super()._peft_fields()
         if self.peft_type == "CARTRIDGE":
-            return {**told, "num_frozen_tokens": self.num_frozen_tokens}
+            return {**common, "num_frozen_tokens": self.num_frozen_tokens}
         return {
-            **told,
+            **common,
             "encoder_hidden_size": self.encoder_hidden_size,
             "init_weights": "zero" if self.init == "zero" else None,
             "prefix_projection": self.prefix_projection,
         }
-
-    def _check_choice(self, name: str, literal: Any) -> None:
-        if getattr(self, name) not in get_args(literal):
-            raise ValueError(
-                f"{name}: got {getattr(self, name)!r}, takes one of {get_args(literal)}"
-            )
 
     def _check_reweighting(self) -> None:
         bias = self.prefix_bias
@@ -249,7 +223,7 @@ class PrefixConfig(ConfigFiles):
             )
 
     def _check_encoder(self) -> None:
-        self._check_choice("encoder_reparameterization_type", Reparameterization)
+        self._check_choice("encoder_reparameterization_type", get_args(Reparameterization))
         kind = self.encoder_reparameterization_type
         most = 3 if kind == "MLP" else None
         if most and self.encoder_num_layers > most:

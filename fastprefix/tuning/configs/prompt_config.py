@@ -5,16 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from fastprefix.arguments import (
-    check_names,
-    check_number,
-    check_type,
-    check_whole,
-    methods_refuse_unknown_arguments,
-)
+from fastprefix.arguments import check_number, methods_refuse_unknown_arguments
 from fastprefix.hf.peft_prompts import INFIX_KIND
-from fastprefix.tuning.configs.prefix_config import TASK_TYPES
-from fastprefix.tuning.configs.tuning_config import ConfigFiles, plain
+from fastprefix.tuning.configs.tuning_config import TuningConfig
 
 Init = Literal["random", "text", "vocab"]
 Reparameterization = Literal["MLP", "LSTM"]
@@ -30,7 +23,7 @@ _INITS: dict[str, Init] = {"RANDOM": "random", "TEXT": "text", "SAMPLE_VOCAB": "
 
 @methods_refuse_unknown_arguments
 @dataclass
-class PromptConfig(ConfigFiles):
+class PromptConfig(TuningConfig):
     """Configuration of prompts that enter a model as embeddings.
 
     As it is: prompt tuning (Lester et al. 2021), which is also the embedding-only ablation of
@@ -60,8 +53,6 @@ class PromptConfig(ConfigFiles):
         ValueError: a field has a value it does not take; the message names it.
     """
 
-    num_virtual_tokens: int = 20
-    task_type: str | None = "CAUSAL_LM"
     placement: Placement = "prefix"
     encoder_reparameterization_type: Reparameterization | None = None
     encoder_hidden_size: int | None = None
@@ -88,49 +79,37 @@ class PromptConfig(ConfigFiles):
         return "P_TUNING" if self.encoder_reparameterization_type else "PROMPT_TUNING"
 
     @classmethod
-    def _converted(cls, kind: str, taken: dict[str, Any]) -> dict[str, Any]:
+    def _from_peft_fields(cls, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
         if kind == INFIX_KIND:
-            return {"placement": "infix", **taken}
+            return {"placement": "infix", **fields}
         if kind == "PROMPT_TUNING":
-            start = taken.pop("prompt_tuning_init", "RANDOM")
-            text = taken.pop("prompt_tuning_init_text", None)
+            start = fields.pop("prompt_tuning_init", "RANDOM")
+            text = fields.pop("prompt_tuning_init_text", None)
             if start not in _INITS:
                 raise ValueError(
                     f"config.prompt_tuning_init: got {start!r}, takes one of {tuple(_INITS)}"
                 )
-            taken |= {"init": _INITS[start], "init_text": text if start == "TEXT" else None}
-        return taken
+            fields |= {"init": _INITS[start], "init_text": text if start == "TEXT" else None}
+        return fields
 
     def _peft_fields(self) -> dict[str, Any]:
-        told = super()._peft_fields()
+        fields = super()._peft_fields()
         if self.peft_type == "P_TUNING":
-            told |= {name: getattr(self, name) for name in _NETWORK}
+            fields |= {name: getattr(self, name) for name in _NETWORK}
         if self.peft_type == "PROMPT_TUNING":
-            # PEFT takes a text with the name of its tokenizer alone
-            told["prompt_tuning_init"] = "SAMPLE_VOCAB" if self.init == "vocab" else "RANDOM"
-        return told
+            # "TEXT" would make PEFT require the name of a tokenizer, which we do not know
+            fields["prompt_tuning_init"] = "SAMPLE_VOCAB" if self.init == "vocab" else "RANDOM"
+        return fields
 
     def __post_init__(self) -> None:
-        check_whole("num_virtual_tokens", self.num_virtual_tokens, 1)
-        check_whole("encoder_hidden_size", self.encoder_hidden_size, 1, none=True)
-        check_whole("encoder_num_layers", self.encoder_num_layers, 1)
+        self._check_shared_fields()
         check_number("encoder_dropout", self.encoder_dropout)
         if self.init_std is not None:
             check_number("init_std", self.init_std)
-        if self.init_text is not None:
-            check_type("init_text", self.init_text, str, "a text, or None")
-        if self.modules_to_save is not None:
-            check_names("modules_to_save", self.modules_to_save, "a list of names, or None")
-        self.task_type = plain(self.task_type)  # PEFT's is an enum
         network = (*get_args(Reparameterization), None)
-        for name, choices in (
-            ("task_type", TASK_TYPES),
-            ("placement", get_args(Placement)),
-            ("encoder_reparameterization_type", network),
-            ("init", get_args(Init)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, takes one of {choices}")
+        self._check_choice("placement", get_args(Placement))
+        self._check_choice("encoder_reparameterization_type", network)
+        self._check_choice("init", get_args(Init))
         if self.encoder_reparameterization_type != "LSTM" and (
             self.encoder_num_layers != 2 or self.encoder_dropout != 0.0
         ):
