@@ -9,14 +9,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastprefix.arguments import (
-    check_number,
-    check_whole,
-    methods_refuse_unknown_arguments,
-    refuses_unknown_arguments,
-)
+from fastprefix.arguments import check_number, check_whole, methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
-from fastprefix.tuning.callbacks.find import trained_encoders
+from fastprefix.tuning.callbacks.trained_encoders import trained_encoders
 
 _GROWN = "num_virtual_tokens"  # an entry of the log history says when a prefix grew
 
@@ -111,7 +106,6 @@ class ProgressiveLength(TrainerCallback):
         return lately > (1.0 - self.threshold) * before
 
 
-@refuses_unknown_arguments
 def grow(encoder: Encoder, num_tokens: int, optimizer: Optimizer) -> None:
     """Makes the encoder's prefix longer, and its optimizer go on with it.
 

@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastprefix.arguments import check_whole, methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
-from fastprefix.tuning.callbacks.find import trained_encoders
+from fastprefix.tuning.callbacks.trained_encoders import trained_encoders
 
 First = Literal["last", "first"]
 

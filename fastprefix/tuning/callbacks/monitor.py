@@ -14,7 +14,7 @@ from fastprefix.arguments import check_type, methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
 from fastprefix.hf.mass import attention_mass
 from fastprefix.kv import PrefixKV
-from fastprefix.tuning.callbacks.find import trained_encoders
+from fastprefix.tuning.callbacks.trained_encoders import trained_encoders
 
 
 @methods_refuse_unknown_arguments
