@@ -35,22 +35,12 @@ def new_prefix_encoder(
         ValueError: the config does not fit the model, or init="text" needs a tokenizer.
         FileNotFoundError: config.init_prefix does not exist.
     """
-    if config.prefix_in_window and set(layer_groups(model)) != {"decoder"}:
-        raise ValueError(
-            f"prefix_in_window: got True, takes False for this {type(model).__name__}; prefixes "
-            "slide in decoder-only models alone"
-        )
-    for name in ("gated", "prefix_bias", "layers", "layer_lengths"):
-        if is_expanded(model) and getattr(config, name) not in (None, False):
-            raise ValueError(
-                f"{name}: got {getattr(config, name)!r}, takes none for {type(model).__name__} "
-                "with fallback='expand', which keeps the prefix in its KV cache"
-            )
+    _check_fits(config, model)
     shapes = layer_shapes(model)
     P, offset = config.num_virtual_tokens, config.position_offset
     layers = config.layers if config.groups is None else _of_groups(config.groups, model)
     if offset is None and default_offset(model, P) != P:
-        offset = default_offset(model, P)  # an offset of None grows with the prefix
+        offset = default_offset(model, P)  # to the encoder, None is the prefix's present length
     if offset is None and config.gated:
         offset = 0  # the text keeps its positions, so that a gate of 0 is the bare model
     lengths = slot_lengths(len(shapes), P, layers, config.layer_lengths)
@@ -99,6 +89,21 @@ def new_prompt_encoder(
         with torch.no_grad():  # call the module: it may scale the embeddings that it looks up
             encoder.start_from(model.get_input_embeddings()(start.to(device_of(model))))
     return encoder
+
+
+def _check_fits(config: PrefixConfig, model: PreTrainedModel) -> None:
+    """Refuses what this model, or the way in which it was patched, cannot do."""
+    if config.prefix_in_window and set(layer_groups(model)) != {"decoder"}:
+        raise ValueError(
+            f"prefix_in_window: got True, takes False for this {type(model).__name__}; prefixes "
+            "slide in decoder-only models alone"
+        )
+    for name in ("gated", "prefix_bias", "layers", "layer_lengths"):
+        if is_expanded(model) and getattr(config, name) not in (None, False):
+            raise ValueError(
+                f"{name}: got {getattr(config, name)!r}, takes none for {type(model).__name__} "
+                "with fallback='expand', which keeps the prefix in its KV cache"
+            )
 
 
 def _of_groups(groups: Sequence[Group], model: PreTrainedModel) -> list[int]:
