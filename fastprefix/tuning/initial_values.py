@@ -20,7 +20,7 @@ from fastprefix.tuning.configs.prompt_config import PromptConfig
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:
-    """[vocabulary, hidden]."""
+    """The weight of the token embedding, [vocabulary, hidden]."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight
@@ -31,10 +31,11 @@ def initial_ids(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Tensor | None:
-    """[P] token ids that training starts from; None for a random start.
+    """The token ids [P] that training starts from; None for a random start.
 
     Raises:
-        ValueError: a text without a tokenizer, or without tokens, or a model that reads none.
+        TypeError: tokenizer is none.
+        ValueError: the text needs a tokenizer, or has no tokens, or the model reads no tokens.
     """
     P = config.num_virtual_tokens
     if config.init == "random":
@@ -62,10 +63,12 @@ def initial_prefix(
     tokenizer: PreTrainedTokenizerBase | None,
     layout: Layout,
 ) -> Tensor | None:
-    """The numbers that a prefix starts from, [P, width]; None for an encoder's own random start.
+    """The prefix [P, width] that training starts from; None for the encoder's own random start.
 
     Raises:
-        ValueError: init="text" without a tokenizer or tokens, or init_prefix does not fit.
+        TypeError: tokenizer is none.
+        ValueError: init="text" needs a tokenizer and a text with tokens, or init_prefix does not
+            fit the model.
         FileNotFoundError: init_prefix does not exist.
     """
     if config.init == "random":
@@ -87,14 +90,14 @@ def initial_prefix(
         assert ids is not None
         make = embedding_keys_values if config.init == "embeddings" else text_keys_values
         kv = make(model, ids)
-        method = "pad"  # P tokens: a layer takes the first of them
+        method = "pad"  # there are P tokens; a layer with a shorter prefix gets the first ones
     return layout.to_flat(resize(kv, layout.lengths, method, pad_std=config.init_std))
 
 
 def _load(
     config: PrefixConfig, layout: Layout, groups: Sequence[Group], sources: Sequence[int]
 ) -> PrefixKV:
-    """The prefix that init_prefix names."""
+    """Reads the prefix that init_prefix names."""
     assert config.init_prefix is not None
     if Path(config.init_prefix).suffix == ".safetensors":
         kv = PrefixKV.load(config.init_prefix)

@@ -1,4 +1,4 @@
-"""What models take as a configuration: ours, or PEFT's; and whether it agrees with a file."""
+"""Configurations that callers give: ours or PEFT's, and whether they agree with saved files."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from fastprefix.tuning.configs.tuning_config import PeftConfigLike, TuningConfig
 
 _Config = TypeVar("_Config", PrefixConfig, PromptConfig)
 
-# How a prefix is made and trained, which its files do not tell: the network is dropped.
-_UNTOLD = {
+# Fields on how a prefix is made and trained. Its files do not hold them: the network is not saved.
+_NOT_IN_FILES = {
     *("dropout", "fallback", "groups", "inference_mode", "layers", "prefix_projection"),
     *("share_layers", "encoder_dropout", "encoder_hidden_size", "encoder_num_layers"),
     *("encoder_orthogonal", "encoder_per_layer", "encoder_reparameterization_type"),
     *("init", "init_prefix", "init_resize", "init_std", "init_text"),
 }
-_ALWAYS = ("num_virtual_tokens", "peft_type")
+# Fields that are compared even if the caller left them at their default.
+_ALWAYS_COMPARED = ("num_virtual_tokens", "peft_type")
 
 
 def as_prefix_config(config: PrefixConfig | PeftConfigLike) -> PrefixConfig:
-    """A PrefixConfig, also for PEFT's PrefixTuningConfig and CartridgeConfig.
+    """Returns a PrefixConfig as it is; converts PEFT's PrefixTuningConfig and CartridgeConfig.
 
     Raises:
-        TypeError: no configuration.
-        ValueError: of another method, or with a field that is not taken.
+        TypeError: config is no configuration of a prefix.
+        ValueError: PEFT's configures another method, or has a field that we do not accept.
     """
     return _converted(PrefixConfig, config)
 
 
 def as_prompt_config(config: PromptConfig | PeftConfigLike) -> PromptConfig:
-    """A PromptConfig, also for PEFT's PromptTuningConfig and PromptEncoderConfig.
+    """Returns a PromptConfig as it is; converts PEFT's PromptTuningConfig and PromptEncoderConfig.
 
     Raises:
-        TypeError: no configuration.
-        ValueError: of another method, or with a field that is not taken.
+        TypeError: config is no configuration of a prompt.
+        ValueError: PEFT's configures another method, or has a field that we do not accept.
     """
     return _converted(PromptConfig, config)
 
@@ -53,27 +54,30 @@ def tokenizer_of(config: Any) -> Any:
 
 
 def agreed(wanted: _Config, found: _Config, place: Source) -> _Config:
-    """The configuration of files, if it is what a caller says that they hold.
+    """The configuration of saved files, checked against the one that the caller expects.
 
-    A field that is left at its default asks for nothing, but for the length and the method.
+    A field that the caller left at its default is not compared, except length and method.
 
     Args:
         wanted: the caller's.
-        found: as the files tell it.
-        place: the files, for messages.
+        found: that of the files.
+        place: where the files are, for messages.
+
+    Returns:
+        `found`, with the task and the dropout of `wanted` where files do not hold them.
 
     Raises:
         ValueError: they differ.
     """
     for field in fields(found):
         name = field.name
-        asked, told = getattr(wanted, name), getattr(found, name)
-        if name in _UNTOLD or (asked == field.default and name not in _ALWAYS):
+        given, saved = getattr(wanted, name), getattr(found, name)
+        if name in _NOT_IN_FILES or (given == field.default and name not in _ALWAYS_COMPARED):
             continue
         if name == "modules_to_save":
-            asked, told = set(asked), set(told or ())
-        if asked != told and not (name == "task_type" and told is None):
-            raise ValueError(f"config.{name}: got {asked!r}, takes {told!r} as in {place}")
+            given, saved = set(given), set(saved or ())
+        if given != saved and not (name == "task_type" and saved is None):
+            raise ValueError(f"config.{name}: got {given!r}, takes {saved!r} as in {place}")
     if found.task_type is None:
         found = replace(found, task_type=wanted.task_type)
     if isinstance(found, PrefixConfig) and isinstance(wanted, PrefixConfig):

@@ -1,4 +1,4 @@
-"""How a prefix is made and trained; names as in PEFT where PEFT has them."""
+"""How a prefix is made and trained; names are PEFT's where it has any."""
 
 from __future__ import annotations
 
@@ -35,60 +35,63 @@ class PrefixConfig(TuningConfig):
     Layers are the model's attention layers, counted from 0 in the order in which they run.
 
     Attributes:
-        num_virtual_tokens: prefix length P; with layer_lengths the longest of them.
+        num_virtual_tokens: prefix length P. With layer_lengths, the longest of them.
         task_type: PEFT's name of the task; None leaves it open.
-        modules_to_save: modules of the base of which copies are trained and saved too, by how
-            their names end; those that PEFT takes for the task if None.
-        prefix_projection: train a network that produces the prefix, not the prefix itself.
-        encoder_reparameterization_type: which, "MLP" or "LSTM" (P-tuning's; Liu et al. 2021).
+        modules_to_save: modules of the base of which copies are trained and saved with the prefix,
+            by the ends of their names. If None, those that PEFT trains for the task.
+        prefix_projection: whether to train a network that computes the prefix, instead of the
+            prefix itself.
+        encoder_reparameterization_type: the kind of network, "MLP" or "LSTM" (as in P-tuning; Liu
+            et al. 2021).
         encoder_hidden_size: the network's hidden size; the model's hidden size if None.
-        encoder_num_layers: linear layers of an MLP, 1 to 3, or layers of an LSTM.
-        encoder_per_layer: an MLP of its own for every attention layer.
-        encoder_orthogonal: start from orthogonal weights of the network.
-        share_layers: one block of keys and values for all layers; without prefix_projection.
+        encoder_num_layers: the number of linear layers of an MLP, 1 to 3, or of layers of an LSTM.
+        encoder_per_layer: whether every attention layer has an MLP of its own.
+        encoder_orthogonal: whether the network's weights start orthogonal.
+        share_layers: whether all layers share one block of keys and values; not possible with
+            prefix_projection.
         layers: the layers that get a prefix; all if None.
-        layer_lengths: the prefix length of each layer, 0 for none; num_virtual_tokens everywhere
-            if None.
-        num_frozen_tokens: leading tokens that stay what they are at the start.
-        position_offset: by how much the prefix moves the positions of the text; of the decoder's
-            text in encoder-decoders. If None, num_virtual_tokens in decoder-only models, BERT,
-            RoBERTa and ELECTRA, as in PEFT, and 0 in other models: the text keeps the positions
-            that it has without a prefix. T5's decoder, whose text has no positions, then counts
-            the distances to the prefix as if the text stood there.
-        groups: which layers get a prefix, "encoder" (an encoder's own attention), "decoder" (a
-            decoder's own) or "cross" (its attention to the encoder); all that the model has if
-            None, as Li and Liang do.
-        dropout: probability of zeroing a number of the prefix in training.
-        init: what the prefix starts from, whatever produces it: "random" (normal, of standard
-            deviation init_std), "orthogonal" (tokens orthogonal in every layer, of that standard
-            deviation), "zero" (all tokens alike: without a network or dropout they stay so),
-            "text" (the model's own keys and values for init_text, repeated or cut to P tokens),
-            "embeddings" (what each layer's projections make of that text's input embeddings alone,
-            without what the layers before it make of them), "vocab" (the model's keys and values
-            for tokens drawn at random from the vocabulary), "prefix" (init_prefix).
+        layer_lengths: the prefix length of each layer, 0 for none. If None, all layers have
+            num_virtual_tokens.
+        num_frozen_tokens: the number of leading tokens that are not trained.
+        position_offset: by how much the prefix moves the positions of the text (in
+            encoder-decoders, of the decoder's text). If None, it is num_virtual_tokens in
+            decoder-only models, BERT, RoBERTa and ELECTRA, as in PEFT. In other models it is 0, and
+            the text keeps the positions that it has without a prefix. The text of T5's decoder has
+            no positions; there the offset changes its distances to the prefix.
+        groups: the groups of layers that get a prefix: "encoder" (an encoder's self-attention),
+            "decoder" (a decoder's self-attention) or "cross" (its attention to the encoder). If
+            None, all groups that the model has, as in Li and Liang.
+        dropout: the probability with which each number of the prefix is set to 0 in training.
+        init: what the prefix starts from, also if a network computes it. "random": normal numbers
+            of standard deviation init_std. "orthogonal": tokens that are orthogonal in every layer,
+            of that standard deviation. "zero": all tokens alike; without a network or dropout they
+            stay alike. "text": the model's own keys and values for init_text, repeated or cut to P
+            tokens. "embeddings": each layer's projections of that text's input embeddings, not
+            changed by the layers before. "vocab": the model's keys and values for tokens drawn at
+            random from the vocabulary. "prefix": init_prefix.
         init_text: the text for init="text" or "embeddings".
-        init_prefix: the prefix for init="prefix": a file of :meth:`fastprefix.PrefixKV.save`, or an
-            adapter's folder or name on the hub.
-        init_resize: how init_prefix becomes P tokens long: "pad" (random tokens behind it),
-            "repeat" or "resample" (linear interpolation); the former two cut at the end.
-        init_std: standard deviation of the random start.
-        prefix_in_window: whether the prefix slides out of a model's sliding windows as a text
-            would, which PEFT's do, or is always seen.
-        prefix_bias: added to all scores of the prefix, in every query head: a number, or "learned",
-            one for each head of each layer with a prefix, which starts at 0 and is trained with the
-            rest. A long prefix dilutes the attention to the text; a bias of -log P undoes that.
-        gated: attend to the prefix apart from the text, in a softmax of its own, and add it times
-            tanh of a gate for each head, which starts at 0: training starts from the bare model
-            (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199). The position_offset is then 0
-            unless given.
-        peft_type: "PREFIX_TUNING" or "CARTRIDGE": as what PEFT loads the adapter.
-        fallback: what to do with a base that cannot be patched, see :func:`fastprefix.patch_model`:
-            None or "expand". Of the first adapter of a model; not saved with it.
-        inference_mode: do not train the prefix, nor the modules that are saved beside it.
+        init_prefix: the prefix for init="prefix": a file of :meth:`fastprefix.PrefixKV.save`, an
+            adapter's folder, or an adapter's name on the hub.
+        init_resize: how init_prefix is made P tokens long: "pad" (append random tokens), "repeat",
+            or "resample" (linear interpolation). "pad" and "repeat" cut a longer one at the end.
+        init_std: the standard deviation of the random start.
+        prefix_in_window: if True, the prefix slides out of a model's sliding windows as a text
+            would, and as PEFT's prefixes do. If False, every token sees the whole prefix.
+        prefix_bias: a number that is added to all attention scores of the prefix. "learned" trains
+            one number for each query head of each layer that has a prefix, starting at 0. A long
+            prefix dilutes the attention to the text; a bias of -log P undoes that.
+        gated: whether the prefix has a softmax of its own. Its result, times the tanh of a gate for
+            each query head, is added to that of the text. Gates start at 0, so training starts from
+            the bare model (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199). position_offset is
+            then 0 unless given.
+        peft_type: "PREFIX_TUNING" or "CARTRIDGE", the method under which PEFT loads the adapter.
+        fallback: what to do with a base that cannot be patched, None or "expand"; see
+            :func:`fastprefix.patch_model`. Only a model's first adapter decides; it is not saved.
+        inference_mode: if True, neither the prefix nor the modules saved with it are trained.
 
     Raises:
-        TypeError: a field is of another type than above; the message names it.
-        ValueError: a field has a value it does not take; the message names it.
+        TypeError: a field has the wrong type; the message names it.
+        ValueError: a field has a value that is not accepted; the message names it.
     """
 
     modules_to_save: list[str] | None = None

@@ -1,4 +1,4 @@
-"""How an input-level prompt is made and trained; names as in PEFT where PEFT has them."""
+"""How an input-level prompt is made and trained; names are PEFT's where it has any."""
 
 from __future__ import annotations
 
@@ -26,31 +26,33 @@ _INITS: dict[str, Init] = {"RANDOM": "random", "TEXT": "text", "SAMPLE_VOCAB": "
 class PromptConfig(TuningConfig):
     """Configuration of prompts that enter a model as embeddings.
 
-    As it is: prompt tuning (Lester et al. 2021), which is also the embedding-only ablation of
-    prefix tuning (Li and Liang 2021, section 7.2). With a reparameterisation: P-tuning (Liu et
-    al. 2021). With placement="infix": infix-tuning (Li and Liang 2021, section 7.3), on
+    By default this is prompt tuning (Lester et al. 2021), which is also the embedding-only ablation
+    of prefix tuning (Li and Liang 2021, section 7.2). With a reparameterisation it is P-tuning (Liu
+    et al. 2021). With placement="infix" it is infix-tuning (Li and Liang 2021, section 7.3) on
     embeddings.
 
     Attributes:
         num_virtual_tokens: prompt length P.
         task_type: PEFT's name of the task; None leaves it open.
-        placement: "prefix", in front of the text; "infix", within it, where each call says.
+        placement: "prefix" puts the prompt in front of the text. "infix" puts it within the text,
+            at the place that each call gives (infix_positions).
         encoder_reparameterization_type: "MLP" or "LSTM", a network that computes the prompt, as in
-            PEFT's PromptEncoder; None for the prompt itself.
+            PEFT's PromptEncoder. None trains the prompt itself.
         encoder_hidden_size: the network's hidden size; the embeddings' width if None.
-        encoder_num_layers: layers of the LSTM.
-        encoder_dropout: between the LSTM's layers.
-        modules_to_save: modules of the base of which copies are trained and saved too, by how
-            their names end; those that PEFT takes for the task if None.
-        init: "random", "text" (the embeddings of init_text, repeated or cut to P tokens) or
-            "vocab" (those of tokens drawn at random from the vocabulary).
+        encoder_num_layers: the number of layers of the LSTM.
+        encoder_dropout: the dropout between the LSTM's layers.
+        modules_to_save: modules of the base of which copies are trained and saved with the prompt,
+            by the ends of their names. If None, those that PEFT trains for the task.
+        init: "random", "text" (the embeddings of init_text, repeated or cut to P tokens) or "vocab"
+            (the embeddings of tokens drawn at random from the vocabulary).
         init_text: the text for init="text".
-        init_std: standard deviation of the random start; if None, 0.02 for a prompt itself and 1
-            for what a network reads.
+        init_std: the standard deviation of the random start. If None, it is 0.02 for a prompt
+            itself, and 1 for the input of a network.
+        inference_mode: if True, neither the prompt nor the modules saved with it are trained.
 
     Raises:
-        TypeError: a field is of another type than above; the message names it.
-        ValueError: a field has a value it does not take; the message names it.
+        TypeError: a field has the wrong type; the message names it.
+        ValueError: a field has a value that is not accepted; the message names it.
     """
 
     placement: Placement = "prefix"
@@ -73,7 +75,7 @@ class PromptConfig(TuningConfig):
 
     @property
     def peft_type(self) -> str:
-        """PEFT's name of the method, or ours for an infix, which PEFT does not have."""
+        """PEFT's name of the method; for an infix, which PEFT does not have, our own."""
         if self.placement == "infix":
             return INFIX_KIND
         return "P_TUNING" if self.encoder_reparameterization_type else "PROMPT_TUNING"
