@@ -261,12 +261,12 @@ class NamedAdapters(TunedModel):
     def _take_over_state(
         self, configs: Mapping[str, Any], active: str | None, is_trainable: bool
     ) -> None:
-        """Gives adapters the configurations of a checkpoint, whose parameters are loaded already.
+        """Completes a model with a checkpoint's parameters: configurations, active adapter, mode.
 
         Args:
             configs: the checkpoint's configurations by name.
             active: the name of its active adapter; None for the first.
-            is_trainable: whether to train the active adapter.
+            is_trainable: whether to train the active adapter; if False, nothing is trained.
         """
         for name, config in configs.items():
             self._configs[name] = replace(config, inference_mode=not is_trainable)
