@@ -1,11 +1,12 @@
-"""The trainers of trl run a tuned model as they run PEFT's.
+"""Makes trl's trainers run a tuned model as they run PEFT's models.
 
-They ask ``is_peft_model``, which goes by PEFT's class, in two matters: where a model's own forward
-is, into which they put a head that computes log-probabilities, and what the policy is compared
-with. A PeftModel is its own reference, with its adapter as it was before training (a copy by the
-name of "ref", see :meth:`fastprefix.PrefixTuningModel.add_adapter`); any other model is loaded a
-second time from where it came, which of a tuned model is the bare base. So in trl's modules, and
-nowhere else, the answer is True for tuned models as well.
+trl asks ``is_peft_model``, which checks for PEFT's class, for two reasons. First, it replaces the
+forward of the model inside by one that computes log-probabilities, and must know where that model
+is. Second, it needs a reference to compare the policy with. A PeftModel is its own reference, with
+a copy of its adapter from before training (named "ref", see
+:meth:`fastprefix.PrefixTuningModel.add_adapter`). Any other model is loaded again from its source,
+which for a tuned model would give the bare base. So in trl's modules, and nowhere else, the answer
+is True for tuned models too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _QUESTION = "is_peft_model"
 
 
 def register() -> None:
-    """Has trl's modules answer so, those that are imported already and those that will be."""
+    """Changes the answer in trl's modules, those that are imported already and later ones."""
     after_import("trl.*", _recognise)
 
 
@@ -42,12 +43,12 @@ def _with_tuned_models(asked: Callable[[Any], bool]) -> Callable[[Any], bool]:
             raise ImportError("peft: is not installed; trl needs it to run a model with a prefix")
         return True
 
-    is_peft_model.__module__ = __name__  # not to be taken for accelerate's once more
+    is_peft_model.__module__ = __name__  # so that it is not wrapped a second time
     return is_peft_model
 
 
 def _is_tuned(model: Any) -> bool:
-    tuning = sys.modules.get("fastprefix.tuning.tuned_model")  # without it there is no tuned model
+    tuning = sys.modules.get("fastprefix.tuning.tuned_model")  # if not imported, there is none
     if tuning is None:
         return False
     from accelerate.utils import extract_model_from_parallel

@@ -1,12 +1,11 @@
 """Models with trainable prefixes and prompts.
 
-Their training is in :mod:`fastprefix.tuning.trainer` and :mod:`fastprefix.tuning.callbacks`, which
-take transformers' Trainer a while to import.
+To train them, see :mod:`fastprefix.tuning.trainer` and :mod:`fastprefix.tuning.callbacks`. These
+are not imported here, because transformers' Trainer takes a while to import.
 """
 
 from fastprefix.tuning.accounting import ParameterCount, count_parameters
-from fastprefix.tuning.configs.prefix_config import PrefixConfig
-from fastprefix.tuning.configs.prompt_config import PromptConfig
+from fastprefix.tuning.configs import PrefixConfig, PromptConfig
 from fastprefix.tuning.prefix_model import PrefixTuningModel
 from fastprefix.tuning.prompt_model import PromptTuningModel
 

@@ -1,4 +1,4 @@
-"""Parameters and bytes of a tuned model, counted as the papers do."""
+"""Parameters and bytes of a tuned model, counted as in the papers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fastprefix.tuning.prompt_model import PromptTuningModel
 @methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class ParameterCount:
-    """What a tuned model costs beside full fine-tuning.
+    """What a tuned model costs, compared with full fine-tuning.
 
     Attributes:
-        base: parameters of the base model, all of which full fine-tuning trains; shared ones once.
-        trainable: parameters that are trained, a network that computes the prefix included.
-        exported: numbers that ship, the network being dropped: the prefix's keys and values, or a
-            prompt's embeddings.
-        bytes_on_disk: of all files that ``save_pretrained`` writes.
-        base_bytes: of the base's parameters in their dtype.
+        base: the base model's parameters, shared ones counted once. Full fine-tuning trains all.
+        trainable: the parameters that are trained, including a network that computes the prefix.
+        exported: the numbers that are saved, without the network: the prefix's keys and values, or
+            the prompt's embeddings.
+        bytes_on_disk: the bytes of all files that ``save_pretrained`` writes, without the card.
+        base_bytes: the bytes of the base's parameters in their dtype.
     """
 
     base: int
@@ -36,12 +36,12 @@ class ParameterCount:
 
     @property
     def trainable_share(self) -> float:
-        """Of the base's parameters, as in "0.1%" of Li and Liang (2021)."""
+        """The trained share of the base's parameters, as in "0.1%" of Li and Liang (2021)."""
         return self.trainable / self.base
 
     @property
     def exported_share(self) -> float:
-        """Of the base's parameters."""
+        """The exported numbers as a share of the base's parameters."""
         return self.exported / self.base
 
     @property
@@ -51,11 +51,11 @@ class ParameterCount:
 
     @property
     def disk_reduction(self) -> float:
-        """How many times fewer bytes."""
+        """How many times fewer bytes a task needs than with a fine-tuned copy of the base."""
         return self.base_bytes / self.bytes_on_disk
 
     def __str__(self) -> str:
-        """One line."""
+        """All of it in one line."""
         return (
             f"trainable {self.trainable:,d} ({self.trainable_share:.4%} of {self.base:,d}) | "
             f"exported {self.exported:,d} ({self.exported_share:.4%}, {self.reduction:,.0f}x fewer "
@@ -66,7 +66,7 @@ class ParameterCount:
 
 @refuses_unknown_arguments
 def count_parameters(tuned: Any) -> ParameterCount:
-    """Counts a tuned model; the bytes by saving it to a temporary folder.
+    """Counts a tuned model; to count bytes, it saves the model to a temporary folder.
 
     Args:
         tuned: a :class:`PrefixTuningModel` or a :class:`PromptTuningModel`.

@@ -1,13 +1,14 @@
 """Checkpoints that transformers' Trainer writes of a tuned model: its parameters, in one file.
 
-The Trainer knows no class but transformers' and PEFT's by ``save_pretrained``, and writes the
-``state_dict()`` of others. Ours tells its configurations too, so that a checkpoint is enough.
+The Trainer calls ``save_pretrained`` of transformers' and PEFT's classes only. Of other models it
+writes the ``state_dict()``. That of a tuned model holds its configurations too, so that a model can
+be built from a checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +21,9 @@ from fastprefix.hf.hub import Source
 from fastprefix.hf.peft_files import CONFIG_FILE, decoded, encoded
 
 _Config = TypeVar("_Config")
+_Model = TypeVar("_Model", bound=nn.Module)
 
-EXTRA = "_extra_state"  # torch's name for what get_extra_state gives
+_EXTRA = "_extra_state"  # torch's name of the entry that get_extra_state gives
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -30,11 +32,11 @@ class Checkpoint:
     """What such a file holds.
 
     Attributes:
-        file: where it was read.
+        file: the file.
         model_class: "PrefixTuningModel" or "PromptTuningModel".
-        adapters: each adapter's configuration, as its fields.
-        active: the name of the active adapter; None for none.
-        state: for the ``load_state_dict`` of a model with these adapters.
+        adapters: the fields of each adapter's configuration, by the adapters' names.
+        active: the name of the active adapter; None if none was active.
+        state: what ``load_state_dict`` of a model with these adapters takes.
     """
 
     file: Path
@@ -44,10 +46,10 @@ class Checkpoint:
     state: dict[str, Tensor]
 
     def config(self, kind: type[_Config], settings: Mapping[str, Any]) -> _Config:
-        """A configuration of the fields that the file tells.
+        """Makes a configuration of fields that the file holds.
 
         Raises:
-            ValueError: fields or values that it does not take.
+            ValueError: the class does not accept a field or its value.
         """
         try:
             return kind(**settings)
@@ -55,7 +57,7 @@ class Checkpoint:
             raise ValueError(f"{self.file}: {error}") from error
 
     def called(self, adapter_name: str) -> Checkpoint:
-        """With a name for its adapter, if it is the only one; several keep their own."""
+        """This checkpoint with another name for its adapter; several adapters keep theirs."""
         old, *others = self.adapters
         if others or old == adapter_name:
             return self
@@ -70,27 +72,30 @@ class Checkpoint:
 
 
 def described(model_class: str, adapters: Mapping[str, Any], active: str | None) -> Tensor:
-    """What a ``state_dict()`` tells beside its parameters, as a tensor: files hold nothing else.
+    """What a ``state_dict()`` holds beside the parameters, as a tensor: files hold nothing else.
 
     Args:
-        model_class: name of the class.
+        model_class: name of the model's class.
         adapters: configurations by name.
-        active: name of the active adapter; None for none.
+        active: name of the active adapter; None if none is active.
     """
-    told = {name: asdict(config) for name, config in adapters.items()}
-    return encoded({"model_class": model_class, "adapters": told, "active": active})
+    fields = {name: asdict(config) for name, config in adapters.items()}
+    return encoded({"model_class": model_class, "adapters": fields, "active": active})
 
 
 def read_checkpoint(place: Source, model_class: str) -> Checkpoint | None:
-    """The checkpoint in a folder of this machine; None where there is none, or an adapter.
+    """Reads the checkpoint in a local folder.
 
     Args:
         place: the folder.
         model_class: the class that is to be loaded.
 
+    Returns:
+        None if the folder holds an adapter, or no checkpoint, or if place is no local folder.
+
     Raises:
-        FileNotFoundError: the folder holds checkpoints, and is none.
-        ValueError: cut short, of another model, or without a configuration.
+        FileNotFoundError: the folder is no checkpoint but has sub-folders that are.
+        ValueError: the file is damaged, belongs to another model, or has no configuration.
     """
     folder = place.folder
     if folder is None or (folder / CONFIG_FILE).is_file():
@@ -106,9 +111,9 @@ def read_checkpoint(place: Source, model_class: str) -> Checkpoint | None:
         return None
     try:
         state = _state(file)
-        told = None if state is None else decoded(state[EXTRA])
-        if told is not None:
-            kind, adapters, active = told["model_class"], dict(told["adapters"]), told["active"]
+        extra = None if state is None else decoded(state[_EXTRA])
+        if extra is not None:
+            kind, adapters, active = extra["model_class"], dict(extra["adapters"]), extra["active"]
     except Exception as error:
         raise ValueError(f"{file}: {' '.join(reason(error).split())}") from error
     if state is None:
@@ -128,10 +133,10 @@ def read_checkpoint(place: Source, model_class: str) -> Checkpoint | None:
 
 
 def refuse_checkpoint(place: Source, model_class: str) -> None:
-    """Refuses a checkpoint where one adapter is to be added.
+    """Refuses a checkpoint in a place from which one adapter is to be added.
 
     Raises:
-        ValueError: it is one; see also :func:`read_checkpoint`.
+        ValueError: the place holds a checkpoint; see also :func:`read_checkpoint`.
     """
     saved = read_checkpoint(place, model_class)
     if saved is not None:
@@ -142,18 +147,18 @@ def refuse_checkpoint(place: Source, model_class: str) -> None:
 
 
 def _state(file: Path) -> dict[str, Tensor] | None:
-    """All tensors of a file; None if it does not tell a configuration, and may be large."""
+    """All tensors of a file; None if it has no configuration."""
     if file.suffix == ".safetensors":
         with opened(file) as content:
-            if EXTRA not in content.keys():  # noqa: SIM118
+            if _EXTRA not in content.keys():  # noqa: SIM118
                 return None
         return read_safetensors(file)[0]
     state = torch.load(file, map_location="cpu", weights_only=True)
-    return state if EXTRA in state else None
+    return state if _EXTRA in state else None
 
 
-def fresh(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """An adapter's fields without what it started from, which a checkpoint replaces."""
+def without_start(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's fields without what training started from: a checkpoint replaces it anyway."""
     start: dict[str, Any] = {"init": "random", "init_text": None, "init_std": 0.02}
     if "init_prefix" in settings:
         start["init_prefix"] = None
@@ -161,28 +166,65 @@ def fresh(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_state(tuned: nn.Module, saved: Checkpoint) -> None:
-    """Puts a checkpoint's parameters into a model that was built for it.
+    """Loads a checkpoint's parameters into a model that was built for it.
 
     Raises:
-        ValueError: they do not fit it.
+        ValueError: they do not fit the model.
     """
     try:
         tuned.load_state_dict(saved.state)
     except RuntimeError as error:
-        told = " ".join(str(error).split())
+        why = " ".join(str(error).split())
         raise ValueError(
-            f"{saved.file}: does not fit this model ({told}). A LoRA that was trained inside the "
+            f"{saved.file}: does not fit this model ({why}). A LoRA that was trained inside the "
             "base must be in the model, too"
         ) from error
 
 
+def hold_only_what_is_trained(tuned: nn.Module) -> None:
+    """Makes the ``state_dict()`` of a tuned model leave out what is frozen in its base.
+
+    Frozen weights live in files of their own. Loading a ``state_dict()`` without them, or without
+    the entry of :func:`described` (older checkpoints have none), is then no error.
+
+    Args:
+        tuned: a model whose base is its ``base_model``.
+    """
+    tuned.register_load_state_dict_post_hook(_allow_missing_base)
+    tuned.register_state_dict_post_hook(_drop_frozen_base)
+
+
+def _trained_in_base(tuned: Any) -> set[str]:
+    """Names, in the base's ``state_dict``, of its parameters that are trained."""
+    return {name for name, x in tuned.base_model.named_parameters() if x.requires_grad}
+
+
+def _drop_frozen_base(tuned: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    start, trained = f"{prefix}base_model.", _trained_in_base(tuned)
+    for name in [name for name in state if name.startswith(start)]:
+        if name.removeprefix(start) not in trained:
+            del state[name]
+
+
+def _allow_missing_base(tuned: Any, incompatible: Any) -> None:
+    in_base = tuned.base_model.state_dict().keys()
+    frozen = {f"base_model.{name}" for name in in_base - _trained_in_base(tuned)}
+    missing = incompatible.missing_keys
+    missing[:] = [
+        name
+        for name in missing
+        if name[name.find("base_model.") :] not in frozen and name.rpartition(".")[2] != _EXTRA
+    ]
+
+
 @contextlib.contextmanager
-def as_it_was(model: nn.Module, undo: Any) -> Iterator[None]:
-    """Undoes what was done to a base, if what was to be loaded is refused.
+def restored_if_refused(model: _Model, undo: Callable[[_Model], object]) -> Iterator[None]:
+    """A block that loads something into a base; if it raises, the base is as before.
 
     Args:
         model: the base.
-        undo: called with it.
+        undo: called with the base if the block raises. Which parameters are trained is restored
+            without it.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

@@ -33,7 +33,7 @@ def check_directory(save_directory: str | Path, push_to_hub: bool) -> None:
     """Refuses, before anything is written, what ``save_pretrained`` cannot do.
 
     Raises:
-        ValueError: a file in place of a folder, or pushing.
+        ValueError: save_directory is a file, or push_to_hub is not False.
     """
     if Path(save_directory).is_file():
         raise ValueError(f"save_directory: got the file {save_directory}, takes a folder")
@@ -44,10 +44,10 @@ def check_directory(save_directory: str | Path, push_to_hub: bool) -> None:
 
 
 def check_loading(torch_device: Any, low_cpu_mem_usage: bool) -> None:
-    """Refuses values of two arguments that change nothing of what is loaded.
+    """Checks two arguments that exist for PEFT's sake and have no effect here.
 
     Raises:
-        TypeError: low_cpu_mem_usage is no truth value.
+        TypeError: low_cpu_mem_usage is neither True nor False.
         ValueError: torch_device is no device.
     """
     if not isinstance(low_cpu_mem_usage, bool):
@@ -60,21 +60,21 @@ def check_loading(torch_device: Any, low_cpu_mem_usage: bool) -> None:
 
 
 def write_card(tuned: TunedModel, folder: Path) -> None:
-    """Writes README.md, or adds to the metadata of one that is there.
+    """Writes README.md, or completes the metadata of an existing one.
 
-    A card's text, and the metadata that its author has set, are never changed. One whose metadata
-    cannot be read is left as it is, with a warning.
+    The text of an existing card, and the metadata that its author set, are never changed. If its
+    metadata cannot be read, the card is left as it is, with a warning.
 
     Args:
         tuned: the model whose adapters the folder holds.
-        folder: which holds them already.
+        folder: the folder, after its adapters were written.
     """
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard  # only needed to save
 
     file = folder / CARD_FILE
     try:
         card = ModelCard.load(file) if file.is_file() else ModelCard(_text(tuned))
-    except Exception as error:  # of YAML, of UTF-8, of the hub's client
+    except Exception as error:  # from YAML, UTF-8 or the hub's client
         message = f"{file}: left as it is, for its metadata cannot be read ({error})"
         warnings.warn(message, stacklevel=5)
         return
@@ -83,7 +83,7 @@ def write_card(tuned: TunedModel, folder: Path) -> None:
         if name == "tags":
             data.tags = sorted({*(data.get("tags") or ()), *value})
         elif name == "library_name" and data.get(name) in _LIBRARIES:
-            data.library_name = value  # the files' formats may be others now
+            data.library_name = value  # the formats of the files may have changed
         elif data.get(name) is None:
             setattr(data, name, value)
     with written_whole(file) as partial:
@@ -103,8 +103,8 @@ def push(
     commit_description: str | None,
     **saving: Any,
 ) -> Any:
-    """See :meth:`TunedModel.push_to_hub`; saves into a temporary folder, and uploads that."""
-    from huggingface_hub import HfApi, ModelCard
+    """Saves into a temporary folder and uploads it; see :meth:`TunedModel.push_to_hub`."""
+    from huggingface_hub import HfApi, ModelCard  # only needed to upload
 
     api = HfApi()
     repository = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
@@ -113,8 +113,8 @@ def push(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         place = Source(repository, revision=revision, token=token)
-        if (theirs := place.look_for(CARD_FILE)) is not None:
-            (folder / CARD_FILE).write_bytes(theirs.read_bytes())
+        if (card_there := place.look_for(CARD_FILE)) is not None:
+            (folder / CARD_FILE).write_bytes(card_there.read_bytes())
         tuned.save_pretrained(folder, **saving)
         if tags:
             card = ModelCard.load(folder / CARD_FILE)
@@ -133,7 +133,7 @@ def push(
 
 
 def _metadata(tuned: TunedModel, folder: Path) -> dict[str, Any]:
-    """What the hub reads of a card."""
+    """The metadata of a card, which the hub reads."""
     config = tuned.peft_config.get(tuned.active_adapter)
     kinds = {one.peft_type.lower().replace("_", "-") for one in tuned.peft_config.values()}
     found: dict[str, Any] = {
@@ -149,21 +149,21 @@ def _metadata(tuned: TunedModel, folder: Path) -> dict[str, Any]:
 
 
 def _peft_loads(folder: Path) -> bool:
-    """Whether PEFT knows the formats of all adapters in a folder: the hub then shows how."""
+    """Whether PEFT knows the formats of all adapters in a folder; the hub then shows its code."""
     files = [*folder.glob(CONFIG_FILE), *folder.glob(f"*/{CONFIG_FILE}")]
     kinds = {json.loads(file.read_text(encoding="utf-8")).get("peft_type") for file in files}
     return not any(str(kind).startswith("FASTPREFIX") for kind in kinds)
 
 
 def _base_name(tuned: TunedModel) -> str | None:
-    """The base's name on the hub; None for a folder of this machine, which means nothing there."""
+    """The base's name on the hub; None if the base was loaded from a local folder."""
     name = getattr(tuned.base_model, "name_or_path", None) or None
     local = name is not None and (Path(name).is_absolute() or Path(name).exists())
     return None if local else name
 
 
 def _text(tuned: TunedModel) -> str:
-    """A new card's text: what it is, and how to load it."""
+    """The text of a new card: what the files are, and how to load them."""
     kind, base = type(tuned).__name__, type(tuned.base_model).__name__
     name = _base_name(tuned) or "the base model"
     place = '"this repository or folder"'

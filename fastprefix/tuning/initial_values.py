@@ -1,4 +1,4 @@
-"""What a prefix starts from when it is trained: see ``PrefixConfig.init``."""
+"""What training starts from: token ids for a prefix or a prompt, numbers for a prefix."""
 
 from __future__ import annotations
 
@@ -9,13 +9,52 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastprefix.arguments import shown
 from fastprefix.encoders import Layout, orthogonal, resize
 from fastprefix.hf.patch.patch import patch_of
 from fastprefix.hf.peft_format import load_adapter
 from fastprefix.hf.prefill.recorded import embedding_keys_values, text_keys_values
 from fastprefix.kv import Group, PrefixKV
 from fastprefix.tuning.configs.prefix_config import PrefixConfig
-from fastprefix.tuning.tuned_model import initial_ids
+from fastprefix.tuning.configs.prompt_config import PromptConfig
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The weight of the token embedding, [vocabulary, hidden]."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def initial_ids(
+    config: PrefixConfig | PromptConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Tensor | None:
+    """The token ids [P] that training starts from; None for a random start.
+
+    Raises:
+        TypeError: tokenizer is none.
+        ValueError: the text needs a tokenizer, or has no tokens, or the model reads no tokens.
+    """
+    P = config.num_virtual_tokens
+    if config.init == "random":
+        return None
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"init: got {config.init!r}, takes 'random' for this {type(model).__name__}, which "
+            f"reads {model.main_input_name} and no text"
+        )
+    if config.init == "vocab":
+        return torch.randint(embedding_weight(model).shape[0], (P,))
+    if tokenizer is None:
+        raise ValueError(f"tokenizer: got None, takes the model's with init={config.init!r}")
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer: got {shown(tokenizer)}, takes the model's tokenizer")
+    ids = torch.tensor(tokenizer(config.init_text)["input_ids"])
+    if len(ids) == 0:
+        raise ValueError(f"init_text: got {config.init_text!r}, takes a text with tokens")
+    return ids.repeat(-(-P // len(ids)))[:P]
 
 
 def initial_prefix(
@@ -24,10 +63,12 @@ def initial_prefix(
     tokenizer: PreTrainedTokenizerBase | None,
     layout: Layout,
 ) -> Tensor | None:
-    """The numbers that a prefix starts from, [P, width]; None for an encoder's own random start.
+    """The prefix [P, width] that training starts from; None for the encoder's own random start.
 
     Raises:
-        ValueError: init="text" without a tokenizer or tokens, or init_prefix does not fit.
+        TypeError: tokenizer is none.
+        ValueError: init="text" needs a tokenizer and a text with tokens, or init_prefix does not
+            fit the model.
         FileNotFoundError: init_prefix does not exist.
     """
     if config.init == "random":
@@ -49,14 +90,14 @@ def initial_prefix(
         assert ids is not None
         make = embedding_keys_values if config.init == "embeddings" else text_keys_values
         kv = make(model, ids)
-        method = "pad"  # P tokens: a layer takes the first of them
+        method = "pad"  # there are P tokens; a layer with a shorter prefix gets the first ones
     return layout.to_flat(resize(kv, layout.lengths, method, pad_std=config.init_std))
 
 
 def _load(
     config: PrefixConfig, layout: Layout, groups: Sequence[Group], sources: Sequence[int]
 ) -> PrefixKV:
-    """The prefix that init_prefix names."""
+    """Reads the prefix that init_prefix names."""
     assert config.init_prefix is not None
     if Path(config.init_prefix).suffix == ".safetensors":
         kv = PrefixKV.load(config.init_prefix)

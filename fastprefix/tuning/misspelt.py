@@ -1,4 +1,4 @@
-"""Keyword arguments of a tuned model's calls that its base would swallow."""
+"""Misspelt keyword arguments of a tuned model's calls, which its base would silently ignore."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from transformers.utils.generic import TransformersKwargs
 from fastprefix.arguments import nearest, shown, unknown_argument
 from fastprefix.hf.versions import CACHE_NAMES, parameters
 
-# What forwards hand on although none of them names it.
-_HANDED_ON = (
+# Arguments that forwards pass on by ``**kwargs`` without naming them.
+_PASSED_ON = (
     *TransformersKwargs.__annotations__, *CACHE_NAMES, "cache_position", "return_dict", "use_cache",
     "logits_to_keep", "return_loss", "fastprefix",
 )  # fmt: skip
-# Beginnings of names that are meant for us, and for no base: PEFT chooses rows by `adapter_names`.
+# How names begin that can only be meant for us (PEFT calls prefix_names `adapter_names`).
 _OURS = ("prefix_", "infix_", "adapter_name")
-# How like a known name must be. "attn_mask" is .78 like "attention_mask".
+# From which likeness on a name counts as misspelt. "attn_mask" is 0.78 like "attention_mask".
 _LIKENESS = 0.75
 
 
 def forward_inputs(model: PreTrainedModel, own: Iterable[str]) -> dict[str, bool]:
-    """What a tuned model's forward takes: whether each name is our own.
+    """The arguments of a tuned model's forward, and of each whether it is our own.
 
     Args:
-        model: the base; what it or a model inside it names is taken.
-        own: names that the tuned model's forward has itself.
+        model: the base. What its forward names, or that of a model inside it, is included.
+        own: the names in the signature of the tuned model's own forward.
     """
     inside = (module for module in model.modules() if isinstance(module, PreTrainedModel))
-    names = [*_HANDED_ON, *(name for module in (model, *inside) for name in parameters(module))]
+    names = [*_PASSED_ON, *(name for module in (model, *inside) for name in parameters(module))]
     no_names = ("self", "args", "kwargs")
     return dict.fromkeys([n for n in names if n not in no_names], False) | dict.fromkeys(
         [n for n in own if n not in no_names], True
@@ -40,17 +40,17 @@ def forward_inputs(model: PreTrainedModel, own: Iterable[str]) -> dict[str, bool
 
 
 def refuse_misspelt(function: str, given: Mapping[str, Any], known: Mapping[str, bool]) -> None:
-    """Refuses names that mean something known and are not it; all others are the base's business.
+    """Refuses unknown names that look like a known one; others are passed on to the base.
 
-    transformers' forwards take any keyword argument, and most do nothing with one they do not know.
+    transformers' forwards accept any keyword argument, and most ignore those that they do not know.
 
     Args:
-        function: its name.
-        given: keyword arguments.
+        function: its name, for the message.
+        given: its keyword arguments.
         known: see :func:`forward_inputs`.
 
     Raises:
-        TypeError: a name is like a known one, or can be meant for us alone.
+        TypeError: an unknown name is like a known one, or can only be meant for us.
     """
     for name in given:
         if name not in known:
@@ -60,29 +60,32 @@ def refuse_misspelt(function: str, given: Mapping[str, Any], known: Mapping[str,
 def refuse_misspelt_option(
     generate: Callable[..., Any], given: Mapping[str, Any], known: Mapping[str, bool]
 ) -> None:
-    """The same for ``generate()``, which refuses what it does not know, but tells no other name.
+    """The same for ``generate()``. It refuses unknown names itself, but suggests no other name.
 
     Args:
-        generate: the base's.
-        given: keyword arguments.
+        generate: the base's method.
+        given: its keyword arguments.
         known: see :func:`forward_inputs`.
+
+    Raises:
+        TypeError: see :func:`refuse_misspelt`.
     """
     options = (*inspect.signature(generate).parameters, *GenerationConfig().to_dict())
     refuse_misspelt("generate", given, {**dict.fromkeys(options, False), **known})
 
 
 def check_tensors(**given: Any) -> None:
-    """Refuses what is no tensor among a forward's inputs, of which the base would say less.
+    """Refuses inputs of a forward that are no tensors; the base's own error would be less clear.
 
     Raises:
-        TypeError: one is not.
+        TypeError: an input is neither a tensor nor None.
     """
     for name, value in given.items():
         if value is not None and not isinstance(value, torch.Tensor):
             raise TypeError(f"{name}: got {shown(value)}, takes a tensor, or None")
 
 
-# With a name that nobody knows torch.compile breaks its graph here: better than to miss it.
+# An unknown name makes torch.compile break its graph here. That is better than to ignore the name.
 @torch.compiler.disable
 def _refuse_if_near(function: str, name: str, value: Any, known: Mapping[str, bool]) -> None:
     if value is None:
@@ -90,7 +93,7 @@ def _refuse_if_near(function: str, name: str, value: Any, known: Mapping[str, bo
     if name.startswith(_OURS):
         raise unknown_argument(function, name, [n for n, ours in known.items() if ours])
     near = nearest(name, known, _LIKENESS)
-    # with a word more it is another thing: mm_token_type_ids, pixel_attention_mask
+    # a name with one more word means another thing: mm_token_type_ids, pixel_attention_mask
     if near is not None and not _within(near, name) and not _within(name, near):
         raise unknown_argument(function, name, [near])
 

@@ -1,4 +1,4 @@
-"""Several adapters on one model, by name; methods and rules are PEFT's."""
+"""Several adapters on one model, by name. Methods and rules are those of PEFT."""
 
 from __future__ import annotations
 
@@ -14,42 +14,38 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.arguments import check_names, check_type, methods_refuse_unknown_arguments
-from fastprefix.hf.peft_base import BASE_FOLDER
+from fastprefix.arguments import check_names, methods_refuse_unknown_arguments
+from fastprefix.tuning.adapter_names import DEFAULT, REFERENCE, check_new_name
+from fastprefix.tuning.find_heads import find_heads
 from fastprefix.tuning.heads import (
     Heads,
     HeadsInUse,
     check_checkpointing,
-    find_heads,
     in_layers,
     keep_heads,
 )
 from fastprefix.tuning.tuned_model import TunedModel
 
-DEFAULT = "default"
-# What trl's trainers call the adapter that holds the policy as it was before they train it.
-REFERENCE = "ref"
-
-# In which models adapters are disabled, by id: a `disable_adapter` block belongs to its thread.
+# The models, by id, in which adapters are disabled: a `disable_adapter` block affects one thread.
 _DISABLED = threading.local()
 
 
 @methods_refuse_unknown_arguments
 class NamedAdapters(TunedModel):
-    """Encoders by name. One of them is active, which is what a forward uses that names none.
+    """Encoders by name. One of them is active: a forward uses it unless the call names others.
 
-    With an encoder go its heads: an adapter trains copies of its own of the modules that its
-    configuration names (``modules_to_save``) or that its task needs, as in PEFT. The base's own are
-    for adapters without, and for the base alone.
+    An adapter is an encoder and its heads. Heads are the adapter's own copies of the modules that
+    its configuration names (``modules_to_save``) or that its task needs, as in PEFT. An adapter
+    without heads, and the base without an adapter, use the base's own modules.
 
-    An adapter's parameters require gradients as in PEFT's LoRA: :meth:`set_adapter` trains the
-    one it activates and freezes the others, a new one is frozen until then, and
-    :meth:`set_requires_grad` trains several at a time.
+    Which parameters require gradients follows PEFT's LoRA: :meth:`set_adapter` trains the adapter
+    that it activates and freezes the others. A new adapter is frozen until then.
+    :meth:`set_requires_grad` trains several adapters at a time.
 
     Attributes:
         encoders: the adapters' encoders.
-        adapter_heads: the heads of those that train any.
-        active_adapter: name of the active one; None once the last one was deleted.
+        adapter_heads: the heads of the adapters that have any.
+        active_adapter: name of the active adapter; None after the last one was deleted.
     """
 
     encoders: nn.ModuleDict
@@ -79,38 +75,42 @@ class NamedAdapters(TunedModel):
         config: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """Adds an adapter, neither active nor trained until :meth:`set_adapter`.
+        """Adds an adapter. It is neither active nor trained until :meth:`set_adapter`.
 
-        Its heads start as the base's own.
+        Its heads start as copies of the base's modules.
 
-        The name "ref" is trl's: with the configuration of "default" itself it is a copy of that
-        adapter as it stands, heads included, which trl's trainers compare the policy with.
+        The name "ref" is reserved by trl. Together with the very configuration object of "default"
+        it asks for a copy of that adapter in its present state, heads included. trl's trainers
+        compare the policy with it.
 
         Args:
             adapter_name: a new name.
-            config: of the kind that the model was made with, or PEFT's for such adapters.
+            config: a configuration of this model's class, or PEFT's for such adapters.
             tokenizer: the base's; needed for init="text".
 
         Raises:
             ValueError: the name is in use or cannot be one, init="text" without a tokenizer, or a
                 copy for trl of a model in which more is trained than prefixes, prompts and heads.
         """
-        self._check_new(adapter_name)
+        check_new_name(adapter_name, list(self.encoders))
         if adapter_name == REFERENCE and config is self._configs.get(DEFAULT):
             self._check_reference()
             self._insert(adapter_name, config, copy.deepcopy(self.encoders[DEFAULT]))
             self._load_heads(adapter_name, self.heads(DEFAULT))
             return
-        self._insert(adapter_name, *self._made(config, tokenizer))
+        self._insert(adapter_name, *self._new_adapter(config, tokenizer))
 
-    def _made(
+    def _new_adapter(
         self, config: Any, tokenizer: PreTrainedTokenizerBase | None
     ) -> tuple[Any, nn.Module]:
-        """Our configuration, of ours or PEFT's, and an encoder at its start."""
+        """Our configuration for ours or PEFT's, and an untrained encoder for it."""
         raise NotImplementedError
 
     def _check_reference(self) -> None:
-        """A reference has an encoder and heads of its own, and everything else in common."""
+        """Refuses a reference in a model that trains more than encoders and heads.
+
+        A reference shares everything else with the policy, and would change with it.
+        """
         inside = [name for name, _ in self.base_model.named_parameters() if ".default." in name]
         if inside:
             raise ValueError(
@@ -121,25 +121,25 @@ class NamedAdapters(TunedModel):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The name of the active adapter, in a list as in PEFT; an empty one for none."""
+        """The name of the active adapter, in a list as in PEFT; empty if none is active."""
         return [] if self.active_adapter is None else [self.active_adapter]
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """All adapters' configurations by name; PEFT's name for it."""
+        """All adapters' configurations by name, as in PEFT."""
         return self._configs
 
     @property
     def active_peft_config(self) -> Any:
-        """The active adapter's configuration; PEFT's name for it."""
-        return self._configs[self._named(None)]
+        """The active adapter's configuration, as in PEFT."""
+        return self._configs[self._known_name(None)]
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Makes an adapter the active one, and the only one that is trained.
 
         Args:
-            adapter_name: which.
-            inference_mode: do not train it either.
+            adapter_name: the adapter.
+            inference_mode: if True, it is not trained either.
 
         Raises:
             ValueError: no adapter of this name.
@@ -152,10 +152,16 @@ class NamedAdapters(TunedModel):
     def set_requires_grad(
         self, adapter_names: str | Iterable[str], requires_grad: bool = True
     ) -> None:
-        """Trains adapters, or freezes them, whichever is active: those of a mixed batch, say.
+        """Trains adapters, or freezes them. The active adapter stays the same.
+
+        To train on batches whose rows have different adapters, train all of those.
+
+        Args:
+            adapter_names: one name or several.
+            requires_grad: whether to train them.
 
         Raises:
-            ValueError: no adapter of a name.
+            ValueError: there is no adapter of one of the names.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_known("adapter_names", names)
@@ -165,13 +171,13 @@ class NamedAdapters(TunedModel):
                 self.adapter_heads[name].requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter. If it was active, the first of the others is then, with a warning.
+        """Removes an adapter. If it was active, the first of the others becomes so, with a warning.
 
-        After the last one none is active: a forward is then refused until another is added and
-        set, but for that of the base, under :meth:`disable_adapter`.
+        After the last adapter is removed, none is active. A forward is then refused until an
+        adapter is added and set. Only the base's own forward, under :meth:`disable_adapter`, runs.
 
         Raises:
-            ValueError: no adapter of this name.
+            ValueError: there is no adapter of this name.
         """
         self._check_known("adapter_name", [adapter_name])
         trained = any(p.requires_grad for p in self.encoders[adapter_name].parameters())
@@ -189,34 +195,34 @@ class NamedAdapters(TunedModel):
             self.set_adapter(self.active_adapter, inference_mode=not trained)
 
     def heads(self, adapter_name: str | None = None) -> dict[str, Tensor]:
-        """What an adapter trains of the base, by the names of the base's ``state_dict``.
+        """The tensors of an adapter's heads, by the names of the base's ``state_dict``.
 
         Args:
-            adapter_name: which; the active one if None.
+            adapter_name: the adapter; the active one if None.
 
         Raises:
-            ValueError: no adapter of this name.
+            ValueError: there is no adapter of this name.
         """
-        heads = self._heads(self._named(adapter_name))
+        heads = self._heads(self._known_name(adapter_name))
         return {} if heads is None else heads.tensors()
 
     def head_names(self, adapter_name: str | None = None) -> list[str] | None:
-        """These modules by the last part of their names; None if there are none.
+        """The last parts of the names of an adapter's heads; None if it has none.
 
         Args:
-            adapter_name: which; the active one if None.
+            adapter_name: the adapter; the active one if None.
 
         Raises:
-            ValueError: no adapter of this name.
+            ValueError: there is no adapter of this name.
         """
-        heads = self._heads(self._named(adapter_name))
+        heads = self._heads(self._known_name(adapter_name))
         return None if heads is None else sorted({n.rpartition(".")[2] for n in heads.names})
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """In this block, and in this thread, the model is its base alone, heads included.
+        """A block in which, for this thread, the model is its base without prefix and heads.
 
-        A LoRA inside the base stays.
+        A LoRA inside the base stays active.
         """
         name, before = f"in_{id(self)}", self._adapters_disabled
         setattr(_DISABLED, name, True)
@@ -231,7 +237,7 @@ class NamedAdapters(TunedModel):
         return getattr(_DISABLED, f"in_{id(self)}", self._disabled_for_replica)
 
     def _replicate_for_data_parallel(self) -> Any:
-        """A replica runs in another thread, and is disabled as its original is in this one."""
+        """A replica runs in another thread; it is disabled if its original is in this one."""
         replica: Any = super()._replicate_for_data_parallel()
         replica._disabled_for_replica = self._adapters_disabled
         return replica
@@ -247,15 +253,21 @@ class NamedAdapters(TunedModel):
         super().activation_checkpointing_enable(chosen, **kwargs)
 
     def _load_heads(self, adapter_name: str, heads: dict[str, Tensor]) -> None:
-        """Puts saved heads, for which :func:`check_saved` found places, into an adapter's."""
+        """Loads saved heads into an adapter's; :func:`check_saved_heads` has accepted them."""
         own = self._heads(adapter_name)
         if own is not None:
-            own.load_state_dict(heads, strict=False)  # what the file leaves out is the base's
+            own.load_state_dict(heads, strict=False)  # tensors that the file lacks stay the base's
 
-    def _as_trained(
+    def _take_over_state(
         self, configs: Mapping[str, Any], active: str | None, is_trainable: bool
     ) -> None:
-        """As a checkpoint left it, whose adapters and parameters are here."""
+        """Completes a model with a checkpoint's parameters: configurations, active adapter, mode.
+
+        Args:
+            configs: the checkpoint's configurations by name.
+            active: the name of its active adapter; None for the first.
+            is_trainable: whether to train the active adapter; if False, nothing is trained.
+        """
         for name, config in configs.items():
             self._configs[name] = replace(config, inference_mode=not is_trainable)
         self.set_adapter(active or next(iter(configs)))
@@ -264,12 +276,12 @@ class NamedAdapters(TunedModel):
         self.train(is_trainable)
 
     def _insert(self, adapter_name: str, config: Any, encoder: nn.Module) -> None:
-        """Adds an encoder and its heads, frozen, in the mode of the model.
+        """Adds an encoder and its heads, frozen, in the model's mode (training or not).
 
         Raises:
-            ValueError: the name is in use, or cannot be one.
+            ValueError: the name is in use, or is refused.
         """
-        self._check_new(adapter_name)
+        check_new_name(adapter_name, list(self.encoders))
         names = find_heads(self.base_model, config.modules_to_save, config.task_type)
         self.encoders[adapter_name] = encoder.requires_grad_(False).train(self.training)
         if names:
@@ -278,7 +290,7 @@ class NamedAdapters(TunedModel):
         self._configs[adapter_name] = config
 
     def _heads(self, adapter_name: str | None) -> Heads | None:
-        """An adapter's heads; None if it has none, or of no adapter."""
+        """An adapter's heads; None if it has none, or if adapter_name is None."""
         if adapter_name is None or adapter_name not in self.adapter_heads:
             return None
         heads = self.adapter_heads[adapter_name]
@@ -286,10 +298,13 @@ class NamedAdapters(TunedModel):
         return heads
 
     def _use_heads(self, names: Sequence[str | None]) -> contextlib.AbstractContextManager[None]:
-        """A block in which the base runs with the heads of an adapter, or of each row's.
+        """A block in which the base runs with an adapter's heads, or with those of each row.
+
+        Args:
+            names: one adapter for all rows, or one for each row; None stands for the base's own.
 
         Raises:
-            ValueError: gradient checkpointing would run a head in the backward, with others then.
+            ValueError: gradient checkpointing would rerun a head in the backward, after this block.
         """
         if not self.adapter_heads:
             return contextlib.nullcontext()
@@ -299,8 +314,12 @@ class NamedAdapters(TunedModel):
                 check_checkpointing(self.base_model, heads.names)
         return HeadsInUse(self.base_model, rows)
 
-    def _named(self, adapter_name: str | None) -> str:
-        """An adapter that there is: the active one if None."""
+    def _known_name(self, adapter_name: str | None) -> str:
+        """The name of an existing adapter: the given one, or the active one if None.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
         if adapter_name is not None:
             self._check_known("adapter_name", [adapter_name])
             return adapter_name
@@ -311,29 +330,6 @@ class NamedAdapters(TunedModel):
             )
         return self.active_adapter
 
-    def _check_new(self, adapter_name: str) -> None:
-        check_type("adapter_name", adapter_name, str, "a name")
-        if adapter_name in self.encoders:
-            raise ValueError(
-                f"adapter_name: got {adapter_name!r}, which there is already, takes a new name"
-            )
-        # a folder's name and a part of a parameter's
-        if not adapter_name or set(adapter_name) & set("./\\\0") or adapter_name == BASE_FOLDER:
-            raise ValueError(
-                f"adapter_name: got {adapter_name!r}, takes a name without '.', '/', '\\' and NUL, "
-                f"other than {BASE_FOLDER!r}"
-            )
-        length = len(adapter_name.encode("utf-8", "surrogatepass"))
-        if length > 255 or adapter_name.encode("utf-8", "replace").decode() != adapter_name:
-            raise ValueError(
-                f"adapter_name: got one of {length} bytes, takes one that a folder can have: UTF-8 "
-                "of up to 255 bytes"
-            )
-        if hasattr(nn.ModuleDict(), adapter_name):
-            raise ValueError(
-                f"adapter_name: got {adapter_name!r}, takes none that torch.nn.ModuleDict has"
-            )
-
     def _check_known(self, argument: str, names: Sequence[str | None]) -> None:
         known = list(self.encoders)
         for name in names:
@@ -341,7 +337,12 @@ class NamedAdapters(TunedModel):
                 raise ValueError(f"{argument}: got {name!r}, takes one of {known}")
 
     def _check_rows(self, prefix_names: Sequence[str | None], rows: int | None) -> None:
-        """prefix_names: a known name or None for each row, rows of them unless None."""
+        """Checks names for the rows of a batch.
+
+        Args:
+            prefix_names: for each row a known name, or None.
+            rows: how many there must be; None if that is not known.
+        """
         check_names("prefix_names", prefix_names, "a name, or None, for each row of the batch")
         if self._adapters_disabled:
             raise ValueError(

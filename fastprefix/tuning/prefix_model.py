@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder, evaluating
 from fastprefix.hf.checking.check_prefix import check_prefix
 from fastprefix.hf.hub import Source
@@ -22,55 +22,49 @@ from fastprefix.hf.patch.activation import activate
 from fastprefix.hf.patch.patch import is_patched, patch_of
 from fastprefix.hf.patch.patching import Fallback, patch_model, patched, unpatch_model, use_prefix
 from fastprefix.hf.patch.threads import wanting_none
-from fastprefix.hf.peft_base import (
-    find_base_adapter,
-    load_base_adapter,
-    unwrap,
-)
+from fastprefix.hf.peft_base import unwrap
 from fastprefix.hf.peft_format import PREFIX_KINDS, Adapter, load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
 from fastprefix.tuning import hub
-from fastprefix.tuning.checkpoint import (
-    Checkpoint,
-    as_it_was,
-    fresh,
-    load_state,
-    read_checkpoint,
-)
-from fastprefix.tuning.configs.accepted import agreed, as_prefix_config
+from fastprefix.tuning.adapter_names import DEFAULT
+from fastprefix.tuning.configs.accepted import as_prefix_config
 from fastprefix.tuning.configs.prefix_config import PrefixConfig
-from fastprefix.tuning.configs.tuning_config import PeftsOwn
-from fastprefix.tuning.heads import check_saved, find_heads, saved_heads
+from fastprefix.tuning.configs.tuning_config import PeftConfigLike, TuningConfig
+from fastprefix.tuning.find_heads import check_saved_heads, find_heads, saved_head_names
 from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_misspelt_option
-from fastprefix.tuning.named_adapters import DEFAULT
-from fastprefix.tuning.new_encoders import new_encoder
+from fastprefix.tuning.new_encoders import new_prefix_encoder
 from fastprefix.tuning.saved_adapters import SavedAdapters
-from fastprefix.tuning.tuned_model import with_inputs_of_bases
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+from fastprefix.tuning.trainer_contract import with_inputs_of_bases
 
 
 @methods_refuse_unknown_arguments
 class PrefixTuningModel(SavedAdapters):
-    """Prefix tuning: the base model is frozen, its attention sees a trained prefix.
+    """Prefix tuning: the base model is frozen, and its attention sees a trained prefix.
 
-    The base model is patched in place and stays so. It may hold several prefixes by name, of which
-    all rows of a batch use the active one, or each row its own (``prefix_names``). It may also
-    hold a LoRA, or another adapter of PEFT's that sits inside the model: a PeftModel is taken for
-    its inside, both train, and both are saved and loaded together.
+    The base model is patched in place, and stays patched. The model may hold several prefixes by
+    name. All rows of a batch use the active one, or each row its own (``prefix_names``).
+
+    The base may hold a LoRA, or another of PEFT's adapters that sit inside a model. Of a PeftModel
+    the model inside is taken. Then both the prefix and the inner adapter are trained, and they are
+    saved and loaded together.
 
     ``state_dict()`` holds the encoders and what is trained inside the base, so that a trainer's
-    checkpoints do not repeat the base; ``save_pretrained`` writes PEFT's format.
+    checkpoints do not repeat the base. ``save_pretrained`` writes PEFT's format.
 
     Args:
-        model: the base; frozen, but for what PEFT's adapters inside it train.
-        config: a :class:`PrefixConfig`, or PEFT's PrefixTuningConfig or CartridgeConfig; with
+        model: the base. Its parameters are frozen, except those of PEFT's adapters inside it.
+        config: a :class:`PrefixConfig`, or PEFT's PrefixTuningConfig or CartridgeConfig. With
             inference_mode nothing is trained.
         tokenizer: the base's; needed for init="text".
-        adapter_name: of the first prefix.
+        adapter_name: the name of the first prefix.
         check: see :func:`fastprefix.patch_model`.
 
     Raises:
-        ValueError: the config does not fit the model, init="text" without a tokenizer, or a
+        ValueError: the config does not fit the model; init="text" needs a tokenizer; or model is a
             PeftModel with a prompt of its own.
         FileNotFoundError: config.init_prefix does not exist.
         UnsupportedModelError: see :func:`fastprefix.patch_model`.
@@ -86,7 +80,7 @@ class PrefixTuningModel(SavedAdapters):
     def __init__(
         self,
         model: PreTrainedModel,
-        config: PrefixConfig | PeftsOwn,
+        config: PrefixConfig | PeftConfigLike,
         tokenizer: PreTrainedTokenizerBase | None = None,
         adapter_name: str = DEFAULT,
         *,
@@ -94,25 +88,23 @@ class PrefixTuningModel(SavedAdapters):
     ) -> None:
         config = as_prefix_config(config)
         model = unwrap(model)
-        with patched(model, config.fallback, check=check):  # left as it was if it is refused
+        with patched(model, config.fallback, check=check):  # undone if the config is refused
             find_heads(model, config.modules_to_save, config.task_type)
-            encoder = new_encoder(model, config, tokenizer)
+            encoder = new_prefix_encoder(model, config, tokenizer)
             check_prefix(model)
             patch_model(model, fallback=config.fallback)
         super().__init__(model, adapter_name, config, encoder)
 
-    def _made(
-        self, config: PrefixConfig | PeftsOwn, tokenizer: PreTrainedTokenizerBase | None
+    def _new_adapter(
+        self, config: PrefixConfig | PeftConfigLike, tokenizer: PreTrainedTokenizerBase | None
     ) -> tuple[PrefixConfig, Encoder]:
         config = as_prefix_config(config)
-        return config, new_encoder(self.base_model, config, tokenizer)
+        return config, new_prefix_encoder(self.base_model, config, tokenizer)
 
     @property
     def encoder(self) -> Encoder:
         """The active adapter's encoder."""
-        encoder = self.encoders[self._named(None)]
-        assert isinstance(encoder, Encoder)
-        return encoder
+        return self._encoder(self._known_name(None))
 
     @property
     def prefix_configs(self) -> dict[str, PrefixConfig]:
@@ -122,11 +114,11 @@ class PrefixTuningModel(SavedAdapters):
     @property
     def prefix_config(self) -> PrefixConfig:
         """The active adapter's configuration."""
-        return self._configs[self._named(None)]
+        return self._configs[self._known_name(None)]
 
     @property
     def loss_type(self) -> str | None:
-        """The base's: for which labels the Trainer counts the tokens that the loss averages."""
+        """The base's: it tells the Trainer which labels the loss averages over."""
         return getattr(self.base_model, "loss_type", None)
 
     @with_inputs_of_bases
@@ -140,7 +132,7 @@ class PrefixTuningModel(SavedAdapters):
         prefix_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward with the prefix; masks, positions and labels are the text's.
+        """Runs the base model with the prefix. Masks, positions and labels are those of the text.
 
         Args:
             input_ids: [B, L].
@@ -148,14 +140,15 @@ class PrefixTuningModel(SavedAdapters):
             position_ids: [B, L], counted from 0 at the text's first token.
             inputs_embeds: [B, L, hidden], in place of input_ids.
             labels: [B, L], -100 where no loss is wanted.
-            prefix_names: B adapters by name, each row's own (each sequence's, if they are packed),
-                or None for a row without a prefix. The active one for all rows if None.
-            kwargs: whatever else the base model's forward takes.
+            prefix_names: B names of adapters, one for each row (for each sequence, if several are
+                packed in a row); None in the list is a row without a prefix. If prefix_names is
+                None, all rows have the active adapter.
+            kwargs: other arguments of the base model's forward.
 
         Raises:
-            TypeError: an unknown argument whose name is like that of a known one, an input that is
-                no tensor, or prefix_names that are no names.
-            ValueError: prefix_names has an unknown name, or not one for each row.
+            TypeError: an unknown argument looks like a misspelt one, an input is no tensor, or
+                prefix_names are no names.
+            ValueError: prefix_names has an unknown name, or another number of names than rows.
         """
         refuse_misspelt("forward", kwargs, self._inputs)
         check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
@@ -167,34 +160,35 @@ class PrefixTuningModel(SavedAdapters):
             "labels": labels,
         }
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        rows: Sequence[str | None] = [None]  # of the heads
+        rows: Sequence[str | None] = [None]  # whose heads are used
         if prefix_names is not None:
-            # packed sequences are counted where they run
+            # packed sequences are counted later, where they run
             self._check_rows(prefix_names, None if _may_be_packed(kwargs) else _batch_size(kwargs))
             named = {name: self._prefix(name) for name in _distinct(prefix_names)}
             if named:
                 kwargs["fastprefix"] = activate(self.base_model, named, prefix_names)
                 rows = prefix_names
         elif not self._adapters_disabled:
-            rows = [name := self._named(None)]
+            rows = [name := self._known_name(None)]
             kwargs["fastprefix"] = activate(self.base_model, self._prefix(name))
-        alone = "fastprefix" not in kwargs
-        with self._use_heads(rows), wanting_none() if alone else contextlib.nullcontext():
+        without = "fastprefix" not in kwargs
+        with self._use_heads(rows), wanting_none() if without else contextlib.nullcontext():
             return self.base_model(**kwargs)
 
     @torch.no_grad()
     def generate(
         self, *args: Any, prefix_names: Sequence[str | None] | None = None, **kwargs: Any
     ) -> Any:
-        """The base model's ``generate()`` with the prefix.
+        """Runs the base model's ``generate()`` with the prefix.
 
-        With a cache unless told otherwise: the Trainer switches it off in the base's config.
+        It uses a cache unless use_cache is given, because the Trainer sets use_cache to False in
+        the base's config.
 
         Args:
-            args: of the base model's method.
-            prefix_names: as in :meth:`forward`, one for each row of the input, however many
-                beams or sequences generate() makes of it.
-            kwargs: of the base model's method.
+            args: positional arguments of the base model's method.
+            prefix_names: see :meth:`forward`. One for each row of the input; generate() may make
+                several beams or sequences of a row.
+            kwargs: arguments of the base model's method.
 
         Raises:
             ValueError: see :meth:`forward`.
@@ -202,7 +196,7 @@ class PrefixTuningModel(SavedAdapters):
         kwargs.setdefault("use_cache", True)
         generate: Any = self.base_model.generate  # models for other tasks have none
         refuse_misspelt_option(generate, kwargs, self._inputs)
-        rows: Sequence[str | None] = [None]  # of the heads
+        rows: Sequence[str | None] = [None]  # whose heads are used
         prefix: contextlib.AbstractContextManager[Any] = wanting_none()
         if prefix_names is not None:
             self._check_rows(prefix_names, _batch_size({"inputs": args[0]} if args else kwargs))
@@ -211,41 +205,45 @@ class PrefixTuningModel(SavedAdapters):
                 prefix = use_prefix(self.base_model, named, prefix_names)
                 rows = prefix_names
         elif not self._adapters_disabled:
-            rows = [name := self._named(None)]
+            rows = [name := self._known_name(None)]
             prefix = use_prefix(self.base_model, self.export(name))
         with self._use_heads(rows), prefix:
             return generate(*args, **kwargs)
 
     @torch.no_grad()
     def export(self, adapter_name: str | None = None) -> PrefixKV:
-        """A prefix as it stands: no dropout, no parameterisation, no graph; without its heads.
+        """A prefix's present keys and values, without dropout, network, graph and heads.
 
         Args:
-            adapter_name: which; the active one if None.
+            adapter_name: the adapter; the active one if None.
 
         Raises:
-            ValueError: no adapter of this name.
+            ValueError: there is no adapter of this name.
         """
-        name = self._named(adapter_name)
+        name = self._known_name(adapter_name)
         return self._prefix(name, evaluating(self.encoders[name])).detach()
 
-    def _prefix(self, adapter_name: str, encoder: nn.Module | None = None) -> PrefixKV:
-        """A prefix with gradients, for all layers: those that have none get length 0.
+    def _encoder(self, adapter_name: str) -> Encoder:
+        encoder = self.encoders[adapter_name]
+        assert isinstance(encoder, Encoder)
+        return encoder
 
-        Of an encoder that FSDP sharded, outside its forward, the whole: all ranks make this call.
+    def _prefix(self, adapter_name: str, encoder: nn.Module | None = None) -> PrefixKV:
+        """A prefix with gradients, for all layers; a layer without a prefix gets length 0.
+
+        If FSDP sharded the encoder, its parameters are gathered: all ranks must make this call.
 
         Args:
-            adapter_name: whose.
-            encoder: in place of the adapter's own.
+            adapter_name: the adapter.
+            encoder: used in place of the adapter's own.
         """
-        kv: PrefixKV = _whole(self.encoders[adapter_name] if encoder is None else encoder)
+        kv: PrefixKV = _call_gathered(self.encoders[adapter_name] if encoder is None else encoder)
         slides = self._configs[adapter_name].prefix_in_window
         return replace(kv, in_window=True) if slides else kv
 
-    def _config_as_it_stands(self, adapter_name: str) -> PrefixConfig:
-        """As in the base class; of a prefix that grew, as long as it is."""
-        config, encoder = self.prefix_configs[adapter_name], self.encoders[adapter_name]
-        assert isinstance(encoder, Encoder)
+    def _present_config(self, adapter_name: str) -> PrefixConfig:
+        """See the base class. A prefix may have grown in training."""
+        config, encoder = self.prefix_configs[adapter_name], self._encoder(adapter_name)
         lengths = None if config.layer_lengths is None else list(encoder.layout.lengths)
         P = encoder.layout.num_virtual_tokens
         return replace(config, num_virtual_tokens=P, layer_lengths=lengths)
@@ -269,12 +267,8 @@ class PrefixTuningModel(SavedAdapters):
                 "PrefixConfig(prefix_in_window=True) trains a prefix that slides here too",
                 stacklevel=4,
             )
-        fields = {
-            "base_model_name_or_path": getattr(self.base_model, "name_or_path", None) or None,
-            "modules_to_save": self.head_names(adapter_name),
-            "num_frozen_tokens": config.num_frozen_tokens,
-            "task_type": config.task_type,
-        }
+        fields = self._shared_fields(adapter_name)
+        fields["num_frozen_tokens"] = config.num_frozen_tokens
         if config.prefix_bias is not None:
             fields["prefix_bias"] = config.prefix_bias
         if config.peft_type == "PREFIX_TUNING":
@@ -291,24 +285,43 @@ class PrefixTuningModel(SavedAdapters):
             safe_serialization=safe_serialization,
         )
 
-    def _read(self, place: Source) -> tuple[Adapter, PrefixConfig]:
-        return _load(place, self.base_model)
+    @classmethod
+    def _read_adapter(cls, place: Source, model: PreTrainedModel) -> tuple[Adapter, PrefixConfig]:
+        adapter = load_adapter(
+            place, patch_of(model).shapes, patch_of(model).groups, patch_of(model).sources
+        )
+        activate(model, adapter.kv)  # refuses what the model cannot run
+        kind = adapter.config.get("kind", adapter.config["peft_type"])
+        heads = saved_head_names(adapter.config, adapter.heads)
+        check_saved_heads(model, adapter.heads, heads, adapter.config.get("task_type"))
+        has = kind_of(adapter.kv.reweighting)
+        lengths = [key.shape[1] for key in adapter.kv.keys]
+        config = PrefixConfig(
+            num_virtual_tokens=adapter.kv.num_virtual_tokens,
+            layer_lengths=None if len(set(lengths)) == 1 else lengths,
+            task_type=adapter.config.get("task_type"),
+            modules_to_save=heads,
+            num_frozen_tokens=adapter.config.get("num_frozen_tokens", 0),
+            position_offset=adapter.kv.position_offset,
+            prefix_in_window=adapter.kv.in_window,
+            prefix_bias=adapter.config.get("prefix_bias", "learned") if has == "bias" else None,
+            gated=has == "gate",
+            peft_type=kind if kind in PREFIX_KINDS else "PREFIX_TUNING",
+        )
+        return adapter, config
 
-    def _start(self, adapter_name: str, saved: Adapter) -> None:
-        encoder = self.encoders[adapter_name]
-        assert isinstance(encoder, Encoder)
-        encoder.start_from_prefix(saved.kv)
+    def _start_from(self, adapter_name: str, saved: Adapter) -> None:
+        self._encoder(adapter_name).start_from_prefix(saved.kv)
         self._load_heads(adapter_name, saved.heads)
 
     @classmethod
-    @refuses_unknown_arguments
     def from_pretrained(
         cls,
         model: PreTrainedModel,
         model_id: str | Path,
         adapter_name: str = DEFAULT,
         is_trainable: bool = False,
-        config: PrefixConfig | PeftsOwn | None = None,
+        config: TuningConfig | PeftConfigLike | None = None,
         *,
         torch_device: str | torch.device | None = None,
         low_cpu_mem_usage: bool = False,
@@ -318,120 +331,63 @@ class PrefixTuningModel(SavedAdapters):
         cache_dir: str | None = None,
         check: bool = True,
         fallback: Fallback | None = None,
-    ) -> PrefixTuningModel:
-        """Loads an adapter that fastprefix or PEFT saved, and with it the one inside the base.
+    ) -> Self:
+        """Loads an adapter that fastprefix or PEFT saved.
 
-        A checkpoint that transformers' Trainer wrote of such a model, which holds its parameters,
-        is loaded, too, with all its adapters and their networks.
+        An adapter inside the base that was saved with it is loaded too. So is a checkpoint that
+        transformers' Trainer wrote of such a model, with all its adapters and their networks.
 
         Args:
-            model: the base; patched and frozen.
+            model: the base; it is patched and frozen.
             model_id: a folder, or a repository name on the Hugging Face hub.
-            adapter_name: what to call the prefix.
-            is_trainable: whether to train it further (directly; an MLP is gone), and with it
-                what is inside the base.
-            config: a :class:`PrefixConfig` or PEFT's for such prefixes, which the files must agree
-                with; of what they do not tell, dropout is taken from it.
-            torch_device: a device, as in PEFT; the prefix is on the base's, whatever it is.
-            low_cpu_mem_usage: as in PEFT; a prefix is small, and loaded the same way with either.
-            subfolder: of model_id, where the files are.
-            revision: of the repository: a branch, tag or commit.
-            token: the hub's.
+            adapter_name: the name that the prefix gets.
+            is_trainable: whether to train it further, and with it what is inside the base. A saved
+                prefix is then trained directly, because its network was not saved.
+            config: a :class:`PrefixConfig`, or PEFT's for such prefixes, with which the files must
+                agree. Its dropout is used, which no file holds.
+            torch_device: a device, as in PEFT. It has no effect: prefixes are on the base's device.
+            low_cpu_mem_usage: as in PEFT. It has no effect: prefixes are small.
+            subfolder: the sub-folder of model_id that holds the files.
+            revision: a branch, tag or commit of the repository.
+            token: the hub's access token.
             cache_dir: where downloads go.
             check: see :func:`fastprefix.patch_model`.
             fallback: for a base that cannot be patched, see :func:`fastprefix.patch_model`.
 
         Raises:
             FileNotFoundError: a file is missing.
-            TypeError: config is none of a prefix.
-            ValueError: not a prefix-tuning adapter for this model, one that config does not agree
-                with, or an unknown fallback.
+            TypeError: config is no configuration of a prefix.
+            ValueError: the files hold no prefix for this model, config does not agree with them, or
+                fallback is unknown.
         """
         hub.check_loading(torch_device, low_cpu_mem_usage)
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
-        wanted = None if config is None else as_prefix_config(config)
-        model = unwrap(model)
-        if (saved := read_checkpoint(place, cls.config_class.model_class)) is not None:
-            return cls._of_checkpoint(
-                model, saved, adapter_name, is_trainable, wanted, place, check, fallback
-            )
-        with patched(model, fallback, check=check):  # left as it was if the adapter is refused
-            adapter, found = _load(place, model)
-        if wanted is not None:
-            found = agreed(wanted, found, place)
-        found = replace(found, fallback=fallback, inference_mode=not is_trainable)
-        inside = find_base_adapter(place)
-        if inside is not None:
-            load_base_adapter(model, inside, is_trainable=is_trainable)
-        tuned = cls(model, found, adapter_name=adapter_name, check=check)
-        tuned._start(adapter_name, adapter)
-        if not is_trainable:
-            tuned.requires_grad_(False)
-        return tuned.train(is_trainable)
+        fields, options = {"fallback": fallback}, {"check": check}
+        return cls._load(model, place, adapter_name, is_trainable, config, fields, options)
 
     @classmethod
-    def _of_checkpoint(
-        cls,
-        model: PreTrainedModel,
-        saved: Checkpoint,
-        adapter_name: str,
-        is_trainable: bool,
-        wanted: PrefixConfig | None,
-        place: Source,
-        check: bool,
-        fallback: Fallback | None,
-    ) -> PrefixTuningModel:
-        """All adapters, by the names that they had; one alone by the name that is given."""
-        saved = saved.called(adapter_name)
-        settings = {name: {**one, "fallback": fallback} for name, one in saved.adapters.items()}
-        configs = {name: saved.config(PrefixConfig, one) for name, one in settings.items()}
-        if wanted is not None:
-            agreed(wanted, configs[saved.active or next(iter(configs))], place)
-        first, *others = settings
-        was_patched = is_patched(model)
-        with as_it_was(model, lambda base: None if was_patched else unpatch_model(base)):
-            start = PrefixConfig(**fresh(settings[first]))
-            tuned = cls(model, start, adapter_name=first, check=check)
-            for name in others:
-                tuned.add_adapter(name, PrefixConfig(**fresh(settings[name])))
-            load_state(tuned, saved)
-        tuned._as_trained(configs, saved.active, is_trainable)
-        return tuned
+    def _as_config(cls, config: Any) -> PrefixConfig:
+        return as_prefix_config(config)
+
+    @classmethod
+    def _base_as_tuned(
+        cls, model: PreTrainedModel, settings: Mapping[str, Any]
+    ) -> contextlib.AbstractContextManager[Any]:
+        return patched(model, settings["fallback"], check=settings["check"])
+
+    @classmethod
+    def _undoing(cls, model: PreTrainedModel) -> Callable[[PreTrainedModel], object]:
+        return super()._undoing(model) if is_patched(model) else unpatch_model
 
 
-def _load(place: Source, model: PreTrainedModel) -> tuple[Adapter, PrefixConfig]:
-    """A saved prefix for a patched model, and a configuration that trains it directly."""
-    patch = patch_of(model)
-    adapter = load_adapter(place, patch.shapes, patch.groups, patch.sources)
-    activate(model, adapter.kv)  # refuses what the model cannot run
-    kind = adapter.config.get("kind", adapter.config["peft_type"])
-    heads = saved_heads(adapter.config, adapter.heads)
-    check_saved(model, adapter.heads, heads, adapter.config.get("task_type"))
-    has = kind_of(adapter.kv.reweighting)
-    lengths = [key.shape[1] for key in adapter.kv.keys]
-    config = PrefixConfig(
-        num_virtual_tokens=adapter.kv.num_virtual_tokens,
-        layer_lengths=None if len(set(lengths)) == 1 else lengths,
-        task_type=adapter.config.get("task_type"),
-        modules_to_save=heads,
-        num_frozen_tokens=adapter.config.get("num_frozen_tokens", 0),
-        position_offset=adapter.kv.position_offset,
-        prefix_in_window=adapter.kv.in_window,
-        prefix_bias=adapter.config.get("prefix_bias", "learned") if has == "bias" else None,
-        gated=has == "gate",
-        peft_type=kind if kind in PREFIX_KINDS else "PREFIX_TUNING",
-    )
-    return adapter, config
-
-
-def _whole(encoder: nn.Module) -> PrefixKV:
-    """What an encoder makes, of all ranks' shares of its parameters."""
-    whole = {
+def _call_gathered(encoder: nn.Module) -> PrefixKV:
+    """Calls an encoder with its whole parameters, gathered from all ranks if FSDP sharded them."""
+    gathered = {
         name: parameter.full_tensor()
         for name, parameter in encoder.named_parameters()
         if isinstance(parameter, DTensor)
     }
-    return torch.func.functional_call(encoder, whole, ()) if whole else encoder()
+    return torch.func.functional_call(encoder, gathered, ()) if gathered else encoder()
 
 
 def _distinct(names: Sequence[str | None]) -> list[str]:
@@ -440,7 +396,7 @@ def _distinct(names: Sequence[str | None]) -> list[str]:
 
 
 def _batch_size(inputs: dict[str, Any]) -> int | None:
-    """Rows of a call's input; None where it cannot be seen."""
+    """The number of rows of a call's input; None if no input is known."""
     for name in ("inputs", "input_ids", "inputs_embeds"):
         if isinstance(inputs.get(name), Tensor):
             return inputs[name].shape[0]
@@ -449,12 +405,12 @@ def _batch_size(inputs: dict[str, Any]) -> int | None:
 
 def _may_be_packed(inputs: dict[str, Any]) -> bool:
     """Whether one row may hold several sequences."""
-    told = any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
-    return _batch_size(inputs) == 1 and (told or inputs.get("position_ids") is not None)
+    packed = any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
+    return _batch_size(inputs) == 1 and (packed or inputs.get("position_ids") is not None)
 
 
 def _has_windows(model: PreTrainedModel) -> bool:
-    """Whether any layer of a model sees a part of the text alone."""
+    """Whether any layer of a model does not see the whole text."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:

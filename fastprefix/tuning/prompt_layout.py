@@ -8,21 +8,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Which side padding goes to; None leaves it where it is.
+# The side of a row to which padding is moved; None leaves it where it is.
 Padding = Literal["first", "last"] | None
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Columns of the rows that the model is fed, by where they come from.
+class PromptLayout:
+    """Where each column of the base's input comes from.
 
     Attributes:
         length: tokens of the text L, padding included.
         prompt_length: P.
-        source: [B, P + L], column by column an index into [prompt ; text]; None where the prompt
-            comes first in all rows.
-        in_order: whether the real tokens of the text come in one piece behind the prompt, at the
-            places P .. P + L.
+        source: [B, P + L], for each column an index into [prompt ; text]; None if the prompt comes
+            first in all rows.
+        in_order: whether the real tokens of the text stay in one piece behind the prompt, in the
+            columns P to P + L.
     """
 
     length: int
@@ -31,10 +31,10 @@ class Layout:
     in_order: bool
 
     def join(self, prompt: Tensor | float, text: Tensor) -> Tensor:
-        """[B, P + L, ...] from what the prompt has and what the text has.
+        """Joins what the prompt has and what the text has; returns [B, P + L, ...].
 
         Args:
-            prompt: [B, P, ...], or one value for all of it.
+            prompt: [B, P, ...], or one value for all its tokens.
             text: [B, L, ...].
         """
         if not isinstance(prompt, Tensor):
@@ -43,7 +43,7 @@ class Layout:
         return both if self.source is None else _take(both, self.source)
 
     def text(self, output: Tensor) -> Tensor:
-        """The text's share [B, L, ...] of an output [B, P + L, ...]; of padding, anything."""
+        """The text's part [B, L, ...] of an output [B, P + L, ...]; undefined for padding."""
         if self.in_order:
             return output[:, self.prompt_length :]
         return _take(output, self.places())
@@ -59,29 +59,29 @@ def lay_out(
     mask: Tensor | None,
     length: int,
     prompt_length: int,
-    after: Tensor | None = None,
+    tokens_before: Tensor | None = None,
     padding: Padding = None,
-) -> Layout:
+) -> PromptLayout:
     """Puts the prompt in front of each row's text, or within it.
 
     Args:
-        mask: [B, L], 0 for padding on either side; None for none.
+        mask: [B, L], 0 for padding on either side; None if there is no padding.
         length: L.
         prompt_length: P.
-        after: [B], how many of the row's real tokens come before the prompt; none if None.
-        padding: where padding goes.
+        tokens_before: [B], how many of a row's real tokens come before the prompt; 0 if None.
+        padding: the side to which padding is moved.
     """
-    if mask is None and after is None:
-        return Layout(length, prompt_length, None, True)
+    if mask is None and tokens_before is None:
+        return PromptLayout(length, prompt_length, None, True)
     if mask is None:
-        assert after is not None
-        mask = torch.ones(len(after), length, dtype=torch.long, device=after.device)
+        assert tokens_before is not None
+        mask = torch.ones(len(tokens_before), length, dtype=torch.long, device=tokens_before.device)
     real = mask.bool()
     seen = real.cumsum(1)
     start = (seen < 1).sum(1, keepdim=True)
-    if after is not None:
-        after = after[:, None].to(seen.device)
-        start = torch.where(after < 1, start, (seen < after).sum(1, keepdim=True) + 1)
+    if tokens_before is not None:
+        before = tokens_before[:, None].to(seen.device)
+        start = torch.where(before < 1, start, (seen < before).sum(1, keepdim=True) + 1)
     columns = torch.arange(prompt_length + length, device=mask.device)[None]
     source = torch.where(
         columns < start,
@@ -89,35 +89,38 @@ def lay_out(
         torch.where(columns < start + prompt_length, columns - start, columns),
     )
     if padding is not None:
-        joined = Layout(length, prompt_length, source, False).join(1.0, real.float())
+        joined = PromptLayout(length, prompt_length, source, False).join(1.0, real.float())
         order = joined.argsort(dim=1, stable=True, descending=padding == "last")
         source = source.gather(1, order)
-    return Layout(length, prompt_length, source, after is None and padding is None)
+    in_order = tokens_before is None and padding is None
+    return PromptLayout(length, prompt_length, source, in_order)
 
 
-def positions(layout: Layout, text: Tensor, real: Tensor | None, after: Tensor | None) -> Tensor:
-    """The text's positions with those of the prompt among them; what follows it moves behind it.
+def joined_positions(
+    layout: PromptLayout, text: Tensor, real: Tensor | None, tokens_before: Tensor | None
+) -> Tensor:
+    """Position ids [B, P + L] of prompt and text: the tokens behind the prompt move by P.
 
     Args:
         layout: of the rows.
         text: [B, L], the text's own positions.
-        real: [B, L], whether a token is one, not padding.
-        after: as in :func:`lay_out`.
+        real: [B, L], nonzero for tokens that are not padding; None if there is no padding.
+        tokens_before: see :func:`lay_out`.
     """
     B, L = text.shape
     P = layout.prompt_length
     if real is None:
         real = torch.ones_like(text, dtype=torch.bool)
     seen = real.bool().cumsum(1)
-    if after is None:
-        after = seen.new_zeros(B)
-    after = after[:, None].to(seen.device)
-    behind = seen > after  # of padding anything will do
+    if tokens_before is None:
+        tokens_before = seen.new_zeros(B)
+    tokens_before = tokens_before[:, None].to(seen.device)
+    behind = seen > tokens_before  # for padding, any value will do
     before = (real.bool() & ~behind).long()
-    # of the last token before the prompt, or the first of the row
+    # the prompt starts after the last token before it, or where the row's first token was
     last = text.gather(1, (before * torch.arange(1, L + 1, device=text.device)).argmax(1)[:, None])
     first = text.gather(1, behind.long().argmax(1)[:, None])
-    start = torch.where(after < 1, first, last + 1)
+    start = torch.where(tokens_before < 1, first, last + 1)
     prompt = start + torch.arange(P, device=text.device)[None]
     return layout.join(prompt, text + P * behind.long())
 

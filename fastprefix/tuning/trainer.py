@@ -1,4 +1,4 @@
-"""Training a prefix: transformers' own Trainers, with what suits a prefix as defaults."""
+"""Training a prefix with transformers' own Trainers, with defaults that suit a prefix."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from fastprefix.tuning.prefix_model import PrefixTuningModel
 
 @dataclass
 class _Defaults:
-    """What differs from TrainingArguments, for both kinds of arguments.
+    """The defaults that differ from those of TrainingArguments.
 
-    AdamW without weight decay, a linear schedule and gradients clipped to a norm of 1 are theirs
-    already; ``lr_scheduler_type="cosine"`` is the other schedule that suits.
+    AdamW without weight decay, a linear schedule and gradients clipped to a norm of 1 are defaults
+    of transformers already. ``lr_scheduler_type="cosine"`` suits a prefix as well.
     """
 
     learning_rate: float = field(
@@ -74,19 +74,19 @@ else:
 class _SavesTheAdapter(_Base):
     """What both trainers add to transformers' own."""
 
-    _partial: Path | None = None  # where a checkpoint is being written
+    _partial: Path | None = None  # the folder in which a checkpoint is being written
 
     def __init__(self, model: Any, args: TrainingArguments, **options: Any) -> None:
         known = inspect.signature(super().__init__).parameters
         for name in options:
             if name not in known:
                 raise unknown_argument(type(self).__name__, name, known)
-        # transformers switches the base's cache off for good; here it does so while it trains
+        # transformers switches the base's cache off for good; here it is off only in train()
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model, args, **options)
         if use_cache is not None:
             model.config.use_cache = use_cache
-        if args.label_names is None:  # those of the base: a wrapper's class does not tell them
+        if args.label_names is None:  # found by the base's class; the wrapper's says nothing
             self.label_names = find_labels(type(model.base_model))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ class _SavesTheAdapter(_Base):
         finally:
             if use_cache is not None:
                 model.config.use_cache = use_cache
-            # an interrupted run does not end by itself, and what these did would outlast it
+            # these change or watch the model, and an interrupted run would not end them
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, (ProgressiveLayers, PrefixMonitor)):
                     callback.on_train_end(self.args, self.state, self.control, model=model)
@@ -112,25 +112,25 @@ class _SavesTheAdapter(_Base):
         """See ``transformers.Trainer.add_callback``."""
         super().add_callback(callback)
         added = self.callback_handler.callbacks[-1]
-        if isinstance(added, ProgressiveLength):  # too late for what tells those given at first
+        if isinstance(added, ProgressiveLength):  # on_init_end has been called for the others
             added.on_init_end(self.args, self.state, self.control, model=self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter alone, for ``from_pretrained`` and PEFT.
+        """Writes only the adapter, for ``from_pretrained`` and PEFT.
 
-        Checkpoints hold the encoder's parameters beside it, from which training resumes.
+        A checkpoint also holds the encoder's parameters, from which training resumes.
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call)
         folder = output_dir if output_dir is not None else self.args.output_dir
         model: Any = self.accelerator.unwrap_model(self.model)
-        # by all processes: each may have a share of the parameters
+        # every process must do this: each may hold a shard of the parameters
         model.save_pretrained(folder, is_main_process=self.args.should_save)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A whole checkpoint, or none: it is written elsewhere and then takes its name.
+        """Writes a whole checkpoint or none: it gets its name when it is complete.
 
-        In a run of several processes, which all write into it, it is written in place.
+        In a run of several processes all of them write into it, so it is written in place.
         """
         if self.args.world_size > 1:
             super()._save_checkpoint(model, trial)
@@ -138,10 +138,10 @@ class _SavesTheAdapter(_Base):
         folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            with written_together(folder) as self._partial, _named(folder / name):
-                # transformers' own looks here for the best checkpoint, and for old ones to delete
+            with written_together(folder) as self._partial, _errors_naming(folder / name):
+                # transformers' method sees only this folder: the best and the old ones come below
                 super()._save_checkpoint(model, trial)
-                self._tell_best(folder, self._partial / name)
+                self._write_best(folder, self._partial / name)
         finally:
             self._partial = None
         if self.args.push_to_hub:
@@ -158,11 +158,11 @@ class _SavesTheAdapter(_Base):
         return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._partial is None:  # else it has not its place yet
+        if self._partial is None:  # else it does not have its name yet
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _tell_best(self, folder: Path, written: Path) -> None:
-        """Names the best checkpoint by its place, in the state that was written, too."""
+    def _write_best(self, folder: Path, written: Path) -> None:
+        """Sets the path of the best checkpoint, also in the state that was just written."""
         best = self.state.best_global_step
         if self.args.save_strategy == "no" or not best:
             return
@@ -174,31 +174,31 @@ class _SavesTheAdapter(_Base):
 
 
 @contextlib.contextmanager
-def _named(checkpoint: Path) -> Iterator[None]:
-    """Errors of writing that say which checkpoint it was."""
+def _errors_naming(checkpoint: Path) -> Iterator[None]:
+    """A block whose errors of writing name the checkpoint."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        told = str(error).splitlines()[0] if str(error) else repr(error)
-        torchs = any(mark in told for mark in ("inline_container", "StreamWriter", "iostream"))
+        why = str(error).splitlines()[0] if str(error) else repr(error)
+        from_torch = any(mark in why for mark in ("inline_container", "StreamWriter", "iostream"))
         if isinstance(error, OSError):
-            if error.strerror is None:  # which says what it is about
+            if error.strerror is None:  # not the system's error: it names a file already
                 raise
-            told = reason(error)
+            why = reason(error)
         elif isinstance(error, SafetensorError):
-            told = reason(error)
-        elif not torchs:
+            why = reason(error)
+        elif not from_torch:
             raise
-        raise OSError(f"output_dir: {checkpoint} cannot be written: {told}") from error
+        raise OSError(f"output_dir: {checkpoint} cannot be written: {why}") from error
 
 
 class PrefixTrainer(_SavesTheAdapter, Trainer):
-    """``transformers.Trainer`` that saves the adapter alone and leaves the base as it was.
+    """A ``transformers.Trainer`` that saves only the adapter and leaves the base as it was.
 
     Args:
         model: a :class:`PrefixTuningModel`; only its prefix is trained.
         args: :class:`PrefixTrainingArguments` if None.
-        options: of ``transformers.Trainer``.
+        options: other arguments of ``transformers.Trainer``.
 
     Example:
         >>> arguments = PrefixTrainingArguments("out", max_steps=100)
@@ -212,12 +212,12 @@ class PrefixTrainer(_SavesTheAdapter, Trainer):
 
 
 class PrefixSeq2SeqTrainer(_SavesTheAdapter, Seq2SeqTrainer):
-    """``transformers.Seq2SeqTrainer``, likewise.
+    """A ``transformers.Seq2SeqTrainer`` that saves only the adapter and leaves the base as it was.
 
     Args:
         model: a :class:`PrefixTuningModel`; only its prefix is trained.
         args: :class:`PrefixSeq2SeqTrainingArguments` if None.
-        options: of ``transformers.Seq2SeqTrainer``.
+        options: other arguments of ``transformers.Seq2SeqTrainer``.
     """
 
     def __init__(
@@ -236,12 +236,12 @@ class FitOptions:
 
     Attributes:
         steps: optimizer steps.
-        batch_size: sequences of a step.
-        learning_rate: at the end of the warm-up; it then falls linearly to 0.
+        batch_size: sequences in each step.
+        learning_rate: the rate at the end of the warm-up; it then falls linearly to 0.
         warmup_steps: steps over which the learning rate rises.
-        max_grad_norm: gradients are scaled down to this norm.
-        gradient_checkpointing: recompute activations in the backward.
-        seed: of the data order and of dropout.
+        max_grad_norm: gradients with a larger norm are scaled down to this one.
+        gradient_checkpointing: whether to recompute activations in the backward.
+        seed: the seed of the data order and of dropout.
     """
 
     steps: int = 80
@@ -261,14 +261,14 @@ def fit(
     options: FitOptions,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[float]:
-    """Trains the prefix: AdamW without weight decay, linear schedule, clipped gradients.
+    """Trains the prefix by AdamW without weight decay, a linear schedule and clipped gradients.
 
     Args:
         tuned: the model; only its encoder changes.
         data: items with input_ids, attention_mask and labels.
         collator: makes batches of them.
         options: see :class:`FitOptions`.
-        callbacks: of the Trainer, a progress bar say.
+        callbacks: callbacks of the Trainer, for example a progress bar.
 
     Returns:
         The training loss of each step.
@@ -276,7 +276,7 @@ def fit(
     recompute = checkpointing_arguments(use_reentrant=False)
     if not options.gradient_checkpointing:
         recompute = {}
-    with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants one, but saves nothing here
+    with tempfile.TemporaryDirectory() as scratch:  # needed even if nothing is saved
         arguments = PrefixTrainingArguments(
             output_dir=scratch,
             max_steps=options.steps,

@@ -1,4 +1,4 @@
-"""A prefix that becomes longer while it is trained."""
+"""Growing a prefix while it is trained."""
 
 from __future__ import annotations
 
@@ -9,42 +9,39 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastprefix.arguments import (
-    check_number,
-    check_whole,
-    methods_refuse_unknown_arguments,
-    refuses_unknown_arguments,
-)
+from fastprefix.arguments import check_number, check_whole, methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
-from fastprefix.tuning.callbacks.find import trained_encoders
+from fastprefix.tuning.callbacks.trained_encoders import trained_encoders
 
-_GROWN = "num_virtual_tokens"  # an entry of the log history says when a prefix grew
+_GROWN = "num_virtual_tokens"  # the key of an entry in the log history for each growth
 
 
 @methods_refuse_unknown_arguments
 class ProgressiveLength(TrainerCallback):
     """Adds virtual tokens whenever the training loss stops falling.
 
-    The start is the model's own ``num_virtual_tokens``. At the moment of growing the present tokens
-    stay what they are, to the bit (but not those of an LSTM, which reads the new ones too), and the
-    optimizer keeps what it knows of them; new ones come behind, drawn as at a random start (the
-    optimizer knows nothing of them yet). The function of the model changes: it is that of the
-    longer prefix. No choice of keys and values could avoid that, as a token always takes some of
-    the attention. The text's positions move with the length, unless ``position_offset`` is set:
-    then they stay where they are.
+    The prefix starts with the model's ``num_virtual_tokens``. When it grows, the present tokens
+    stay the same, to the bit, and so does the optimizer's state of them. (An LSTM is different: it
+    reads the new tokens too, so all tokens change.) The new tokens are appended, drawn as at a
+    random start, and the optimizer's state of them is zero.
 
-    Training resumes from checkpoints of any length, and the best of them may be loaded at the end.
+    The outputs of the model change at that moment, because each token takes some of the attention,
+    whatever its keys and values are. The text's positions move with the length, unless
+    ``position_offset`` is set.
+
+    Training resumes from checkpoints of any length, and the best of them can be loaded at the end.
 
     Args:
-        step: tokens that are added at a time.
-        maximum: length at which growing ends.
-        threshold: the relative fall of the loss that counts as one.
-        patience: how many logged losses in a row may miss it before the prefix grows.
+        step: the number of tokens that are added at a time.
+        maximum: the length at which growing ends.
+        threshold: the relative fall of the loss that counts as progress.
+        patience: the number of logged losses in a row without progress after which the prefix
+            grows.
 
     Raises:
         TypeError: an argument is not a number.
-        ValueError: an argument is not positive (threshold: negative, or not below 1). When training
-            begins: several processes, or a prefix longer than the maximum.
+        ValueError: an argument is not positive, or threshold is not from 0 to below 1. When
+            training begins: there are several processes, or the prefix is longer than maximum.
     """
 
     def __init__(self, step: int, maximum: int, threshold: float = 0.01, patience: int = 2) -> None:
@@ -59,14 +56,14 @@ class ProgressiveLength(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lets the model load checkpoints of another length."""
+        """Allows the model to load checkpoints of another length."""
         for encoder in trained_encoders(kwargs["model"]):
             encoder.any_length = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Checks what cannot be known before."""
+        """Checks the run and the prefix, which are not known before."""
         if args.world_size > 1:
             raise ValueError(
                 f"ProgressiveLength: got {args.world_size} processes, takes one; the others would "
@@ -83,16 +80,16 @@ class ProgressiveLength(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Grows where the losses since the last growth ask for it."""
+        """Grows the prefix if the losses since the last growth show no progress."""
         if control.should_training_stop and state.global_step < state.max_steps:
-            return  # another callback stopped a run that went wrong; what it restored stays
+            return  # another callback stopped the run; the prefix that it restored stays
         if "loss" not in kwargs["logs"] or not self._stalled(state):
             return
         for encoder in trained_encoders(kwargs["model"]):
             length = encoder.layout.num_virtual_tokens
             more = min(self.step, self.maximum - length)
             if more > 0:
-                # draws of its own: those of the data and of dropout are replayed when resuming
+                # a seed of its own: a resumed run replays the draws of data and dropout
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(args.seed + state.global_step)
                     grow(encoder, more, kwargs["optimizer"])
@@ -111,18 +108,17 @@ class ProgressiveLength(TrainerCallback):
         return lately > (1.0 - self.threshold) * before
 
 
-@refuses_unknown_arguments
 def grow(encoder: Encoder, num_tokens: int, optimizer: Optimizer) -> None:
-    """Makes the encoder's prefix longer, and its optimizer go on with it.
+    """Makes the encoder's prefix longer, and lets its optimizer continue with it.
 
     Args:
         encoder: see :meth:`Encoder.grow`.
-        num_tokens: how many tokens are added.
-        optimizer: keeps its state of the present tokens; that of new ones is zeros.
+        num_tokens: the number of tokens to add.
+        optimizer: it keeps its state of the present tokens; that of the new ones is zero.
 
     Raises:
-        ValueError: the optimizer does not train the encoder, or keeps something of the parameter
-            that has another shape (as factored optimizers do). Nothing is changed.
+        ValueError: the optimizer does not train the encoder, or its state of the parameter has
+            another shape than the parameter (as in factored optimizers). Nothing is changed then.
     """
     old = encoder.embedding
     groups = [group for group in optimizer.param_groups if any(p is old for p in group["params"])]

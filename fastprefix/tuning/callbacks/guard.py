@@ -1,4 +1,4 @@
-"""An end to training that has gone wrong, with the last good prefix."""
+"""Stopping a run that has gone wrong, and restoring the last good prefix."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _LOGGER = logging.get_logger(__name__)
 class StopOnCollapse(TrainerCallback):
     """Stops when numbers are no longer finite or the loss has collapsed, and restores the prefix.
 
-    Gradients are looked at before each optimizer step, which is not taken if one holds a NaN or an
-    infinity (in fp16 training that is the gradient scaler's own business: it skips the step);
-    trained parameters are looked at after it; and so is the loss that the Trainer logs. What is
-    restored is the latest state from which a good loss was logged: that of the logged step before.
+    Gradients are checked before each optimizer step. If one holds a NaN or an infinity, the step is
+    not taken. (In fp16 training the gradient scaler skips such steps, and they are not checked
+    here.) After the step the trained parameters are checked, and so is each loss that the Trainer
+    logs. The state that is restored is the latest one from which a good loss was logged, that is,
+    the one at the logged step before it.
 
     Args:
-        factor: the loss has collapsed when it is more than so many times the lowest that was
-            logged.
-        patience: how many logged losses in a row must be so.
+        factor: the loss has collapsed if it is more than this many times the lowest logged one.
+        patience: the number of collapsed losses in a row after which training stops.
 
     Attributes:
         reason: why training was stopped, or None.
 
     Raises:
-        TypeError: factor or patience are no numbers.
+        TypeError: factor or patience is no number.
         ValueError: factor is not above 1, or patience is not positive.
     """
 
@@ -48,7 +48,7 @@ class StopOnCollapse(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The state at the start is the first to go back to."""
+        """Keeps the state at the start, the first one to return to."""
         self.reason = None
         self._lowest, self._collapsed = math.inf, 0
         self._good = self._latest = _copy(kwargs["model"])
@@ -56,7 +56,7 @@ class StopOnCollapse(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drops gradients that are not finite: the optimizer then changes nothing."""
+        """Drops gradients that are not finite, so that the optimizer changes nothing."""
         if args.fp16:
             return
         model: nn.Module = kwargs["model"]
@@ -69,7 +69,7 @@ class StopOnCollapse(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stops where this step met, or made, something that is not finite."""
+        """Stops if a gradient or a parameter of this step is not finite."""
         model: nn.Module = kwargs["model"]
         if self.reason is None:
             for name, parameter in model.named_parameters():
@@ -82,7 +82,7 @@ class StopOnCollapse(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Judges the loss; a good one confirms the state in which its steps began."""
+        """Checks the loss; a good one confirms the state at the logged step before."""
         loss = kwargs["logs"].get("loss")
         if loss is None or self.reason is not None:
             return

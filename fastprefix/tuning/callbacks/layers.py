@@ -8,29 +8,29 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastprefix.arguments import check_whole, methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
-from fastprefix.tuning.callbacks.find import trained_encoders
+from fastprefix.tuning.callbacks.trained_encoders import trained_encoders
 
 First = Literal["last", "first"]
 
 
 @methods_refuse_unknown_arguments
 class ProgressiveLayers(TrainerCallback):
-    """Trains the prefixes of a few layers, then of more and more, until it trains all.
+    """Trains the prefixes of a few layers first, then those of more and more layers, then all.
 
-    All layers have their prefix from the start; those that are not trained yet keep it, so that
-    letting another layer in changes nothing at that moment. With a network the prefixes of these
-    layers get no gradient of their own, but move with what they share with the others.
+    All layers have their prefix from the start. Those that are not trained yet keep theirs, so the
+    moment at which a layer joins changes no output. If a network computes the prefixes, those of
+    layers that have not joined get no gradient, but change with the weights that all layers share.
 
     Args:
-        steps: optimizer steps after which more layers are let in.
-        layers: how many at a time.
-        first: which layers are trained first, the model's "last" (nearest to its output) or its
+        steps: the number of optimizer steps after which more layers join.
+        layers: the number of layers that join at a time.
+        first: the layers that are trained first: the model's "last" (nearest to its output) or its
             "first".
 
     Raises:
-        TypeError: steps or layers are no whole numbers.
-        ValueError: steps or layers are not positive, or another first. When training begins:
-            weight_decay, which would shrink what is not trained.
+        TypeError: steps or layers is no whole number.
+        ValueError: steps or layers is not positive, or first is unknown. When training begins:
+            weight_decay is set, which would shrink prefixes that are not trained yet.
     """
 
     def __init__(self, steps: int, layers: int = 1, first: First = "last") -> None:
@@ -43,7 +43,7 @@ class ProgressiveLayers(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Checks what cannot be known before."""
+        """Checks the run's arguments, which are not known before."""
         if args.weight_decay:
             raise ValueError(
                 f"weight_decay: got {args.weight_decay} with ProgressiveLayers, takes 0; it would "
@@ -53,7 +53,7 @@ class ProgressiveLayers(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Sets which layers this step trains; by its number alone, so that training may resume."""
+        """Sets the layers that this step trains, from its number only: training can resume."""
         count = self.layers * (1 + state.global_step // self.steps)
         for encoder in trained_encoders(kwargs["model"]):
             encoder.trained_slots = self._trained(encoder, count)
@@ -61,7 +61,7 @@ class ProgressiveLayers(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """All layers may be trained again."""
+        """Lets all layers be trained again."""
         for encoder in trained_encoders(kwargs["model"]):
             encoder.trained_slots = None
 

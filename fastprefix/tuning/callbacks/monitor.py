@@ -1,4 +1,4 @@
-"""What happens to a prefix while it is trained."""
+"""Recording what happens to a prefix while it is trained."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from fastprefix.arguments import check_type, methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder
 from fastprefix.hf.mass import attention_mass
 from fastprefix.kv import PrefixKV
-from fastprefix.tuning.callbacks.find import trained_encoders
+from fastprefix.tuning.callbacks.trained_encoders import trained_encoders
 
 
 @methods_refuse_unknown_arguments
 class PrefixMonitor(TrainerCallback):
-    """Records gradient norms by layer, and the attention that the prefix takes by layer and head.
+    """Records gradient norms for each layer, and the prefix's attention for each layer and head.
 
-    An entry at each loss that the Trainer logs. Gradients are those of the keys and values
-    themselves, whatever produces them, in the latest step, before clipping; the attention is
-    measured on one batch, for which the model runs forward once more.
+    There is an entry for each loss that the Trainer logs. Gradients are those of the keys and
+    values, also if a network computes them, in the latest step and before clipping. The attention
+    is measured on one batch, in an additional forward.
 
     Args:
-        batch: the model's inputs to measure the attention on; None to leave that out.
+        batch: the model's inputs on which the attention is measured; None to leave that out.
 
     Attributes:
-        history: dicts with ``step``, ``loss``, ``prefix_grad_norm`` (a number for each layer, 0 for
-            one without a prefix) and, with a batch, ``attention_mass`` (a list over the query heads
-            for each layer: the mean share of the attention that falls on the prefix).
+        history: dicts with ``step``, ``loss`` and ``prefix_grad_norm`` (one number for each layer,
+            0 for a layer without a prefix). With a batch also ``attention_mass``: for each layer a
+            list with the mean share of the attention that each query head gives to the prefix.
 
     Raises:
         TypeError: batch is no dict.
@@ -49,10 +49,10 @@ class PrefixMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Watches what the encoder hands out.
+        """Starts to watch the encoder's keys and values.
 
         Raises:
-            ValueError: the model has several trained prefixes.
+            ValueError: the model has no trained prefix, or several.
         """
         encoders = trained_encoders(kwargs["model"])
         if len(encoders) > 1:
@@ -62,14 +62,14 @@ class PrefixMonitor(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Watches no more."""
+        """Stops watching."""
         while self._handles:
             self._handles.pop().remove()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The norms of this step, summed over the batches that it accumulates."""
+        """Computes the norms of this step's gradients, accumulated over its batches."""
         squares = [0.0] * len(trained_encoders(kwargs["model"])[0].layout.shapes)
         for (slot, _), gradient in self._gradients.items():
             squares[slot] += gradient.double().square().sum().item()

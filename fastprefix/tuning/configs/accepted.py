@@ -1,4 +1,4 @@
-"""What models take as a configuration: ours, or PEFT's; and whether it agrees with a file."""
+"""Configurations that callers give: ours or PEFT's, and whether they agree with saved files."""
 
 from __future__ import annotations
 
@@ -10,70 +10,74 @@ from transformers import AutoTokenizer
 from fastprefix.hf.hub import Source
 from fastprefix.tuning.configs.prefix_config import PrefixConfig
 from fastprefix.tuning.configs.prompt_config import PromptConfig
-from fastprefix.tuning.configs.tuning_config import ConfigFiles, PeftsOwn, plain
+from fastprefix.tuning.configs.tuning_config import PeftConfigLike, TuningConfig, enum_value
 
 _Config = TypeVar("_Config", PrefixConfig, PromptConfig)
 
-# How a prefix is made and trained, which its files do not tell: the network is dropped.
-_UNTOLD = {
+# Fields on how a prefix is made and trained. Its files do not hold them: the network is not saved.
+_NOT_IN_FILES = {
     *("dropout", "fallback", "groups", "inference_mode", "layers", "prefix_projection"),
     *("share_layers", "encoder_dropout", "encoder_hidden_size", "encoder_num_layers"),
     *("encoder_orthogonal", "encoder_per_layer", "encoder_reparameterization_type"),
     *("init", "init_prefix", "init_resize", "init_std", "init_text"),
 }
-_ALWAYS = ("num_virtual_tokens", "peft_type")
+# Fields that are compared even if the caller left them at their default.
+_ALWAYS_COMPARED = ("num_virtual_tokens", "peft_type")
 
 
-def as_prefix_config(config: PrefixConfig | PeftsOwn) -> PrefixConfig:
-    """A PrefixConfig, also for PEFT's PrefixTuningConfig and CartridgeConfig.
+def as_prefix_config(config: PrefixConfig | PeftConfigLike) -> PrefixConfig:
+    """Returns a PrefixConfig as it is; converts PEFT's PrefixTuningConfig and CartridgeConfig.
 
     Raises:
-        TypeError: no configuration.
-        ValueError: of another method, or with a field that is not taken.
+        TypeError: config is no configuration of a prefix.
+        ValueError: PEFT's configures another method, or has a field that we do not accept.
     """
     return _converted(PrefixConfig, config)
 
 
-def as_prompt_config(config: PromptConfig | PeftsOwn) -> PromptConfig:
-    """A PromptConfig, also for PEFT's PromptTuningConfig and PromptEncoderConfig.
+def as_prompt_config(config: PromptConfig | PeftConfigLike) -> PromptConfig:
+    """Returns a PromptConfig as it is; converts PEFT's PromptTuningConfig and PromptEncoderConfig.
 
     Raises:
-        TypeError: no configuration.
-        ValueError: of another method, or with a field that is not taken.
+        TypeError: config is no configuration of a prompt.
+        ValueError: PEFT's configures another method, or has a field that we do not accept.
     """
     return _converted(PromptConfig, config)
 
 
 def tokenizer_of(config: Any) -> Any:
     """The tokenizer that PEFT's PromptTuningConfig names for its text; None if it needs none."""
-    if plain(getattr(config, "prompt_tuning_init", None)) != "TEXT":
+    if enum_value(getattr(config, "prompt_tuning_init", None)) != "TEXT":
         return None
     options = config.tokenizer_kwargs or {}
     return AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
 
 
 def agreed(wanted: _Config, found: _Config, place: Source) -> _Config:
-    """The configuration of files, if it is what a caller says that they hold.
+    """The configuration of saved files, checked against the one that the caller expects.
 
-    A field that is left at its default asks for nothing, but for the length and the method.
+    A field that the caller left at its default is not compared, except length and method.
 
     Args:
         wanted: the caller's.
-        found: as the files tell it.
-        place: the files, for messages.
+        found: that of the files.
+        place: where the files are, for messages.
+
+    Returns:
+        `found`, with the task and the dropout of `wanted` where files do not hold them.
 
     Raises:
         ValueError: they differ.
     """
     for field in fields(found):
         name = field.name
-        asked, told = getattr(wanted, name), getattr(found, name)
-        if name in _UNTOLD or (asked == field.default and name not in _ALWAYS):
+        given, saved = getattr(wanted, name), getattr(found, name)
+        if name in _NOT_IN_FILES or (given == field.default and name not in _ALWAYS_COMPARED):
             continue
         if name == "modules_to_save":
-            asked, told = set(asked), set(told or ())
-        if asked != told and not (name == "task_type" and told is None):
-            raise ValueError(f"config.{name}: got {asked!r}, takes {told!r} as in {place}")
+            given, saved = set(given), set(saved or ())
+        if given != saved and not (name == "task_type" and saved is None):
+            raise ValueError(f"config.{name}: got {given!r}, takes {saved!r} as in {place}")
     if found.task_type is None:
         found = replace(found, task_type=wanted.task_type)
     if isinstance(found, PrefixConfig) and isinstance(wanted, PrefixConfig):
@@ -84,7 +88,7 @@ def agreed(wanted: _Config, found: _Config, place: Source) -> _Config:
 def _converted(kind: type[_Config], config: Any) -> _Config:
     if isinstance(config, kind):
         return config
-    if isinstance(config, ConfigFiles) or not hasattr(config, "to_dict"):
+    if isinstance(config, TuningConfig) or not hasattr(config, "to_dict"):
         raise TypeError(
             f"config: got {type(config).__name__}, takes a {kind.__name__} or PEFT's for "
             f"{kind.model_class}"

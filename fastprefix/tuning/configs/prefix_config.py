@@ -1,4 +1,4 @@
-"""How a prefix is made and trained; names as in PEFT where PEFT has them."""
+"""How a prefix is made and trained; names are PEFT's where it has any."""
 
 from __future__ import annotations
 
@@ -20,91 +20,80 @@ from fastprefix.arguments import (
 from fastprefix.encoders.build import Reparameterization
 from fastprefix.encoders.init import Resize
 from fastprefix.kv import Group
-from fastprefix.tuning.configs.tuning_config import ConfigFiles, plain
+from fastprefix.tuning.configs.tuning_config import TuningConfig
 
 Init = Literal["random", "orthogonal", "zero", "text", "embeddings", "vocab", "prefix"]
-# PEFT's; None leaves it open, as PEFT does
-TASK_TYPES = (
-    "CAUSAL_LM",
-    "SEQ_2_SEQ_LM",
-    "SEQ_CLS",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-    "FEATURE_EXTRACTION",
-    None,
-)
-
-
-# of both kinds; PEFT has the first for cartridges alone, and the second nowhere
-_BESIDE = ("num_frozen_tokens", "prefix_in_window")
+# Fields of both peft_types. PEFT has the first for cartridges only, and the second not at all.
+_OF_BOTH_TYPES = ("num_frozen_tokens", "prefix_in_window")
 
 
 @methods_refuse_unknown_arguments
 @dataclass
-class PrefixConfig(ConfigFiles):
+class PrefixConfig(TuningConfig):
     """Configuration of prefix tuning (Li and Liang 2021).
 
     Layers are the model's attention layers, counted from 0 in the order in which they run.
 
     Attributes:
-        num_virtual_tokens: prefix length P; with layer_lengths the longest of them.
+        num_virtual_tokens: prefix length P. With layer_lengths, the longest of them.
         task_type: PEFT's name of the task; None leaves it open.
-        modules_to_save: modules of the base of which copies are trained and saved too, by how
-            their names end; those that PEFT takes for the task if None.
-        prefix_projection: train a network that produces the prefix, not the prefix itself.
-        encoder_reparameterization_type: which, "MLP" or "LSTM" (P-tuning's; Liu et al. 2021).
+        modules_to_save: modules of the base of which copies are trained and saved with the prefix,
+            by the ends of their names. If None, those that PEFT trains for the task.
+        prefix_projection: whether to train a network that computes the prefix, instead of the
+            prefix itself.
+        encoder_reparameterization_type: the kind of network, "MLP" or "LSTM" (as in P-tuning; Liu
+            et al. 2021).
         encoder_hidden_size: the network's hidden size; the model's hidden size if None.
-        encoder_num_layers: linear layers of an MLP, 1 to 3, or layers of an LSTM.
-        encoder_per_layer: an MLP of its own for every attention layer.
-        encoder_orthogonal: start from orthogonal weights of the network.
-        share_layers: one block of keys and values for all layers; without prefix_projection.
+        encoder_num_layers: the number of linear layers of an MLP, 1 to 3, or of layers of an LSTM.
+        encoder_per_layer: whether every attention layer has an MLP of its own.
+        encoder_orthogonal: whether the network's weights start orthogonal.
+        share_layers: whether all layers share one block of keys and values; not possible with
+            prefix_projection.
         layers: the layers that get a prefix; all if None.
-        layer_lengths: the prefix length of each layer, 0 for none; num_virtual_tokens everywhere
-            if None.
-        num_frozen_tokens: leading tokens that stay what they are at the start.
-        position_offset: by how much the prefix moves the positions of the text; of the decoder's
-            text in encoder-decoders. If None, num_virtual_tokens in decoder-only models, BERT,
-            RoBERTa and ELECTRA, as in PEFT, and 0 in other models: the text keeps the positions
-            that it has without a prefix. T5's decoder, whose text has no positions, then counts
-            the distances to the prefix as if the text stood there.
-        groups: which layers get a prefix, "encoder" (an encoder's own attention), "decoder" (a
-            decoder's own) or "cross" (its attention to the encoder); all that the model has if
-            None, as Li and Liang do.
-        dropout: probability of zeroing a number of the prefix in training.
-        init: what the prefix starts from, whatever produces it: "random" (normal, of standard
-            deviation init_std), "orthogonal" (tokens orthogonal in every layer, of that standard
-            deviation), "zero" (all tokens alike: without a network or dropout they stay so),
-            "text" (the model's own keys and values for init_text, repeated or cut to P tokens),
-            "embeddings" (what each layer's projections make of that text's input embeddings alone,
-            without what the layers before it make of them), "vocab" (the model's keys and values
-            for tokens drawn at random from the vocabulary), "prefix" (init_prefix).
+        layer_lengths: the prefix length of each layer, 0 for none. If None, all layers have
+            num_virtual_tokens.
+        num_frozen_tokens: the number of leading tokens that are not trained.
+        position_offset: by how much the prefix moves the positions of the text (in
+            encoder-decoders, of the decoder's text). If None, it is num_virtual_tokens in
+            decoder-only models, BERT, RoBERTa and ELECTRA, as in PEFT. In other models it is 0, and
+            the text keeps the positions that it has without a prefix. The text of T5's decoder has
+            no positions; there the offset changes its distances to the prefix.
+        groups: the groups of layers that get a prefix: "encoder" (an encoder's self-attention),
+            "decoder" (a decoder's self-attention) or "cross" (its attention to the encoder). If
+            None, all groups that the model has, as in Li and Liang.
+        dropout: the probability with which each number of the prefix is set to 0 in training.
+        init: what the prefix starts from, also if a network computes it. "random": normal numbers
+            of standard deviation init_std. "orthogonal": tokens that are orthogonal in every layer,
+            of that standard deviation. "zero": all tokens alike; without a network or dropout they
+            stay alike. "text": the model's own keys and values for init_text, repeated or cut to P
+            tokens. "embeddings": each layer's projections of that text's input embeddings, not
+            changed by the layers before. "vocab": the model's keys and values for tokens drawn at
+            random from the vocabulary. "prefix": init_prefix.
         init_text: the text for init="text" or "embeddings".
-        init_prefix: the prefix for init="prefix": a file of :meth:`fastprefix.PrefixKV.save`, or an
-            adapter's folder or name on the hub.
-        init_resize: how init_prefix becomes P tokens long: "pad" (random tokens behind it),
-            "repeat" or "resample" (linear interpolation); the former two cut at the end.
-        init_std: standard deviation of the random start.
-        prefix_in_window: whether the prefix slides out of a model's sliding windows as a text
-            would, which PEFT's do, or is always seen.
-        prefix_bias: added to all scores of the prefix, in every query head: a number, or "learned",
-            one for each head of each layer with a prefix, which starts at 0 and is trained with the
-            rest. A long prefix dilutes the attention to the text; a bias of -log P undoes that.
-        gated: attend to the prefix apart from the text, in a softmax of its own, and add it times
-            tanh of a gate for each head, which starts at 0: training starts from the bare model
-            (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199). The position_offset is then 0
-            unless given.
-        peft_type: "PREFIX_TUNING" or "CARTRIDGE": as what PEFT loads the adapter.
-        fallback: what to do with a base that cannot be patched, see :func:`fastprefix.patch_model`:
-            None or "expand". Of the first adapter of a model; not saved with it.
-        inference_mode: do not train the prefix, nor the modules that are saved beside it.
+        init_prefix: the prefix for init="prefix": a file of :meth:`fastprefix.PrefixKV.save`, an
+            adapter's folder, or an adapter's name on the hub.
+        init_resize: how init_prefix is made P tokens long: "pad" (append random tokens), "repeat",
+            or "resample" (linear interpolation). "pad" and "repeat" cut a longer one at the end.
+        init_std: the standard deviation of the random start.
+        prefix_in_window: if True, the prefix slides out of a model's sliding windows as a text
+            would, and as PEFT's prefixes do. If False, every token sees the whole prefix.
+        prefix_bias: a number that is added to all attention scores of the prefix. "learned" trains
+            one number for each query head of each layer that has a prefix, starting at 0. A long
+            prefix dilutes the attention to the text; a bias of -log P undoes that.
+        gated: whether the prefix has a softmax of its own. Its result, times the tanh of a gate for
+            each query head, is added to that of the text. Gates start at 0, so training starts from
+            the bare model (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199). position_offset is
+            then 0 unless given.
+        peft_type: "PREFIX_TUNING" or "CARTRIDGE", the method under which PEFT loads the adapter.
+        fallback: what to do with a base that cannot be patched, None or "expand"; see
+            :func:`fastprefix.patch_model`. Only a model's first adapter decides; it is not saved.
+        inference_mode: if True, neither the prefix nor the modules saved with it are trained.
 
     Raises:
-        TypeError: a field is of another type than above; the message names it.
-        ValueError: a field has a value it does not take; the message names it.
+        TypeError: a field has the wrong type; the message names it.
+        ValueError: a field has a value that is not accepted; the message names it.
     """
 
-    num_virtual_tokens: int = 20
-    task_type: str | None = "CAUSAL_LM"
     modules_to_save: list[str] | None = None
     prefix_projection: bool = False
     encoder_reparameterization_type: Reparameterization = "MLP"
@@ -133,15 +122,16 @@ class PrefixConfig(ConfigFiles):
 
     model_class: ClassVar[str] = "PrefixTuningModel"
     peft_kinds: ClassVar[dict[str, tuple[str, ...]]] = {
-        "PREFIX_TUNING": ("encoder_hidden_size", "init_weights", "prefix_projection", *_BESIDE),
-        "CARTRIDGE": _BESIDE,
+        "PREFIX_TUNING": (
+            *("encoder_hidden_size", "init_weights", "prefix_projection"),
+            *_OF_BOTH_TYPES,
+        ),
+        "CARTRIDGE": _OF_BOTH_TYPES,
     }
 
     def __post_init__(self) -> None:
-        self.task_type = plain(self.task_type)  # PEFT's is an enum
+        self._check_shared_fields()
         self._check_types()
-        if self.task_type not in TASK_TYPES:
-            raise ValueError(f"task_type: got {self.task_type!r}, takes one of {TASK_TYPES}")
         if self.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
             raise ValueError(
                 f"peft_type: got {self.peft_type!r}, takes 'PREFIX_TUNING' or 'CARTRIDGE'"
@@ -152,7 +142,7 @@ class PrefixConfig(ConfigFiles):
         self._check_layers()
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, takes 0 <= dropout < 1")
-        self._check_choice("init", Init)
+        self._check_choice("init", get_args(Init))
         if (self.init in ("text", "embeddings")) != bool(self.init_text):
             raise ValueError(
                 f"init_text: got {self.init_text!r} with init={self.init!r}, takes a text with "
@@ -163,16 +153,13 @@ class PrefixConfig(ConfigFiles):
                 f"init_prefix: got {self.init_prefix!r} with init={self.init!r}, takes a file, a "
                 "folder or a name with init='prefix', and None with any other"
             )
-        self._check_choice("init_resize", Resize)
+        self._check_choice("init_resize", get_args(Resize))
         if not 0.0 <= self.init_std < float("inf"):
             raise ValueError(f"init_std: got {self.init_std}, takes 0 or more")
         self._check_reweighting()
 
     def _check_types(self) -> None:
-        """What can be told of each field alone: a number where one goes, and so on."""
-        check_whole("num_virtual_tokens", self.num_virtual_tokens, 1)
-        check_whole("encoder_hidden_size", self.encoder_hidden_size, 1, none=True)
-        check_whole("encoder_num_layers", self.encoder_num_layers, 1)
+        """Checks the type of each field by itself."""
         check_whole("num_frozen_tokens", self.num_frozen_tokens, 0)
         check_whole("position_offset", self.position_offset, 0, none=True)
         for name in ("dropout", "init_std"):
@@ -182,45 +169,35 @@ class PrefixConfig(ConfigFiles):
             "prefix_in_window", "gated", "inference_mode",
         ):  # fmt: skip
             check_flag(name, getattr(self, name))
-        if self.init_text is not None:
-            check_type("init_text", self.init_text, str, "a text, or None")
         if self.init_prefix is not None:
             check_type("init_prefix", self.init_prefix, (str, os.PathLike), "a path, or None")
-        if self.modules_to_save is not None:
-            check_names("modules_to_save", self.modules_to_save, "a list of names, or None")
 
     @classmethod
-    def _converted(cls, kind: str, taken: dict[str, Any]) -> dict[str, Any]:
-        start = taken.pop("init_weights", None)
+    def _from_peft_fields(cls, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+        start = fields.pop("init_weights", None)
         if start not in (None, "zero"):
             raise ValueError(f"config.init_weights: got {start!r}, takes 'zero' or None")
         if start == "zero":
-            taken["init"] = "zero"
-        if not taken.get("prefix_projection"):
-            taken.pop("encoder_hidden_size", None)
-        return {"peft_type": kind, **taken}
+            fields["init"] = "zero"
+        if not fields.get("prefix_projection"):
+            fields.pop("encoder_hidden_size", None)
+        return {"peft_type": kind, **fields}
 
     @classmethod
-    def _beside(cls, about: dict[str, Any]) -> dict[str, Any]:
+    def _fields_of_weights(cls, about: dict[str, Any]) -> dict[str, Any]:
         names = {"num_frozen_tokens": "num_frozen_tokens", "in_window": "prefix_in_window"}
         return {ours: about[name] for name, ours in names.items() if name in about}
 
     def _peft_fields(self) -> dict[str, Any]:
-        told = super()._peft_fields()
+        common = super()._peft_fields()
         if self.peft_type == "CARTRIDGE":
-            return {**told, "num_frozen_tokens": self.num_frozen_tokens}
+            return {**common, "num_frozen_tokens": self.num_frozen_tokens}
         return {
-            **told,
+            **common,
             "encoder_hidden_size": self.encoder_hidden_size,
             "init_weights": "zero" if self.init == "zero" else None,
             "prefix_projection": self.prefix_projection,
         }
-
-    def _check_choice(self, name: str, literal: Any) -> None:
-        if getattr(self, name) not in get_args(literal):
-            raise ValueError(
-                f"{name}: got {getattr(self, name)!r}, takes one of {get_args(literal)}"
-            )
 
     def _check_reweighting(self) -> None:
         bias = self.prefix_bias
@@ -249,7 +226,7 @@ class PrefixConfig(ConfigFiles):
             )
 
     def _check_encoder(self) -> None:
-        self._check_choice("encoder_reparameterization_type", Reparameterization)
+        self._check_choice("encoder_reparameterization_type", get_args(Reparameterization))
         kind = self.encoder_reparameterization_type
         most = 3 if kind == "MLP" else None
         if most and self.encoder_num_layers > most:

@@ -1,20 +1,13 @@
-"""How an input-level prompt is made and trained; names as in PEFT where PEFT has them."""
+"""How an input-level prompt is made and trained; names are PEFT's where it has any."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from fastprefix.arguments import (
-    check_names,
-    check_number,
-    check_type,
-    check_whole,
-    methods_refuse_unknown_arguments,
-)
+from fastprefix.arguments import check_number, methods_refuse_unknown_arguments
 from fastprefix.hf.peft_prompts import INFIX_KIND
-from fastprefix.tuning.configs.prefix_config import TASK_TYPES
-from fastprefix.tuning.configs.tuning_config import ConfigFiles, plain
+from fastprefix.tuning.configs.tuning_config import TuningConfig
 
 Init = Literal["random", "text", "vocab"]
 Reparameterization = Literal["MLP", "LSTM"]
@@ -30,38 +23,38 @@ _INITS: dict[str, Init] = {"RANDOM": "random", "TEXT": "text", "SAMPLE_VOCAB": "
 
 @methods_refuse_unknown_arguments
 @dataclass
-class PromptConfig(ConfigFiles):
+class PromptConfig(TuningConfig):
     """Configuration of prompts that enter a model as embeddings.
 
-    As it is: prompt tuning (Lester et al. 2021), which is also the embedding-only ablation of
-    prefix tuning (Li and Liang 2021, section 7.2). With a reparameterisation: P-tuning (Liu et
-    al. 2021). With placement="infix": infix-tuning (Li and Liang 2021, section 7.3), on
+    By default this is prompt tuning (Lester et al. 2021), which is also the embedding-only ablation
+    of prefix tuning (Li and Liang 2021, section 7.2). With a reparameterisation it is P-tuning (Liu
+    et al. 2021). With placement="infix" it is infix-tuning (Li and Liang 2021, section 7.3) on
     embeddings.
 
     Attributes:
         num_virtual_tokens: prompt length P.
         task_type: PEFT's name of the task; None leaves it open.
-        placement: "prefix", in front of the text; "infix", within it, where each call says.
+        placement: "prefix" puts the prompt in front of the text. "infix" puts it within the text,
+            at the place that each call gives (infix_positions).
         encoder_reparameterization_type: "MLP" or "LSTM", a network that computes the prompt, as in
-            PEFT's PromptEncoder; None for the prompt itself.
+            PEFT's PromptEncoder. None trains the prompt itself.
         encoder_hidden_size: the network's hidden size; the embeddings' width if None.
-        encoder_num_layers: layers of the LSTM.
-        encoder_dropout: between the LSTM's layers.
-        modules_to_save: modules of the base of which copies are trained and saved too, by how
-            their names end; those that PEFT takes for the task if None.
-        init: "random", "text" (the embeddings of init_text, repeated or cut to P tokens) or
-            "vocab" (those of tokens drawn at random from the vocabulary).
+        encoder_num_layers: the number of layers of the LSTM.
+        encoder_dropout: the dropout between the LSTM's layers.
+        modules_to_save: modules of the base of which copies are trained and saved with the prompt,
+            by the ends of their names. If None, those that PEFT trains for the task.
+        init: "random", "text" (the embeddings of init_text, repeated or cut to P tokens) or "vocab"
+            (the embeddings of tokens drawn at random from the vocabulary).
         init_text: the text for init="text".
-        init_std: standard deviation of the random start; if None, 0.02 for a prompt itself and 1
-            for what a network reads.
+        init_std: the standard deviation of the random start. If None, it is 0.02 for a prompt
+            itself, and 1 for the input of a network.
+        inference_mode: if True, neither the prompt nor the modules saved with it are trained.
 
     Raises:
-        TypeError: a field is of another type than above; the message names it.
-        ValueError: a field has a value it does not take; the message names it.
+        TypeError: a field has the wrong type; the message names it.
+        ValueError: a field has a value that is not accepted; the message names it.
     """
 
-    num_virtual_tokens: int = 20
-    task_type: str | None = "CAUSAL_LM"
     placement: Placement = "prefix"
     encoder_reparameterization_type: Reparameterization | None = None
     encoder_hidden_size: int | None = None
@@ -82,55 +75,43 @@ class PromptConfig(ConfigFiles):
 
     @property
     def peft_type(self) -> str:
-        """PEFT's name of the method, or ours for an infix, which PEFT does not have."""
+        """PEFT's name of the method; for an infix, which PEFT does not have, our own."""
         if self.placement == "infix":
             return INFIX_KIND
         return "P_TUNING" if self.encoder_reparameterization_type else "PROMPT_TUNING"
 
     @classmethod
-    def _converted(cls, kind: str, taken: dict[str, Any]) -> dict[str, Any]:
+    def _from_peft_fields(cls, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
         if kind == INFIX_KIND:
-            return {"placement": "infix", **taken}
+            return {"placement": "infix", **fields}
         if kind == "PROMPT_TUNING":
-            start = taken.pop("prompt_tuning_init", "RANDOM")
-            text = taken.pop("prompt_tuning_init_text", None)
+            start = fields.pop("prompt_tuning_init", "RANDOM")
+            text = fields.pop("prompt_tuning_init_text", None)
             if start not in _INITS:
                 raise ValueError(
                     f"config.prompt_tuning_init: got {start!r}, takes one of {tuple(_INITS)}"
                 )
-            taken |= {"init": _INITS[start], "init_text": text if start == "TEXT" else None}
-        return taken
+            fields |= {"init": _INITS[start], "init_text": text if start == "TEXT" else None}
+        return fields
 
     def _peft_fields(self) -> dict[str, Any]:
-        told = super()._peft_fields()
+        fields = super()._peft_fields()
         if self.peft_type == "P_TUNING":
-            told |= {name: getattr(self, name) for name in _NETWORK}
+            fields |= {name: getattr(self, name) for name in _NETWORK}
         if self.peft_type == "PROMPT_TUNING":
-            # PEFT takes a text with the name of its tokenizer alone
-            told["prompt_tuning_init"] = "SAMPLE_VOCAB" if self.init == "vocab" else "RANDOM"
-        return told
+            # "TEXT" would make PEFT require the name of a tokenizer, which we do not know
+            fields["prompt_tuning_init"] = "SAMPLE_VOCAB" if self.init == "vocab" else "RANDOM"
+        return fields
 
     def __post_init__(self) -> None:
-        check_whole("num_virtual_tokens", self.num_virtual_tokens, 1)
-        check_whole("encoder_hidden_size", self.encoder_hidden_size, 1, none=True)
-        check_whole("encoder_num_layers", self.encoder_num_layers, 1)
+        self._check_shared_fields()
         check_number("encoder_dropout", self.encoder_dropout)
         if self.init_std is not None:
             check_number("init_std", self.init_std)
-        if self.init_text is not None:
-            check_type("init_text", self.init_text, str, "a text, or None")
-        if self.modules_to_save is not None:
-            check_names("modules_to_save", self.modules_to_save, "a list of names, or None")
-        self.task_type = plain(self.task_type)  # PEFT's is an enum
         network = (*get_args(Reparameterization), None)
-        for name, choices in (
-            ("task_type", TASK_TYPES),
-            ("placement", get_args(Placement)),
-            ("encoder_reparameterization_type", network),
-            ("init", get_args(Init)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, takes one of {choices}")
+        self._check_choice("placement", get_args(Placement))
+        self._check_choice("encoder_reparameterization_type", network)
+        self._check_choice("init", get_args(Init))
         if self.encoder_reparameterization_type != "LSTM" and (
             self.encoder_num_layers != 2 or self.encoder_dropout != 0.0
         ):

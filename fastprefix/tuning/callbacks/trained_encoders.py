@@ -1,4 +1,4 @@
-"""What callbacks work on."""
+"""The encoders that callbacks work on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fastprefix.encoders import Encoder
 
 
 def trained_encoders(model: nn.Module) -> list[Encoder]:
-    """The encoders in a model that are trained.
+    """The encoders of a model that are trained.
 
     Raises:
-        ValueError: there is none.
+        ValueError: none is trained.
     """
     encoders = [
         module
