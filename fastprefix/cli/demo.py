@@ -19,7 +19,7 @@ from fastprefix.cli.loading import load
 from fastprefix.cli.outputs import write_text
 from fastprefix.cli.prompts import save_template
 from fastprefix.cli.training import train_prefix
-from fastprefix.experiments.versus_peft import Workload, compare
+from fastprefix.cli.versus_peft import Workload, compare
 from fastprefix.hf import unpatch_model
 from fastprefix.hf.versions import peft_mismatch
 from fastprefix.tasks import Collator, DescriptionDataset, Record, load_descriptions

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
+from fastprefix.cli.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
 from fastprefix.encoders import to_flat
-from fastprefix.experiments.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
 from fastprefix.hf.versions import enable_checkpointing, peft_mismatch
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning import PrefixConfig, PrefixTuningModel
@@ -283,7 +283,7 @@ def compare(model: PreTrainedModel, workload: Workload | None = None) -> dict[st
         for what, extra in (("time", {}), ("memory", ALLOCATOR_ENVIRONMENT)):
             out = Path(temporary, f"{what}.json")
             command = [
-                sys.executable, "-m", "fastprefix.experiments.versus_peft",
+                sys.executable, "-m", "fastprefix.cli.versus_peft",
                 what, folder, str(out), json.dumps(asdict(workload)),
             ]  # fmt: skip
             done = subprocess.run(
