@@ -81,8 +81,6 @@ NOT_YET: dict[str, set[str]] = {
         "fastprefix/attention/api.py prefix_attention",
         "fastprefix/attention/backends/composed/features.py backward",
         "fastprefix/attention/backends/reference.py _attend",
-        "fastprefix/cli/demo.py run_demo",
-        "fastprefix/cli/generate.py run_generation",
         "fastprefix/hf/attention.py prefix_attention_forward",
         "fastprefix/hf/check.py compare_prefix",
         "fastprefix/hf/expand_probe.py patch_expanded",
