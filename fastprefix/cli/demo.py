@@ -1,4 +1,4 @@
-"""``fastprefix demo``: the whole of it on one real model, measured beside PEFT."""
+"""``fastprefix demo``: train, save, load and measure on one real model, beside PEFT."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _WITHOUT_PEFT = (
 def run_demo(
     model_name: str, json_file: Path | None, output: Path, steps: int, seed: int
 ) -> dict[str, Any]:
-    """Runs all parts, prints them, and returns the figures that go into the JSON file."""
+    """Runs and prints all parts. Returns the figures, which also go into the JSON file."""
     set_seed(seed)
     started = time.perf_counter()
     no_peft = peft_mismatch()

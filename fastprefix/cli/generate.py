@@ -36,7 +36,7 @@ def run_generation(
     seed: int,
     as_json: bool = False,
 ) -> None:
-    """Loads, generates one batch, prints what came after each prompt.
+    """Loads a model, generates one batch, and prints the text after each prompt.
 
     A prompt is a turn of a chat if the model has a chat template, or if the adapter was trained
     with a template. With `raw` the model gets it unchanged. Standard output gets only the texts,
@@ -140,7 +140,7 @@ def _texts(
 
 
 def _kind_of(adapter: str) -> type[PrefixTuningModel | PromptTuningModel]:
-    """What loads an adapter, whose files are read to see whether they are whole."""
+    """The class that loads an adapter. Its files are read, so that damage shows early."""
     config, _ = read_config(adapter, (*PREFIX_KINDS, OWN_KIND, *PROMPT_KINDS))
     if config["peft_type"] in PROMPT_KINDS:
         load_prompt(adapter)
