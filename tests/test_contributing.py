@@ -17,6 +17,7 @@ NOT_YET = {
     "fastprefix/hf/layer/",
     "fastprefix/hf/patch/",
     "fastprefix/options.py",
+    "fastprefix/tuning/configs/",
     "kernels/triton/",
 }
 

@@ -1,6 +1,6 @@
-"""What a training step of each method costs: seconds and memory, all in one process, in turn.
+"""What a training step of each method costs: seconds and memory, all methods in turn.
 
-Seconds and memory are measured in a process each. Time needs the ordinary allocator; memory needs
+Seconds and memory are measured in one process each. Time needs the ordinary allocator; memory needs
 one that returns every freed block to the system.
 """
 
