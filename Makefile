@@ -53,7 +53,6 @@ bench: $(PEERS)/.bench
 # Stopped, it goes on where it was: the runs are kept in .cache/methods. DATA_FILES="TRAIN HELDOUT"
 # names other records than E2E's.
 experiments-methods: $(VENV)/.bench $(VENV)/.test
-	$(PIP_INSTALL) -e '.[experiments]'
 	$(BIN)/python benchmarks/methods.py --output benchmarks/results $(if $(DATA_FILES),--data-files $(DATA_FILES))
 
 experiments: experiments-methods

@@ -23,14 +23,15 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
 from compat.architectures import ARCHITECTURES
 from compat.capabilities import CAPABILITIES
 from compat.cells import Cell, run_architecture
 from compat.libraries import LIBRARIES
 from compat.report import insert, long_report, picture, short_table
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 
 def cells_of(

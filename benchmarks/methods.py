@@ -33,11 +33,11 @@ from rich.progress import (
 )
 
 from fastprefix.cli.loading import DEFAULT_MODEL, load
-from fastprefix.experiments.methods.pictures import compared, stability
-from fastprefix.experiments.methods.plan import BUDGETS, METHODS, Run, TaskName
-from fastprefix.experiments.methods.report import Comparison, report
-from fastprefix.experiments.methods.runs import compare, costs, number_of_runs
-from fastprefix.experiments.methods.train import Source
+from training.pictures import compared, stability
+from training.plan import BUDGETS, METHODS, Run, TaskName
+from training.report import Comparison, report
+from training.runs import compare, costs, number_of_runs
+from training.train import Source
 
 # Where E2E's valid.txt and test.txt are looked for.
 E2E_FOLDERS = (Path("data/e2e"), Path("../shared/data/e2e"))

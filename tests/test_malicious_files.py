@@ -18,11 +18,11 @@ import torch
 
 from fastprefix import KVBudget, PrefixBank, PrefixConfig, PrefixKV, PrefixTuningModel
 from fastprefix.cli.convert import run_conversion
-from fastprefix.experiments.methods.runs import known
 from fastprefix.hf.peft_base import load_base_adapter
 from fastprefix.hf.peft_format import load_adapter, save_adapter
 from fastprefix.hf.peft_prompts import load_prompt, save_prompt
 from fastprefix.tasks.descriptions import load_records
+from training.runs import known
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KV_FILE = "prefix_kv.safetensors"

@@ -173,6 +173,15 @@ def test_wheels_of_a_checkout_of_its_sdist_and_without_symlinks_have_the_same_fi
     assert found["checkout"] == found["sdist"] == found["no symlinks"]
     kernels = {f"fastprefix/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
     assert kernels <= found["checkout"]
+    library = {
+        f"fastprefix/{file.relative_to(ROOT / 'fastprefix')}"
+        for file in (ROOT / "fastprefix").rglob("*.py")
+    }
+    assert library <= found["checkout"]  # every package is named in pyproject.toml
+    assert {Path(name).parts[0] for name in found["checkout"]} == {
+        "fastprefix",
+        f"fastprefix-{fastprefix.__version__}.dist-info",
+    }
     assert not any(name.startswith("kernels") for name in found["checkout"])
 
 

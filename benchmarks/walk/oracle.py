@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from compat import oracle as concatenating
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from compat import oracle as concatenating
 from walk.build import takes
 
 PLAIN = "_walk_plain"  # marks models that fastprefix has never seen

@@ -1,4 +1,4 @@
-"""Sub-commands and their options. What they do lies in the modules beside this one.
+"""The sub-commands and their options. Each imports its work from a module beside this one.
 
 Nothing expensive is imported before a sub-command runs and its input has passed all that can be
 checked without: ``--help`` and most mistakes are answered at once.
@@ -35,11 +35,11 @@ class DType(str, enum.Enum):
     float16 = "float16"
 
 
-# What follows repeats names of modules that import torch; tests/cli/test_help.py compares them.
+# These enums repeat names from modules that import torch. tests/cli/test_help.py compares them.
 
 
 class Init(str, enum.Enum):
-    """Of :class:`fastprefix.PrefixConfig`, but for "prefix", which takes a file."""
+    """Values of `init` in :class:`fastprefix.PrefixConfig`, but "prefix", which needs a file."""
 
     random = "random"
     orthogonal = "orthogonal"
@@ -86,7 +86,7 @@ _SIZES = {"min": 1, "max": 2**24}  # of a problem: more is beyond every GPU's me
 
 
 def _examples(*lines: str) -> str:
-    """The end of a command's help; what follows a backspace keeps its lines."""
+    """The end of a command's help. After a backspace character typer keeps the lines as written."""
     title = "Example:" if len(lines) == 1 else "Examples:"
     return "\n".join(["\b", title, *lines]).replace("\n\n", "\n\n\b\n")
 

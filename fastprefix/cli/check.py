@@ -1,4 +1,4 @@
-"""``fastprefix check``: what a model takes, found by running it on a few tokens."""
+"""``fastprefix check``: what works with a model, found by running it on a few tokens."""
 
 from __future__ import annotations
 

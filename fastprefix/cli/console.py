@@ -1,4 +1,4 @@
-"""What the sub-commands print: results on standard output, all else on standard error.
+"""How the sub-commands print: results on standard output, everything else on standard error.
 
 Where standard error is not a terminal, progress is a few plain lines without control characters.
 """
@@ -19,11 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console()  # results
 messages = Console(stderr=True)
 
-_LINES = 10  # of one piece of work, where there is no terminal
+_LINES = 10  # at most, for one piece of work, if there is no terminal
 
 
 def quiet_libraries() -> None:
-    """Keeps what concerns nobody here off the terminal; call it before anything is imported."""
+    """Silences messages of libraries that do not help the user; call it before any import."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not _is_terminal():
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -40,13 +40,13 @@ def quiet_libraries() -> None:
 
 def tell(line: str) -> None:
     """Prints one line on standard error."""
-    sys.stdout.flush()  # a terminal shows both in the order in which they were written
+    sys.stdout.flush()  # so that a terminal shows both streams in the order of writing
     print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Says what takes time: beside a spinner on a terminal, on a line of its own elsewhere."""
+    """Names the work in progress: with a spinner on a terminal, else on one line."""
     if not _is_terminal():
         tell(what)
         yield

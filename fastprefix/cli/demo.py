@@ -1,4 +1,4 @@
-"""``fastprefix demo``: the whole of it on one real model, measured beside PEFT."""
+"""``fastprefix demo``: train, save, load and measure on one real model, beside PEFT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fastprefix.cli.console import console, working
 from fastprefix.cli.errors import blaming
@@ -19,7 +19,7 @@ from fastprefix.cli.loading import load
 from fastprefix.cli.outputs import write_text
 from fastprefix.cli.prompts import save_template
 from fastprefix.cli.training import train_prefix
-from fastprefix.experiments.versus_peft import Workload, compare
+from fastprefix.cli.versus_peft import Workload, compare
 from fastprefix.hf import unpatch_model
 from fastprefix.hf.versions import peft_mismatch
 from fastprefix.tasks import Collator, DescriptionDataset, Record, load_descriptions
@@ -32,20 +32,21 @@ _INIT_TEXT = (
     "says what it is, and mentions every attribute."
 )
 _MAX_LENGTH = 192
+_WITHOUT_PEFT = (
+    "[bold yellow]Without PEFT beside it:[/] {reason}. Its figures would be wrong "
+    "and are left out; `make demo` sets up an environment in which both run."
+)
 
 
 def run_demo(
     model_name: str, json_file: Path | None, output: Path, steps: int, seed: int
 ) -> dict[str, Any]:
-    """Runs all parts, prints them, and returns the figures that go into the JSON file."""
+    """Runs and prints all parts. Returns the figures, which also go into the JSON file."""
     set_seed(seed)
     started = time.perf_counter()
     no_peft = peft_mismatch()
     if no_peft is not None:
-        console.print(
-            f"[bold yellow]Without PEFT beside it:[/] {no_peft}. Its figures would be wrong "
-            "and are left out; `make demo` sets up an environment in which both run."
-        )
+        console.print(_WITHOUT_PEFT.format(reason=no_peft))
     with working(f"loading {model_name}"):
         model, tokenizer = load(model_name, torch.bfloat16)
     heldout = load_descriptions("heldout")
@@ -65,28 +66,16 @@ def run_demo(
     with working("held-out loss and descriptions with the prefix"):
         after = target_loss(tuned, heldout_items, collator)
         said_after = describe(tuned, tokenizer, shown)
-    fall = 1 - after / before
     console.print(
         f"held-out loss per target token: {before:.3f} without the prefix, "
-        f"[bold]{after:.3f}[/] with it ({fall:.0%} lower; {len(heldout)} records)"
+        f"[bold]{after:.3f}[/] with it ({1 - after / before:.0%} lower; {len(heldout)} records)"
     )
     console.print(_descriptions(shown, said_before, said_after))
 
     console.rule("2. Save it, load it" + (", load it into PEFT (float32)" if not no_peft else ""))
     model.float()
     probe = collator([heldout_items[i] for i in range(8)])
-    with torch.no_grad():
-        logits = tuned(**probe).logits
-    with blaming("--output"):
-        tuned.save_pretrained(output)
-        save_template(tokenizer, output)
-    unpatch_model(model)
-    reloaded = PrefixTuningModel.from_pretrained(model, output)
-    with torch.no_grad():
-        equal = bool(torch.equal(reloaded(**probe).logits, logits))
-    if not equal:
-        raise RuntimeError("the adapter that was loaded back gives other logits")
-    unpatch_model(model)
+    logits = _saved_and_loaded(tuned, tokenizer, output, probe)
     console.print(f"loaded back from {output}: equal logits")
     losses = {"before": before, "fastprefix": after}
     figures: dict[str, Any] = {"model": model_name, "steps": steps, "held_out_loss": losses}
@@ -99,11 +88,7 @@ def run_demo(
         figures["peft_max_logit_diff"] = {"fastprefix": 0.0, "peft": difference}
 
         console.rule("3. Beside PEFT, in this run")
-        workload = Workload()
-        with working("decoding and training with both libraries, a minute or two"):
-            measured = compare(model, workload)
-        figures |= measured
-        console.print(_comparison(measured, workload))
+        figures |= _measured_beside_peft(model)
     else:
         figures["peft"] = f"not run: {no_peft}"
     figures["threads"] = torch.get_num_threads()
@@ -113,6 +98,36 @@ def run_demo(
             write_text(json_file, json.dumps(figures, indent=2) + "\n")
         console.print(f"figures written to {json_file}")
     return figures
+
+
+def _saved_and_loaded(
+    tuned: PrefixTuningModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    probe: dict[str, Tensor],
+) -> Tensor:
+    """Saves the adapter, loads it back, and leaves the base without a patch.
+
+    Returns:
+        The logits of the probe, which are the same before and after.
+
+    Raises:
+        RuntimeError: they are not.
+    """
+    model = tuned.get_base_model()
+    with torch.no_grad():
+        logits = tuned(**probe).logits
+    with blaming("--output"):
+        tuned.save_pretrained(output)
+        save_template(tokenizer, output)
+    unpatch_model(model)
+    reloaded = PrefixTuningModel.from_pretrained(model, output)
+    with torch.no_grad():
+        equal = bool(torch.equal(reloaded(**probe).logits, logits))
+    if not equal:
+        raise RuntimeError("the adapter that was loaded back gives other logits")
+    unpatch_model(model)
+    return logits
 
 
 def _in_peft(
@@ -132,6 +147,15 @@ def _in_peft(
     real = probe["attention_mask"].bool()
     difference = float((theirs - logits)[real].abs().max())
     return difference, target_loss(peft_model, items, collator)
+
+
+def _measured_beside_peft(model: PreTrainedModel) -> dict[str, Any]:
+    """Times and memory of both libraries, which are also printed."""
+    workload = Workload()
+    with working("decoding and training with both libraries, a minute or two"):
+        measured = compare(model, workload)
+    console.print(_comparison(measured, workload))
+    return measured
 
 
 def _descriptions(records: list[Record], before: list[str], after: list[str]) -> Table:

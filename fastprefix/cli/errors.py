@@ -17,9 +17,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-# typer brings a click of its own in newer releases and takes the installed one in older ones
+# Newer releases of typer contain their own click; older ones use the installed click.
 _UsageError: Any = typer.BadParameter.__base__
-_LONGEST = 1000  # characters of a line; some libraries list all that they know
+_LONGEST = 1000  # characters in a line; some libraries list every name they know
 
 
 class Commands(TyperGroup):
@@ -34,13 +34,13 @@ class Commands(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """Runs a command line; of its own accord it raises nothing but ``SystemExit``."""
+        """Runs a command line. The only exception it raises itself is ``SystemExit``."""
         extra |= {"prog_name": prog_name, "complete_var": complete_var}
         extra |= {"windows_expand_args": windows_expand_args, "standalone_mode": False}
         if not standalone_mode:
             return super().main(args, **extra)
         arguments = list(sys.argv[1:] if args is None else args)
-        for stream in (sys.stdout, sys.stderr):  # a model may say what the terminal cannot show
+        for stream in (sys.stdout, sys.stderr):  # for characters that the terminal lacks
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
@@ -50,7 +50,7 @@ class Commands(TyperGroup):
             code = complain(_usage(error, arguments), 2)
         except (typer.Abort, KeyboardInterrupt):
             code = complain("interrupted", 130)
-        except BrokenPipeError:  # the reader of a pipe has gone; there is nobody to tell
+        except BrokenPipeError:  # the reader of the pipe has closed it, so nobody sees a message
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             code = 1
         except Exception as error:
@@ -60,14 +60,14 @@ class Commands(TyperGroup):
         sys.exit(code)
 
     def invoke(self, ctx: Any) -> Any:
-        """Tells Ctrl-C from a command that exits by itself."""
+        """Distinguishes Ctrl-C from a command that exits by itself."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Abort from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """A command's name, or the nearest one in an error."""
+        """A command by its name; an unknown name is an error that suggests the nearest one."""
         names = self.list_commands(ctx)
         if args[0] not in names:
             near = difflib.get_close_matches(args[0], names)
@@ -88,7 +88,7 @@ def complain(message: str, code: int) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """An error's message without the numbers of the operating system."""
+    """An error's message without the error number of the operating system."""
     if isinstance(error, OSError) and error.strerror:
         what = error.strerror[0].lower() + error.strerror[1:]
         return what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"
@@ -98,14 +98,14 @@ def reason(error: BaseException) -> str:
     message = re.sub(r"\[Errno -?\d+\] ?| ?\(os error \d+\)", "", message)
     if not message:
         return type(error).__name__
-    # these say no more than a name
+    # the message of these is only a name
     told_by_kind = isinstance(error, (LookupError, AttributeError, AssertionError))
     return f"{type(error).__name__}: {message}" if told_by_kind else message
 
 
 @contextlib.contextmanager
 def blaming(argument: str) -> Iterator[None]:
-    """Names the argument in the errors of what reads or writes its value."""
+    """Puts the argument's name in front of errors raised while its value is read or written."""
     try:
         yield
     except _expected() as error:
@@ -113,7 +113,7 @@ def blaming(argument: str) -> Iterator[None]:
 
 
 def _expected() -> tuple[type[Exception], ...]:
-    """What the library raises, and those below it, when the input is at fault."""
+    """The exceptions that fastprefix and its dependencies raise for a wrong input."""
     from safetensors import SafetensorError
 
     expected: tuple[type[Exception], ...] = (
@@ -160,7 +160,7 @@ def _name(param: Any) -> str:
 
 
 def _typed(param: Any, arguments: Sequence[str]) -> str | None:
-    """What was given to an option, as typed; None where only the parser knows."""
+    """The value given to an option, as typed; None if only the parser knows it."""
     found = []
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
@@ -172,7 +172,7 @@ def _typed(param: Any, arguments: Sequence[str]) -> str | None:
 
 
 def _takes(param: Any) -> str | None:
-    """What an option takes, of its declaration; None where that says nothing."""
+    """What an option accepts, according to its declaration; None if that does not say."""
     kind = getattr(param, "type_descriptor", None) or param.type
     choices = getattr(kind, "choices", None)
     if choices:

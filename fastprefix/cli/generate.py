@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.text import Text
-from transformers import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fastprefix.cli.console import messages, tell, working
 from fastprefix.cli.errors import blaming
@@ -36,11 +36,11 @@ def run_generation(
     seed: int,
     as_json: bool = False,
 ) -> None:
-    """Loads, generates one batch, prints what came after each prompt.
+    """Loads a model, generates one batch, and prints the text after each prompt.
 
-    Prompts are turns of a chat if the model has a template for one, or an adapter a template that
-    it was trained with; `raw` takes them as they are. Standard output gets the texts alone; as
-    JSON, a list of objects with a prompt and its text.
+    A prompt is a turn of a chat if the model has a chat template, or if the adapter was trained
+    with a template. With `raw` the model gets it unchanged. Standard output gets only the texts,
+    or with `as_json` a list of objects, each with a prompt and its text.
     """
     set_seed(seed)
     kind: type[PrefixTuningModel | PromptTuningModel] | None = None
@@ -63,18 +63,8 @@ def run_generation(
             rows = encode(prompts, tokenizer, template)
         elif system_prompt is None:
             rows = encode(prompts, tokenizer, template)
-        elif template is None:
-            kv = PrefixKV.from_text(model, tokenizer, system_prompt)
-            # the system prompt starts the sequence, so that these get no token for its beginning
-            rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
         else:
-            # beside an empty turn, so that even one prompt shares no more than what precedes it
-            *rows, empty = encode([*prompts, ""], tokenizer, template, system_prompt)
-            count = shared([*rows, empty])
-            if not count:
-                raise ValueError("--system-prompt: the chat template does not begin with it; --raw")
-            kv = PrefixKV.prefill(model, rows[0][:count])
-            rows = [row[count:] for row in rows]
+            kv, rows = _behind_system_prompt(model, tokenizer, template, system_prompt, prompts)
     if not all(rows):
         raise ValueError("prompt: got one without a token, takes a text")
     if kv is not None:
@@ -82,23 +72,7 @@ def run_generation(
             f"prefix of {kv.num_virtual_tokens} tokens, one copy for all {len(prompts)} prompts: "
             f"{kv.nbytes / 1e6:.2f} MB"
         )
-    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-    generate: Any = getattr(model, "generate", None)
-    if generate is None:
-        raise ValueError(f"model: {type(model).__name__} cannot generate")
-    if tuned is not None:
-        generate = tuned.generate  # with the heads that were trained beside it
-    with contextlib.nullcontext() if kv is None or tuned is not None else use_prefix(model, kv):
-        ids = generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            **{"do_sample": False, **sampling},
-        )
-    new = ids[:, batch["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    texts = _texts(model, tokenizer, rows, kv, tuned, max_new_tokens, temperature)
     if as_json:
         pairs = zip(prompts, texts, strict=True)
         print(json.dumps([{"prompt": prompt, "text": text} for prompt, text in pairs], indent=1))
@@ -108,8 +82,65 @@ def run_generation(
         print(text, flush=True)
 
 
+def _behind_system_prompt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    system_prompt: str,
+    prompts: Sequence[str],
+) -> tuple[PrefixKV, list[list[int]]]:
+    """The keys and values of what all prompts share, and the token ids that follow for each.
+
+    Raises:
+        ValueError: the chat template puts something else before the system prompt.
+    """
+    if template is None:
+        kv = PrefixKV.from_text(model, tokenizer, system_prompt)
+        # The system prompt starts the sequence, so the prompts get no token for a beginning.
+        return kv, tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    # An empty turn beside them: even a single prompt then shares only what precedes it.
+    *rows, empty = encode([*prompts, ""], tokenizer, template, system_prompt)
+    count = shared([*rows, empty])
+    if not count:
+        raise ValueError("--system-prompt: the chat template does not begin with it; --raw")
+    return PrefixKV.prefill(model, rows[0][:count]), [row[count:] for row in rows]
+
+
+def _texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    kv: PrefixKV | None,
+    tuned: PrefixTuningModel | PromptTuningModel | None,
+    max_new_tokens: int,
+    temperature: float,
+) -> list[str]:
+    """What the model generates behind each row of token ids.
+
+    Raises:
+        ValueError: the model cannot generate.
+    """
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    generate: Any = getattr(model, "generate", None)
+    if generate is None:
+        raise ValueError(f"model: {type(model).__name__} cannot generate")
+    if tuned is not None:
+        generate = tuned.generate  # with the heads trained with the prefix
+    with contextlib.nullcontext() if kv is None or tuned is not None else use_prefix(model, kv):
+        ids = generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **{"do_sample": False, **sampling},
+        )
+    new = ids[:, batch["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
 def _kind_of(adapter: str) -> type[PrefixTuningModel | PromptTuningModel]:
-    """What loads an adapter, whose files are read to see whether they are whole."""
+    """The class that loads an adapter. Its files are read, so that damage shows early."""
     config, _ = read_config(adapter, (*PREFIX_KINDS, OWN_KIND, *PROMPT_KINDS))
     if config["peft_type"] in PROMPT_KINDS:
         load_prompt(adapter)

@@ -54,7 +54,7 @@ def show_info(backends: bool = False) -> None:
 
 
 def _features() -> Table:
-    """The table of :mod:`fastprefix.attention.selection`, from its data."""
+    """The feature table of :mod:`fastprefix.attention.selection`."""
     table = Table(title="Backends", caption=_auto())
     table.add_column("", no_wrap=True)
     for name in BACKENDS:

@@ -71,14 +71,14 @@ def model_source(name: str, argument: str = "model") -> tuple[str, str | None]:
 
 
 def model(name: str, argument: str = "--model") -> None:
-    """Refuses what :func:`model_source` refuses, and waits for no hub that cannot be reached."""
+    """Refuses what :func:`model_source` refuses. Does not wait for a hub that is unreachable."""
     folder, _ = model_source(name, argument)
     if not _exists(Path(folder)):
         _offline_without_network()
 
 
 def adapter(name: str, argument: str = "--adapter") -> None:
-    """Refuses what is no adapter at a glance.
+    """Refuses a path that is visibly no adapter, without loading it.
 
     Args:
         name: a folder, or a repository name on the Hugging Face hub.
@@ -106,7 +106,7 @@ def adapter(name: str, argument: str = "--adapter") -> None:
 
 
 def texts(values: Sequence[str], argument: str) -> None:
-    """Refuses texts without a character, and what the terminal did not send as UTF-8.
+    """Refuses empty texts, and texts that the terminal did not send as UTF-8.
 
     Raises:
         ValueError: one of them is such.
@@ -119,7 +119,7 @@ def texts(values: Sequence[str], argument: str) -> None:
 
 
 def file_to_read(path: Path, argument: str) -> None:
-    """Refuses what is not a file that can be read, or has nothing in it.
+    """Refuses a path that is no readable file, or an empty one.
 
     Raises:
         ValueError: it is such.
@@ -149,7 +149,7 @@ def folder_to_read(path: Path, argument: str) -> None:
 
 
 def folder_to_write(path: Path, argument: str, replace: bool = True) -> None:
-    """Refuses what cannot become the folder of an adapter.
+    """Refuses a path that cannot become the folder of an adapter.
 
     Args:
         path: of the folder, which need not exist.
@@ -173,7 +173,7 @@ def folder_to_write(path: Path, argument: str, replace: bool = True) -> None:
 
 
 def file_to_write(path: Path, argument: str) -> None:
-    """Refuses what cannot be written.
+    """Refuses a path that cannot be written.
 
     Raises:
         ValueError: it is a folder, or lies in one that is not there or cannot be written.
@@ -188,7 +188,7 @@ def file_to_write(path: Path, argument: str) -> None:
 
 
 def place_to_write(path: Path) -> str | None:
-    """Why nothing can be written at a path; None where it can.
+    """The reason why a path cannot be written; None if it can.
 
     The nearest folder that exists must take a new file: it is tried, since permissions do not tell
     of a file system that takes none.
@@ -206,7 +206,7 @@ def place_to_write(path: Path) -> str | None:
 
 
 def package(name: str, for_what: str) -> None:
-    """Refuses to begin without a package that is needed at the end.
+    """Refuses to start if a package is missing that is needed later.
 
     Raises:
         ImportError: it is not installed.
@@ -223,17 +223,17 @@ def _exists(path: Path) -> bool:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name can be meant as a path alone: the hub's are NAME or USER/NAME."""
+    """Whether a name can only be a path: names on the hub are NAME or USER/NAME."""
     return not name or name[0] in "./~" or name.count("/") > 1 or name.endswith("/") or "\\" in name
 
 
 def _offline_without_network() -> None:
-    """Takes the hub's files from its cache alone where the hub has no address.
+    """Uses only the hub's local cache if the hub's address cannot be found.
 
-    Its client would try for half a minute before it looked there. It reads the variable when it is
-    imported, which is later.
+    Without this the hub's client would retry for half a minute before it used the cache. It reads
+    the variable when it is imported, which happens later.
     """
-    if urllib.request.getproxies():  # which may know the address
+    if urllib.request.getproxies():  # a proxy may know the address
         return
     host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
     try:
@@ -264,7 +264,7 @@ def _check_gguf(file: Path, argument: str) -> None:
 
 
 def _check_saved(folder: Path, argument: str) -> None:
-    """A folder with a config.json has what a saved model has."""
+    """Whether a folder has a config.json, as a saved model does."""
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

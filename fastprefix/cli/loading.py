@@ -51,7 +51,7 @@ def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of :func:`load`, which takes no time beside the model."""
+    """The tokenizer of :func:`load`. Loading it is fast compared with the model."""
     folder, gguf = model_source(name)
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     with _clear(name, "the tokenizer"):
@@ -107,7 +107,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _check_causal(name: str) -> None:
-    """Refuses an encoder-decoder, whose causal class would be its decoder alone."""
+    """Refuses an encoder-decoder: its causal class would contain only the decoder."""
     config = load_config(name)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -118,11 +118,11 @@ def _check_causal(name: str) -> None:
 
 @contextlib.contextmanager
 def _clear(name: str, what: str) -> Iterator[None]:
-    """Whatever goes wrong in transformers is due to what the name stands for."""
+    """Turns every error of transformers into one that names the model."""
     try:
         yield
     except Exception as error:
-        # of what may be a page, the first sentence
+        # the message may fill a page, so keep the first sentence
         told = reason(error).splitlines()[0].partition(". ")[0].strip().rstrip(".:")
         here = name == DEFAULT_MODEL or Path(name).exists()
         where = "" if here else ", which is no folder here"
@@ -130,7 +130,7 @@ def _clear(name: str, what: str) -> Iterator[None]:
 
 
 def _loaded(kind: Any, folder: str, gguf: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """In evaluation mode, with plain weights: packed ones can be neither trained nor saved."""
+    """The model in evaluation mode, with plain weights: packed ones allow no training or saving."""
     if gguf is None:
         model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype)
         return model.eval()
@@ -140,7 +140,7 @@ def _loaded(kind: Any, folder: str, gguf: str | None, dtype: torch.dtype) -> Pre
 
 
 def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without the marks of quantisation, which keep it from being saved."""
+    """Removes the attributes that mark a model as quantised, because they prevent saving it."""
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         if hasattr(model, mark):
             delattr(model, mark)

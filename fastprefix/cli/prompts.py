@@ -17,13 +17,13 @@ from fastprefix.tasks.encode import encode_start, prompt_template
 
 
 def save_template(tokenizer: Tokenizer, adapter: Path) -> None:
-    """Keeps beside an adapter how its prompts were written in training."""
+    """Stores beside an adapter the chat template that its training prompts used."""
     with written_whole(adapter / CHAT_TEMPLATE_FILE) as partial:
         partial.write_text(prompt_template(tokenizer), encoding="utf-8")
 
 
 def template_of(adapter: str | None, tokenizer: Tokenizer) -> str | None:
-    """The chat template that prompts want, None if there is none.
+    """The chat template for the prompts; None if there is none.
 
     Args:
         adapter: a folder or hub repository, which may hold what :func:`save_template` kept; its
@@ -44,7 +44,7 @@ def encode(
     template: str | None,
     system_prompt: str | None = None,
 ) -> list[list[int]]:
-    """What the model goes on from, for each prompt.
+    """The token ids that the model continues, for each prompt.
 
     Args:
         prompts: a user's turn each, or texts.
@@ -72,7 +72,7 @@ def encode(
 
 
 def shared(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with, of which one at least is left to each."""
+    """How many tokens all rows start with in common; each row keeps at least one token."""
     count = 0
     for tokens in zip(*(row[:-1] for row in rows), strict=False):
         if len(set(tokens)) > 1:

@@ -28,7 +28,7 @@ def run_training(
     options: FitOptions,
     max_length: int,
 ) -> None:
-    """Reads the records, loads, trains, saves."""
+    """Reads the records, loads the model, trains and saves."""
     with blaming("--data"):
         records = load_descriptions("train") if data is None else load_records(data)
     tokenizer = load_tokenizer(model_name)

@@ -1,4 +1,4 @@
-"""Training as the sub-commands do it, with its progress shown."""
+"""Training with a progress bar, as the sub-commands use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data for experiments: attributes to one sentence, and texts with a class each."""
+"""Data sets: attributes with a sentence that describes them, and texts with a class each."""
 
 from fastprefix.tasks.classification import (
     ClassificationDataset,

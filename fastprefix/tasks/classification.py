@@ -1,4 +1,4 @@
-"""Texts with a class each, from folders, for ``transformers.Trainer``."""
+"""Texts and their classes, read from folders, for ``transformers.Trainer``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Example:
 
 @refuses_unknown_arguments
 def load_folders(root: str | PathLike[str]) -> list[Example]:
-    """Return the texts of a folder that has a folder for each class, as BBC news comes.
+    """Return the texts of a folder that has a folder for each class, as in the BBC news data set.
 
     Every ``.txt`` file is one text; white space at its ends is dropped, and bytes that are not
     UTF-8 are read as Latin-1. Sorted by class and file name.

@@ -23,7 +23,7 @@ Split = Literal["train", "heldout"]
 class Record:
     """Attributes, in the order of the prompt, and one sentence that describes them."""
 
-    # Equal records have equal descriptions, so hashing those alone is sound; a dict has no hash.
+    # A dict has no hash. Equal records have equal descriptions, so their hash is enough.
     attributes: Mapping[str, str] = field(hash=False)
     description: str
 
@@ -48,7 +48,7 @@ def load_descriptions(split: Split) -> list[Record]:
 
 @refuses_unknown_arguments
 def load_records(path: str | PathLike[str]) -> list[Record]:
-    """Return the records of a file of one's own.
+    """Return the records of a user's file.
 
     A file whose name ends in ``.jsonl`` holds a JSON object a line,
     ``{"attributes": {"name": "..."}, "description": "..."}``, where attributes are text. Any
@@ -93,7 +93,7 @@ def _from_json(line: str) -> Record:
         value = json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise _MalformedError(f"not JSON: {error.msg} at column {error.colno}") from error
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # for example a number with thousands of digits
         raise _MalformedError(f"not JSON that can be read: {error}") from error
     except RecursionError as error:
         raise _MalformedError("not JSON that can be read: nested too deeply") from error
@@ -109,7 +109,7 @@ def _from_json(line: str) -> Record:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    # json keeps the last of two equal keys, which would lose an attribute in silence.
+    # Of two equal keys json keeps the last, and an attribute would be lost silently.
     return dict(_distinct(pairs))
 
 

@@ -14,13 +14,13 @@ from fastprefix.tasks.descriptions import Record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that torch's and transformers' cross entropy leave out
+IGNORED = -100  # cross entropy in torch and transformers skips this label
 
 Encoded = dict[str, list[int]]
 
 
 def encode_start(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids of a text that goes on.
+    """Return the token ids of a text that more text will follow.
 
     The ids begin with the tokenizer's beginning-of-sequence token if it puts one by itself. Only
     the start: some tokenizers would also end the text.
@@ -39,7 +39,7 @@ def encode_prompt(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 def prompt_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the chat template that makes of a user's turn what training made of a prompt.
+    """Return a chat template that writes a user's turn as training wrote a prompt.
 
     A turn with the text of ``record.prompt`` gets the ids of ``encode_prompt``.
     """
@@ -129,7 +129,7 @@ class Collator:
     ) -> None:
         if padding_side not in ("right", "left"):
             raise ValueError(f'padding_side is {padding_side!r}; it must be "right" or "left"')
-        # Safe even where it is the end-of-sequence token: masks and labels never look at ids.
+        # Safe even if it is the end-of-sequence token: masks and labels do not depend on ids.
         pad = tokenizer.pad_token_id
         pad = tokenizer.eos_token_id if pad is None else pad
         if pad is None:

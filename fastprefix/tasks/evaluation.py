@@ -1,4 +1,4 @@
-"""What a model makes of records: its loss on their descriptions, and its own descriptions."""
+"""How a model does on records: its loss on their descriptions, and what it generates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def target_loss(
     for start in range(0, len(items), batch_size):
         chosen = [items[i] for i in range(start, min(start + batch_size, len(items)))]
         batch = collator(chosen)
-        # the first token is predicted from nothing, so its label never counts
+        # no token precedes the first one, so its label does not count
         count = int((batch["labels"][:, 1:] != IGNORED).sum())
         total += float(model(**batch).loss) * count
         tokens += count

@@ -25,12 +25,13 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from fastprefix.experiments.methods import material
-from fastprefix.experiments.methods.build import Built, build
-from fastprefix.experiments.methods.material import InfixCollator, Material
-from fastprefix.experiments.methods.plan import Budget, Method, Run, TaskName
 from fastprefix.files import sealed, written_whole
 from fastprefix.tasks.evaluation import describe, target_loss
+
+from . import material
+from .build import Built, build
+from .material import InfixCollator, Material
+from .plan import Budget, Method, Run, TaskName
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastprefix.experiments.methods.plan import METHODS, Method
-from fastprefix.experiments.methods.report import Comparison
+from .plan import METHODS, Method
+from .report import Comparison
 
 _COLOURS = {
     "prefix": "tab:blue",

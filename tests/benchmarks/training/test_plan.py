@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastprefix.experiments.methods.plan import (
+from training.plan import (
     BUDGETS,
     METHODS,
     Method,

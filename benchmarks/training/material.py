@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from fastprefix.experiments.methods.plan import Budget
 from fastprefix.tasks import (
     ClassificationDataset,
     Collator,
@@ -24,6 +23,8 @@ from fastprefix.tasks import (
     split_examples,
 )
 from fastprefix.tasks.encode import IGNORED
+
+from .plan import Budget
 
 
 def shuffled(things: Sequence[Any], key: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Peak resident memory of a piece of work, as the operating system counts it."""
+"""Peak resident memory during a piece of work, as the operating system counts it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import psutil
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
-# With these glibc hands freed blocks back at once, so that one measurement does not hide in the
-# leftovers of the one before. Set them before the process starts; they slow allocation down, so
-# memory and time are measured in different processes.
+# With these variables glibc returns freed blocks to the system at once. Otherwise a measurement
+# could reuse what the previous one left, and show too little. Set them before the process starts.
+# They slow allocation down, so memory and time are measured in different processes.
 ALLOCATOR_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from transformers import logging
 
-from fastprefix.experiments.methods.costs import measured
-from fastprefix.experiments.methods.plan import (
+from fastprefix.files import read_json
+
+from .costs import measured
+from .plan import (
     Budget,
     Method,
     Run,
@@ -26,8 +28,7 @@ from fastprefix.experiments.methods.plan import (
     first_runs,
     further_runs,
 )
-from fastprefix.experiments.methods.train import Source, train_to_file, write_whole
-from fastprefix.files import read_json
+from .train import Source, train_to_file, write_whole
 
 Result = dict[str, Any]
 
@@ -143,7 +144,7 @@ def compare(
 def costs(
     task: TaskName, methods: Sequence[Method], source: Source, budget: Budget, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """What :func:`fastprefix.experiments.methods.costs.measured` says, measured once.
+    """What :func:`training.costs.measured` says, measured once.
 
     Args:
         task: see `measured`, like methods, source and budget.

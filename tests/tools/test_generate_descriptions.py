@@ -7,9 +7,9 @@ from importlib import resources
 
 import pytest
 
+from descriptions.phrases import article, join, neg, post, pre, spell, verb
 from fastprefix.tasks import load_descriptions
-from fastprefix.tasks.generate import DOMAINS, generate, main, sentence, to_lines
-from fastprefix.tasks.phrases import article, join, neg, post, pre, spell, verb
+from generate_descriptions import DOMAINS, generate, main, sentence, to_lines
 
 SPLITS = ("train", "heldout")
 RECORDS = [record for split in SPLITS for record in load_descriptions(split)]

@@ -1,7 +1,7 @@
 """fastprefix and PEFT side by side on one model: decoding and training, time and memory.
 
-Run as a module it measures one thing and writes JSON; :func:`compare` runs it twice, since time
-wants the ordinary allocator and memory one that gives everything back.
+As a script this module measures either time or memory and writes JSON. :func:`compare` starts it
+once for each: time needs the ordinary allocator, and memory one that returns freed blocks at once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
+from fastprefix.cli.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
 from fastprefix.encoders import to_flat
-from fastprefix.experiments.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
 from fastprefix.hf.versions import enable_checkpointing, peft_mismatch
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning import PrefixConfig, PrefixTuningModel
@@ -79,7 +79,7 @@ class _Side:
 
 
 class _Clock(StoppingCriteria):
-    """Stops nothing, but notes when each step of generate() is done."""
+    """Never stops generate(), but records the time after each step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -102,7 +102,7 @@ def _decode(model: Any, w: Workload) -> float:
         use_cache=True,
         stopping_criteria=[clock],
     )
-    # the first step is the prompt's, the same on both sides but for the prefix
+    # the first step is the prompt's forward, which is not part of decoding
     return clock.times[-1] - clock.times[0]
 
 
@@ -140,12 +140,12 @@ def _peft_side(
 
 
 def _flat(folder: str, workload: Workload) -> Tensor:
-    """[P, width] numbers of a prefix such as real ones are: a text's keys and values."""
+    """A realistic prefix as [P, width]: the keys and values of a text."""
     return to_flat(PrefixKV.prefill(_load(folder), _tokens(1, workload.num_virtual_tokens)))
 
 
 def _check_agreement(ours: _Side, theirs: _Side) -> None:
-    """A comparison of speed between two that compute different things would be worthless."""
+    """Refuses to compare the speed of two models that compute different things."""
     ids = _tokens(2, 32)
     logits = []
     for side in (ours, theirs):
@@ -159,7 +159,7 @@ def _check_agreement(ours: _Side, theirs: _Side) -> None:
 
 
 def _peft_checkpointing(folder: str, flat: Tensor, workload: Workload) -> str:
-    """What PEFT says to a model with gradient checkpointing."""
+    """What PEFT does with gradient checkpointing: "works", or its refusal."""
 
     def load(folder: str) -> PreTrainedModel:
         model = _load(folder)
@@ -174,7 +174,7 @@ def _peft_checkpointing(folder: str, flat: Tensor, workload: Workload) -> str:
 
 
 def _alternate(work: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median of the seconds that each piece of work says, run in turn, forwards and backwards."""
+    """Median seconds of each piece of work. They run in turn, in alternating order."""
     for run in work.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -203,7 +203,7 @@ def measure_time(folder: str, w: Workload) -> dict[str, Any]:
     flat = _flat(folder, w)
     ours, theirs = _fastprefix_side(folder, flat, w), _peft_side(folder, flat, w)
     _check_agreement(ours, theirs)
-    # No attention can be faster than none: the model without any prefix bounds the ratio.
+    # The model without any prefix gives the upper bound of the ratio.
     decode = _alternate(
         {
             "fastprefix": ours.decode,
@@ -283,7 +283,7 @@ def compare(model: PreTrainedModel, workload: Workload | None = None) -> dict[st
         for what, extra in (("time", {}), ("memory", ALLOCATOR_ENVIRONMENT)):
             out = Path(temporary, f"{what}.json")
             command = [
-                sys.executable, "-m", "fastprefix.experiments.versus_peft",
+                sys.executable, "-m", "fastprefix.cli.versus_peft",
                 what, folder, str(out), json.dumps(asdict(workload)),
             ]  # fmt: skip
             done = subprocess.run(

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.experiments.methods.plan import Method
 from fastprefix.tuning import (
     PrefixConfig,
     PrefixTuningModel,
@@ -20,6 +19,8 @@ from fastprefix.tuning import (
     PromptTuningModel,
     count_parameters,
 )
+
+from .plan import Method
 
 # The head that classifiers of transformers start from random numbers, and every method trains.
 HEAD = "classifier"

@@ -6,16 +6,18 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from fastprefix.experiments.methods import runs, train
-from fastprefix.experiments.methods.material import InfixCollator, e2e
-from fastprefix.experiments.methods.pictures import compared, stability
-from fastprefix.experiments.methods.plan import METHODS, Run
-from fastprefix.experiments.methods.report import Comparison, claims, report
-from fastprefix.experiments.methods.runs import compare, do, number_of_runs
+from training import runs, train
+from training.material import InfixCollator, e2e
+from training.pictures import compared, stability
+from training.plan import METHODS, Run
+from training.report import Comparison, claims, report
+from training.runs import compare, do, number_of_runs
 
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 BY_NAME = {method.name: method for method in METHODS["e2e"]}
 CHEAP = ("none", "prompt", "infix")
 METHODS_HERE = [replace(BY_NAME[name], seeds=(0,)) for name in CHEAP]
@@ -109,8 +111,9 @@ def test_costs_are_measured_for_every_method_and_once(source, budget, tmp_path, 
 def test_a_worker_ends_with_its_parent():
     """Also where the parent had no time to say so."""
     code = (
+        f"import sys; sys.path.append({str(BENCHMARKS)!r}); "
         "import multiprocessing, os, time; from concurrent.futures import ProcessPoolExecutor; "
-        "from fastprefix.experiments.methods.runs import _worker; "
+        "from training.runs import _worker; "
         "context = multiprocessing.get_context('spawn'); "
         "pool = ProcessPoolExecutor(1, mp_context=context, initializer=_worker); "
         "print(pool.submit(os.getpid).result(), flush=True); "

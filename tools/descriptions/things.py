@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastprefix.tasks.phrases import Domain, each, have, names, neg, post, pre, verb
+from descriptions.phrases import Domain, each, have, names, neg, post, pre, verb
 
 TOOL = Domain(
     key="tool",

@@ -1,7 +1,7 @@
-"""What a training step of each method costs: seconds and memory, all in one process, in turn.
+"""What a training step of each method costs: seconds and memory, all methods in turn.
 
-Run as a module it measures one of the two and writes JSON, since time wants the ordinary allocator
-and memory one that gives everything back.
+Seconds and memory are measured in one process each. Time needs the ordinary allocator; memory needs
+one that returns every freed block to the system.
 """
 
 from __future__ import annotations
@@ -17,16 +17,26 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fastprefix.experiments.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
-from fastprefix.experiments.methods.material import InfixCollator
-from fastprefix.experiments.methods.plan import METHODS, Budget, Method, TaskName
-from fastprefix.experiments.methods.train import Source, fresh, material_of
+from fastprefix.cli.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
+
+from .material import InfixCollator
+from .plan import METHODS, Budget, Method, TaskName
+from .train import Source, fresh, material_of
 
 What = Literal["seconds", "megabytes"]
+
+# A fresh Python that finds this package. The folder goes last: its operator.py is not Python's.
+_MEASURE = f"""
+import sys
+sys.path.append({str(Path(__file__).parents[1])!r})
+from training.costs import main
+main()
+"""
 
 
 class _Step:
@@ -103,7 +113,7 @@ def measured(
             "budget": asdict(budget),
         }
         result = subprocess.run(
-            [sys.executable, "-m", __name__, json.dumps(spec)],
+            [sys.executable, "-c", _MEASURE, json.dumps(spec)],
             env=os.environ | (ALLOCATOR_ENVIRONMENT if what == "megabytes" else {}),
             capture_output=True,
             text=True,
@@ -124,7 +134,3 @@ def main() -> None:
     methods = [by_name[name] for name in spec["methods"]]
     budget = Budget(**spec["budget"])
     print(json.dumps(measure(spec["what"], spec["task"], methods, source, budget)))
-
-
-if __name__ == "__main__":
-    main()

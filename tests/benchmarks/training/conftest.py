@@ -12,8 +12,8 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.trainers import WordLevelTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastprefix.experiments.methods.plan import Budget
-from fastprefix.experiments.methods.train import Source
+from training.plan import Budget
+from training.train import Source
 
 DATA = Path(str(files("fastprefix.tasks"))) / "data"
 

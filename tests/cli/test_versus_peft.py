@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastprefix.experiments.memory import PeakMemory
-from fastprefix.experiments.versus_peft import Workload, compare
+from fastprefix.cli.memory import PeakMemory
+from fastprefix.cli.versus_peft import Workload, compare
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:
@@ -22,7 +22,7 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
 
 def test_nothing_is_measured_beside_a_peft_that_does_not_run(monkeypatch) -> None:
     reason = "transformers 9 takes PEFT 9 or newer, got 1"
-    monkeypatch.setattr("fastprefix.experiments.versus_peft.peft_mismatch", lambda: reason)
+    monkeypatch.setattr("fastprefix.cli.versus_peft.peft_mismatch", lambda: reason)
     with pytest.raises(RuntimeError, match=f"nothing to compare with: {reason}"):
         compare(None)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastprefix.experiments.methods.plan import BUDGETS, METHODS, TaskName
+from .plan import BUDGETS, METHODS, TaskName
 
 Costs = Mapping[str, Mapping[str, float]]
 
@@ -39,7 +39,7 @@ class Comparison:
 
     Attributes:
         task: its name.
-        results: of all runs, as :func:`fastprefix.experiments.methods.train.train` returns them.
+        results: of all runs, as :func:`training.train.train` returns them.
         rates: the learning rate of each method.
         costs: seconds and megabytes of a training step, by method.
     """

@@ -5,8 +5,8 @@ import torch
 from safetensors import safe_open
 from transformers import BertConfig, BertForSequenceClassification
 
-from fastprefix.experiments.methods.build import Bottleneck, build
-from fastprefix.experiments.methods.plan import METHODS, Method
+from training.build import Bottleneck, build
+from training.plan import METHODS, Method
 
 HIDDEN = 32
 

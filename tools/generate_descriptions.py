@@ -1,4 +1,4 @@
-"""Makes the data set that ships with the package: ``python -m fastprefix.tasks.generate``.
+"""Makes the data set that ships with the package: ``python tools/generate_descriptions.py``.
 
 Every sentence begins with the name and says what the thing is; what follows depends on which
 attributes the record has, on the plans its domain favours, and on a choice of phrase per value.
@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from descriptions.phrases import Domain, Phrase, Plan, article, join
+from descriptions.places import PLACES
+from descriptions.things import THINGS
 from fastprefix.files import written_whole
-from fastprefix.tasks.phrases import Domain, Phrase, Plan, article, join
-from fastprefix.tasks.places import PLACES
-from fastprefix.tasks.things import THINGS
 
 DOMAINS: tuple[Domain, ...] = PLACES + THINGS
 SEED = 20
 TRAIN_SIZE = 640
 HELDOUT_SIZE = 80
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "fastprefix" / "tasks" / "data"
 
 # How many attributes a record has besides its name and type: mostly three or four.
 _EXTRA = (1, 2, 2, 3, 3, 3, 4, 4)

@@ -1,1 +1,0 @@
-"""Comparisons with other libraries, both sides measured in one run."""

@@ -1,1 +1,0 @@
-"""Ways to tune a model compared: one budget, one data set, every method."""
