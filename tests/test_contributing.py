@@ -14,10 +14,7 @@ PATHS = sorted(
 # Folders of the map that are being built; this set may only shrink.
 NOT_YET = {
     "fastprefix/formats/",
-    "fastprefix/hf/layer/",
-    "fastprefix/hf/patch/",
     "fastprefix/options.py",
-    "fastprefix/tuning/configs/",
     "kernels/triton/",
 }
 

@@ -60,6 +60,7 @@ MAX_PARAMETERS = 12
 MAX_JIT_PARAMETERS = 30
 # Public signatures that follow another library's, or name one option a parameter.
 WIDE = {
+    "attention_interface": "transformers' AttentionInterface, and what models hand to it",
     "prefix_attention": "the operator: torch's scaled_dot_product_attention and our options",
     "PrefixTuningModel.from_pretrained": "PEFT's, and our options",
     "train": "one parameter for each option of the command",
@@ -70,7 +71,7 @@ NOT_YET: dict[str, set[str]] = {
     "circles": {
         "fastprefix/attention/differentiated.py",
         "fastprefix/attention/op.py",
-        "fastprefix/tuning/base.py",
+        "fastprefix/tuning/tuned_model.py",
         "fastprefix/tuning/hub.py",
         "kernels/launch.py",
         "kernels/problem.py",
@@ -81,14 +82,6 @@ NOT_YET: dict[str, set[str]] = {
         "fastprefix/attention/api.py prefix_attention",
         "fastprefix/attention/backends/composed/features.py backward",
         "fastprefix/attention/backends/reference.py _attend",
-        "fastprefix/hf/attention.py prefix_attention_forward",
-        "fastprefix/hf/check.py compare_prefix",
-        "fastprefix/hf/expand_probe.py patch_expanded",
-        "fastprefix/hf/hook.py _place",
-        "fastprefix/hf/keeping.py _find",
-        "fastprefix/hf/masks.py prefix_attention_mask",
-        "fastprefix/hf/patching.py _patch_attention",
-        "fastprefix/hf/patching.py activate",
         "kernels/backward.py prefix_attention_backward",
         "kernels/backward_dprefix.py dprefix_launches",
         "kernels/offline.py main",
@@ -96,7 +89,6 @@ NOT_YET: dict[str, set[str]] = {
     },
     "wide_functions": {
         "fastprefix/encoders/build.py build_encoder",
-        "fastprefix/hf/attention.py prefix_attention_forward",
         "kernels/backward_dkv.py dkv_sweep",
         "kernels/backward_dkv.py key_gradients",
         "kernels/backward_dkv.py prefix_attn_bwd_dkv_kernel",
@@ -110,9 +102,7 @@ NOT_YET: dict[str, set[str]] = {
         "kernels/forward.py prefix_attn_fwd_kernel",
     },
     "long_files": {
-        "fastprefix/hf/patching.py",
         "fastprefix/kv/budget.py",
-        "fastprefix/tuning/prompt.py",
     },
 }
 

@@ -34,6 +34,7 @@ from fastprefix.hf.layer.packing import inputs_of, refuse_packed
 from fastprefix.hf.patch.calls import behind_prefix, rows_and_offsets
 from fastprefix.hf.patch.patch import HOOKED, Patch
 from fastprefix.hf.patch.position_limit import check_position_limit
+from fastprefix.hf.patch.running import announce_forwards
 from fastprefix.hf.patch.threads import ACTIVE, active_of
 from fastprefix.hf.versions import CACHE_NAMES, by_name, cache_name, cache_of, length_of, parameters
 from fastprefix.kv import PackedPrefixKV, PrefixKV
@@ -57,6 +58,7 @@ def check_fallback(fallback: object) -> None:
 
 def install(model: PreTrainedModel, stack: PreTrainedModel, patch: Patch) -> None:
     """Registers the hooks of a model and its stack of layers, and sets their Patch."""
+    announce_forwards(model, patch)
     enter = partial(_enter, names=parameters(stack))
     hooks = [stack.register_forward_pre_hook(enter, with_kwargs=True)]
     hooks.append(stack.register_forward_hook(_leave, with_kwargs=True, always_call=True))

@@ -42,6 +42,7 @@ from fastprefix.hf.patch.positions import (
     shift,
 )
 from fastprefix.hf.patch.probe import Slots, is_encoder_decoder, probe
+from fastprefix.hf.patch.running import announce_forwards
 from fastprefix.hf.patch.sharding import find_sharding, refuse_split_heads
 from fastprefix.hf.states.keeping import says_stateful
 from fastprefix.hf.versions import parameters
@@ -84,6 +85,7 @@ def patch_attention(
         restore(patch.previous)
         raise
     _describe(model, patch, slots)
+    announce_forwards(model, patch)
     _hook_layers(patch, slots)
     _hook_stacks(model, patch)
     head = model.get_output_embeddings()

@@ -33,7 +33,8 @@ class Patch:
         lasting: whether `patch_model` patched the model. Otherwise the last block that needs the
             patch restores the model.
         blocks: how many open blocks need the patch, in all threads.
-        running: how many running forwards need it; counted only for a patch that is not lasting.
+        counting: whether running forwards are counted: for a patch that is not lasting.
+        running: how many running forwards need it.
         prefixes: how many `use_prefix` blocks with a prefix are open, in all threads.
         opened: the open blocks in the order of opening: thread and active prefix of each.
         shapes: key and value shapes of the attention layers, as seen in a forward pass. In a
@@ -60,6 +61,7 @@ class Patch:
     backend: str
     lasting: bool = False
     blocks: int = 0
+    counting: bool = False
     running: int = 0
     prefixes: int = 0
     opened: tuple[tuple[int, Any], ...] = ()

@@ -45,6 +45,16 @@ def _wait(*_: Any) -> None:
             pass
 
 
+def announce_forwards(model: PreTrainedModel, patch: Patch) -> None:
+    """Registers the hooks with which :func:`count_forwards` sees forwards begin.
+
+    They must run before all other hooks of a patch, and so must be registered before them:
+    ``prepend=True`` gives PyTorch 2.9's compiler another order of hooks than it runs them in.
+    """
+    for part in _models(model):
+        patch.handles.append(part.register_forward_pre_hook(partial(_enter, patch=patch)))
+
+
 def count_forwards(
     model: PreTrainedModel, patch: Patch, restore: Callable[[PreTrainedModel], Any]
 ) -> None:
@@ -58,14 +68,13 @@ def count_forwards(
         restore: undoes the patch.
     """
     for part in _models(model):
-        enter = partial(_enter, patch=patch)
         leave = partial(_leave, patch=patch, model=model, restore=restore)
-        patch.handles.append(part.register_forward_pre_hook(enter, prepend=True))
         patch.handles.append(part.register_forward_hook(leave, always_call=True))
+    patch.counting = True
 
 
 def _enter(module: nn.Module, args: Any, *, patch: Patch) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not patch.counting:
         return
     with LOCK:
         patch.running += 1
