@@ -18,10 +18,10 @@ import torch
 
 from fastprefix import KVBudget, PrefixBank, PrefixConfig, PrefixKV, PrefixTuningModel
 from fastprefix.cli.convert import run_conversion
-from fastprefix.hf.peft_base import load_base_adapter
-from fastprefix.hf.peft_format import load_adapter, save_adapter
-from fastprefix.hf.peft_prompts import load_prompt, save_prompt
+from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
+from fastprefix.formats.peft_prompts import load_prompt, save_prompt
 from fastprefix.tasks.descriptions import load_records
+from fastprefix.tuning.peft_base import load_base_adapter
 from training.runs import known
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -22,15 +22,15 @@ from fastprefix.cli.errors import blaming, complain
 from fastprefix.cli.inputs import place_to_write
 from fastprefix.cli.loading import load_causal, load_config, load_seq2seq
 from fastprefix.files import finish, is_leftover, opened
-from fastprefix.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE, read_config
-from fastprefix.hf.peft_format import (
+from fastprefix.formats.peft_files import CONFIG_FILE, WEIGHTS_FILE, read_config
+from fastprefix.formats.peft_prefixes import (
     OWN_KIND,
     PREFIX_KINDS,
     load_adapter,
     refusal,
     save_adapter,
 )
-from fastprefix.hf.peft_prompts import INFIX_KIND, PROMPT_KINDS, load_prompt, save_prompt
+from fastprefix.formats.peft_prompts import INFIX_KIND, PROMPT_KINDS, load_prompt, save_prompt
 from fastprefix.kv import Group, PrefixKV
 
 FILE = "fastprefix"  # a PrefixKV file

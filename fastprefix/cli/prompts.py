@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from fastprefix.files import written_whole
-from fastprefix.hf.peft_files import find
+from fastprefix.formats.peft_files import find
 from fastprefix.tasks.encode import encode_start, prompt_template
 
 

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
 from fastprefix.cli.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
-from fastprefix.encoders import to_flat
 from fastprefix.hf.versions import enable_checkpointing, peft_mismatch
-from fastprefix.kv import PrefixKV
+from fastprefix.kv import PrefixKV, to_flat
 from fastprefix.tuning import PrefixConfig, PrefixTuningModel
 
 

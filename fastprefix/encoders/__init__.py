@@ -3,7 +3,6 @@
 from fastprefix.encoders.base import Encoder, evaluating
 from fastprefix.encoders.build import build_encoder, slot_lengths
 from fastprefix.encoders.direct import DirectEncoder, SharedEncoder
-from fastprefix.encoders.flat import Layout, flat_width, to_flat, to_prefix_kv
 from fastprefix.encoders.init import orthogonal, resize
 from fastprefix.encoders.lstm import LSTMEncoder
 from fastprefix.encoders.mlp import MLPEncoder
@@ -15,16 +14,12 @@ __all__ = [
     "Encoder",
     "HeadNumbers",
     "LSTMEncoder",
-    "Layout",
     "MLPEncoder",
     "NetworkEncoder",
     "SharedEncoder",
     "build_encoder",
     "evaluating",
-    "flat_width",
     "orthogonal",
     "resize",
     "slot_lengths",
-    "to_flat",
-    "to_prefix_kv",
 ]

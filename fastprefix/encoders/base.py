@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
-from fastprefix.encoders.flat import Layout
 from fastprefix.encoders.reweighting import HeadNumbers
 from fastprefix.kv import LayerShape, PrefixKV
+from fastprefix.kv.flat import FlatLayout
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -78,7 +78,7 @@ class Encoder(nn.Module, ABC):
         num_frozen_tokens: int = 0,
     ) -> None:
         super().__init__()
-        self.layout = Layout.make(shapes, lengths)
+        self.layout = FlatLayout.make(shapes, lengths)
         shortest = min(length for length in self.layout.lengths if length)
         if not 0 <= num_frozen_tokens < shortest:
             raise ValueError(
@@ -95,8 +95,8 @@ class Encoder(nn.Module, ABC):
         self.register_module("reweighting", None)
 
     @property
-    def trained(self) -> Layout:
-        """Layout of the tokens behind the frozen ones."""
+    def trained(self) -> FlatLayout:
+        """FlatLayout of the tokens behind the frozen ones."""
         return self.layout.longer(-self.num_frozen_tokens)
 
     @abstractmethod
@@ -184,7 +184,7 @@ class Encoder(nn.Module, ABC):
     def _new_numbers(self, count: int) -> Tensor:
         """Numbers of ``embedding`` for new tokens, drawn as for a new encoder."""
 
-    def _set_layout(self, layout: Layout) -> None:
+    def _set_layout(self, layout: FlatLayout) -> None:
         """Takes another length; ``embedding`` follows at once."""
         self.layout = layout
 

@@ -24,7 +24,7 @@ class DirectEncoder(Encoder):
         options: the other arguments of :class:`Encoder`.
 
     Attributes:
-        embedding: the trained tokens: [P, width] in the layout of :mod:`fastprefix.encoders.flat`;
+        embedding: the trained tokens: [P, width] in the layout of :mod:`fastprefix.kv.flat`;
             where layers have different lengths only what they use of it, row after row.
     """
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fastprefix.arguments import refuses_unknown_arguments
-from fastprefix.encoders.flat import Layout
 from fastprefix.kv import PrefixKV
+from fastprefix.kv.flat import FlatLayout
 
 Resize = Literal["pad", "repeat", "resample"]
 
 
 @refuses_unknown_arguments
-def orthogonal(layout: Layout, std: float) -> Tensor:
+def orthogonal(layout: FlatLayout, std: float) -> Tensor:
     """Random prefix whose virtual tokens are orthogonal in every layer, keys and values apart.
 
     By QR of a normal matrix [P, Hkv · D], whose rows are the tokens. Where there are more tokens
@@ -65,7 +65,7 @@ def resize(
     """
     if method not in get_args(Resize):
         raise ValueError(f"method: got {method!r}, takes one of {get_args(Resize)}")
-    layout = Layout.make(kv.shapes, lengths)
+    layout = FlatLayout.make(kv.shapes, lengths)
 
     def change(tensor: Tensor, length: int) -> Tensor:
         P = tensor.shape[1]

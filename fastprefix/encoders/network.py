@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders.base import Encoder
-from fastprefix.encoders.flat import Layout
 from fastprefix.kv import LayerShape
+from fastprefix.kv.flat import FlatLayout
 
 _SAMPLES = 256
 
@@ -92,7 +92,7 @@ class NetworkEncoder(Encoder):
     def _new_numbers(self, count: int) -> Tensor:
         return torch.randn(count)
 
-    def _set_layout(self, layout: Layout) -> None:
+    def _set_layout(self, layout: FlatLayout) -> None:
         more = layout.num_virtual_tokens - self.layout.num_virtual_tokens
         self.start = nn.functional.pad(self.start, (0, 0, 0, more))
         super()._set_layout(layout)

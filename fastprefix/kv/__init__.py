@@ -3,6 +3,7 @@
 from fastprefix.kv.arithmetic import concatenate, interpolate, orthogonality_penalty
 from fastprefix.kv.bank import PrefixBank
 from fastprefix.kv.budget import Eviction, KVBudget, KVBudgetError, KVPlan, plan_kv_bytes
+from fastprefix.kv.flat import FlatLayout, flat_width, to_flat, to_prefix_kv
 from fastprefix.kv.packed import PackedPrefixKV
 from fastprefix.kv.prefix import Group, LayerShape, PrefixKV
 from fastprefix.kv.reweighting import Reweighting
@@ -10,6 +11,7 @@ from fastprefix.kv.states import LayerState
 
 __all__ = [
     "Eviction",
+    "FlatLayout",
     "Group",
     "KVBudget",
     "KVBudgetError",
@@ -21,7 +23,10 @@ __all__ = [
     "PrefixKV",
     "Reweighting",
     "concatenate",
+    "flat_width",
     "interpolate",
     "orthogonality_penalty",
     "plan_kv_bytes",
+    "to_flat",
+    "to_prefix_kv",
 ]

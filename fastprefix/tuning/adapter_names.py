@@ -7,7 +7,7 @@ from collections.abc import Collection
 from torch import nn
 
 from fastprefix.arguments import check_type
-from fastprefix.hf.peft_base import BASE_FOLDER
+from fastprefix.tuning.peft_base import BASE_FOLDER
 
 DEFAULT = "default"
 # What trl's trainers call the adapter that holds the policy as it was before they train it.

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.files import opened, read_safetensors, reason
-from fastprefix.hf.hub import Source
-from fastprefix.hf.peft_files import CONFIG_FILE, decoded, encoded
+from fastprefix.formats.peft_files import CONFIG_FILE, decoded, encoded
+from fastprefix.formats.source import Source
 
 _Config = TypeVar("_Config")
 _Model = TypeVar("_Model", bound=nn.Module)

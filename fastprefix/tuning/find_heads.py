@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastprefix.hf.peft_base import has_base_adapters, is_adapted
+from fastprefix.tuning.peft_base import has_base_adapters, is_adapted
 
 # What PEFT trains beside a prompt by default: the layer on top, which is new with every task.
 _HEADS = {

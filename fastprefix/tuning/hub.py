@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastprefix.files import written_whole
-from fastprefix.hf.hub import Source
-from fastprefix.hf.peft_files import CONFIG_FILE
+from fastprefix.formats.peft_files import CONFIG_FILE
+from fastprefix.formats.source import Source
 
 if TYPE_CHECKING:
     from fastprefix.tuning.tuned_model import TunedModel

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.arguments import shown
-from fastprefix.encoders import Layout, orthogonal, resize
+from fastprefix.encoders import orthogonal, resize
+from fastprefix.formats.peft_prefixes import load_adapter
 from fastprefix.hf.patch.patch import patch_of
-from fastprefix.hf.peft_format import load_adapter
 from fastprefix.hf.prefill.recorded import embedding_keys_values, text_keys_values
-from fastprefix.kv import Group, PrefixKV
+from fastprefix.kv import FlatLayout, Group, PrefixKV
 from fastprefix.tuning.configs.prefix_config import PrefixConfig
 from fastprefix.tuning.configs.prompt_config import PromptConfig
 
@@ -61,7 +61,7 @@ def initial_prefix(
     config: PrefixConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    layout: Layout,
+    layout: FlatLayout,
 ) -> Tensor | None:
     """The prefix [P, width] that training starts from; None for the encoder's own random start.
 
@@ -95,7 +95,7 @@ def initial_prefix(
 
 
 def _load(
-    config: PrefixConfig, layout: Layout, groups: Sequence[Group], sources: Sequence[int]
+    config: PrefixConfig, layout: FlatLayout, groups: Sequence[Group], sources: Sequence[int]
 ) -> PrefixKV:
     """Reads the prefix that init_prefix names."""
     assert config.init_prefix is not None

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.encoders import Encoder, HeadNumbers, Layout, build_encoder, slot_lengths
+from fastprefix.encoders import Encoder, HeadNumbers, build_encoder, slot_lengths
 from fastprefix.hf.devices import device_of
 from fastprefix.hf.patch.patch import patch_of
-from fastprefix.kv import Group
+from fastprefix.kv import FlatLayout, Group
 from fastprefix.tuning.configs.prefix_config import PrefixConfig
 from fastprefix.tuning.configs.prompt_config import PromptConfig
 from fastprefix.tuning.initial_values import embedding_weight, initial_ids, initial_prefix
@@ -38,7 +38,7 @@ def new_prefix_encoder(
     if offset is None and config.gated:
         offset = 0  # the text keeps its positions, so that a gate of 0 is the bare model
     lengths = slot_lengths(len(shapes), P, layers, config.layer_lengths)
-    start = initial_prefix(config, model, tokenizer, Layout.make(shapes, lengths))
+    start = initial_prefix(config, model, tokenizer, FlatLayout.make(shapes, lengths))
     encoder = build_encoder(
         shapes,
         lengths,

@@ -16,14 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders import Encoder, evaluating
+from fastprefix.formats.peft_prefixes import PREFIX_KINDS, Adapter, load_adapter, save_adapter
+from fastprefix.formats.source import Source
 from fastprefix.hf.checking.check_prefix import check_prefix
-from fastprefix.hf.hub import Source
 from fastprefix.hf.patch.activation import activate
 from fastprefix.hf.patch.patch import is_patched, patch_of
 from fastprefix.hf.patch.patching import Fallback, patch_model, patched, unpatch_model, use_prefix
 from fastprefix.hf.patch.threads import wanting_none
-from fastprefix.hf.peft_base import unwrap
-from fastprefix.hf.peft_format import PREFIX_KINDS, Adapter, load_adapter, save_adapter
 from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
 from fastprefix.tuning import hub
@@ -34,6 +33,7 @@ from fastprefix.tuning.configs.tuning_config import PeftConfigLike, TuningConfig
 from fastprefix.tuning.find_heads import check_saved_heads, find_heads, saved_head_names
 from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_misspelt_option
 from fastprefix.tuning.new_encoders import new_prefix_encoder
+from fastprefix.tuning.peft_base import unwrap
 from fastprefix.tuning.saved_adapters import SavedAdapters
 
 if TYPE_CHECKING:

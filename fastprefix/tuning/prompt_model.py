@@ -13,12 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.arguments import check_type, methods_refuse_unknown_arguments
 from fastprefix.encoders import evaluating
-from fastprefix.hf.hub import Source
+from fastprefix.formats.peft_prompts import INFIX_KIND, Prompt, load_prompt, save_prompt
+from fastprefix.formats.source import Source
 from fastprefix.hf.patch.patching import use_prefix
 from fastprefix.hf.patch.probe import UnsupportedModelError
 from fastprefix.hf.patch.threads import wanting_none
-from fastprefix.hf.peft_base import unwrap
-from fastprefix.hf.peft_prompts import INFIX_KIND, Prompt, load_prompt, save_prompt
 from fastprefix.hf.prefill.prompts import prefill_embeddings
 from fastprefix.kv import PrefixKV
 from fastprefix.tuning.adapter_names import DEFAULT
@@ -30,6 +29,7 @@ from fastprefix.tuning.generate_arguments import arguments_by_name, count_new_to
 from fastprefix.tuning.initial_values import embedding_weight
 from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_misspelt_option
 from fastprefix.tuning.new_encoders import new_prompt_encoder
+from fastprefix.tuning.peft_base import unwrap
 from fastprefix.tuning.prompt_encoder import PromptEncoder
 from fastprefix.tuning.prompt_inputs import (
     check_text,

@@ -14,15 +14,7 @@ from transformers import PreTrainedModel
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.files import written_together
-from fastprefix.hf.hub import Source
-from fastprefix.hf.peft_base import (
-    check_base_adapter,
-    find_base_adapter,
-    is_base_adapter,
-    load_base_adapter,
-    save_base_adapter,
-    unwrap,
-)
+from fastprefix.formats.source import Source
 from fastprefix.tuning import hub
 from fastprefix.tuning.adapter_names import DEFAULT
 from fastprefix.tuning.checkpoint import (
@@ -36,6 +28,14 @@ from fastprefix.tuning.checkpoint import (
 from fastprefix.tuning.configs.accepted import agreed
 from fastprefix.tuning.configs.tuning_config import PeftConfigLike, TuningConfig
 from fastprefix.tuning.named_adapters import NamedAdapters
+from fastprefix.tuning.peft_base import (
+    check_base_adapter,
+    find_base_adapter,
+    is_base_adapter,
+    load_base_adapter,
+    save_base_adapter,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -62,9 +62,10 @@ class SavedAdapters(NamedAdapters):
         """Writes the adapters and their heads in PEFT's format.
 
         A network that computes a prefix or prompt is not written, as in PEFT. PEFT's format cannot
-        hold everything: an infix is one example, :mod:`fastprefix.hf.peft_format` lists the others.
-        Such an adapter gets a peft_type of ours. PEFT refuses it, and :meth:`from_pretrained` reads
-        it. A warning says where PEFT would compute something else with an adapter for long texts.
+        hold everything. An infix is one example; :mod:`fastprefix.formats.peft_prefixes` lists the
+        others. Such an adapter gets a peft_type of ours. PEFT refuses it, and
+        :meth:`from_pretrained` reads it. A warning says where PEFT would compute something else
+        with an adapter for long texts.
 
         The adapter "default" goes into the folder itself, any other into a sub-folder of its name.
         An adapter inside the base is written into the sub-folder "base_model" of each. All files of
@@ -84,8 +85,8 @@ class SavedAdapters(NamedAdapters):
         Raises:
             OSError: the files cannot be written.
             ValueError: there is no adapter of a name, or save_directory is a file; see also
-                :func:`fastprefix.hf.peft_format.save_adapter` and
-                :func:`fastprefix.hf.peft_base.check_base_adapter`.
+                :func:`fastprefix.formats.peft_prefixes.save_adapter` and
+                :func:`fastprefix.tuning.peft_base.check_base_adapter`.
         """
         if not isinstance(safe_serialization, bool):  # selected_adapters was once the second one
             safe_serialization, selected_adapters = True, safe_serialization

@@ -13,11 +13,11 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from fastprefix.arguments import check_type, methods_refuse_unknown_arguments
 from fastprefix.hf import pipelines
-from fastprefix.hf.peft_base import freeze
 from fastprefix.tuning import hub
 from fastprefix.tuning.checkpoint import described, hold_only_what_is_trained
 from fastprefix.tuning.configs.tuning_config import TuningConfig
 from fastprefix.tuning.misspelt import forward_inputs
+from fastprefix.tuning.peft_base import freeze
 from fastprefix.tuning.trainer_contract import TrainerContract
 
 # Methods of the base that would run or save it without what is trained here.

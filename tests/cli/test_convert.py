@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from fastprefix import PrefixKV, PromptConfig, PromptTuningModel, use_prefix
 from fastprefix.cli.app import app
 from fastprefix.cli.console import console
-from fastprefix.hf.peft_format import save_adapter
-from fastprefix.hf.peft_prompts import save_prompt
+from fastprefix.formats.peft_prefixes import save_adapter
+from fastprefix.formats.peft_prompts import save_prompt
 from fastprefix.kv import LayerShape
 
 P = 4

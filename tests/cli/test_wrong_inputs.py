@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from fastprefix import PrefixKV
 from fastprefix.cli import app as commands
 from fastprefix.cli.app import app
-from fastprefix.hf.peft_format import save_adapter
+from fastprefix.formats.peft_prefixes import save_adapter
 
 
 def run(*arguments: str) -> Result:

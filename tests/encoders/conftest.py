@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastprefix.encoders import Layout, build_encoder
-from fastprefix.kv import LayerShape
+from fastprefix.encoders import build_encoder
+from fastprefix.kv import FlatLayout, LayerShape
 
 KINDS = {
     "direct": {},
@@ -45,7 +45,7 @@ def shapes(kind):
 
 @pytest.fixture
 def layout(shapes, lengths):
-    return Layout(shapes, lengths)
+    return FlatLayout(shapes, lengths)
 
 
 @pytest.fixture

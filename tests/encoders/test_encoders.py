@@ -3,16 +3,8 @@
 import pytest
 import torch
 
-from fastprefix.encoders import (
-    DirectEncoder,
-    LSTMEncoder,
-    MLPEncoder,
-    SharedEncoder,
-    build_encoder,
-    flat_width,
-    to_flat,
-)
-from fastprefix.kv import LayerShape
+from fastprefix.encoders import DirectEncoder, LSTMEncoder, MLPEncoder, SharedEncoder, build_encoder
+from fastprefix.kv import LayerShape, flat_width, to_flat
 
 SHAPES = (LayerShape(2, 4, 4), LayerShape(1, 6, 2))
 P = 5

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastprefix import PrefixKV
-from fastprefix.encoders import Layout, orthogonal, resize
-from fastprefix.kv import LayerShape
+from fastprefix.encoders import orthogonal, resize
+from fastprefix.kv import FlatLayout, LayerShape
 
 
 def kv_of(lengths, seed=0):
@@ -16,7 +16,7 @@ def kv_of(lengths, seed=0):
 
 
 def test_orthogonal_tokens_in_every_layer():
-    layout = Layout((LayerShape(2, 8, 8), LayerShape(2, 8, 6), LayerShape(1, 4, 4)), (7, 3, 0))
+    layout = FlatLayout((LayerShape(2, 8, 8), LayerShape(2, 8, 6), LayerShape(1, 4, 4)), (7, 3, 0))
     kv = layout.to_prefix_kv(orthogonal(layout, 0.5))
     for tensor, length in ((kv.keys[0], 7), (kv.values[0], 7), (kv.keys[1], 3), (kv.values[1], 3)):
         tokens = tensor.transpose(0, 1).flatten(1)
@@ -25,7 +25,7 @@ def test_orthogonal_tokens_in_every_layer():
 
 
 def test_more_tokens_than_numbers_have_orthogonal_columns():
-    layout = Layout.make((LayerShape(1, 4, 4),), 9)
+    layout = FlatLayout.make((LayerShape(1, 4, 4),), 9)
     key = layout.to_prefix_kv(orthogonal(layout, 0.5)).keys[0][0]
     torch.testing.assert_close(key.T @ key, 0.25 * 9 * torch.eye(4))
     assert key.square().mean().sqrt().item() == pytest.approx(0.5)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastprefix import PrefixConfig, PrefixTuningModel, patch_model
+from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
 from fastprefix.hf import patch_of
-from fastprefix.hf.peft_format import load_adapter, save_adapter
 
 P = 5
 # one number and size of heads in all layers: PEFT's format holds no others

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel
-from fastprefix.hf.peft_format import load_adapter, save_adapter
+from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
 
 P = 6
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from fastprefix import PrefixConfig, PrefixTuningModel
-from fastprefix.encoders import to_flat
+from fastprefix.kv import to_flat
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 ROWS = ["default", None, "b", "default"]

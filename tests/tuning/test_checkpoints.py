@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
+from fastprefix.formats.peft_files import decoded, encoded
 from fastprefix.hf.patch.patch import is_patched
-from fastprefix.hf.peft_files import decoded, encoded
 from fastprefix.tuning.callbacks import ProgressiveLength
 
 P = 4

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastprefix.hf.peft_format import load_adapter, save_adapter
-from fastprefix.hf.peft_prompts import load_prompt, save_prompt
+from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
+from fastprefix.formats.peft_prompts import load_prompt, save_prompt
 from fastprefix.kv import PrefixKV, Reweighting
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

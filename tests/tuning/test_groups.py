@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, patch_model, use_prefix
+from fastprefix.formats.peft_prefixes import load_adapter
 from fastprefix.hf import patch_of
-from fastprefix.hf.peft_format import load_adapter
 
 GROUPS = [None, ("encoder",), ("decoder",), ("cross",), ("encoder", "cross")]
 

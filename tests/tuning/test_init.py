@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel
-from fastprefix.encoders import resize, to_flat
+from fastprefix.encoders import resize
+from fastprefix.kv import to_flat
 
 
 class Letters:

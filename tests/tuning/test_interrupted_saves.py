@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fastprefix import PrefixConfig, PrefixKV, PrefixTrainer, PrefixTuningModel
 from fastprefix.cli.convert import run_conversion
-from fastprefix.hf.peft_format import load_adapter, save_adapter
+from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
 from fastprefix.tuning.trainer import PrefixTrainingArguments
 
 # How far apart the moments of the kills are, where there are many.

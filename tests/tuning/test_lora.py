@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from fastprefix import PrefixConfig, PrefixTuningModel, unpatch_model
-from fastprefix.hf.peft_base import find_base_adapter
+from fastprefix.tuning.peft_base import find_base_adapter
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 P = 5

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastprefix import PrefixConfig, PrefixTuningModel
-from fastprefix.encoders import to_flat
+from fastprefix.kv import to_flat
 
 P = 6
 CLOSE = {"rtol": 0, "atol": 1e-5}

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel
-from fastprefix.encoders import to_flat
-from fastprefix.hf.peft_format import load_adapter, save_adapter
+from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
+from fastprefix.kv import to_flat
 
 P = 4
 CLOSE = {"rtol": 0, "atol": 2e-5}

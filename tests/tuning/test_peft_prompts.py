@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from fastprefix import PromptConfig, PromptTuningModel
-from fastprefix.hf.peft_prompts import load_prompt, save_prompt
+from fastprefix.formats.peft_prompts import load_prompt, save_prompt
 
 P = 4
 CLOSE = {"rtol": 0, "atol": 2e-5}

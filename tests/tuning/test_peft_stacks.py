@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from fastprefix import PrefixConfig, PrefixTuningModel
-from fastprefix.hf.peft_format import load_adapter
+from fastprefix.formats.peft_prefixes import load_adapter
 
 P = 4
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from transformers import AutoTokenizer
 
-from fastprefix.hf.hub import Source
+from fastprefix.formats.source import Source
 from fastprefix.tuning.configs.prefix_config import PrefixConfig
 from fastprefix.tuning.configs.prompt_config import PromptConfig
 from fastprefix.tuning.configs.tuning_config import PeftConfigLike, TuningConfig, enum_value

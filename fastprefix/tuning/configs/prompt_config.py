@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from fastprefix.arguments import check_number, methods_refuse_unknown_arguments
-from fastprefix.hf.peft_prompts import INFIX_KIND
+from fastprefix.formats.peft_prompts import INFIX_KIND
 from fastprefix.tuning.configs.tuning_config import TuningConfig
 
 Init = Literal["random", "text", "vocab"]

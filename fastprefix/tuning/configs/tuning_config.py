@@ -14,8 +14,8 @@ from fastprefix.arguments import (
     methods_refuse_unknown_arguments,
 )
 from fastprefix.files import json_text, written_whole
-from fastprefix.hf.hub import Source
-from fastprefix.hf.peft_files import CONFIG_FILE, read_about, read_config
+from fastprefix.formats.peft_files import CONFIG_FILE, read_about, read_config
+from fastprefix.formats.source import Source
 
 if TYPE_CHECKING:
     from typing_extensions import Self

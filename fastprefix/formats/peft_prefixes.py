@@ -20,10 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix.encoders.flat import to_flat, to_prefix_kv
 from fastprefix.files import written_together
-from fastprefix.hf.hub import Source
-from fastprefix.hf.peft_files import (
+from fastprefix.formats.peft_files import (
     AdapterFiles,
     find,
     read_adapter,
@@ -31,7 +29,9 @@ from fastprefix.hf.peft_files import (
     read_heads,
     write_adapter,
 )
+from fastprefix.formats.source import Source
 from fastprefix.kv import Group, LayerShape, PrefixKV
+from fastprefix.kv.flat import to_flat, to_prefix_kv
 
 PREFIX_KINDS = ("PREFIX_TUNING", "CARTRIDGE")
 OWN_KIND = "FASTPREFIX_KV"
@@ -117,7 +117,7 @@ def save_adapter(
         heads: see :class:`Adapter`.
         groups: which part of the model each layer belongs to; one stack if None.
         sources: see :class:`fastprefix.hf.patch.patch.Patch`; each layer's own if None.
-        safe_serialization: see :func:`fastprefix.hf.peft_files.write_adapter`.
+        safe_serialization: see :func:`fastprefix.formats.peft_files.write_adapter`.
 
     Raises:
         OSError: it cannot be written.

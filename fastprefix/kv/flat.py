@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
-from fastprefix.kv import LayerShape, PrefixKV
+from fastprefix.kv.prefix import LayerShape, PrefixKV
 
 
 @methods_refuse_unknown_arguments
 @dataclass(frozen=True)
-class Layout:
+class FlatLayout:
     """Where the numbers of a prefix lie in its flat matrix.
 
     Attributes:
@@ -47,7 +47,7 @@ class Layout:
             )
 
     @classmethod
-    def make(cls, shapes: Sequence[LayerShape], lengths: int | Sequence[int]) -> Layout:
+    def make(cls, shapes: Sequence[LayerShape], lengths: int | Sequence[int]) -> FlatLayout:
         """One length for all layers, or one for each."""
         if isinstance(lengths, int):
             lengths = (lengths,) * len(shapes)
@@ -84,10 +84,10 @@ class Layout:
         pairs = zip(self.shapes, self.lengths, strict=True)
         return sum(shape.width * length for shape, length in pairs)
 
-    def longer(self, num_tokens: int) -> Layout:
+    def longer(self, num_tokens: int) -> FlatLayout:
         """With so many more tokens (fewer if negative) wherever there is a prefix."""
         lengths = tuple(length + num_tokens if length else 0 for length in self.lengths)
-        return Layout(self.shapes, lengths)
+        return FlatLayout(self.shapes, lengths)
 
     def used(self) -> Tensor:
         """[P, width] bool: True where the flat matrix holds a number of the prefix."""
@@ -127,7 +127,7 @@ class Layout:
         Raises:
             ValueError: kv has other layers or lengths.
         """
-        got = Layout(kv.shapes, tuple(key.shape[1] for key in kv.keys))
+        got = FlatLayout(kv.shapes, tuple(key.shape[1] for key in kv.keys))
         if got != self:
             raise ValueError(
                 f"kv: got layers of {list(got.lengths)} tokens and shapes {list(set(got.shapes))}, "
@@ -165,7 +165,7 @@ def to_prefix_kv(
         raise ValueError(
             f"flat: got shape {list(flat.shape)}, takes [P, {flat_width(shapes)}] for these layers"
         )
-    return Layout.make(shapes, flat.shape[0]).to_prefix_kv(flat, position_offset)
+    return FlatLayout.make(shapes, flat.shape[0]).to_prefix_kv(flat, position_offset)
 
 
 @refuses_unknown_arguments
@@ -179,4 +179,4 @@ def to_flat(kv: PrefixKV) -> Tensor:
     P = kv.num_virtual_tokens
     if any(key.shape[1] != P for key in kv.keys):
         raise ValueError("kv: got layers of different prefix lengths, takes one length for all")
-    return Layout.make(kv.shapes, P).to_flat(kv)
+    return FlatLayout.make(kv.shapes, P).to_flat(kv)

@@ -3,8 +3,8 @@
 The weights are adapter_model.safetensors or, as PEFT writes with ``safe_serialization=False``,
 adapter_model.bin, of which nothing but tensors is ever unpickled.
 
-What the tensors mean is told by :mod:`fastprefix.hf.peft_format` and
-:mod:`fastprefix.hf.peft_prompts`; here they are named tensors beside a configuration.
+What the tensors mean is told by :mod:`fastprefix.formats.peft_prefixes` and
+:mod:`fastprefix.formats.peft_prompts`; here they are named tensors beside a configuration.
 
 Our weights hold a sha256 of themselves (:mod:`fastprefix.files`) and the configuration that they
 were saved with, so that a damaged file, or a configuration of another saving, is refused. PEFT's
@@ -36,7 +36,7 @@ from fastprefix.files import (
     written_together,
     written_whole,
 )
-from fastprefix.hf.hub import Source, source
+from fastprefix.formats.source import Source, source
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

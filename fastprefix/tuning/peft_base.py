@@ -22,8 +22,7 @@ from fastprefix.files import (
     write_safetensors,
     written_together,
 )
-from fastprefix.hf.hub import Source, source
-from fastprefix.hf.peft_files import (
+from fastprefix.formats.peft_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     agreed,
@@ -31,6 +30,7 @@ from fastprefix.hf.peft_files import (
     saved_with,
     told_in,
 )
+from fastprefix.formats.source import Source, source
 
 BASE_FOLDER = "base_model"
 _PREFIX = "base_model.model."  # of PEFT's names, which count from its wrapper

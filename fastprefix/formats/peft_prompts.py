@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastprefix.hf.hub import Source
-from fastprefix.hf.peft_files import read_adapter, write_adapter
+from fastprefix.formats.peft_files import read_adapter, write_adapter
+from fastprefix.formats.source import Source
 
 PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING")
 # Put behind the text, a prompt is nothing that PEFT knows: it refuses the kind.
@@ -53,7 +53,7 @@ def save_prompt(
         config: further fields of PEFT's configuration (task_type, base_model_name_or_path).
         kind: "PROMPT_TUNING", "P_TUNING", or "FASTPREFIX_INFIX", which ours alone can load.
         heads: see :class:`Prompt`.
-        safe_serialization: see :func:`fastprefix.hf.peft_files.write_adapter`.
+        safe_serialization: see :func:`fastprefix.formats.peft_files.write_adapter`.
 
     Raises:
         OSError: it cannot be written.

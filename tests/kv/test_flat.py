@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fastprefix import PrefixKV
-from fastprefix.encoders import flat_width, to_flat, to_prefix_kv
-from fastprefix.kv import LayerShape
+from fastprefix.kv import LayerShape, flat_width, to_flat, to_prefix_kv
 
 SAME = (LayerShape(2, 16, 16),) * 3
 MIXED = (LayerShape(2, 16, 16), LayerShape(4, 8, 24), LayerShape(1, 32, 8))

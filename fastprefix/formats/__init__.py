@@ -1,0 +1,1 @@
+"""Files of adapters: ours and PEFT's, in a folder or on the hub."""
