@@ -7,8 +7,9 @@ waits for anything; programs past the end of a table's real rows find -1 there a
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
+
+import triton
 
 
 def boundaries(lengths: Tensor) -> Tensor:
