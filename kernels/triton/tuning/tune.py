@@ -1,12 +1,12 @@
 """Tiles chosen by timing, on the GPU at hand.
 
-The tables of :mod:`~fastprefix.kernels.tilings` were chosen by static figures, without a GPU. Here each pass is timed
-with the tile of its row and, from the best so far, with the tiles beside it (half or twice the
-rows, the keys, the warps, one stage less or more) until none of them is faster. What is found is
-kept on disk (:mod:`.store`) and used from the next process on.
+The tables of :mod:`~fastprefix.kernels.tilings` were chosen by static figures, without a GPU. Here
+each pass is timed with the tile of its row. Then the tiles beside the best so far are timed (half
+or twice the rows, the keys, the warps, one stage less or more) until none of them is faster. The
+winner is kept on disk (:mod:`.store`) and used from the next process on.
 
-A tile whose results differ from those of the table's by more than rounding is never taken, nor one
-with which a call with padding, a window, a cap, sinks and a bias does not run. Calls whose tiles
+A tile is never taken if its results differ from those of the table's tile by more than rounding,
+or if a call with padding, a window, a cap, sinks and a bias does not run with it. Calls whose tiles
 are halved (additive masks, dropout) keep the table's.
 """
 
