@@ -1,0 +1,238 @@
+"""The options of a call of the operator, each declared once.
+
+:class:`Options` is the table: a field's name, type and default, and in its :class:`Option` what the
+operator and its backends need to know. Everything that lists the options is derived from it: the
+signature of the registered op, the features that backends are asked for, which options may need a
+gradient, which ones the backends read as int32. So an option is added here, and then where it has
+a meaning of its own: the public function, its check, the backends that can do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import is_
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+
+def _always(value: Any) -> bool:
+    return True
+
+
+class Feature(NamedTuple):
+    """Something that a backend may or may not be able to do.
+
+    Attributes:
+        name: as messages and the table of :mod:`fastprefix.attention.selection` write it.
+        asked: whether a value of an option asks for it; called only for options in use.
+    """
+
+    name: str
+    asked: Callable[[Any], bool] = _always
+
+
+class Option(NamedTuple):
+    """What an option is, besides its name, its type and its default.
+
+    Attributes:
+        doc: its shape, if it is a tensor, and its meaning, as the backends get it.
+        features: what it may ask a backend for. An option without features is one that every
+            backend can do.
+        gradient: the fused backends compute its gradient.
+        integers: a tensor of int32 or int64 integers, which the backends get as int32. Its values
+            are checked too, where they can be read without waiting for a device.
+        argument: an argument of :func:`fastprefix.prefix_attention`. The others are made by the
+            operator.
+    """
+
+    doc: str
+    features: tuple[Feature, ...] = ()
+    gradient: bool = False
+    integers: bool = False
+    argument: bool = True
+
+
+def _one_dimension(x: Tensor) -> bool:
+    return x.dim() == 1
+
+
+def _three_dimensions(x: Tensor) -> bool:
+    return x.dim() == 3
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _wants_gradient_by_column(x: Tensor) -> bool:
+    return x.dim() == 3 and _wants_gradient(x)
+
+
+_PACKED_PREFIXES = (Feature("packed prefixes"),)
+
+
+class Options(NamedTuple):
+    """All that a call asks for, besides query, key, value and the prefix.
+
+    One immutable value goes from the public function through the op to the kernels. The fields are
+    named like the arguments of :func:`fastprefix.prefix_attention`. An option that is None or False
+    is not used.
+
+    A launcher takes the five tensors and one ``Options``. It reads ``options.sinks`` and so on, and
+    keeps the value in its problem. To hand other values on, it uses ``_replace``::
+
+        options._replace(sinks=options.sinks.contiguous())
+
+    Whoever calls a launcher directly (tests, the offline compiler) writes
+    ``Options(is_causal=True, scale=0.125, **others)``: the constructor refuses unknown names.
+
+    ``help(Options)`` documents every field; the text comes from the table below.
+    """
+
+    is_causal: Annotated[
+        bool, Option("query i sees sequence keys 0 .. p_i, where p_i = i + Lk - Lq")
+    ]
+    scale: Annotated[float, Option("factor on the scores")]
+    key_padding_mask: Annotated[Tensor | None, Option("[B, Lk] bool, True = real token")] = None
+    sinks: Annotated[
+        Tensor | None,
+        Option(
+            "[Hq], the query's dtype or float32: a score for each head, without a value",
+            (Feature("sinks"),),
+            gradient=True,
+        ),
+    ] = None
+    prefix_bias: Annotated[
+        Tensor | None,
+        Option(
+            "[Hq], or [Hq, Lq, P] by packed column, the query's dtype or float32: added to the "
+            "scores of the prefix; -1e30 or less hides the key",
+            (
+                Feature("prefix_bias [Hq]", _one_dimension),
+                Feature("prefix_bias [Hq, Lq, P]", _three_dimensions),
+                Feature("prefix_bias 3D gradient", _wants_gradient_by_column),
+            ),
+            gradient=True,
+        ),
+    ] = None
+    attn_mask: Annotated[
+        Tensor | None,
+        Option(
+            "bool (True = attend) or additive (the query's dtype or float32), broadcastable to "
+            "[B, Hq, Lq, Lk]; for the sequence part only",
+            (Feature("attn_mask"), Feature("attn_mask gradient", _wants_gradient)),
+        ),
+    ] = None
+    prefix_index: Annotated[
+        Tensor | None,
+        Option(
+            "[B] int32 ([M] with cu_seqlens): which prefix a row attends to, -1 for none",
+            _PACKED_PREFIXES,
+            integers=True,
+        ),
+    ] = None
+    prefix_lengths: Annotated[
+        Tensor | None,
+        Option(
+            "[N] int32: lengths of the prefixes, which lie end to end along P",
+            _PACKED_PREFIXES,
+            integers=True,
+        ),
+    ] = None
+    cu_seqlens: Annotated[
+        Tensor | None,
+        Option(
+            "[M + 1] int32: offsets of M sequences, which lie end to end along Lq = Lk, with B = 1",
+            (Feature("cu_seqlens"),),
+            integers=True,
+        ),
+    ] = None
+    sliding_window: Annotated[
+        int | None,
+        Option(
+            "query i sees sequence keys j with |p_i - j| < sliding_window",
+            (Feature("sliding_window"),),
+        ),
+    ] = None
+    softcap: Annotated[
+        float | None,
+        Option(
+            "scores become softcap * tanh(score / softcap), before anything is added to them",
+            (Feature("softcap"),),
+        ),
+    ] = None
+    prefix_in_window: Annotated[
+        bool,
+        Option(
+            "the prefix slides out of the window as the same text would; padding does not count",
+            (Feature("prefix_in_window"),),
+        ),
+    ] = False
+    dropout_p: Annotated[
+        float | None,
+        Option("share of the weights that is dropped, above 0", (Feature("dropout_p"),)),
+    ] = None
+    dropout_seed: Annotated[
+        Tensor | None,
+        Option(
+            "[1] int64 on the query's device, the Philox key; given if and only if dropout_p is",
+            argument=False,
+        ),
+    ] = None
+    batch_invariant: Annotated[
+        bool,
+        Option(
+            "a sequence's output has the same bits whatever the other sequences are",
+            (Feature("batch_invariant"),),
+        ),
+    ] = False
+
+
+_TYPES = get_type_hints(Options, include_extras=True)
+# The records of the table by name, in the order of the fields.
+OPTIONS: dict[str, Option] = {name: get_args(hint)[1] for name, hint in _TYPES.items()}
+for _name, _option in OPTIONS.items():
+    getattr(Options, _name).__doc__ = _option.doc
+
+_OP_TYPES = {
+    bool: "bool",
+    float: "float",
+    float | None: "float?",
+    int | None: "SymInt?",
+    Tensor | None: "Tensor?",
+}
+# The fields as arguments of a registered op.
+SCHEMA = ", ".join(f"{_OP_TYPES[get_args(hint)[0]]} {name}" for name, hint in _TYPES.items())
+
+# The options whose gradients the fused backends compute, in the order in which they return them.
+GRADIENTS = tuple(name for name, option in OPTIONS.items() if option.gradient)
+# The options that the backends read as int32.
+INTEGERS = tuple(name for name, option in OPTIONS.items() if option.integers)
+# The options that are True or False.
+FLAGS = tuple(name for name, hint in _TYPES.items() if get_args(hint)[0] is bool)
+# The names of all features, each once.
+FEATURES = tuple(
+    dict.fromkeys(feature.name for option in OPTIONS.values() for feature in option.features)
+)
+
+# Where the options that have features begin, and their values where none of them is used.
+_FIRST = next(place for place, option in enumerate(OPTIONS.values()) if option.features)
+_UNUSED = tuple(Options._field_defaults[name] for name in Options._fields[_FIRST:])
+
+
+def asks_for_features(options: Options) -> bool:
+    """Whether any option that not every backend can do may be in use; every call asks this."""
+    return not all(map(is_, options[_FIRST:], _UNUSED))
+
+
+def features_of(options: Options) -> frozenset[str]:
+    """The names of the features that the options ask for."""
+    return frozenset(
+        feature.name
+        for value, option in zip(options, OPTIONS.values(), strict=True)
+        if value is not None and value is not False
+        for feature in option.features
+        if feature.asked(value)
+    )
