@@ -96,27 +96,6 @@ class Options(NamedTuple):
     ]
     scale: Annotated[float, Option("factor on the scores")]
     key_padding_mask: Annotated[Tensor | None, Option("[B, Lk] bool, True = real token")] = None
-    sinks: Annotated[
-        Tensor | None,
-        Option(
-            "[Hq], the query's dtype or float32: a score for each head, without a value",
-            (Feature("sinks"),),
-            gradient=True,
-        ),
-    ] = None
-    prefix_bias: Annotated[
-        Tensor | None,
-        Option(
-            "[Hq], or [Hq, Lq, P] by packed column, the query's dtype or float32: added to the "
-            "scores of the prefix; -1e30 or less hides the key",
-            (
-                Feature("prefix_bias [Hq]", _one_dimension),
-                Feature("prefix_bias [Hq, Lq, P]", _three_dimensions),
-                Feature("prefix_bias 3D gradient", _wants_gradient_by_column),
-            ),
-            gradient=True,
-        ),
-    ] = None
     attn_mask: Annotated[
         Tensor | None,
         Option(
@@ -156,13 +135,6 @@ class Options(NamedTuple):
             (Feature("sliding_window"),),
         ),
     ] = None
-    softcap: Annotated[
-        float | None,
-        Option(
-            "scores become softcap * tanh(score / softcap), before anything is added to them",
-            (Feature("softcap"),),
-        ),
-    ] = None
     prefix_in_window: Annotated[
         bool,
         Option(
@@ -170,6 +142,34 @@ class Options(NamedTuple):
             (Feature("prefix_in_window"),),
         ),
     ] = False
+    sinks: Annotated[
+        Tensor | None,
+        Option(
+            "[Hq], the query's dtype or float32: a score for each head, without a value",
+            (Feature("sinks"),),
+            gradient=True,
+        ),
+    ] = None
+    prefix_bias: Annotated[
+        Tensor | None,
+        Option(
+            "[Hq], or [Hq, Lq, P] by packed column, the query's dtype or float32: added to the "
+            "scores of the prefix; -1e30 or less hides the key",
+            (
+                Feature("prefix_bias [Hq]", _one_dimension),
+                Feature("prefix_bias [Hq, Lq, P]", _three_dimensions),
+                Feature("prefix_bias 3D gradient", _wants_gradient_by_column),
+            ),
+            gradient=True,
+        ),
+    ] = None
+    softcap: Annotated[
+        float | None,
+        Option(
+            "scores become softcap * tanh(score / softcap), before anything is added to them",
+            (Feature("softcap"),),
+        ),
+    ] = None
     dropout_p: Annotated[
         float | None,
         Option("share of the weights that is dropped, above 0", (Feature("dropout_p"),)),

@@ -82,10 +82,8 @@ NOT_YET: dict[str, set[str]] = {
         "fastprefix/attention/api.py prefix_attention",
         "fastprefix/attention/backends/composed/features.py backward",
         "fastprefix/attention/backends/reference.py _attend",
-        "kernels/triton/backward.py prefix_attention_backward",
         "kernels/triton/backward_dprefix.py dprefix_launches",
         "kernels/triton/offline/__main__.py main",
-        "kernels/triton/problem.py check",
     },
     "wide_functions": {
         "fastprefix/encoders/build.py build_encoder",

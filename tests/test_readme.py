@@ -223,7 +223,7 @@ def fresh(tmp_path_factory):
 def test_the_installed_kernels_are_found_in_the_root_and_elsewhere(fresh, tmp_path):
     code = (
         "import importlib.util as u, os, fastprefix.kernels as k; "
-        "print(k.prefix_attention_forward.__module__, os.path.realpath(k.__file__))"
+        "print(k.launch_forward.__module__, os.path.realpath(k.__file__))"
     )
     for cwd, inside in ((fresh.source, True), (tmp_path, False)):
         name, file = run([fresh.python, "-c", code], cwd).split("\n")[0].split()

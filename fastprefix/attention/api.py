@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastprefix.arguments import unknown_argument
 from fastprefix.attention import checks
-from fastprefix.attention.call import Options
-from fastprefix.attention.op import prefix_attention_forward
-from fastprefix.attention.selection import choose, features_of
+from fastprefix.attention.op import run_op
+from fastprefix.attention.selection import choose_backend
+from fastprefix.options import INTEGERS, Options, asks_for_features, features_of
 
 BackendName = Literal["auto", "reference", "composed", "triton"]
 
@@ -190,6 +190,8 @@ def prefix_attention(
             batch_invariant=batch_invariant,
             return_lse=return_lse,
         )
+        is_causal, prefix_in_window = bool(is_causal), bool(prefix_in_window)
+        batch_invariant = bool(batch_invariant)
     if is_causal:
         checks.check_causal(query, key)
     D, Dv = query.shape[-1], value.shape[-1]
@@ -197,43 +199,29 @@ def prefix_attention(
         scale = 1.0 / math.sqrt(D)
     else:
         checks.check_scale(scale)
-    if (
-        prefix_index is None
-        and prefix_lengths is None
-        and attn_mask is None
-        and cu_seqlens is None
-        and dropout_p == 0.0
-        and sliding_window is None
-        and not softcap
-        and sinks is None
-        and prefix_bias is None
-        and not prefix_in_window
-        and not batch_invariant
-    ):
-        options = Options(bool(is_causal), float(scale), key_padding_mask=key_padding_mask)
-        features = _ONLY_D_DV if Dv != D else _NONE
-    else:
-        options = Options(
-            is_causal=bool(is_causal),
-            scale=float(scale),
-            sinks=sinks,
-            prefix_bias=prefix_bias,
-            key_padding_mask=key_padding_mask,
-            attn_mask=attn_mask,
-            prefix_index=prefix_index,
-            prefix_lengths=prefix_lengths,
-            cu_seqlens=cu_seqlens,
-            sliding_window=sliding_window,
-            softcap=softcap or None,
-            prefix_in_window=bool(prefix_in_window),
-            dropout_p=dropout_p,
-            batch_invariant=bool(batch_invariant),
-        )
+    options = Options(
+        is_causal=is_causal,
+        scale=float(scale),
+        key_padding_mask=key_padding_mask,
+        attn_mask=attn_mask,
+        prefix_index=prefix_index,
+        prefix_lengths=prefix_lengths,
+        cu_seqlens=cu_seqlens,
+        sliding_window=sliding_window,
+        prefix_in_window=prefix_in_window,
+        sinks=sinks,
+        prefix_bias=prefix_bias,
+        softcap=softcap or None,
+        dropout_p=dropout_p or None,
+        batch_invariant=batch_invariant,
+    )
+    features = _ONLY_D_DV if Dv != D else _NONE
+    if asks_for_features(options):
         checks.check_options(options, query, key, prefix_key.shape[1], has_prefix)
-        features = features_of(options, D, Dv)
-        options = _on_device(options, query)
-    name, _ = choose(backend, query.device.type, query.dtype, features, max(D, Dv))
-    out, lse = prefix_attention_forward(query, key, value, prefix_key, prefix_value, options, name)
+        features |= features_of(options)
+        options = _as_backends_read(options, query)
+    name, _ = choose_backend(backend, query.device.type, query.dtype, features, max(D, Dv))
+    out, lse = run_op(query, key, value, prefix_key, prefix_value, options, name)
     return (out, lse.detach()) if return_lse else out
 
 
@@ -251,20 +239,14 @@ def _no_prefix(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return key.new_empty(Hkv, 0, key.shape[3]), value.new_empty(Hkv, 0, value.shape[3])
 
 
-def _on_device(options: Options, query: Tensor) -> Options:
-    """Integers as the kernels read them, and the seed of the dropout."""
-
-    def int32(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(torch.int32)
-
-    seed = None
-    if options.dropout_p > 0.0:
+def _as_backends_read(options: Options, query: Tensor) -> Options:
+    """The options with integers as int32, and with the seed of the dropout."""
+    changed: dict[str, Any] = {}
+    for name in INTEGERS:
+        if (x := getattr(options, name)) is not None:
+            changed[name] = x.to(torch.int32)
+    if options.dropout_p is not None:
+        changed["dropout_p"] = float(options.dropout_p)
         # from the default generator, so that checkpointing draws the same one again
-        seed = torch.randint(2**63 - 1, (1,), device=query.device)
-    return options._replace(
-        prefix_index=int32(options.prefix_index),
-        prefix_lengths=int32(options.prefix_lengths),
-        cu_seqlens=int32(options.cu_seqlens),
-        dropout_p=float(options.dropout_p),
-        dropout_seed=seed,
-    )
+        changed["dropout_seed"] = torch.randint(2**63 - 1, (1,), device=query.device)
+    return options._replace(**changed)

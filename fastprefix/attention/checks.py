@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.arguments import check_flag, check_number
-from fastprefix.attention.call import Options
+from fastprefix.options import Options
 
 
 def check_tensors(
@@ -242,10 +242,13 @@ def _check_numbers(options: Options, query: Tensor, key: Tensor) -> None:
         check_number("softcap", softcap)
     if softcap is not None and not (_is_finite(softcap) and softcap > 0.0):
         raise ValueError(f"softcap: got {softcap}, takes a finite number above 0, or None")
-    check_number("dropout_p", options.dropout_p)
-    if not 0.0 <= options.dropout_p < 1.0:
-        raise ValueError(f"dropout_p: got {options.dropout_p}, takes 0 <= dropout_p < 1")
-    if options.dropout_p and options.batch_invariant:
+    dropout_p = options.dropout_p
+    if dropout_p is None:
+        return
+    check_number("dropout_p", dropout_p)
+    if not 0.0 < dropout_p < 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p}, takes 0 <= dropout_p < 1")
+    if options.batch_invariant:
         raise ValueError("batch_invariant, dropout_p: got both, takes one of them")
 
 

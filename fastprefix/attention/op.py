@@ -4,7 +4,7 @@ Output and gradients of [B, H, L, D] tensors are laid out in memory as [B, L, H,
 which a model's projections produce and consume them.
 
 A registered op has a flat signature: five tensors, the fields of
-:class:`~fastprefix.attention.call.Options` in order, and the backend. They are packed and unpacked
+:class:`~fastprefix.options.Options` in order, and the backend. They are packed and unpacked
 here and nowhere else.
 """
 
@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from fastprefix.attention.backends import composed, reference, triton
-from fastprefix.attention.call import SCHEMA, Options
 from fastprefix.attention.transforms import SECOND, is_differentiated, refuse
+from fastprefix.options import GRADIENTS, SCHEMA, Options
 
-# What may need a gradient: the five tensors and two of the options.
-DIFFERENTIABLE = ("query", "key", "value", "prefix_key", "prefix_value", "sinks", "prefix_bias")
+# What may need a gradient: the five tensors and some of the options.
+DIFFERENTIABLE = ("query", "key", "value", "prefix_key", "prefix_value", *GRADIENTS)
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value"
-_SINKS, _BIAS = (5 + Options._fields.index(name) for name in DIFFERENTIABLE[5:])
+# Where DIFFERENTIABLE stand among the arguments of the op.
+_PLACES = (*range(5), *(5 + Options._fields.index(name) for name in GRADIENTS))
+_BIAS = 5 + Options._fields.index("prefix_bias")
 
 
-def prefix_attention_forward(
+def run_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -65,9 +67,13 @@ def _observed(tensors: tuple[Tensor, ...], options: Options) -> bool:
         or value.requires_grad
         or prefix_key.requires_grad
         or prefix_value.requires_grad
-        or (options.sinks is not None and options.sinks.requires_grad)
-        or (options.prefix_bias is not None and options.prefix_bias.requires_grad)
+        or any(x is not None and x.requires_grad for x in _learnable(options))
     )
+
+
+def _learnable(options: Options) -> list[Tensor | None]:
+    """The options that may need a gradient, in the order of :data:`GRADIENTS`."""
+    return [getattr(options, name) for name in GRADIENTS]
 
 
 def _run_forward(
@@ -101,7 +107,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     "fastprefix::prefix_attention_backward",
     mutates_args=(),
     schema=f"(Tensor grad_out, {_TENSORS}, Tensor out, Tensor lse, {SCHEMA}, str backend, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool[] needs) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
 )
 def prefix_attention_backward_op(*args: Any) -> tuple[Tensor, ...]:
     """The gradients of :data:`DIFFERENTIABLE`; an empty tensor for each that needs leaves out."""
@@ -120,7 +126,7 @@ def prefix_attention_backward_op(*args: Any) -> tuple[Tensor, ...]:
 @prefix_attention_backward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     options, needs = Options(*args[8:-2]), args[-1]
-    inputs = (*args[1:6], options.sinks, options.prefix_bias)
+    inputs = (*args[1:6], *_learnable(options))
     grads = []
     for x, need in zip(inputs, needs, strict=True):
         if not need or x is None:
@@ -161,14 +167,13 @@ def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | Non
         field if tensor is None else tensor
         for field, tensor in zip(ctx.fields, saved[7:], strict=True)
     ]
-    wanted = (*range(5), _SINKS, _BIAS)
-    needs = [ctx.needs_input_grad[place] for place in wanted]
+    needs = [ctx.needs_input_grad[place] for place in _PLACES]
     run: Any = prefix_attention_backward_op
     if is_differentiated(ctx.backend):
         from fastprefix.attention.differentiated import backward as run
     grads = run(grad_out, *tensors, *saved[5:7], *fields, ctx.backend, needs)
     result: list[Tensor | None] = [None] * (5 + len(fields) + 1)
-    for place, grad, need in zip(wanted, grads, needs, strict=True):
+    for place, grad, need in zip(_PLACES, grads, needs, strict=True):
         result[place] = grad if need else None
     return tuple(result)
 

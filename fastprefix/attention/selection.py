@@ -37,28 +37,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fastprefix.attention.call import Options
+from fastprefix import options
 
 _ALL = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 # What a call may need beyond the plain arguments, by the names that messages use.
-FEATURES: tuple[str, ...] = (
-    "attn_mask",
-    "attn_mask gradient",
-    "D != Dv",
-    "packed prefixes",
-    "cu_seqlens",
-    "sliding_window",
-    "prefix_in_window",
-    "sinks",
-    "prefix_bias [Hq]",
-    "prefix_bias [Hq, Lq, P]",
-    "prefix_bias 3D gradient",
-    "softcap",
-    "dropout_p",
-    "batch_invariant",
-)
-
+FEATURES: tuple[str, ...] = ("D != Dv", *options.FEATURES)
 
 # Gradients that are as large as the scores, which reference alone computes.
 LARGE_GRADIENTS = frozenset({"attn_mask gradient", "prefix_bias 3D gradient"})
@@ -100,31 +84,6 @@ BACKENDS: dict[str, Backend] = {
 AUTO: dict[str, tuple[str, ...]] = {"cpu": ("composed", "reference"), "cuda": ("triton",)}
 
 
-def features_of(options: Options, head_size: int, value_head_size: int) -> frozenset[str]:
-    """The features that a call needs."""
-    mask, bias = options.attn_mask, options.prefix_bias
-    learns = torch.is_grad_enabled()
-    needed = {
-        "attn_mask": mask is not None,
-        "attn_mask gradient": learns and mask is not None and mask.requires_grad,
-        "D != Dv": head_size != value_head_size,
-        "packed prefixes": options.prefix_lengths is not None,
-        "cu_seqlens": options.cu_seqlens is not None,
-        "sliding_window": options.sliding_window is not None,
-        "prefix_in_window": options.prefix_in_window,
-        "sinks": options.sinks is not None,
-        "prefix_bias [Hq]": bias is not None and bias.dim() == 1,
-        "prefix_bias [Hq, Lq, P]": bias is not None and bias.dim() == 3,
-        "prefix_bias 3D gradient": (
-            learns and bias is not None and bias.dim() == 3 and bias.requires_grad
-        ),
-        "softcap": options.softcap is not None,
-        "dropout_p": options.dropout_p > 0.0,
-        "batch_invariant": options.batch_invariant,
-    }
-    return frozenset(name for name, need in needed.items() if need)
-
-
 def triton_installed() -> bool:
     """Whether Triton can be imported, without importing it."""
     return importlib.util.find_spec("triton") is not None
@@ -161,7 +120,7 @@ def refusal(
     return None
 
 
-def choose(
+def choose_backend(
     requested: str, device: str, dtype: torch.dtype, features: frozenset[str], head_size: int
 ) -> tuple[str, str]:
     """The backend that runs, and why.

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from fastprefix import __version__
-from fastprefix.attention.selection import AUTO, BACKENDS, FEATURES, choose, refusal
+from fastprefix.attention.selection import AUTO, BACKENDS, FEATURES, choose_backend, refusal
 from fastprefix.cli.console import console
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +32,7 @@ def show_info(backends: bool = False) -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     table.add_row("device", f"{device} ({name}, {torch.get_num_threads()} threads)")
     try:
-        chosen, reason = choose("auto", device, torch.float32, frozenset(), 64)
+        chosen, reason = choose_backend("auto", device, torch.float32, frozenset(), 64)
         table.add_row("backend", f"[bold]{chosen}[/]: {reason}")
     except RuntimeError as error:
         table.add_row("backend", f"[red]none[/]: {error}")

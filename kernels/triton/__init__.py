@@ -5,12 +5,12 @@ Importing this package imports Triton; nothing above imports it before a kernel 
 
 import triton
 
-from .backward import prefix_attention_backward
-from .forward import prefix_attention_forward
+from .backward import launch_backward
+from .forward import launch_forward
 
 if triton.knobs.runtime.interpret:
     from .interpret import repair
 
     repair()
 
-__all__ = ["prefix_attention_backward", "prefix_attention_forward"]
+__all__ = ["launch_backward", "launch_forward"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 import triton
 import triton.language as tl
+from fastprefix.options import Options
 
 from . import launch, tilings
 from .backward_dkv import dkv_launch
@@ -76,7 +75,7 @@ def delta_launch(
     )
 
 
-def prefix_attention_backward(
+def launch_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -85,13 +84,10 @@ def prefix_attention_backward(
     prefix_value: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
-    is_causal: bool,
-    scale: float,
+    options: Options,
     needs: tuple[bool, ...],
-    **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `prefix_attention_forward`.
+    """Gradients of `launch_forward`.
 
     Args:
         grad_out: [B, Hq, Lq, Dv], any strides.
@@ -102,11 +98,9 @@ def prefix_attention_backward(
         prefix_value: [Hkv, P, Dv].
         out: [B, Hq, Lq, Dv], the forward's result.
         lse: [B, Hq, Lq] float32, the forward's log-sum-exp.
-        is_causal: as given to the forward, like the rest.
-        scale: as given to the forward.
+        options: as given to the forward.
         needs: which of the gradients for query, key, value, prefix_key, prefix_value, sinks and
             prefix_bias to compute. Passes that no wanted gradient requires do not run.
-        options: as given to the forward.
 
     Returns:
         Gradients of query, key, value, prefix_key [Hkv, P, D], prefix_value [Hkv, P, Dv], sinks
@@ -117,9 +111,7 @@ def prefix_attention_backward(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
-    problem = make_problem(
-        query, key, value, prefix_key, prefix_value, is_causal=is_causal, scale=scale, **options
-    )
+    problem = make_problem(query, key, value, prefix_key, prefix_value, options)
     check_forward_results(problem, grad_out, out, lse)
     grad_out, out = launch.rows_contiguous(grad_out, out)
     lse = lse.contiguous()
@@ -130,7 +122,7 @@ def prefix_attention_backward(
         allocate(x.shape, dtype=x.dtype, device=x.device) if need else None
         for x, need in zip(inputs, needs[:5], strict=True)
     )
-    sinks, bias = problem.sinks, problem.prefix_bias
+    sinks, bias = problem.options.sinks, problem.options.prefix_bias
     need_sinks, need_bias = needs[5] and sinks is not None, needs[6] and bias is not None
     if need_bias and bias is not None and bias.dim() != 1:
         raise ValueError(f"prefix_bias: no gradient for shape {tuple(bias.shape)}, only for [Hq]")

@@ -271,12 +271,12 @@ def dkv_launch(
     B, _, Hkv, Lq, Lk, _ = problem.sizes
     tile = tilings.choose("dkv", problem, rows=Lq)
     table, tiles = None, B * triton.cdiv(Lk, tile.keys)
-    if problem.cu_seqlens is not None:
-        table = tables.ragged_tiles(problem.cu_seqlens, Lk, tile.keys)
+    if problem.options.cu_seqlens is not None:
+        table = tables.ragged_tiles(problem.options.cu_seqlens, Lk, tile.keys)
         tiles = table.shape[0]
     own = {
         "do": grad_out, "lse2": lse2, "delta": delta, "dk": grad_key, "dv": grad_value,
-        "tiles": table, "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
+        "tiles": table, "keep": problem.keep, **launch.strides(do=grad_out),
     }  # fmt: skip
     constants = {
         "APART": tilings.whole_apart("dkv", problem),

@@ -170,19 +170,19 @@ def query_tile_table(problem: Problem, rows: int) -> tuple[Tensor, Tensor]:
     The tiles of prefix n are bounds[n] .. bounds[n + 1]; rows without a prefix come before all.
     """
     device, Lq = problem.query.device, problem.query.shape[2]
-    M, index = problem.sequences, problem.prefix_index
+    M, index = problem.sequences, problem.options.prefix_index
     if index is None:
         index = torch.zeros(M, dtype=torch.int32, device=device)
     sorted_index, order = index.sort(stable=True)
-    if problem.cu_seqlens is None:
+    if problem.options.cu_seqlens is None:
         total = M * triton.cdiv(Lq, rows)
         counts = torch.full((M,), triton.cdiv(Lq, rows), device=device)
     else:
         total = triton.cdiv(Lq, rows) + M
-        counts = ((problem.cu_seqlens.diff() + rows - 1) // rows)[order]
+        counts = ((problem.options.cu_seqlens.diff() + rows - 1) // rows)[order]
     run, tile = tables.expand(counts, total)
     sequence = torch.where(run < 0, -1, order[run.clamp(min=0)])
-    prefixes = 1 if problem.prefix_lengths is None else problem.prefix_lengths.shape[0]
+    prefixes = problem.prefixes
     first_row = torch.searchsorted(sorted_index, torch.arange(prefixes + 1, device=device).int())
     bounds = tables.boundaries(counts)[first_row]
     return torch.stack([sequence, tile], 1).to(torch.int32), bounds
@@ -200,7 +200,7 @@ def dprefix_launches(
     B, _, Hkv, Lq, _, P = problem.sizes
     tile = tilings.choose("dprefix", problem, rows=Lq)
     own: dict[str, Any] = {}
-    if problem.prefix_lengths is None and problem.cu_seqlens is None:
+    if problem.options.prefix_lengths is None and problem.options.cu_seqlens is None:
         key_tiles = triton.cdiv(P, tile.keys)
         row_tiles = B * problem.group * triton.cdiv(Lq, tile.rows)
         even = Lq % tile.rows == 0
@@ -229,11 +229,11 @@ def dprefix_launches(
     own |= {
         "do": grad_out, "lse2": lse2, "delta": delta, "dpk": sums[0], "dpv": sums[1],
         "n_tiles": key_tiles, "row_tiles": row_tiles, "split_tiles": split_tiles,
-        "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
+        "keep": problem.keep, **launch.strides(do=grad_out),
     }  # fmt: skip
     for name in ("key_tiles", "query_tiles", "bounds"):
         own.setdefault(name, None)
-    even = even and not problem.prefix_in_window
+    even = even and not problem.options.prefix_in_window
     constants = {"EVEN": even, "SPLITS": splits}
     launches = [
         problem.launch(prefix_attn_bwd_dprefix_kernel, programs * splits, tile, own, constants)

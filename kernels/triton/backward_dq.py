@@ -253,7 +253,7 @@ def dq_launch(
     table, tiles = problem.query_tiles(tile.rows, problem.group)
     own = {
         "do": grad_out, "lse2": lse2, "delta": delta, "dq": grad_query, "dbias": grad_bias_rows,
-        "tiles": table, "keep": 1.0 - problem.dropout_p, **launch.strides(do=grad_out),
+        "tiles": table, "keep": problem.keep, **launch.strides(do=grad_out),
     }  # fmt: skip
     constants = {"APART": tilings.whole_apart("dq", problem)}
     return problem.launch(prefix_attn_bwd_dq_kernel, tiles * Hkv, tile, own, constants)

@@ -6,10 +6,10 @@ tables that sort a batch by prefix are in :mod:`~fastprefix.kernels.decode_plan`
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from fastprefix.options import Options
 
 from . import launch
 from .decode_kernels import prefix_attn_decode_kernel, prefix_attn_decode_merge_kernel
@@ -19,15 +19,15 @@ from .problem import Problem, make_problem
 
 def obstacle(problem: Problem) -> str | None:
     """What keeps a call from the two phases, argument first; None if they can do it."""
-    Lq, bias = problem.query.shape[2], problem.prefix_bias
+    Lq, bias = problem.query.shape[2], problem.options.prefix_bias
     if Lq > MAX_QUERY_LENGTH:
         return f"query: got Lq = {Lq}, decode takes at most {MAX_QUERY_LENGTH}"
     for name in ("attn_mask", "cu_seqlens"):
-        if getattr(problem, name) is not None:
+        if getattr(problem.options, name) is not None:
             return f"{name}: decode takes none"
     for name in ("dropout_p", "prefix_in_window"):
-        if getattr(problem, name):
-            return f"{name}: got {getattr(problem, name)}, decode takes none"
+        if getattr(problem.options, name):
+            return f"{name}: got {getattr(problem.options, name)}, decode takes none"
     if bias is not None and bias.dim() != 1:
         return f"prefix_bias: got shape {list(bias.shape)}, decode takes [Hq]"
     return None
@@ -35,9 +35,10 @@ def obstacle(problem: Problem) -> str | None:
 
 def shape_of_problem(problem: Problem) -> Shape:
     """What the plan of a call depends on."""
+    options = problem.options
     return shape_of(
-        problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_lengths,
-        problem.sliding_window, problem.batch_invariant,
+        problem.query, problem.key, problem.value, problem.prefix_key, options.prefix_lengths,
+        options.sliding_window, options.batch_invariant,
     )  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def decode_launches(
     }  # fmt: skip
     constants = {
         # A single query is the last: it sees all keys.
-        "CAUSAL": problem.is_causal and shape.Lq > 1,
+        "CAUSAL": problem.options.is_causal and shape.Lq > 1,
         "FIXED": shape.batch_invariant,
         "BLOCK_R": layout.sequence_rows,
     }
@@ -90,7 +91,8 @@ def decode(problem: Problem, plan: DecodePlan | None = None) -> tuple[Tensor, Te
     """
     shape = shape_of_problem(problem)
     if plan is None:
-        plan = decode_plan(shape, problem.target, problem.prefix_index, problem.prefix_lengths)
+        index, lengths = problem.options.prefix_index, problem.options.prefix_lengths
+        plan = decode_plan(shape, problem.target, index, lengths)
     elif plan.shape != shape:
         raise ValueError(f"plan: got one for {plan.shape}, takes one for {shape}")
     query, rows = problem.query, plan.layout.partial_rows
@@ -111,11 +113,8 @@ def decode_forward(
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    *,
-    is_causal: bool,
-    scale: float,
+    options: Options,
     plan: DecodePlan | None = None,
-    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of a few queries per sequence over [prefix ; sequence], in two launches.
 
@@ -127,11 +126,9 @@ def decode_forward(
         value: [B, Hkv, Lk, Dv].
         prefix_key: [Hkv, P, D], one prefix for all rows or several end to end; P may be 0.
         prefix_value: [Hkv, P, Dv].
-        is_causal: query i sees the sequence keys 0 .. i + Lk - Lq.
-        scale: factor on the scores.
+        options: see :class:`~fastprefix.options.Options`.
         plan: from :func:`~fastprefix.kernels.decode_plan.decode_plan` for this shape and these
             prefixes, instead of the cached one.
-        options: the optional fields of :class:`~fastprefix.kernels.problem.Problem`.
 
     Returns:
         out [B, Hq, Lq, Dv] in the query's dtype and the log-sum-exp (natural log, sinks included)
@@ -141,9 +138,7 @@ def decode_forward(
         ValueError: operands that do not fit together, what the two phases cannot do, or a plan for
             other shapes.
     """
-    problem = make_problem(
-        query, key, value, prefix_key, prefix_value, is_causal=is_causal, scale=scale, **options
-    )
+    problem = make_problem(query, key, value, prefix_key, prefix_value, options)
     reason = obstacle(problem)
     if reason is not None:
         raise ValueError(reason)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 import triton
 import triton.language as tl
+from fastprefix.options import Options
 
 from . import decode, decode_plan, launch, tilings
 from .blocks import (
@@ -245,7 +244,7 @@ def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
     _, _, Hkv, Lq, _, _ = problem.sizes
     tile = tilings.choose("forward", problem, rows=problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
-    own = {"out": out, "lse": lse, "tiles": table, "keep": 1.0 - problem.dropout_p}
+    own = {"out": out, "lse": lse, "tiles": table, "keep": problem.keep}
     constants = {"APART": tilings.whole_apart("forward", problem)}
     return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own, constants)
 
@@ -261,22 +260,19 @@ def decode_in_two_phases(problem: Problem) -> bool:
     """
     obstacle = decode.obstacle(problem)
     if obstacle is not None:
-        if problem.batch_invariant and problem.key_padding_mask is not None:
+        if problem.options.batch_invariant and problem.options.key_padding_mask is not None:
             raise ValueError(f"batch_invariant: key_padding_mask for decode alone; {obstacle}")
         return False
     return decode_plan.two_phase_pays(decode.shape_of_problem(problem), problem.target)
 
 
-def prefix_attention_forward(
+def launch_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    *,
-    is_causal: bool,
-    scale: float,
-    **options: Any,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over [prefix ; sequence], a prefix shared by all rows that have it.
 
@@ -290,9 +286,7 @@ def prefix_attention_forward(
         value: [B, Hkv, Lk, Dv].
         prefix_key: [Hkv, P, D]; P may be 0.
         prefix_value: [Hkv, P, Dv].
-        is_causal: query i sees the sequence keys 0 .. i + Lk - Lq.
-        scale: factor on the scores.
-        options: the optional fields of :class:`~fastprefix.kernels.problem.Problem`.
+        options: see :class:`~fastprefix.options.Options`.
 
     Returns:
         out [B, Hq, Lq, Dv] in the query's dtype and the log-sum-exp (natural log) [B, Hq, Lq] in
@@ -302,9 +296,7 @@ def prefix_attention_forward(
         ValueError: shapes, dtypes or devices that do not fit together, or batch_invariant for a
             call with padding and a :func:`~fastprefix.kernels.decode.obstacle`.
     """
-    problem = make_problem(
-        query, key, value, prefix_key, prefix_value, is_causal=is_causal, scale=scale, **options
-    )
+    problem = make_problem(query, key, value, prefix_key, prefix_value, options)
     if decode_in_two_phases(problem):
         return decode.decode(problem)
     shape = (*query.shape[:3], value.shape[-1])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import triton
+from fastprefix.options import Options
 
 from . import launch, tables, tilings
 
@@ -19,7 +20,7 @@ from . import launch, tables, tilings
 class Problem:
     """Operands and options of a forward, and what its kernels are told of them.
 
-    An option that is None (or False, or 0) is compiled away.
+    An option that is not used is compiled away.
 
     Attributes:
         query: [B, Hq, Lq, D], last dimension contiguous like that of the next four.
@@ -27,23 +28,8 @@ class Problem:
         value: [B, Hkv, Lk, Dv].
         prefix_key: [Hkv, P, D].
         prefix_value: [Hkv, P, Dv].
-        is_causal: query i sees the sequence keys 0 .. i + Lk - Lq.
-        scale: factor on the scores.
+        options: attn_mask is expanded to [B, Hq, Lq, Lk], with strides of 0 where it is broadcast.
         target: where the kernels run.
-        key_padding_mask: [B, Lk] bool, True = real token.
-        attn_mask: bool (True = attend) or additive, [B, Hq, Lq, Lk] with strides of 0 where it
-            is broadcast; for the sequence only.
-        prefix_index: [B] int32 (with cu_seqlens [M]), which prefix a row has, -1 for none.
-        prefix_lengths: [N] int32, their lengths, end to end along P.
-        cu_seqlens: [M + 1] int32, boundaries of the sequences packed along Lq = Lk, B = 1.
-        sinks: [Hq], a logit per head that takes weight and gives nothing.
-        prefix_bias: [Hq] or [Hq, Lq, P], added to the prefix's scores.
-        sliding_window: W, a query sees keys less than W positions away.
-        softcap: scores become softcap * tanh(score / softcap) before anything is added.
-        prefix_in_window: the window reaches over the prefix too, padding not counted.
-        dropout_p: probability that a weight is dropped.
-        dropout_seed: [1] int64, the Philox key.
-        batch_invariant: a sequence's output has the same bits whatever the others are.
     """
 
     query: Tensor
@@ -51,28 +37,19 @@ class Problem:
     value: Tensor
     prefix_key: Tensor
     prefix_value: Tensor
-    is_causal: bool
-    scale: float
+    options: Options
     target: tilings.Target
-    key_padding_mask: Tensor | None = None
-    attn_mask: Tensor | None = None
-    prefix_index: Tensor | None = None
-    prefix_lengths: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    sinks: Tensor | None = None
-    prefix_bias: Tensor | None = None
-    sliding_window: int | None = None
-    softcap: float | None = None
-    prefix_in_window: bool = False
-    dropout_p: float = 0.0
-    dropout_seed: Tensor | None = None
-    batch_invariant: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         """B, Hq, Hkv, Lq, Lk, P."""
         B, Hq, Lq, _ = self.query.shape
         return B, Hq, self.key.shape[1], Lq, self.key.shape[2], self.prefix_key.shape[1]
+
+    @property
+    def keep(self) -> float:
+        """Probability that a weight is kept: 1 without dropout."""
+        return 1.0 - (self.options.dropout_p or 0.0)
 
     @property
     def group(self) -> int:
@@ -82,19 +59,27 @@ class Problem:
     @property
     def sequences(self) -> int:
         """How many sequences: B, or with cu_seqlens M."""
-        return self.query.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        cu = self.options.cu_seqlens
+        return self.query.shape[0] if cu is None else cu.shape[0] - 1
+
+    @property
+    def prefixes(self) -> int:
+        """How many prefixes lie end to end along P."""
+        lengths = self.options.prefix_lengths
+        return 1 if lengths is None else lengths.shape[0]
 
     @functools.cached_property
     def starts(self) -> Tensor | None:
         """[N + 1] int32: where each prefix begins, and where the last one ends."""
-        return None if self.prefix_lengths is None else tables.boundaries(self.prefix_lengths)
+        lengths = self.options.prefix_lengths
+        return None if lengths is None else tables.boundaries(lengths)
 
     @functools.cached_property
     def rank(self) -> Tensor | None:
         """[B, Lq] int32: the real tokens before each query, where the window needs them."""
-        if not self.prefix_in_window or self.key_padding_mask is None:
+        if not self.options.prefix_in_window or self.options.key_padding_mask is None:
             return None
-        return tables.query_ranks(self.key_padding_mask, self.query.shape[2])
+        return tables.query_ranks(self.options.key_padding_mask, self.query.shape[2])
 
     def query_tiles(self, rows: int, group: int) -> tuple[Tensor | None, int]:
         """The tiles of packed rows: a table [tiles, 2] with cu_seqlens, and how many per KV head.
@@ -104,9 +89,9 @@ class Problem:
             group: heads packed into the rows, 1 for none.
         """
         length = self.query.shape[2]
-        if self.cu_seqlens is None:
+        if self.options.cu_seqlens is None:
             return None, self.query.shape[0] * triton.cdiv(group * length, rows)
-        table = tables.ragged_tiles(self.cu_seqlens, length, rows, group)
+        table = tables.ragged_tiles(self.options.cu_seqlens, length, rows, group)
         return table, table.shape[0]
 
     def arguments(self) -> dict[str, Any]:
@@ -115,38 +100,40 @@ class Problem:
         Without `starts` and `rank`: those run on the device, for the kernels that name them.
         """
         _, _, Hkv, Lq, Lk, P = self.sizes
-        mask, bias = self.attn_mask, self.prefix_bias
+        options = self.options
+        mask, bias = options.attn_mask, options.prefix_bias
         s_mb, s_mh, s_mm, s_mn = (0, 0, 0, 0) if mask is None else mask.stride()
         s_bm, s_bn = (0, 0) if bias is None or bias.dim() == 1 else bias.stride()[1:]
-        dropped = math.floor(self.dropout_p * 2**32) if self.dropout_p else None
+        dropped = math.floor(options.dropout_p * 2**32) if options.dropout_p else None
         return {
             "q": self.query, "k": self.key, "v": self.value,
             "pk": self.prefix_key, "pv": self.prefix_value,
-            "pad": self.key_padding_mask, "mask": mask, "bias": bias, "sinks": self.sinks,
-            "index": self.prefix_index, "cu": self.cu_seqlens,
-            "seed": self.dropout_seed if dropped is not None else None,
+            "pad": options.key_padding_mask, "mask": mask, "bias": bias, "sinks": options.sinks,
+            "index": options.prefix_index, "cu": options.cu_seqlens,
+            "seed": options.dropout_seed if dropped is not None else None,
             **launch.strides(
                 q=self.query, k=self.key, v=self.value, pk=self.prefix_key, pv=self.prefix_value
             ),
-            **launch.mask_strides(self.key_padding_mask),
+            **launch.mask_strides(options.key_padding_mask),
             "s_mb": s_mb, "s_mh": s_mh, "s_mm": s_mm, "s_mn": s_mn,
             "s_bh": 0 if bias is None else bias.stride(0), "s_bm": s_bm, "s_bn": s_bn,
-            "Hkv": Hkv, "Lq": Lq, "Lk": Lk, "P": P, "scale": self.scale,
-            "window": self.sliding_window, "softcap": self.softcap, "dropped": dropped,
+            "Hkv": Hkv, "Lq": Lq, "Lk": Lk, "P": P, "scale": options.scale,
+            "window": options.sliding_window, "softcap": options.softcap, "dropped": dropped,
         }  # fmt: skip
 
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments by the names that all kernels share."""
         D, Dv = self.query.shape[-1], self.value.shape[-1]
-        bias = self.prefix_bias
+        options, bias = self.options, self.options.prefix_bias
         # The maximum of the scores as they come from the product, scaled, is the maximum of the
         # scaled ones only if the scale is positive and nothing else happens to a score.
-        plain = self.scale > 0 and self.softcap is None and self.attn_mask is None and bias is None
+        unchanged = options.softcap is None and options.attn_mask is None and bias is None
+        plain = options.scale > 0 and unchanged
         return {
-            "GROUP": self.group, "HEAD": D, "HEAD_V": Dv, "CAUSAL": self.is_causal,
+            "GROUP": self.group, "HEAD": D, "HEAD_V": Dv, "CAUSAL": options.is_causal,
             "PRESCALE": not plain,
             "BIAS_DIM": 0 if bias is None else bias.dim(),
-            "IN_WINDOW": self.prefix_in_window,
+            "IN_WINDOW": options.prefix_in_window,
             "PRECISION": tilings.dot_precision(self.query.dtype),
             "BLOCK_D": tilings.block_size(D), "BLOCK_DV": tilings.block_size(Dv),
         }  # fmt: skip
@@ -182,16 +169,9 @@ def make_problem(
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    prefix_index: Tensor | None = None,
-    prefix_lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    sinks: Tensor | None = None,
-    prefix_bias: Tensor | None = None,
-    **options: Any,
+    options: Options,
 ) -> Problem:
-    """A checked problem with operands as the kernels read them; options as in :class:`Problem`.
+    """A checked problem with operands as the kernels read them.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit together.
@@ -199,25 +179,20 @@ def make_problem(
     query, key, value, prefix_key, prefix_value = launch.rows_contiguous(
         query, key, value, prefix_key, prefix_value
     )
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-    if prefix_bias is not None and prefix_bias.dim() == 1:
-        prefix_bias = prefix_bias.contiguous()
-    problem = Problem(
-        query,
-        key,
-        value,
-        prefix_key,
-        prefix_value,
-        target=launch.target_of(query.device),
-        attn_mask=attn_mask,
-        prefix_index=None if prefix_index is None else prefix_index.contiguous(),
-        prefix_lengths=None if prefix_lengths is None else prefix_lengths.contiguous(),
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
-        sinks=None if sinks is None else sinks.contiguous(),
-        prefix_bias=prefix_bias,
-        **options,
-    )
+    mask, bias = options.attn_mask, options.prefix_bias
+    if mask is not None:
+        options = options._replace(attn_mask=mask.expand(*query.shape[:3], key.shape[2]))
+    if bias is not None and bias.dim() == 1:
+        options = options._replace(prefix_bias=bias.contiguous())
+    contiguous = {
+        name: tensor.contiguous()
+        for name in ("prefix_index", "prefix_lengths", "cu_seqlens", "sinks")
+        if (tensor := getattr(options, name)) is not None
+    }
+    if contiguous:
+        options = options._replace(**contiguous)
+    target = launch.target_of(query.device)
+    problem = Problem(query, key, value, prefix_key, prefix_value, options, target)
     check(problem)
     return problem
 
@@ -227,8 +202,15 @@ def check(problem: Problem) -> None:
 
     Values of tables (lengths, indices) are not read: that would wait for the device.
     """
+    _check_operands(problem)
+    _check_tensors_of_options(problem)
+    _check_options(problem)
+
+
+def _check_operands(problem: Problem) -> None:
+    """Query, key, value and the prefix."""
     query = problem.query
-    B, Hq, Hkv, Lq, Lk, P = problem.sizes
+    B, Hq, Hkv, _, Lk, P = problem.sizes
     D, Dv = query.shape[-1], problem.value.shape[-1]
     operands = {
         "key": (problem.key, (B, Hkv, Lk, D)),
@@ -251,23 +233,27 @@ def check(problem: Problem) -> None:
     if Hkv == 0 or Hq % Hkv:
         raise ValueError(f"{Hq} query heads are not a multiple of {Hkv} key heads")
 
+
+def _check_tensors_of_options(problem: Problem) -> None:
+    """Shapes, dtypes and devices."""
+    query = problem.query
+    B, Hq, _, Lq, Lk, P = problem.sizes
     numbers = (query.dtype, torch.float32)
-    bias = problem.prefix_bias
+    bias = problem.options.prefix_bias
     bias_shape = (Hq,) if bias is not None and bias.dim() == 1 else (Hq, Lq, P)
     M = problem.sequences
-    prefixes = 0 if problem.prefix_lengths is None else problem.prefix_lengths.shape[0]
     tensors: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "key_padding_mask": ((B, Lk), (torch.bool,)),
         "attn_mask": ((B, Hq, Lq, Lk), (torch.bool, *numbers)),
         "prefix_index": ((M,), (torch.int32,)),
-        "prefix_lengths": ((prefixes,), (torch.int32,)),
+        "prefix_lengths": ((problem.prefixes,), (torch.int32,)),
         "cu_seqlens": ((M + 1,), (torch.int32,)),
         "sinks": ((Hq,), numbers),
         "prefix_bias": (bias_shape, numbers),
         "dropout_seed": ((1,), (torch.int64,)),
     }
     for name, (shape, dtypes) in tensors.items():
-        tensor = getattr(problem, name)
+        tensor = getattr(problem.options, name)
         if tensor is not None and (
             tuple(tensor.shape) != shape
             or tensor.dtype not in dtypes
@@ -278,21 +264,27 @@ def check(problem: Problem) -> None:
                 f"{name} must be {allowed} {list(shape)} on {query.device}, got {tensor.dtype} "
                 f"{tuple(tensor.shape)} on {tensor.device}"
             )
-    if (problem.prefix_index is None) != (problem.prefix_lengths is None):
+
+
+def _check_options(problem: Problem) -> None:
+    """What goes together, and numbers."""
+    options = problem.options
+    B, _, _, Lq, Lk, _ = problem.sizes
+    if (options.prefix_index is None) != (options.prefix_lengths is None):
         raise ValueError("prefix_index and prefix_lengths come together")
-    if problem.cu_seqlens is not None:
+    if options.cu_seqlens is not None:
         if B != 1 or Lq != Lk:
             raise ValueError(f"cu_seqlens needs B = 1 and Lq = Lk, got {B}, {Lq} and {Lk}")
-        if problem.key_padding_mask is not None or problem.attn_mask is not None:
+        if options.key_padding_mask is not None or options.attn_mask is not None:
             raise ValueError("cu_seqlens does not go with key_padding_mask or attn_mask")
-    if problem.prefix_in_window and problem.sliding_window is None:
+    if options.prefix_in_window and options.sliding_window is None:
         raise ValueError("prefix_in_window needs a sliding_window")
-    window, softcap = problem.sliding_window, problem.softcap
+    window, softcap = options.sliding_window, options.softcap
     if window is not None and window < 1:
         raise ValueError(f"sliding_window: got {window}, takes 1 or more")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: got {softcap}, takes a positive number")
-    if problem.dropout_p and problem.dropout_seed is None:
+    if options.dropout_p and options.dropout_seed is None:
         raise ValueError("dropout_p needs a dropout_seed")
-    if problem.dropout_p and problem.batch_invariant:
+    if options.dropout_p and options.batch_invariant:
         raise ValueError("batch_invariant does not go with dropout_p, which numbers the rows")

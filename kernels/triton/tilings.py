@@ -266,9 +266,11 @@ def choose(step: str, problem: Problem, rows: int) -> Tile:
     half the table's rows: with all of them ptxas spills, and gives up on dprefix with a bias
     altogether. Everything else takes the tile that was tuned on the device, if one was.
     """
-    bias, family = problem.prefix_bias, problem.target.family
+    bias, family = problem.options.prefix_bias, problem.target.family
     heavy = bool(
-        problem.attn_mask is not None or problem.dropout_p or (bias is not None and bias.dim() == 3)
+        problem.options.attn_mask is not None
+        or problem.options.dropout_p
+        or (bias is not None and bias.dim() == 3)
     )
     head_size = max(problem.query.shape[-1], problem.value.shape[-1])
     name, tile = row(step, family, head_size, problem.query.dtype)
@@ -276,7 +278,7 @@ def choose(step: str, problem: Problem, rows: int) -> Tile:
         tile = problem.target.tuned.get(name, tile)
     elif family != "interpreter":
         tile = tile._replace(rows=max(16, tile.rows // 2))
-    if problem.batch_invariant and problem.cu_seqlens is not None:
+    if problem.options.batch_invariant and problem.options.cu_seqlens is not None:
         return tile
     return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
 

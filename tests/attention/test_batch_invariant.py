@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastprefix import prefix_attention
-from fastprefix.attention.call import Options
+from fastprefix.options import Options
 
 pytestmark = pytest.mark.usefixtures("triton")
 

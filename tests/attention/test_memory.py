@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastprefix.attention.backends import composed
-from fastprefix.attention.call import Options
+from fastprefix.options import Options
 
 B, Hq, Hkv, P, D = 8, 4, 2, 256, 32
 EXPANDED = B * Hkv * P * D  # elements of a prefix copied once per row

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fastprefix import prefix_attention
 from fastprefix.attention.backends import composed
 from fastprefix.attention.backends.composed import parts
-from fastprefix.attention.call import Options
+from fastprefix.options import Options
 
 BACKENDS = ["reference", "composed"]
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

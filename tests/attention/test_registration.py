@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastprefix import prefix_attention
-from fastprefix.attention.call import SCHEMA, Options
+from fastprefix.options import SCHEMA, Options
 
 # opcheck runs an op dozens of times, and the interpreter is slow: small problems.
 SMALL = {"Hq": 2, "Hkv": 1, "Lq": 3, "P": 4}

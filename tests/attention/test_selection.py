@@ -77,7 +77,9 @@ def test_reference_is_the_first_choice_nowhere():
 
 def test_auto_on_the_cpu_is_reference_where_composed_cannot():
     for features in (["softcap"], ["dropout_p", "sinks"], ["attn_mask gradient", "attn_mask"]):
-        name, reason = selection.choose("auto", "cpu", torch.float32, frozenset(features), 8)
+        name, reason = selection.choose_backend(
+            "auto", "cpu", torch.float32, frozenset(features), 8
+        )
         assert name == "reference"
         assert features[0] in reason
     inputs = tensors()
@@ -129,7 +131,9 @@ def test_a_backend_runs_what_the_table_says_and_refuses_the_rest(name, feature):
 @pytest.mark.parametrize("feature", sorted(selection.LARGE_GRADIENTS))
 def test_reference_runs_what_wants_a_large_gradient_on_every_device(feature):
     for device in selection.AUTO:
-        name, reason = selection.choose("auto", device, torch.float32, frozenset({feature}), 8)
+        name, reason = selection.choose_backend(
+            "auto", device, torch.float32, frozenset({feature}), 8
+        )
         assert name == "reference"
         assert feature in reason
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fastprefix.attention.backends import reference
-from fastprefix.attention.call import Options
+from fastprefix.options import Options
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from fastprefix.kernels import prefix_attention_backward, prefix_attention_forward
+    from fastprefix.kernels import launch_backward, launch_forward
 
 NAMES = (
     "out", "lse", "dquery", "dkey", "dvalue", "dprefix_key", "dprefix_value", "dsinks",
@@ -186,8 +186,8 @@ def ours(
     """out, lse and the seven gradients of the kernels."""
     learned = learnable(options)
     needs = (*[True] * 5, "sinks" in learned, "prefix_bias" in learned)
-    out, lse = prefix_attention_forward(*inputs, **options)
-    grads = prefix_attention_backward(grad_out, *inputs, out, lse, **options, needs=needs)
+    out, lse = launch_forward(*inputs, Options(**options))
+    grads = launch_backward(grad_out, *inputs, out, lse, Options(**options), needs)
     return [out, lse, *grads]
 
 

@@ -19,10 +19,11 @@ from triton._C.libtriton import ir, native_specialize_impl
 from triton.compiler.compiler import make_backend
 
 from fastprefix.kernels import decode, launch, tilings
-from fastprefix.kernels.backward import prefix_attention_backward
-from fastprefix.kernels.forward import prefix_attention_forward
+from fastprefix.kernels.backward import launch_backward
+from fastprefix.kernels.forward import launch_forward
 from fastprefix.kernels.offline.cases import gpu_target
 from fastprefix.kernels.offline.report import source
+from fastprefix.options import Options
 
 TARGET = gpu_target("cuda:90")
 FAMILY = tilings.family_of_capability(9, 0)
@@ -106,14 +107,14 @@ def launches_of(draw: random.Random) -> tuple[list[launch.Launch], str]:
     shapes = [tuple(x.shape) for x in inputs]
     with launch.collected(tilings.Target(FAMILY, draw.choice((1, 8, 108)))) as steps:
         if decoding:
-            decode.decode_forward(*inputs, **options)
+            decode.decode_forward(*inputs, Options(**options))
         else:
-            out, lse = prefix_attention_forward(*inputs, **options)
+            out, lse = launch_forward(*inputs, Options(**options))
             bias = options.get("prefix_bias")
             needs = tuple(draw.random() < 0.8 for _ in range(5))
             needs += ("sinks" in options, bias is not None and bias.dim() == 1)
             grad_out = torch.empty_like(out)
-            prefix_attention_backward(grad_out, *inputs, out=out, lse=lse, **options, needs=needs)
+            launch_backward(grad_out, *inputs, out, lse, Options(**options), needs)
     return steps, f"{'decode' if decoding else 'all'} {dtype} {shapes} {told}"
 
 

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastprefix.options import Options
+
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETER, reason="needs Triton's interpreter")
 if INTERPRETER:
@@ -23,7 +25,7 @@ if INTERPRETER:
         decode_kernels,
         decode_plan,
         launch,
-        prefix_attention_forward,
+        launch_forward,
         tilings,
     )
     from fastprefix.kernels.decode import decode_forward
@@ -165,7 +167,7 @@ def judge(found: tuple[Tensor, Tensor], inputs: list[Tensor], rule: dict) -> Non
 
 def agree(case: Case, **options: bool) -> None:
     inputs, rule = case.operands()
-    judge(decode_forward(*inputs, **rule, **options), inputs, rule)
+    judge(decode_forward(*inputs, Options(**rule, **options)), inputs, rule)
 
 
 @interpreted
@@ -243,7 +245,7 @@ def test_features(feature, dtype):
 def test_bias_that_hides_the_prefix():
     inputs, rule = Case(prefix_bias=True, padding="row", sinks=True).operands()
     rule["prefix_bias"][1::2] = -1e30
-    out, lse = decode_forward(*inputs, **rule)
+    out, lse = decode_forward(*inputs, Options(**rule))
     judge((out, lse), inputs, rule)
     # Row 0 has only padding: where the prefix is hidden, the sink is all there is.
     assert not out[0, 1::2].any()
@@ -272,7 +274,7 @@ def test_scales(scale):
 @pytest.mark.parametrize("empty", ["B", "Lq"])
 def test_no_queries(empty):
     inputs, rule = Case(**{empty: 0}).operands()
-    out, lse = decode_forward(*inputs, **rule)
+    out, lse = decode_forward(*inputs, Options(**rule))
     assert out.shape == inputs[0].shape
     assert lse.shape == inputs[0].shape[:3]
 
@@ -322,7 +324,7 @@ def test_every_output_element_is_written_and_nothing_else(poisoned, lengths, bat
     inputs, rule = case.operands()
     buffers = [x._base for x in inputs]
     before = [x.clone() for x in buffers]
-    out, lse = decode_forward(*inputs, **rule, batch_invariant=batch_invariant)
+    out, lse = decode_forward(*inputs, Options(**rule, batch_invariant=batch_invariant))
     assert not out.isnan().any()
     assert not lse.isnan().any()
     assert len(poisoned()) >= 4
@@ -337,7 +339,7 @@ def test_mask_neighbours_are_not_read():
     for sea in (False, True):
         around = torch.full((4, 140), sea)
         mask = around[1:-1, 3:73].copy_(rule["key_padding_mask"])
-        results += [decode_forward(*inputs, **rule | {"key_padding_mask": mask})]
+        results += [decode_forward(*inputs, Options(**rule | {"key_padding_mask": mask}))]
     assert torch.equal(results[0][0], results[1][0])
 
 
@@ -347,7 +349,7 @@ def test_wrong_tables_are_read_within_bounds(poisoned):
     inputs, rule = Case(B=3, lengths=(20, 30), layout="islands").operands()
     rule["prefix_lengths"] = torch.tensor([20, 1000], dtype=torch.int32)
     rule["prefix_index"] = torch.tensor([1, 7, -5], dtype=torch.int32)
-    out, _ = decode_forward(*inputs, **rule)
+    out, _ = decode_forward(*inputs, Options(**rule))
     assert not out.isnan().any()
     poisoned()
 
@@ -370,7 +372,7 @@ def test_rows_do_not_depend_on_their_batch_mates(dtype, window):
         mask = torch.arange(longest) >= longest - torch.tensor(reals)[rows, None]
         chosen = rule | {"prefix_index": rule["prefix_index"][rows], "key_padding_mask": mask}
         out, lse = decode_forward(
-            query, key, value, *inputs[3:], **chosen, batch_invariant=True
+            query, key, value, *inputs[3:], Options(**chosen, batch_invariant=True)
         )  # fmt: skip
         for i, b in enumerate(batch):
             first_out, first_lse = results.setdefault(b, (out[i], lse[i]))
@@ -383,8 +385,8 @@ def test_a_shared_prefix_gives_the_bits_of_a_packed_one():
     inputs, rule = Case(P=150).operands()
     packed = {"prefix_index": torch.zeros(2, dtype=torch.int32)}
     packed["prefix_lengths"] = torch.tensor([150], dtype=torch.int32)
-    one = decode_forward(*inputs, **rule, batch_invariant=True)
-    other = decode_forward(*inputs, **rule | packed, batch_invariant=True)
+    one = decode_forward(*inputs, Options(**rule, batch_invariant=True))
+    other = decode_forward(*inputs, Options(**rule, **packed, batch_invariant=True))
     assert torch.equal(one[0], other[0])
 
 
@@ -409,7 +411,7 @@ def test_no_buffer_grows_with_the_prefix():
     for P in (200, 300):
         inputs, rule = Case(B=10, Hq=8, Hkv=1, Lk=8, P=P).operands()
         with Operators() as operators:
-            decode_forward(*inputs, **rule)
+            decode_forward(*inputs, Options(**rule))
         seen.append({s for s in operators.shapes if s != (0,)})  # the interpreter's own
     assert seen[0] == seen[1]
     # 80 rows are 3 tiles of 32; 2 * 4 stand-in multiprocessors allow 2 splits of each, and every
@@ -521,13 +523,13 @@ def test_one_build_serves_all_layers_and_steps(builds):
     longer, _ = dataclasses.replace(case, Lk=4).operands()
     with launch.collected(launch.target_of(inputs[0].device)) as steps:
         for _ in range(30):
-            decode_forward(*inputs, **rule)
-            decode_forward(*longer, **rule)
+            decode_forward(*inputs, Options(**rule))
+            decode_forward(*longer, Options(**rule))
     assert len(steps) == 30 * 2 * 2
     assert len(builds) == 1
     rule["prefix_index"].copy_(torch.tensor([0, -1]))
     for _ in range(2):
-        found = decode_forward(*inputs, **rule)
+        found = decode_forward(*inputs, Options(**rule))
         judge(found, inputs, rule)
     assert len(builds) == 2
 
@@ -598,10 +600,10 @@ def test_explicit_plan(builds):
     own = decode_plan.shape_of(*inputs[:4], tensors[1], None, False)
     target = launch.target_of(inputs[0].device)
     plan = decode_plan.decode_plan(own, target, *tensors, cached=False)
-    judge(decode_forward(*inputs, **rule, plan=plan), inputs, rule)
+    judge(decode_forward(*inputs, Options(**rule), plan=plan), inputs, rule)
     assert len(builds) == 1
     with pytest.raises(ValueError, match="plan: got one for"):
-        decode_forward(*inputs, **rule, plan=dataclasses.replace(plan, shape=shape()))
+        decode_forward(*inputs, Options(**rule), plan=dataclasses.replace(plan, shape=shape()))
 
 
 @interpreted
@@ -637,32 +639,35 @@ def test_where_two_phases_pay(changes, pays):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_what_is_left_to_the_one_pass_kernel(changes, message):
-    operands = operands_that_fit() | changes
+    operands = operands_that_fit(**changes)
+    invariant = operands | {"options": operands["options"]._replace(batch_invariant=True)}
     with pytest.raises(ValueError, match=message):
         decode_forward(**operands)
-    prefix_attention_forward(**operands)
+    launch_forward(**operands)
     if "dropout_p" in changes:
         with pytest.raises(ValueError, match="batch_invariant does not go with dropout_p"):
-            prefix_attention_forward(**operands, batch_invariant=True)
+            launch_forward(**invariant)
         return
-    prefix_attention_forward(**operands, batch_invariant=True)
-    operands["key_padding_mask"] = torch.ones(2, 7, dtype=torch.bool)
+    launch_forward(**invariant)
+    real = torch.ones(2, 7, dtype=torch.bool)
+    invariant["options"] = invariant["options"]._replace(key_padding_mask=real)
     message = "batch_invariant: key_padding_mask for decode alone; " + message
     with pytest.raises(ValueError, match=message):
-        prefix_attention_forward(**operands, batch_invariant=True)
+        launch_forward(**invariant)
 
 
-def operands_that_fit() -> dict:
-    """The arguments of a call without options."""
-    return {
+def operands_that_fit(**changes) -> dict:
+    """The arguments of a call, by name: options, too."""
+    operands = {
         "query": torch.zeros(2, 4, 1, 8),
         "key": torch.zeros(2, 2, 7, 8),
         "value": torch.zeros(2, 2, 7, 8),
         "prefix_key": torch.zeros(2, 3, 8),
         "prefix_value": torch.zeros(2, 3, 8),
-        "is_causal": False,
-        "scale": 1.0,
     }
+    options = {name: value for name, value in changes.items() if name not in operands}
+    operands |= {name: value for name, value in changes.items() if name in operands}
+    return {**operands, "options": Options(is_causal=False, scale=1.0, **options)}
 
 
 @interpreted
@@ -679,4 +684,4 @@ def operands_that_fit() -> dict:
 )
 def test_operands_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        decode_forward(**operands_that_fit() | changes)
+        decode_forward(**operands_that_fit(**changes))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastprefix.kernels import launch, prefix_attention_forward, tilings
+from fastprefix.kernels import launch, launch_forward, tilings
 from fastprefix.kernels.offline import machine_code, occupancy, traffic
+from fastprefix.options import Options
 
 
 def sass(*lines: str) -> list[machine_code.Instruction]:
@@ -224,8 +225,8 @@ def decoding(**options):
     q, k = (torch.empty(8, heads, 1 if heads == 8 else 1024, 64, device="meta") for heads in (8, 2))
     p = torch.empty(2, 2048, 64, device="meta")
     with launch.collected(tilings.Target("hopper", 132)) as launches:
-        prefix_attention_forward(
-            *(x.bfloat16() for x in (q, k, k, p, p)), is_causal=True, scale=1.0, **options
+        launch_forward(
+            *(x.bfloat16() for x in (q, k, k, p, p)), Options(is_causal=True, scale=1.0, **options)
         )
     assert [step.kernel.__name__[12:] for step in launches] == [
         "decode_kernel",

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastprefix.options import Options
+
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"
 )
@@ -62,14 +64,14 @@ def test_mask_neighbours_are_not_read(problem, run):
 
 
 def test_gradients_that_are_not_needed_are_not_computed(problem, run):
-    from fastprefix.kernels import prefix_attention_backward
+    from fastprefix.kernels import launch_backward
 
     case = problem(B=1, Hq=2, Hkv=1, Lq=20, Lk=33, P=33, D=16)
     inputs, grad_out, options = case.operands()
     out, lse, *grads = run(case, inputs, grad_out, options)
     for wanted in range(5):
         needs = tuple(i == wanted for i in range(7))
-        some = prefix_attention_backward(grad_out, *inputs, out, lse, **options, needs=needs)
+        some = launch_backward(grad_out, *inputs, out, lse, Options(**options), needs)
         for i, (x, y) in enumerate(zip(some, grads, strict=True)):
             assert torch.equal(x, y) if i == wanted else x is None
 
@@ -107,12 +109,12 @@ def test_no_buffer_grows_with_batch_times_prefix(problem, run):
         ({"query": torch.zeros(2, 3, 5, 8)}, "not a multiple"),
         ({"value": torch.zeros(2, 2, 7, 8).half()}, "value is torch.float16"),
         ({"prefix_value": torch.zeros(2, 4, 8)}, "prefix_value has shape"),
-        ({"key_padding_mask": torch.ones(2, 7)}, "must be bool"),
+        ({"options": Options(True, 1.0, torch.ones(2, 7))}, "must be bool"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_operands_that_do_not_fit_are_refused(change, message):
-    from fastprefix.kernels import prefix_attention_forward
+    from fastprefix.kernels import launch_forward
 
     operands = {
         "query": torch.zeros(2, 4, 5, 8),
@@ -120,7 +122,7 @@ def test_operands_that_do_not_fit_are_refused(change, message):
         "value": torch.zeros(2, 2, 7, 8),
         "prefix_key": torch.zeros(2, 3, 8),
         "prefix_value": torch.zeros(2, 3, 8),
-        "key_padding_mask": None,
+        "options": Options(is_causal=True, scale=1.0),
     }
     with pytest.raises(ValueError, match=message):
-        prefix_attention_forward(**(operands | change), is_causal=True, scale=1.0)
+        launch_forward(**(operands | change))

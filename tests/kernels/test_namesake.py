@@ -52,8 +52,7 @@ def test_the_installed_package_is_what_others_import(from_root: bool, tmp_path: 
 
 def test_where_it_is_not_installed_others_find_an_empty_package() -> None:
     code = NOT_INSTALLED + (
-        "import kernels; "
-        "print(hasattr(kernels, 'prefix_attention_forward'), 'triton' in sys.modules)"
+        "import kernels; print(hasattr(kernels, 'launch_forward'), 'triton' in sys.modules)"
     )
     assert run(code) == "False False"
 
@@ -63,8 +62,8 @@ def test_transformers_imports_where_it_is_not_installed() -> None:
 
 
 def test_ours_is_found_under_its_own_name() -> None:
-    code = MODEL + "import fastprefix.kernels as k; print(k.prefix_attention_forward.__name__)"
-    assert "prefix_attention_forward" in run(code)
+    code = MODEL + "import fastprefix.kernels as k; print(k.launch_forward.__name__)"
+    assert "launch_forward" in run(code)
 
 
 def test_no_top_level_package_named_kernels_is_installed(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import torch
 
 from fastprefix.kernels import (
     launch,
-    prefix_attention_backward,
-    prefix_attention_forward,
+    launch_backward,
+    launch_forward,
     tilings,
 )
 from fastprefix.kernels.tuning import store, tune
+from fastprefix.options import Options
 
 CPU = torch.device("cpu")
 SHAPE = tune.Shape(16, torch.float32, batch=1, kv_heads=1, group=1, length=24, prefix=20)
@@ -101,9 +102,7 @@ def test_calls_with_halved_tiles_keep_the_tables():
     mask = torch.empty(1, 1, 4096, 4096, device="meta")
     tuned = {"forward 64 16": tilings.Tile(64, 32, 2, 4)}
     with launch.collected(replace(HOPPER, tuned=tuned)) as launches:
-        prefix_attention_forward(
-            q, q, q, q[0, :, :128], q[0, :, :128], is_causal=False, scale=1.0, attn_mask=mask
-        )
+        launch_forward(q, q, q, q[0, :, :128], q[0, :, :128], Options(False, 1.0, attn_mask=mask))
     table = tilings.TABLE["hopper"]["forward"][0][1]
     assert launches[0].tile == table._replace(rows=table.rows // 2)
 
@@ -129,7 +128,7 @@ def test_tuned_tiles_are_what_launches_take():
     ):
         q, k, p = (x.to(dtype) for x in (q, k, p))
         with launch.collected(replace(HOPPER, tuned=tuned)) as launches:
-            prefix_attention_forward(q[:, :, :length], k, k, p, p, is_causal=False, scale=1.0)
+            launch_forward(q[:, :, :length], k, k, p, p, Options(is_causal=False, scale=1.0))
         assert launches[0].tile == tile
 
 
@@ -138,12 +137,12 @@ def test_the_whole_operator_with_tuned_tiles(monkeypatch):
     torch.manual_seed(0)
     q, g = torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
     k, v, pk, pv = (torch.randn(*s, 16) for s in ((2, 1, 40), (2, 1, 40), (1, 33), (1, 33)))
-    options = {"is_causal": True, "scale": 0.25}
+    options = Options(is_causal=True, scale=0.25)
 
     def both():
-        out, lse = prefix_attention_forward(q, k, v, pk, pv, **options)
+        out, lse = launch_forward(q, k, v, pk, pv, options)
         needs = (True,) * 5 + (False, False)
-        grads = prefix_attention_backward(g, q, k, v, pk, pv, out, lse, needs=needs, **options)
+        grads = launch_backward(g, q, k, v, pk, pv, out, lse, options, needs)
         return [out, lse, *grads[:5]]
 
     plain = both()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.attention import philox
-from fastprefix.attention.call import Options
+from fastprefix.options import Options
 
 # Additive masks say "do not attend" with -inf or with the most negative number of their dtype.
 MASKED = -1e30
@@ -117,7 +117,7 @@ def _attend(
         total = total + torch.exp(sinks - top)
     lse = (top + total.detach().log()).squeeze(-1)
     weights = weights / total.masked_fill(total == 0, 1.0)
-    if options.dropout_seed is not None:
+    if options.dropout_p is not None and options.dropout_seed is not None:
         kept = _kept(places, Hq, options.dropout_p, options.dropout_seed)
         weights = weights * kept.to(weights.dtype) / (1.0 - options.dropout_p)
     weights = weights.reshape(B, Hkv, Hq // Hkv, Lq, P + Lk)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix.attention.call import Options
+from fastprefix.options import Options
 
 
 def forward(
@@ -17,11 +17,11 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
-    from fastprefix.kernels import prefix_attention_forward
+    from fastprefix.kernels import launch_forward
 
     inputs = (query, key, value, prefix_key, prefix_value)
     with torch.cuda.device_of(query):  # Triton launches on the current device
-        return prefix_attention_forward(*inputs, **options.keywords())
+        return launch_forward(*inputs, options)
 
 
 def backward(
@@ -37,8 +37,8 @@ def backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Same contract as :func:`fastprefix.attention.backends.composed.backward`."""
-    from fastprefix.kernels import prefix_attention_backward
+    from fastprefix.kernels import launch_backward
 
     inputs = (grad_out, query, key, value, prefix_key, prefix_value, out, lse)
     with torch.cuda.device_of(query):
-        return prefix_attention_backward(*inputs, **options.keywords(), needs=needs)
+        return launch_backward(*inputs, options, needs)

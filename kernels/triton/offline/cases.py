@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprefix.options import Options
 from triton.backends.compiler import GPUTarget
 
 from .. import launch, tilings
-from ..backward import prefix_attention_backward
-from ..forward import prefix_attention_forward
-from ..problem import Problem
+from ..backward import launch_backward
+from ..forward import launch_forward
 
 TARGETS = (
     "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100"
@@ -135,11 +135,10 @@ def check_case(case: Case) -> None:
         size = getattr(case, name)
         if size is not None and not 1 <= size <= tilings.MAX_HEAD_SIZE:
             raise ValueError(f"{name}: got {size}, takes 1 to {tilings.MAX_HEAD_SIZE}")
-    taken = {field.name for field in dataclasses.fields(Problem)}
     for name in case.features:
         if name not in FEATURES:
             raise ValueError(f"features: got {name!r}, takes {', '.join(FEATURES)}")
-        missing = FEATURES[name](case).keys() - taken
+        missing = FEATURES[name](case).keys() - set(Options._fields)
         if missing:
             raise ValueError(f"features: the kernels have no {', '.join(sorted(missing))}")
 
@@ -182,9 +181,9 @@ def launches(case: Case) -> list[launch.Launch]:
     bias = options.get("prefix_bias")
     needs = (True,) * len(inputs) + ("sinks" in options, bias is not None and bias.dim() == 1)
     with launch.collected(launch_target(c.target)) as steps:
-        out, lse = prefix_attention_forward(*inputs, **options)
+        out, lse = launch_forward(*inputs, Options(**options))
         grad_out = _empty(B, Hq, Lq, Dv, dtype=dtype)
-        prefix_attention_backward(grad_out, *inputs, out=out, lse=lse, **options, needs=needs)
+        launch_backward(grad_out, *inputs, out, lse, Options(**options), needs)
     return steps
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import triton
+from fastprefix.options import Options
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -105,7 +106,7 @@ class _Passes:
             options |= {"sinks": heads, "prefix_bias": heads}
         self.problem = make_problem(
             query, random(B, Hkv, L, D), random(B, Hkv, L, D), random(Hkv, P, D),
-            random(Hkv, P, D), is_causal=True, scale=D**-0.5, **options,
+            random(Hkv, P, D), Options(is_causal=True, scale=D**-0.5, **options),
         )  # fmt: skip
         self._grad_out = random(*query.shape)
         self._out = torch.empty_like(query)

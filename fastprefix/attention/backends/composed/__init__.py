@@ -20,7 +20,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastprefix.attention.backends.composed import features, plain
-from fastprefix.attention.call import Options
+from fastprefix.options import Options
 
 
 def forward(

@@ -22,7 +22,7 @@ from fastprefix.attention.backends.composed.flash import (
     unsee,
 )
 from fastprefix.attention.backends.composed.parts import groups, head_bias, pieces
-from fastprefix.attention.call import Options
+from fastprefix.options import Options
 
 
 def forward(

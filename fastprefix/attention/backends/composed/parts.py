@@ -19,7 +19,7 @@ from fastprefix.attention.backends.composed.flash import (
     unsee,
 )
 from fastprefix.attention.backends.composed.sequence import SequencePart
-from fastprefix.attention.call import Options
+from fastprefix.options import Options
 
 # Largest mask that a prefix call may build, in elements: groups that need more are cut by rows.
 _MASK_ELEMENTS = 1 << 24

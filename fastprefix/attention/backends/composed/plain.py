@@ -14,7 +14,7 @@ from fastprefix.attention.backends.composed.flash import (
     unfold_rows,
 )
 from fastprefix.attention.backends.composed.sequence import SequencePart
-from fastprefix.attention.call import Options
+from fastprefix.options import Options
 
 
 def is_plain(options: Options) -> bool:
