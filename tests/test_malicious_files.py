@@ -118,10 +118,11 @@ def test_pickles_in_place_of_an_adapters_files(tmp_path, kind, safe):
 
 def test_pickles_in_place_of_other_files(tmp_path, monkeypatch):
     """Of a prefix, a budget, a folder to convert, records, results, tuned tiles."""
-    from fastprefix.kernels import tilings, tune_store
+    from fastprefix.kernels import tilings
+    from fastprefix.kernels.tuning import store
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    tiles = tune_store.save("GPU", {"a": tilings.Tile(64, 32, 4, 2)})
+    tiles = store.save("GPU", {"a": tilings.Tile(64, 32, 4, 2)})
     folder = tmp_path / "prefixes"
     x = torch.randn(1, 2, 2)
     KVBudget(10**6, folder).put("a", PrefixKV([x], [x], 2))
@@ -137,7 +138,7 @@ def test_pickles_in_place_of_other_files(tmp_path, monkeypatch):
         tmp_path / "records.jsonl": [load_records],
         tmp_path / "records.txt": [load_records],
         tmp_path / "result.json": [lambda file: known(file, "x")],
-        tiles: [lambda _: tune_store.load("GPU")],
+        tiles: [lambda _: store.load("GPU")],
     }
     for what, content in pickles(canary).items():
         for file, readings in readers.items():

@@ -152,7 +152,7 @@ def test_pythons_started_in_the_root_find_the_kernels():
         "import fastprefix.kernels as found; print(found.__file__)"
     )
     printed = run([sys.executable, "-c", code], ROOT).split("\n")[0]
-    assert Path(printed).resolve() == (ROOT / "kernels" / "__init__.py").resolve()
+    assert Path(printed).resolve() == (ROOT / "kernels" / "triton" / "__init__.py").resolve()
 
 
 def test_wheels_of_a_checkout_of_its_sdist_and_without_symlinks_have_the_same_files(tmp_path):
@@ -163,15 +163,20 @@ def test_wheels_of_a_checkout_of_its_sdist_and_without_symlinks_have_the_same_fi
     shutil.unpack_archive(built(source, tmp_path / "sdist", "sdist"), tmp_path / "unpacked")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     plain = checkout(tmp_path / "plain")
-    (plain / "fastprefix" / "kernels").unlink()
-    (plain / "fastprefix" / "kernels").write_text("../kernels")  # as git does where none can be
+    plain_link = plain / "fastprefix" / "kernels"
+    plain_link.unlink()
+    plain_link.write_text("../kernels/triton")  # as git does where none can be
     wheels = {"checkout": source, "sdist": unpacked, "no symlinks": plain}
     found = {}
     for name, folder in wheels.items():
         wheel = built(folder, tmp_path / f"{name} wheel")
         found[name] = files_of(wheel, tmp_path / f"{name} files")
     assert found["checkout"] == found["sdist"] == found["no symlinks"]
-    kernels = {f"fastprefix/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
+    package = ROOT / "kernels" / "triton"
+    kernels = {
+        f"fastprefix/kernels/{file.relative_to(package).as_posix()}"
+        for file in package.rglob("*.py")
+    }
     assert kernels <= found["checkout"]
     assert not any(name.startswith("kernels") for name in found["checkout"])
 

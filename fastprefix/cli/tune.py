@@ -19,7 +19,7 @@ def run_tuning(
     Args:
         head_sizes: D, 1 to 256 each.
         dtypes: "bf16", "fp16", "fp32".
-        sizes: the other fields of :class:`fastprefix.kernels.tune.Shape`.
+        sizes: the other fields of :class:`fastprefix.kernels.tuning.tune.Shape`.
         device: where; the current GPU if None.
 
     Raises:
@@ -30,8 +30,9 @@ def run_tuning(
         if not torch.cuda.is_available():
             raise ValueError("device: no GPU here, and tiles are tuned on the one they are for")
         device = torch.device("cuda", torch.cuda.current_device())
-    from fastprefix.kernels import launch, tilings, tune, tune_store
-    from fastprefix.kernels.offline_cases import DTYPES
+    from fastprefix.kernels import launch, tilings
+    from fastprefix.kernels.offline.cases import DTYPES
+    from fastprefix.kernels.tuning import store, tune
 
     for dtype in dtypes:
         if dtype not in DTYPES:
@@ -55,7 +56,7 @@ def run_tuning(
         for done, (D, dtype, step) in enumerate(jobs, start=1):
             found = tune.tune(tune.Shape(D, DTYPES[dtype], **sizes), step, device)
             # kept one by one, so that what was found outlives an interruption
-            file = tune_store.save(name_of_device, {found.name: found.best})
+            file = store.save(name_of_device, {found.name: found.best})
             table.add_row(
                 found.name, str(tuple(found.table)), f"{found.table_ms:.3f}",
                 str(tuple(found.best)), f"{found.best_ms:.3f}", str(found.tried),
@@ -69,7 +70,7 @@ def run_tuning(
 def _no_tiles_shared(head_sizes: list[int], dtypes: list[str], device: torch.device) -> None:
     """Refuses head sizes and dtypes that lie in one row of the tables."""
     from fastprefix.kernels import launch, tilings
-    from fastprefix.kernels.offline_cases import DTYPES
+    from fastprefix.kernels.offline.cases import DTYPES
 
     family = launch.target_of(device).family
     first: dict[str, str] = {}

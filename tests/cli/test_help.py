@@ -16,7 +16,7 @@ from fastprefix.cli.app import app
 from fastprefix.cli.convert import FORMATS
 from fastprefix.cli.inputs import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from fastprefix.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE
-from fastprefix.kernels.offline_cases import DTYPES, TARGETS
+from fastprefix.kernels.offline.cases import DTYPES, TARGETS
 from fastprefix.tuning import config
 
 NAMES = ["check", "convert", "demo", "generate", "info", "inspect", "train", "tune"]

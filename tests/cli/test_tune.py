@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from fastprefix.cli.app import app
 from fastprefix.cli.tune import run_tuning
-from fastprefix.kernels import launch, tune_store
+from fastprefix.kernels import launch
+from fastprefix.kernels.tuning import store
 
 CPU = torch.device("cpu")
 SIZES = {"batch": 1, "kv_heads": 1, "group": 1, "length": 16, "prefix": 16}
@@ -27,7 +28,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_tiles_are_kept_and_later_launches_take_them(capsys: pytest.CaptureFixture[str]) -> None:
     """In the interpreter, where whichever tile is fastest is as good as any."""
     run_tuning([16], ["fp32"], SIZES, CPU)
-    kept = tune_store.load("interpreter")
+    kept = store.load("interpreter")
     assert set(kept) == {f"{step} 256 32" for step in ("forward", "dq", "dkv", "dprefix")}
     assert launch.target_of(CPU).tuned == kept
     printed = capsys.readouterr().out

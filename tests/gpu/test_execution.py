@@ -124,7 +124,8 @@ def test_offsets_beyond_32_bits(cuda):
 
 
 def test_tuning_finds_a_tile_no_slower_than_the_tables(cuda):
-    from fastprefix.kernels import launch, tilings, tune
+    from fastprefix.kernels import launch, tilings
+    from fastprefix.kernels.tuning import tune
 
     found = tune.tune(tune.Shape(length=512, prefix=256), "forward", cuda)
     assert found.tried > 1

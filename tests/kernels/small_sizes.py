@@ -21,8 +21,8 @@ from triton.compiler.compiler import make_backend
 from fastprefix.kernels import decode, launch, tilings
 from fastprefix.kernels.backward import prefix_attention_backward
 from fastprefix.kernels.forward import prefix_attention_forward
-from fastprefix.kernels.offline_cases import gpu_target
-from fastprefix.kernels.offline_report import source
+from fastprefix.kernels.offline.cases import gpu_target
+from fastprefix.kernels.offline.report import source
 
 TARGET = gpu_target("cuda:90")
 FAMILY = tilings.family_of_capability(9, 0)

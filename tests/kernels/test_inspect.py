@@ -5,23 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastprefix.kernels import (
-    inspect_code,
-    inspect_device,
-    inspect_traffic,
-    launch,
-    prefix_attention_forward,
-    tilings,
-)
+from fastprefix.kernels import launch, prefix_attention_forward, tilings
+from fastprefix.kernels.offline import machine_code, occupancy, traffic
 
 
-def sass(*lines: str) -> list[inspect_code.Instruction]:
+def sass(*lines: str) -> list[machine_code.Instruction]:
     """Instructions 16 bytes apart, as cuobjdump prints them."""
     text = ["\tFunction : kernel", '\t.headerflags\t@"EF_CUDA_SM90"']
     for i, line in enumerate(lines):
         text.append(f"        /*{16 * i:04x}*/                   {line} ;   /* 0x000078e000ff */")
         text.append("                                                     /* 0x000fe200078e00ff */")
-    return inspect_code.parse_sass("\n".join(text))
+    return machine_code.parse_sass("\n".join(text))
 
 
 HMMA = "HMMA.16816.F32.BF16 R4, R8.reuse, R12, R4"
@@ -38,7 +32,7 @@ def test_a_loop_and_its_cost():
         "@!P0 BRA 0x20",
         "EXIT",
     )
-    (loop,) = inspect_code.hot_loops(code, warps=4)
+    (loop,) = machine_code.hot_loops(code, warps=4)
     assert (loop.start, loop.instructions, loop.conditional) == (0x20, 5, 0)
     assert loop.shapes == {"HMMA.16816": 2}
     assert (loop.matrix_instructions, loop.spill_instructions) == (2, 1)
@@ -56,7 +50,7 @@ def test_waits_for_asynchronous_products_are_counted():
         "@P0 BRA 0x10",
         "EXIT",
     )
-    (loop,) = inspect_code.hot_loops(code, warps=4)
+    (loop,) = machine_code.hot_loops(code, warps=4)
     assert (loop.matrix_instructions, loop.matrix_waits) == (2, 1)
 
 
@@ -72,7 +66,7 @@ def test_only_innermost_loops_with_matrix_instructions_count():
         "@P3 BRA 0x60",
         "EXIT",
     )
-    (loop,) = inspect_code.hot_loops(code, warps=1)
+    (loop,) = machine_code.hot_loops(code, warps=1)
     assert (loop.start, loop.instructions) == (0x10, 4)
 
 
@@ -87,7 +81,7 @@ def test_code_moved_out_of_a_loop_belongs_to_it_and_makes_no_loop():
         "FMUL R0, R0, R1",  # 0x60: comes back by a jump backwards
         "BRA 0x30",
     )
-    (loop,) = inspect_code.hot_loops(code, warps=1)
+    (loop,) = machine_code.hot_loops(code, warps=1)
     assert (loop.start, loop.instructions, loop.conditional) == (0x10, 4, 2)
 
 
@@ -100,7 +94,7 @@ def test_matrix_instructions_of_one_warp_for_all_make_the_whole_loop_count():
         "@P0 BRA 0x10",
         "EXIT",
     )
-    (loop,) = inspect_code.hot_loops(code, warps=8)
+    (loop,) = machine_code.hot_loops(code, warps=8)
     assert loop.shapes == {"UTCHMMA.128x128x16": 1}
     assert loop.flops == 2 * 128 * 128 * 16
     assert (loop.instructions, loop.conditional) == (4, 0)
@@ -112,12 +106,12 @@ def test_a_warp_group_shares_its_instructions():
         "@P0 BRA 0x0",
         "EXIT",
     )
-    (loop,) = inspect_code.hot_loops(code, warps=8)
+    (loop,) = machine_code.hot_loops(code, warps=8)
     assert loop.flops == 2 * (2 * 64 * 128 * 16)
 
 
 def test_amd_labels_and_branches():
-    code = inspect_code.parse_amdgcn(
+    code = machine_code.parse_amdgcn(
         "kernel:\n"
         "\ts_load_dwordx4 s[0:3], s[4:5], 0x0\n"
         ".LBB0_1:                                ; =>This Inner Loop Header: Depth=1\n"
@@ -132,7 +126,7 @@ def test_amd_labels_and_branches():
         "\tv_wmma_f32_16x16x16_bf16 v[0:7], v[8:15], v[16:23], v[0:7]\n"
     )
     assert len(code) == 6
-    (loop,) = inspect_code.hot_loops(code, warps=2)
+    (loop,) = machine_code.hot_loops(code, warps=2)
     assert loop.shapes == {"mfma.32x32x8": 1, "wmma.16x16x16": 1}
     assert loop.flops == 2 * (2 * 32 * 32 * 8 + 2 * 16 * 16 * 16)
     assert (loop.instructions, loop.spill_instructions) == (4, 1)
@@ -141,7 +135,7 @@ def test_amd_labels_and_branches():
 def test_an_unknown_matrix_instruction_is_an_error():
     code = sass("HMMA.99999.F32 R4, R8, R12, R4", "@P0 BRA 0x0", "EXIT")
     with pytest.raises(ValueError, match=r"unknown matrix instruction: HMMA\.99999"):
-        inspect_code.hot_loops(code, warps=1)
+        machine_code.hot_loops(code, warps=1)
 
 
 @pytest.mark.parametrize(
@@ -158,15 +152,15 @@ def test_an_unknown_matrix_instruction_is_an_error():
     ],
 )
 def test_occupancy(target, registers, shared, warps, blocks, bound):
-    found = inspect_device.occupancy(
-        inspect_device.LIMITS[target], registers=registers, shared_bytes=shared, warps=warps
+    found = occupancy.occupancy(
+        occupancy.LIMITS[target], registers=registers, shared_bytes=shared, warps=warps
     )
     assert (found.blocks, found.bound_by) == (blocks, bound)
 
 
 def test_tensor_memory_bounds_occupancy():
-    found = inspect_device.occupancy(
-        inspect_device.LIMITS["cuda:100"],
+    found = occupancy.occupancy(
+        occupancy.LIMITS["cuda:100"],
         registers=64, shared_bytes=0, warps=4, tensor_columns=256,
     )  # fmt: skip
     assert (found.blocks, found.bound_by) == (2, "tensor memory")
@@ -188,7 +182,7 @@ def test_bytes_of_a_forward():
     # 2 sequences, 2 KV heads with 2 query heads each: 64 packed rows in 2 tiles of 32.
     shapes = {"q": (2, 4, 32, 16), "k": (2, 2, 32, 16), "pk": (2, 8, 16), "out": (2, 4, 32, 16)}
     forward = step("prefix_attn_fwd_kernel", (8,), tilings.Tile(32, 16, 4, 1), True, **shapes)
-    found = inspect_traffic.traffic(forward)
+    found = traffic.traffic(forward)
     assert found.operands["q"] == (8192, 8192)
     assert found.operands["pk"] == (4 * 512, 512)  # 4 programs read each head's prefix
     assert found.operands["k"] == (2 * 4096, 4096)  # each tile is one head: it sees all keys
@@ -199,13 +193,13 @@ def test_causal_tiles_read_fewer_keys():
     shapes = {"q": (1, 1, 64, 16), "k": (1, 1, 64, 16), "pk": (1, 0, 16)}
     forward = step("prefix_attn_fwd_kernel", (2,), tilings.Tile(32, 16, 4, 1), True, **shapes)
     # 32 keys for the first tile and 64 for the second.
-    assert inspect_traffic.traffic(forward).operands["k"] == (96 * 32, 64 * 32)
+    assert traffic.traffic(forward).operands["k"] == (96 * 32, 64 * 32)
 
 
 def test_partial_sums_are_no_operand():
     shapes = {"q": (1, 1, 64, 16), "pk": (1, 32, 16), "dpk": (3, 1, 32, 16)}
     sums = step("prefix_attn_bwd_dprefix_kernel", (6,), tilings.Tile(16, 16, 4, 1), False, **shapes)
-    found = inspect_traffic.traffic(sums)
+    found = traffic.traffic(sums)
     assert found.operands["dpk"] == (3 * 1024, 0)
     assert found.operands["q"] == (2 * 2048, 2048)  # two tiles of prefix positions
     assert found.operands["pk"] == (3 * 1024, 1024)
@@ -220,7 +214,7 @@ def test_packed_prefixes_and_sequences_are_read_in_part():
         "starts": (3,),
     }
     forward = step("prefix_attn_fwd_kernel", (8,), tilings.Tile(8, 16, 4, 1), True, **shapes)
-    found = inspect_traffic.traffic(forward)
+    found = traffic.traffic(forward)
     assert found.operands["pk"] == (8 // 2 * 1024, 1024)
     assert found.operands["k"] == (8 // 4 * 2048, 2048)
 
@@ -237,7 +231,7 @@ def decoding(**options):
         "decode_kernel",
         "decode_merge_kernel",
     ]
-    return [inspect_traffic.traffic(step) for step in launches]
+    return [traffic.traffic(step) for step in launches]
 
 
 def test_decoding_reads_the_prefix_once_for_all_sequences():
@@ -269,4 +263,4 @@ def test_decoding_of_packed_prefixes_has_no_model():
 
 
 def test_a_kernel_without_a_model_has_no_bytes():
-    assert inspect_traffic.traffic(step("other", (1,), tilings.Tile(1, 1, 1, 1), False)) is None
+    assert traffic.traffic(step("other", (1,), tilings.Tile(1, 1, 1, 1), False)) is None

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from fastprefix.kernels import launch, tilings
-from fastprefix.kernels.offline import main
-from fastprefix.kernels.offline_cases import (
+from fastprefix.kernels.offline.__main__ import main
+from fastprefix.kernels.offline.cases import (
     FEATURES,
     TARGETS,
     Case,
@@ -26,7 +26,7 @@ from fastprefix.kernels.offline_cases import (
     parse_target,
     table_jobs,
 )
-from fastprefix.kernels.offline_report import (
+from fastprefix.kernels.offline.report import (
     Failure,
     NamedLoop,
     Report,

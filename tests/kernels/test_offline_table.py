@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from fastprefix.kernels import decode_plan, tilings
-from fastprefix.kernels.offline_cases import FEATURES, launch_target
+from fastprefix.kernels.offline.cases import FEATURES, launch_target
 
 SHARED_LIMIT = {
     "cuda:80": 166_912, "cuda:90": 232_448, "cuda:100": 232_448, "cuda:120": 101_376,

@@ -28,8 +28,11 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 
-from . import inspect_code, inspect_device, inspect_traffic, launch, tilings
-from .offline_cases import DTYPES, Case, Job, gpu_target, is_main, launch_target, launches
+from .. import launch, tilings
+from . import machine_code
+from .cases import DTYPES, Case, Job, gpu_target, is_main, launch_target, launches
+from .occupancy import LIMITS, Occupancy, occupancy
+from .traffic import Traffic, traffic
 
 POINTERS = {
     torch.bool: "*u1", torch.int32: "*i32", torch.int64: "*i64",
@@ -71,7 +74,7 @@ PRODUCTS = {
 
 
 @dataclass(frozen=True)
-class NamedLoop(inspect_code.Loop):
+class NamedLoop(machine_code.Loop):
     """A hot loop, what it sweeps, and its work against that of one iteration in the source.
 
     Attributes:
@@ -103,8 +106,8 @@ class Report:
     tensor_core_instructions: int
     instructions: int | None
     loops: tuple[NamedLoop, ...]
-    occupancy: inspect_device.Occupancy
-    traffic: inspect_traffic.Traffic | None
+    occupancy: Occupancy
+    traffic: Traffic | None
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def nvidia_costs(asm: dict[str, Any], warps: int, code: bool) -> dict[str, Any]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
-        sass = inspect_code.parse_sass(dump("-sass")) if code else None
+        sass = machine_code.parse_sass(dump("-sass")) if code else None
     return {
         "registers": int(usage["REG"]),
         "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
@@ -190,26 +193,26 @@ def amd_costs(asm: dict[str, Any], warps: int, code: bool) -> dict[str, Any]:
         "registers": field("vgpr_count"),
         "spill_bytes": field("private_segment_fixed_size"),
         "tensor_core_instructions": len(re.findall(r"^\tv_(?:mfma|wmma)_", text, re.MULTILINE)),
-        **_code_costs(inspect_code.parse_amdgcn(text) if code else None, warps),
+        **_code_costs(machine_code.parse_amdgcn(text) if code else None, warps),
     }
 
 
-def _code_costs(code: list[inspect_code.Instruction] | None, warps: int) -> dict[str, Any]:
+def _code_costs(code: list[machine_code.Instruction] | None, warps: int) -> dict[str, Any]:
     """What only the instructions tell; nothing of it without them."""
     if code is None:
         return {"spill_instructions": None, "instructions": None, "loops": []}
     return {
-        "spill_instructions": sum(map(inspect_code.is_spill, code)),
-        "tensor_core_instructions": sum(map(inspect_code.is_matrix, code)),
+        "spill_instructions": sum(map(machine_code.is_spill, code)),
+        "tensor_core_instructions": sum(map(machine_code.is_matrix, code)),
         "instructions": len(code),
-        "loops": [dataclasses.asdict(loop) for loop in inspect_code.hot_loops(code, warps)],
+        "loops": [dataclasses.asdict(loop) for loop in machine_code.hot_loops(code, warps)],
     }
 
 
 @functools.cache
 def _analysis() -> str:
     """A digest of the code that reads machine code: figures read by other code do not count."""
-    files = (Path(__file__), Path(inspect_code.__file__))
+    files = (Path(__file__), Path(machine_code.__file__))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -287,14 +290,14 @@ def report(case: Case, step: launch.Launch, code: bool = True, save: Path | None
         shared_bytes=metadata.shared,
         shared_limit=tilings.SHARED_MEMORY[launch_target(case.target).family],
         loops=loops,
-        occupancy=inspect_device.occupancy(
-            inspect_device.LIMITS[case.target],
+        occupancy=occupancy(
+            LIMITS[case.target],
             registers=found["registers"],
             shared_bytes=metadata.shared,
             warps=step.tile.warps,
             tensor_columns=getattr(metadata, "tmem_size", None) or 0,
         ),
-        traffic=inspect_traffic.traffic(step),
+        traffic=traffic(step),
         **found,
     )
 

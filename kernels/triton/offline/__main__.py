@@ -23,7 +23,7 @@ import triton
 from rich.console import Console
 from rich.progress import Progress
 
-from .offline_cases import (
+from .cases import (
     DTYPES,
     FEATURES,
     TARGETS,
@@ -34,7 +34,7 @@ from .offline_cases import (
     parse_target,
     table_jobs,
 )
-from .offline_report import Failure, Report, label, reports, violations
+from .report import Failure, Report, label, reports, violations
 
 
 def run(work: list[Job], processes: int = 1, save: Path | None = None) -> list[Report | Failure]:

@@ -1,7 +1,7 @@
 """Tiles that were tuned on a device, kept in Triton's own cache on disk (TRITON_CACHE_DIR).
 
 Keyed by the device's name, Triton's version and the source of this package: after an update of
-either, the tables of :mod:`.tilings` hold again until somebody tunes anew.
+either, the tables of :mod:`~fastprefix.kernels.tilings` hold again until somebody tunes anew.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import triton
 from triton.runtime.cache import get_cache_manager
 
-from .tilings import Tile
+from ..tilings import Tile
 
 _FILE = "fastprefix-tiles.json"
 
 
 def _cache(device: str) -> Any:
     digest = hashlib.sha256(f"{device}\n{triton.__version__}\n".encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
     return get_cache_manager(digest.hexdigest())
 

@@ -1,9 +1,9 @@
 """Tiles chosen by timing, on the GPU at hand.
 
-The tables of :mod:`.tilings` were chosen by static figures, without a GPU. Here each pass is timed
-with the tile of its row and, from the best so far, with the tiles beside it (half or twice the
-rows, the keys, the warps, one stage less or more) until none of them is faster. What is found is
-kept on disk (:mod:`.tune_store`) and used from the next process on.
+The tables of :mod:`~fastprefix.kernels.tilings` were chosen by static figures, without a GPU. Here
+each pass is timed with the tile of its row and, from the best so far, with the tiles beside it
+(half or twice the rows, the keys, the warps, one stage less or more) until none of them is faster.
+What is found is kept on disk (:mod:`.store`) and used from the next process on.
 
 A tile whose results differ from those of the table's by more than rounding is never taken, nor one
 with which a call with padding, a window, a cap, sinks and a bias does not run. Calls whose tiles
@@ -26,15 +26,15 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from . import tilings
-from .backward import delta_launch
-from .backward_dkv import dkv_launch
-from .backward_dprefix import dprefix_launches
-from .backward_dq import dq_launch
-from .forward import forward_launch
-from .launch import Launch
-from .problem import make_problem
-from .tilings import Tile
+from .. import tilings
+from ..backward import delta_launch
+from ..backward_dkv import dkv_launch
+from ..backward_dprefix import dprefix_launches
+from ..backward_dq import dq_launch
+from ..forward import forward_launch
+from ..launch import Launch
+from ..problem import make_problem
+from ..tilings import Tile
 
 STEPS = ("forward", "dq", "dkv", "dprefix")
 # A neighbour must be faster by more than timings of the same code differ.

@@ -33,14 +33,14 @@ class Target:
 
     family: str  # a key of TABLE
     multiprocessors: int
-    # by `row_name`: what :mod:`.tune` found faster on this device than the table's tiles
+    # by `row_name`: what :mod:`.tuning` found faster on this device than the table's tiles
     tuned: Mapping[str, Tile] = field(default_factory=dict, compare=False)
 
 
 # Passes of a family: [(largest block of the head size, tile for 16-bit types, tile for fp32)], the
 # first row that fits is taken. `rows` are query rows, `keys` prefix or sequence keys.
 #
-# The reasons, all static (registers, spills and instructions per MMA FLOP from `offline.py`; no
+# The reasons, all static (registers, spills and instructions per MMA FLOP from `offline`; no
 # timing stands behind them yet):
 # - the larger the tile, the fewer instructions per FLOP, until 255 registers spill. 4 warps reuse
 #   operands better than 8; 8 halve the accumulators per thread where 4 would spill.

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import launch, tilings
-from .backward import prefix_attention_backward
-from .forward import prefix_attention_forward
-from .problem import Problem
+from .. import launch, tilings
+from ..backward import prefix_attention_backward
+from ..forward import prefix_attention_forward
+from ..problem import Problem
 
 TARGETS = (
     "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100"

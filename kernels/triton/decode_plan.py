@@ -28,7 +28,7 @@ MAX_QUERY_LENGTH = 16
 # `rows` are those of a prefix tile, at most; the sequence tiles of the same launch have at least 16
 # and share keys, warps and stages.
 #
-# The reasons, all static (registers, spills and shared memory from `offline.py`):
+# The reasons, all static (registers, spills and shared memory from `offline`):
 # - 64 rows: wgmma and tcgen05 take no fewer, and 128 would double the registers of the sequence
 #   programs, which belong to the same kernel, read most of the bytes and want neighbours.
 # - 64 keys: a tile of K and V is 16 to 32 KiB, enough in flight to hide memory with two programs

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .tilings import Target, Tile, family_of_amd, family_of_capability
-from .tune_store import load
+from .tuning.store import load
 
 
 def target_of(device: torch.device) -> Target:

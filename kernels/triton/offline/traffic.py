@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import launch
+from .. import launch
 
 ROWS = ("q", "out", "do", "lse", "delta", "dq")  # tensors of query rows
 KEYS = ("k", "v")

@@ -1,0 +1,1 @@
+"""Compilation for GPUs that are not there, and what the machine code costs. Nothing is timed."""
