@@ -1,9 +1,7 @@
-"""What an import pulls in, and that the folder `kernels/` shadows nobody's package."""
+"""What an import pulls in."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,8 +10,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 def python(code: str, cwd: Path, **env: str) -> str:
@@ -88,46 +84,3 @@ def test_triton_on_the_cpu_asks_for_the_interpreter(tmp_path):
             print(error)
         """
     assert "TRITON_INTERPRET=1" in python(code, tmp_path, TRITON_INTERPRET="0")
-
-
-def test_transformers_imports_from_the_repository_root():
-    """There, a folder named like Hugging Face's package `kernels` is on sys.path."""
-    pytest.importorskip("transformers")
-    code = """
-        import transformers
-        from transformers import LlamaConfig, LlamaForCausalLM
-        config = LlamaConfig(
-            vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-            num_attention_heads=1, num_key_value_heads=1,
-        )
-        LlamaForCausalLM(config)
-        print("ok")
-        """
-    assert "ok" in python(code, ROOT)
-
-
-def test_transformers_finds_its_own_kernels_package_beside_ours(tmp_path):
-    pytest.importorskip("transformers")
-    try:
-        importlib.metadata.version("kernels")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("Hugging Face's package `kernels` is not installed")
-    code = """
-        import fastprefix.kernels
-        import kernels
-        from transformers import LlamaForCausalLM
-        assert kernels.__file__ != fastprefix.kernels.__file__, kernels.__file__
-        assert hasattr(kernels, "get_kernel")
-        """
-    python(code, tmp_path)
-
-
-def test_no_top_level_package_named_kernels_is_installed(tmp_path):
-    code = """
-        import importlib.metadata, json
-        files = importlib.metadata.distribution("fastprefix").read_text("top_level.txt") or ""
-        print(json.dumps(files.split()))
-        """
-    if importlib.util.find_spec("fastprefix") is None:
-        pytest.skip("fastprefix is not installed as a distribution")
-    assert "kernels" not in json.loads(python(code, tmp_path))
