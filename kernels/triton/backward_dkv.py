@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch, tables, tilings
 from .blocks import LOG2E, add_mask, cap, kept, load_tile, prefix_of, store_tile

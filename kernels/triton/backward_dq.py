@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch, tilings
 from .blocks import (

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
+from torch import Tensor
 
 from . import tilings
 from .tilings import Row, Tile

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastprefix.options import Options
 
 from . import decode, decode_plan, launch, tilings

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-import triton
 from fastprefix.options import Options
 
 from . import launch, tables, tilings

@@ -7,9 +7,8 @@ waits for anything; programs past the end of a table's real rows find -1 there a
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
+from torch import Tensor
 
 
 def boundaries(lengths: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
-
 import triton
+from torch import Tensor
 
 if TYPE_CHECKING:
     from .problem import Problem

@@ -19,10 +19,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
+import triton
 from rich.console import Console
 from rich.progress import Progress
-
-import triton
 
 from .cases import (
     DTYPES,

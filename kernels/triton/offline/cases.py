@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 from fastprefix.options import Options
-from triton.backends.compiler import GPUTarget
 
 from .. import launch, tilings
 from ..backward import launch_backward

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 import triton
-from fastprefix.options import Options
+from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
+
+from fastprefix.options import Options
 
 from .. import tilings
 from ..backward import delta_launch
