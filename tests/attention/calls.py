@@ -175,6 +175,8 @@ def build(
         options["softcap"] = 1.5
     if "dropout_p" in features:
         options["dropout_p"] = 0.3
+    if "batch_invariant" in features:
+        options["batch_invariant"] = True
     return Call(tensors, options, normal(B, Hq, Lq, Dv), seed)
 
 

@@ -93,36 +93,15 @@ def test_composed_asked_for_by_name_never_falls_back(options):
         prefix_attention(*tensors(), **options, backend="composed")
 
 
-OPTIONS = {
-    "attn_mask": {"attn_mask": torch.ones(3, 3, dtype=torch.bool)},
-    "attn_mask gradient": {"attn_mask": torch.zeros(3, 3, requires_grad=True)},
-    "packed prefixes": {
-        "prefix_lengths": torch.tensor([3]),
-        "prefix_index": torch.tensor([0]),
-    },
-    "cu_seqlens": {"cu_seqlens": torch.tensor([0, 3])},
-    "sliding_window": {"sliding_window": 2},
-    "prefix_in_window": {"sliding_window": 2, "prefix_in_window": True},
-    "sinks": {"sinks": torch.zeros(2)},
-    "prefix_bias [Hq]": {"prefix_bias": torch.zeros(2)},
-    "prefix_bias [Hq, Lq, P]": {"prefix_bias": torch.zeros(2, 3, 3)},
-    "prefix_bias 3D gradient": {"prefix_bias": torch.zeros(2, 3, 3, requires_grad=True)},
-    "softcap": {"softcap": 1.0},
-    "dropout_p": {"dropout_p": 0.5},
-    "batch_invariant": {"batch_invariant": True},
-}
-
-
 @pytest.mark.parametrize("name", selection.BACKENDS)
 @pytest.mark.parametrize("feature", selection.FEATURES)
-def test_a_backend_runs_what_the_table_says_and_refuses_the_rest(name, feature):
-    inputs = tensors(Dv=4) if feature == "D != Dv" else tensors()
-    options = OPTIONS.get(feature, {})
+def test_a_backend_runs_what_the_table_says_and_refuses_the_rest(feature_calls, name, feature):
+    call = feature_calls.build(features={feature}, dtype=torch.float32, Dv=8)
     if feature in selection.BACKENDS[name].features:
-        assert prefix_attention(*inputs, **options, backend=name).shape == inputs[2].shape
+        assert call.by(name)["out"].shape == call.grad_out.shape
     else:
         with pytest.raises(RuntimeError) as caught:
-            prefix_attention(*inputs, **options, backend=name)
+            call.by(name)
         refused, able = str(caught.value).split("Backends that can")
         assert feature in refused
         assert ("'triton'" if feature == "batch_invariant" else "'reference'") in able
@@ -139,7 +118,7 @@ def test_reference_runs_what_wants_a_large_gradient_on_every_device(feature):
 
 
 def test_nobody_wants_a_gradient_where_none_are_computed():
-    mask = OPTIONS["attn_mask gradient"]["attn_mask"]
+    mask = torch.zeros(3, 3, requires_grad=True)
     with torch.no_grad():
         got = prefix_attention(*tensors(), attn_mask=mask, backend="composed")
     assert not got.requires_grad
