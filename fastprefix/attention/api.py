@@ -218,7 +218,7 @@ def prefix_attention(
     features = _ONLY_D_DV if Dv != D else _NONE
     if asks_for_features(options):
         checks.check_options(options, query, key, prefix_key.shape[1], has_prefix)
-        features |= features_of(options)
+        features = features | features_of(options)  # PyTorch 2.9 cannot trace |= of frozensets
         options = _as_backends_read(options, query)
     name, _ = choose_backend(backend, query.device.type, query.dtype, features, max(D, Dv))
     out, lse = run_op(query, key, value, prefix_key, prefix_value, options, name)
