@@ -210,8 +210,6 @@ SCHEMA = ", ".join(f"{_OP_TYPES[get_args(hint)[0]]} {name}" for name, hint in _T
 GRADIENTS = tuple(name for name, option in OPTIONS.items() if option.gradient)
 # The options that the backends read as int32.
 INTEGERS = tuple(name for name, option in OPTIONS.items() if option.integers)
-# The options that are True or False.
-FLAGS = tuple(name for name, hint in _TYPES.items() if get_args(hint)[0] is bool)
 # The names of all features, each once.
 FEATURES = tuple(
     dict.fromkeys(feature.name for option in OPTIONS.values() for feature in option.features)

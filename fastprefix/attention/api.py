@@ -199,6 +199,8 @@ def prefix_attention(
         scale = 1.0 / math.sqrt(D)
     else:
         checks.check_scale(scale)
+    if type(dropout_p) is not float and dropout_p != 0:
+        checks.check_dropout_p(dropout_p)  # before what is false in Python counts as no dropout
     options = Options(
         is_causal=is_causal,
         scale=float(scale),

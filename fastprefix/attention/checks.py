@@ -83,6 +83,13 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"scale: got {scale}, takes a finite number")
 
 
+def check_dropout_p(dropout_p: float) -> None:
+    """dropout_p: a number from 0 to less than 1."""
+    check_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p}, takes 0 <= dropout_p < 1")
+
+
 def check_options(options: Options, query: Tensor, key: Tensor, P: int, has_prefix: bool) -> None:
     """All that only some calls use, each alone and with the others.
 
@@ -242,12 +249,9 @@ def _check_numbers(options: Options, query: Tensor, key: Tensor) -> None:
         check_number("softcap", softcap)
     if softcap is not None and not (_is_finite(softcap) and softcap > 0.0):
         raise ValueError(f"softcap: got {softcap}, takes a finite number above 0, or None")
-    dropout_p = options.dropout_p
-    if dropout_p is None:
+    if options.dropout_p is None:
         return
-    check_number("dropout_p", dropout_p)
-    if not 0.0 < dropout_p < 1.0:
-        raise ValueError(f"dropout_p: got {dropout_p}, takes 0 <= dropout_p < 1")
+    check_dropout_p(options.dropout_p)
     if options.batch_invariant:
         raise ValueError("batch_invariant, dropout_p: got both, takes one of them")
 

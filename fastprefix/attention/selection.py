@@ -84,9 +84,13 @@ BACKENDS: dict[str, Backend] = {
 AUTO: dict[str, tuple[str, ...]] = {"cpu": ("composed", "reference"), "cuda": ("triton",)}
 
 
+# Asked once: PyTorch 2.9's compiler cannot trace the question, which every call of triton has.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def triton_installed() -> bool:
     """Whether Triton can be imported, without importing it."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 def interpreting() -> bool:

@@ -96,7 +96,7 @@ class Encoder(nn.Module, ABC):
 
     @property
     def trained(self) -> FlatLayout:
-        """FlatLayout of the tokens behind the frozen ones."""
+        """The layout of the tokens behind the frozen ones."""
         return self.layout.longer(-self.num_frozen_tokens)
 
     @abstractmethod

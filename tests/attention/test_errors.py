@@ -259,6 +259,10 @@ class TestMoreNumbers:
     def test_dropout_p(self, p):
         refuses(ValueError, "dropout_p", dropout_p=p)
 
+    @pytest.mark.parametrize("p", [None, "", []], ids=str)
+    def test_dropout_p_is_a_number(self, p):
+        refuses(TypeError, "dropout_p", dropout_p=p)
+
     def test_batch_invariant(self):
         refuses(ValueError, "batch_invariant, dropout_p", dropout_p=0.5, batch_invariant=True)
 

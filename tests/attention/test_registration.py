@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastprefix import prefix_attention
-from fastprefix.options import SCHEMA, Options
+from fastprefix.options import OPTIONS, SCHEMA, Options
 
 # opcheck runs an op dozens of times, and the interpreter is slow: small problems.
 SMALL = {"Hq": 2, "Hkv": 1, "Lq": 3, "P": 4}
@@ -243,3 +245,9 @@ def test_several_forwards_before_one_backward(backend, make_problem):
     torch.autograd.backward(outs, [first.grad_out, second.grad_out])
     for name, x in shared.items():
         torch.testing.assert_close(x.grad, expected[0][name] + expected[1][name])
+
+
+def test_the_public_function_takes_the_options_of_the_table():
+    own = {"query", "key", "value", "prefix_key", "prefix_value", "return_lse", "backend"}
+    taken = set(inspect.signature(prefix_attention).parameters) - {"unknown"}
+    assert taken == own | {name for name, option in OPTIONS.items() if option.argument}
