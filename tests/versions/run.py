@@ -70,7 +70,12 @@ _OLD_TORCH = (
 )
 FLOOR = Environment("floor", _FLOOR)
 OTHERS = (
-    Environment("floor torch", _FLOOR, _OLD_TORCH, tests=(*HUGGING_FACE, "tests/attention")),
+    Environment(
+        "floor torch",
+        _FLOOR,
+        _OLD_TORCH,
+        tests=(*HUGGING_FACE, "tests/attention/test_compile.py"),
+    ),
     Environment("transformers 5.20", _transformers("5.20.2", None)),
     Environment("transformers 5.23", _transformers("5.23.0", None)),
     Environment("newest torch", {**_transformers(None, None), **_ANY_TORCH}, tests=("tests",)),
