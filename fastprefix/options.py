@@ -17,20 +17,16 @@ import torch
 from torch import Tensor
 
 
-def _always(value: Any) -> bool:
-    return True
-
-
 class Feature(NamedTuple):
     """Something that a backend may or may not be able to do.
 
     Attributes:
         name: as messages and the table of :mod:`fastprefix.attention.selection` write it.
-        asked: whether a value of an option asks for it; called only for options in use.
+        asked: whether the value of an option that is used asks for it; None for any value.
     """
 
     name: str
-    asked: Callable[[Any], bool] = _always
+    asked: Callable[[Any], bool] | None = None
 
 
 class Option(NamedTuple):
@@ -220,19 +216,28 @@ FEATURES = tuple(
 # Where the options that have features begin, and their values where none of them is used.
 _FIRST = next(place for place, option in enumerate(OPTIONS.values()) if option.features)
 _UNUSED = tuple(Options._field_defaults[name] for name in Options._fields[_FIRST:])
+_FEATURES_BY_PLACE = tuple(
+    (place, option.features) for place, option in enumerate(OPTIONS.values()) if option.features
+)
+
+
+def is_used(value: Any) -> bool:
+    """Whether a call with this value of an option uses the option."""
+    return value is not None and value is not False
 
 
 def asks_for_features(options: Options) -> bool:
-    """Whether any option that not every backend can do may be in use; every call asks this."""
+    """Whether the options may ask for a feature; every call asks this, so it must be fast."""
     return not all(map(is_, options[_FIRST:], _UNUSED))
 
 
 def features_of(options: Options) -> frozenset[str]:
     """The names of the features that the options ask for."""
-    return frozenset(
-        feature.name
-        for value, option in zip(options, OPTIONS.values(), strict=True)
-        if value is not None and value is not False
-        for feature in option.features
-        if feature.asked(value)
-    )
+    names = []
+    for place, features in _FEATURES_BY_PLACE:
+        value = options[place]
+        if value is not None and value is not False:  # is_used(), without the cost of a call
+            for name, asked in features:
+                if asked is None or asked(value):
+                    names.append(name)
+    return frozenset(names)

@@ -1,4 +1,4 @@
-"""The public function: checks, the choice of a backend, the call."""
+"""The public function: it checks a call, chooses a backend and runs it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastprefix.arguments import unknown_argument
+from fastprefix.arguments import check_flag, check_number, unknown_argument
 from fastprefix.attention import checks
 from fastprefix.attention.op import run_op
-from fastprefix.attention.selection import choose_backend
-from fastprefix.options import INTEGERS, Options, asks_for_features, features_of
+from fastprefix.attention.selection import UNEQUAL_HEAD_SIZES, choose_backend
+from fastprefix.options import FLAGS, INTEGERS, Options, asks_for_features, features_of
 
 BackendName = Literal["auto", "reference", "composed", "triton"]
 
@@ -172,65 +172,91 @@ def prefix_attention(
     if unknown:  # a wrapper would cost every call microseconds
         known = list(inspect.signature(prefix_attention).parameters)[:-1]
         raise unknown_argument("prefix_attention", next(iter(unknown)), known)
+    if type(return_lse) is not bool:
+        check_flag("return_lse", return_lse)
+    if dropout_p != 0.0:
+        check_number("dropout_p", dropout_p)  # here, because None is no number for users
+    if scale is None:
+        scale = default_scale(query)
+    options = Options(  # by position, which takes a third of the time
+        is_causal,
+        scale,
+        key_padding_mask,
+        attn_mask,
+        prefix_index,
+        prefix_lengths,
+        cu_seqlens,
+        sliding_window,
+        prefix_in_window,
+        sinks,
+        prefix_bias,
+        softcap or None,
+        dropout_p or None,
+        None,  # dropout_seed
+        batch_invariant,
+    )
+    out, lse = attention_with_options(query, key, value, prefix_key, prefix_value, options, backend)
+    return (out, lse.detach()) if return_lse else out
+
+
+def attention_with_options(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    options: Options,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """What :func:`prefix_attention` does, for callers that hold the options as one value.
+
+    Args:
+        query: [B, Hq, Lq, D].
+        key: [B, Hkv, Lk, D].
+        value: [B, Hkv, Lk, Dv].
+        prefix_key: [Hkv, P, D], or None.
+        prefix_value: [Hkv, P, Dv], or None.
+        options: as the user gave them: not checked yet, and integers may be int64.
+        backend: see :func:`prefix_attention`.
+
+    Returns:
+        out [B, Hq, Lq, Dv] and the log-sum-exp [B, Hq, Lq], which is not detached.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, NotImplementedError: see :func:`prefix_attention`.
+    """
     if (prefix_key is None) != (prefix_value is None):
         raise ValueError("prefix_key, prefix_value: got one of the two, takes both or neither")
     has_prefix = prefix_key is not None
     if prefix_key is None or prefix_value is None:
         prefix_key, prefix_value = _no_prefix(key, value)
     checks.check_tensors(query, key, value, prefix_key, prefix_value)
-    if key_padding_mask is not None:
-        checks.check_key_padding_mask(key_padding_mask, query, key)
-    if not (
-        type(is_causal) is type(prefix_in_window) is type(batch_invariant) is type(return_lse)
-        and type(is_causal) is bool
-    ):
-        checks.check_flags(
-            is_causal=is_causal,
-            prefix_in_window=prefix_in_window,
-            batch_invariant=batch_invariant,
-            return_lse=return_lse,
-        )
-        is_causal, prefix_in_window = bool(is_causal), bool(prefix_in_window)
-        batch_invariant = bool(batch_invariant)
-    if is_causal:
-        checks.check_causal(query, key)
-    D, Dv = query.shape[-1], value.shape[-1]
-    if scale is None:
-        scale = 1.0 / math.sqrt(D)
-    else:
-        checks.check_scale(scale)
-    options = Options(
-        is_causal=is_causal,
-        scale=float(scale),
-        key_padding_mask=key_padding_mask,
-        attn_mask=attn_mask,
-        prefix_index=prefix_index,
-        prefix_lengths=prefix_lengths,
-        cu_seqlens=cu_seqlens,
-        sliding_window=sliding_window,
-        prefix_in_window=prefix_in_window,
-        sinks=sinks,
-        prefix_bias=prefix_bias,
-        softcap=softcap or None,
-        dropout_p=dropout_p or None,
-        batch_invariant=batch_invariant,
-    )
-    features = _ONLY_D_DV if Dv != D else _NONE
+    checks.check_plain_options(options, query, key)
+    features = _NO_FEATURES
     if asks_for_features(options):
-        checks.check_options(options, query, key, prefix_key.shape[1], has_prefix)
-        features |= features_of(options)
-        options = _as_backends_read(options, query)
+        checks.check_features(options, query, key, prefix_key.shape[1], has_prefix)
+        options = _for_backends(options, query)
+        features = features_of(options)
+    elif type(options.is_causal) is not bool or type(options.scale) is not float:
+        options = _for_backends(options, query)
+    D, Dv = query.shape[-1], value.shape[-1]
+    if Dv != D:
+        features |= {UNEQUAL_HEAD_SIZES}
     name, _ = choose_backend(backend, query.device.type, query.dtype, features, max(D, Dv))
-    out, lse = run_op(query, key, value, prefix_key, prefix_value, options, name)
-    return (out, lse.detach()) if return_lse else out
+    return run_op(query, key, value, prefix_key, prefix_value, options, name)
 
 
-_NONE: frozenset[str] = frozenset()
-_ONLY_D_DV = frozenset({"D != Dv"})
+_NO_FEATURES: frozenset[str] = frozenset()
+
+
+def default_scale(query: Tensor) -> float:
+    """1 / sqrt(D). What has no D gets 1: the checks refuse it, with a message."""
+    shape: tuple[int, ...] = getattr(query, "shape", ())
+    return 1.0 / math.sqrt(shape[-1]) if len(shape) and shape[-1] else 1.0
 
 
 def _no_prefix(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """A prefix of no tokens; what is no tensor is left to the checks."""
+    """A prefix without tokens. What is no tensor is left to the checks."""
     if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
         return key, value
     if key.dim() != 4 or value.dim() != 4:
@@ -239,14 +265,21 @@ def _no_prefix(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return key.new_empty(Hkv, 0, key.shape[3]), value.new_empty(Hkv, 0, value.shape[3])
 
 
-def _as_backends_read(options: Options, query: Tensor) -> Options:
-    """The options with integers as int32, and with the seed of the dropout."""
-    changed: dict[str, Any] = {}
+def _for_backends(options: Options, query: Tensor) -> Options:
+    """Checked options as the op and the backends read them, with a seed if there is dropout."""
+    changes: dict[str, Any] = {}
+    for name in FLAGS:
+        value = getattr(options, name)
+        if type(value) is not bool:
+            changes[name] = bool(value)
     for name in INTEGERS:
-        if (x := getattr(options, name)) is not None:
-            changed[name] = x.to(torch.int32)
+        tensor = getattr(options, name)
+        if tensor is not None:
+            changes[name] = tensor.to(torch.int32)
+    if type(options.scale) is not float:
+        changes["scale"] = float(options.scale)
     if options.dropout_p is not None:
-        changed["dropout_p"] = float(options.dropout_p)
-        # from the default generator, so that checkpointing draws the same one again
-        changed["dropout_seed"] = torch.randint(2**63 - 1, (1,), device=query.device)
-    return options._replace(**changed)
+        changes["dropout_p"] = float(options.dropout_p)
+        # from the default generator, so that checkpointing draws the same seed again
+        changes["dropout_seed"] = torch.randint(2**63 - 1, (1,), device=query.device)
+    return options._replace(**changes) if changes else options

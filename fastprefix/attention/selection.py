@@ -5,9 +5,9 @@
 | devices                 | any                 | CPU                 | CUDA, ROCm; interpreter |
 | dtypes                  | fp64 fp32 bf16 fp16 | fp64 fp32 bf16 fp16 | fp32 bf16 fp16          |
 | largest head size       | any                 | any                 | 256                     |
+| D != Dv                 | yes                 | yes                 | yes                     |
 | attn_mask               | yes                 | yes                 | yes                     |
 | attn_mask gradient      | yes                 | no                  | no                      |
-| D != Dv                 | yes                 | yes                 | yes                     |
 | packed prefixes         | yes                 | yes                 | yes                     |
 | cu_seqlens              | yes                 | yes                 | yes                     |
 | sliding_window          | yes                 | yes                 | yes                     |
@@ -41,8 +41,9 @@ from fastprefix import options
 
 _ALL = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
+UNEQUAL_HEAD_SIZES = "D != Dv"
 # What a call may need beyond the plain arguments, by the names that messages use.
-FEATURES: tuple[str, ...] = ("D != Dv", *options.FEATURES)
+FEATURES: tuple[str, ...] = (UNEQUAL_HEAD_SIZES, *options.FEATURES)
 
 # Gradients that are as large as the scores, which reference alone computes.
 LARGE_GRADIENTS = frozenset({"attn_mask gradient", "prefix_bias 3D gradient"})
@@ -112,9 +113,8 @@ def refusal(
         return f"it runs on {', '.join(sorted(backend.devices))}, not on {device}"
     if dtype not in backend.dtypes:
         return f"it takes {_dtype_names(backend.dtypes)}, not {_dtype_names([dtype])}"
-    missing = sorted(features - backend.features)
-    if missing:
-        return f"it cannot do {', '.join(missing)}"
+    if not features <= backend.features:
+        return f"it cannot do {', '.join(sorted(features - backend.features))}"
     if backend.max_head_size is not None and head_size > backend.max_head_size:
         return f"it takes head sizes up to {backend.max_head_size}, not {head_size}"
     return None
@@ -146,7 +146,7 @@ def choose_backend(
             "pass backend='reference' to run plain PyTorch maths there"
         )
     tried = AUTO[device] if requested == "auto" else (requested,)
-    if requested == "auto" and features & LARGE_GRADIENTS:
+    if requested == "auto" and not features.isdisjoint(LARGE_GRADIENTS):
         tried = (*(name for name in tried if name != "reference"), "reference")
     refusals: list[str] = []
     for name in tried:
