@@ -216,27 +216,19 @@ FEATURES = tuple(
 # Where the options that have features begin, and their values where none of them is used.
 _FIRST = next(place for place, option in enumerate(OPTIONS.values()) if option.features)
 _UNUSED = tuple(Options._field_defaults[name] for name in Options._fields[_FIRST:])
-_FEATURES_BY_PLACE = tuple(
-    (place, option.features) for place, option in enumerate(OPTIONS.values()) if option.features
-)
-
-
-def is_used(value: Any) -> bool:
-    """Whether a call with this value of an option uses the option."""
-    return value is not None and value is not False
+_FEATURES = tuple(option.features for option in OPTIONS.values())[_FIRST:]
 
 
 def asks_for_features(options: Options) -> bool:
-    """Whether the options may ask for a feature; every call asks this, so it must be fast."""
+    """Whether the options may ask for a feature. Every call asks this, so it must be fast."""
     return not all(map(is_, options[_FIRST:], _UNUSED))
 
 
 def features_of(options: Options) -> frozenset[str]:
     """The names of the features that the options ask for."""
     names = []
-    for place, features in _FEATURES_BY_PLACE:
-        value = options[place]
-        if value is not None and value is not False:  # is_used(), without the cost of a call
+    for value, unused, features in zip(options[_FIRST:], _UNUSED, _FEATURES, strict=True):
+        if value is not unused:
             for name, asked in features:
                 if asked is None or asked(value):
                     names.append(name)

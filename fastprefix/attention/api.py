@@ -95,12 +95,12 @@ def prefix_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over [prefix ; sequence] with one copy of the prefix for all rows.
 
-    The result is that of concatenating the prefix to every row's keys and values. All queries see
-    all of their prefix; causality, windows and masks concern the sequence part alone, unless
-    ``prefix_in_window`` says otherwise. Query i stands at position p_i = i + Lk - Lq among the
-    sequence's keys. Differentiable in query, key, value, prefix_key, prefix_value, sinks and a
-    prefix_bias of shape [Hq]; the prefix's gradient comes summed over rows. torch.func's
-    gradients are the same; forward-mode and second derivatives are the reference backend's alone.
+    The result is the same as with the prefix concatenated to every row's keys and values. All
+    queries see all of their prefix: causality, windows and masks apply only to the sequence part,
+    except for ``prefix_in_window``. Query i stands at position p_i = i + Lk - Lq among the
+    sequence's keys. The output is differentiable in query, key, value, prefix_key, prefix_value,
+    sinks and a prefix_bias of shape [Hq]; the prefix's gradient is summed over rows. torch.func
+    gives the same gradients. Only the reference backend has forward-mode and second derivatives.
 
     Args:
         query: [B, Hq, Lq, D].
@@ -110,41 +110,41 @@ def prefix_attention(
             prefixes lie end to end along P.
         prefix_value: [Hkv, P, Dv], or None.
         prefix_index: int32 or int64 [B] ([M] with cu_seqlens), which of several prefixes a row
-            attends to; -1 for none. With prefix_lengths only.
+            attends to; -1 for none. Only together with prefix_lengths.
         prefix_lengths: int32 or int64 [N], lengths of several prefixes, which add up to P.
         attn_mask: bool (True = attend) or additive (in the query's dtype or float32),
             broadcastable to [B, Hq, Lq, Lk]; for the sequence part only. Additive values of
-            -1e30 or less hide the key. Its gradient is the reference backend's alone.
+            -1e30 or less hide the key. Only the reference backend computes its gradient.
         key_padding_mask: bool [B, Lk], True = real token; any pattern.
         cu_seqlens: int32 or int64 [M + 1], offsets of M sequences that lie end to end in a batch
             of 1, with Lq = Lk. Tokens attend inside their own sequence (and to its prefix). Not
             with key_padding_mask or attn_mask.
-        dropout_p: share of the normalised weights that is dropped, the others growing by
-            1 / (1 - dropout_p); the log-sum-exp is not touched. Drawn from PyTorch's default
-            generator, the same in every backend.
-        is_causal: query i sees sequence keys 0 .. p_i. Unlike in SDPA this aligns to the end (a
-            KV cache), and combines with attn_mask.
+        dropout_p: share of the normalised weights that is dropped; the others are multiplied by
+            1 / (1 - dropout_p). The log-sum-exp does not change. The seed is drawn from PyTorch's
+            default generator, and every backend drops the same weights.
+        is_causal: query i sees sequence keys 0 .. p_i. Unlike in SDPA the mask is aligned to the
+            last key (as a KV cache needs it), and may be combined with attn_mask.
         scale: factor on the scores; 1 / sqrt(D) if None.
         sliding_window: query i sees sequence keys j with |p_i - j| < sliding_window (padding
-            takes its place in this count, as in transformers).
+            counts, as in transformers).
         softcap: scores become softcap * tanh(scaled score / softcap), before any bias.
-        sinks: [Hq], in the query's dtype or float32: each softmax denominator gets another
-            exp(sinks[h]), which carries no value. The log-sum-exp includes it.
+        sinks: [Hq], in the query's dtype or float32: exp(sinks[h]) is added to each softmax
+            denominator, without a value of its own. The log-sum-exp includes it.
         prefix_bias: added to the prefix part's scores after the cap, in the query's dtype or
-            float32: [Hq] per head, or [Hq, Lq, P] by packed column, whose gradient is the
-            reference backend's alone. -1e30 or less hides the key.
+            float32: [Hq] per head, or [Hq, Lq, P] by packed column. Only the reference backend
+            computes the gradient of the second shape. -1e30 or less hides the key.
         prefix_in_window: for a prefix that is text (a prefilled prompt): it slides out of the
             sliding_window as the same text would. Token j of a row's P tokens stands P - j + r_i
             before query i, where r_i counts the row's real tokens before p_i.
         batch_invariant: a row (with cu_seqlens a sequence) has the same bits of output and
-            log-sum-exp alone and in any batch, whatever the prefixes of the others. With up to 16
-            queries also wherever padding puts its keys; with more, key_padding_mask is refused
-            (use cu_seqlens). Not with dropout_p. Gradients are promised no bits. Some rows take
-            longer: how many programs share a row no longer follows the size of the batch.
+            log-sum-exp alone and in any batch, whatever prefixes the other rows have. With up to
+            16 queries this holds for any padding; with more, key_padding_mask is refused (use
+            cu_seqlens). Not with dropout_p. It does not hold for gradients. Some calls take
+            longer, because the work is not split by the size of the batch.
         return_lse: also return the log-sum-exp of the scores.
         backend: "auto", "reference", "composed" or "triton"; see
             :mod:`fastprefix.attention.selection`. A named backend never falls back.
-        unknown: nothing; names that are none of these are refused.
+        unknown: must be empty; any other name is refused.
 
     Returns:
         [B, Hq, Lq, Dv]; rows that see nothing are zeros. With ``return_lse`` also the natural
@@ -175,10 +175,10 @@ def prefix_attention(
     if type(return_lse) is not bool:
         check_flag("return_lse", return_lse)
     if dropout_p != 0.0:
-        check_number("dropout_p", dropout_p)  # here, because None is no number for users
+        check_number("dropout_p", dropout_p)  # here, because Options has None for no dropout
     if scale is None:
         scale = default_scale(query)
-    options = Options(  # by position, which takes a third of the time
+    options = Options(  # by position, in the order of the table: names take three times as long
         is_causal,
         scale,
         key_padding_mask,

@@ -1,7 +1,7 @@
 """Argument checks of the operator: each error names the argument, what it got, what it takes.
 
-The tensors of every call pass one combined condition, :func:`_fit`; what is wrong is looked for
-only where it fails. A decoding step runs these checks once a layer.
+The tensors of every call pass one combined condition, :func:`_fit`. Only if it fails do the checks
+look for what is wrong. A decoding step runs these checks once for each layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.arguments import check_flag, check_number
-from fastprefix.options import Options, asks_for_features, is_used
+from fastprefix.options import Options, asks_for_features
 
 
 def check_tensors(
@@ -67,7 +67,7 @@ def _check_causal(query: Tensor, key: Tensor) -> None:
 
 
 def _is_finite(number: float) -> bool:
-    """Whether a number is finite; a graph that holds for many numbers is not asked."""
+    """Whether a number is finite. A compiled graph holds for many numbers, so it trusts them."""
     return torch.compiler.is_compiling() or math.isfinite(number)
 
 
@@ -87,10 +87,11 @@ def check_call(
     options: Options,
     has_prefix: bool = True,
 ) -> None:
-    """All that a call can be checked for, as the operator and direct callers of launchers need it.
+    """Checks a call, for those who call the launchers of the kernels directly.
 
-    Values of integers are read on the CPU, asserted on other devices, and left alone where tensors
-    have no values (``meta``, the fake ones of torch.compile).
+    The operator makes the same checks. Values of integer tensors are read on the CPU and asserted
+    on other devices. Tensors without values (``meta``, or under torch.compile) are checked for
+    everything else.
 
     Args:
         query: [B, Hq, Lq, D], like the next four not checked yet.
@@ -125,8 +126,8 @@ def check_plain_options(options: Options, query: Tensor, key: Tensor) -> None:
 def check_features(options: Options, query: Tensor, key: Tensor, P: int, has_prefix: bool) -> None:
     """The options that ask for features, against checked tensors; see :func:`check_call`."""
     tensors = _Tensors(query, key, P, has_prefix)
-    for place, check in _CHECKS_BY_PLACE:
-        if is_used(options[place]):
+    for place, unused, check in _CHECKS_BY_PLACE:
+        if options[place] is not unused:
             check(options, tensors)
     if not torch.compiler.is_compiling():
         _check_values(options, tensors)
@@ -149,7 +150,7 @@ class _Tensors(NamedTuple):
 
 
 def _fit(query: Any, key: Any, value: Any, prefix_key: Any, prefix_value: Any) -> bool:
-    """Whether all is well, at the least cost."""
+    """Whether the tensors of a call fit together; the fast test that every call makes."""
     if not (
         isinstance(query, Tensor)
         and isinstance(key, Tensor)
@@ -326,7 +327,10 @@ CHECKS: dict[str, Callable[[Options, _Tensors], None]] = {
     "dropout_p": _check_dropout,
     "batch_invariant": _check_batch_invariant,
 }
-_CHECKS_BY_PLACE = tuple((Options._fields.index(name), check) for name, check in CHECKS.items())
+_CHECKS_BY_PLACE = tuple(
+    (Options._fields.index(name), Options._field_defaults[name], check)
+    for name, check in CHECKS.items()
+)
 
 
 def _check_values(options: Options, tensors: _Tensors) -> None:
@@ -358,7 +362,7 @@ def _check_values(options: Options, tensors: _Tensors) -> None:
 
 def _check_value(holds: Tensor, message: str, values: Tensor) -> None:
     if type(values) is not Tensor or values.device.type == "meta":
-        return  # fake: there is nothing to read
+        return  # a tensor without values
     if values.device.type == "cpu":
         if not holds:
             raise ValueError(f"{message}; got {values.tolist()}")

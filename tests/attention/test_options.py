@@ -16,7 +16,6 @@ from fastprefix.options import (
     Options,
     asks_for_features,
     features_of,
-    is_used,
 )
 
 ARGUMENTS = [name for name, option in OPTIONS.items() if option.argument]
@@ -84,7 +83,6 @@ VALUES = {
 @pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option.features])
 def test_an_option_in_use_asks_for_its_feature(name):
     options = PLAIN._replace(**{name: VALUES[name]})
-    assert is_used(VALUES[name])
     assert asks_for_features(options)
     assert len(features_of(options)) == 1
     assert features_of(options) <= {feature.name for feature in OPTIONS[name].features}

@@ -1,9 +1,9 @@
-"""The yardstick: prefix attention in plain PyTorch, scores materialised, any floating dtype.
+"""The yardstick: prefix attention in plain PyTorch, with materialised scores, in any dtype.
 
-Half-precision inputs are computed on in float32, as the fused backends' sums are, and only the
-output and the gradients are rounded. Every feature, every gradient by autograd. Packed prefixes and
-packed sequences are masks over all columns here: each query is scored against everything, and what
-is not its own is hidden.
+Half-precision inputs are computed in float32, like the sums of the fused backends; only the output
+and the gradients are rounded. Autograd computes every gradient. Packed prefixes and packed
+sequences are masks here: each query is scored against all columns, and a mask hides those that are
+not its own.
 """
 
 from __future__ import annotations
