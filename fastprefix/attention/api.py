@@ -241,12 +241,13 @@ def attention_with_options(
         options = _for_backends(options, query)
     D, Dv = query.shape[-1], value.shape[-1]
     if Dv != D:
-        features |= {UNEQUAL_HEAD_SIZES}
+        features = features | _UNEQUAL_HEAD_SIZES  # PyTorch 2.9 cannot trace |= of frozensets
     name, _ = choose_backend(backend, query.device.type, query.dtype, features, max(D, Dv))
     return run_op(query, key, value, prefix_key, prefix_value, options, name)
 
 
 _NO_FEATURES: frozenset[str] = frozenset()
+_UNEQUAL_HEAD_SIZES = frozenset({UNEQUAL_HEAD_SIZES})
 
 
 def default_scale(query: Tensor) -> float:
