@@ -13,6 +13,7 @@ from fastprefix.attention import api, checks
 from fastprefix.attention.selection import FEATURES, UNEQUAL_HEAD_SIZES
 from fastprefix.options import (
     OPTIONS,
+    SCHEMA,
     Options,
     asks_for_features,
     features_of,
@@ -72,17 +73,14 @@ def test_a_plain_call_asks_for_no_feature():
         assert features_of(options) == frozenset()
 
 
-VALUES = {
-    "attn_mask": torch.zeros(3, 3), "prefix_index": torch.tensor([0]),
-    "prefix_lengths": torch.tensor([3]), "cu_seqlens": torch.tensor([0, 3]),
-    "sliding_window": 2, "prefix_in_window": True, "sinks": torch.zeros(2),
-    "prefix_bias": torch.zeros(2), "softcap": 1.0, "dropout_p": 0.5, "batch_invariant": True,
-}  # fmt: skip
+# A value for each type of the schema.
+VALUES = {"Tensor?": torch.zeros(2), "SymInt?": 2, "float?": 0.5, "bool": True}
+TYPES = {name: kind for kind, name in (argument.split() for argument in SCHEMA.split(", "))}
 
 
 @pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option.features])
 def test_an_option_in_use_asks_for_its_feature(name):
-    options = PLAIN._replace(**{name: VALUES[name]})
+    options = PLAIN._replace(**{name: VALUES[TYPES[name]]})
     assert asks_for_features(options)
     assert len(features_of(options)) == 1
     assert features_of(options) <= {feature.name for feature in OPTIONS[name].features}

@@ -156,14 +156,14 @@ class _Inputs(NamedTuple):
 def _attend(inputs: _Inputs, active: ActivePrefix | None) -> Tensor:
     """[B, Hq, Lq, Dv]: the attention of a layer to its share of the prefixes and to the text."""
     module, mask = inputs.module, inputs.mask
-    call, longest = Call(inputs.query, inputs.key, inputs.value, inputs.options), 0
-    if active is not None:
-        call, longest = _with_prefix(call, module, active)
+    given, changes, longest = ({}, {}, 0) if active is None else _prefix_arguments(inputs, active)
     cu_seqlens = None if active is None else active.cu_seqlens
     if cu_seqlens is not None:
-        call = call.with_options(cu_seqlens=cu_seqlens.to(inputs.query.device))
+        changes["cu_seqlens"] = cu_seqlens.to(inputs.query.device)
     elif mask is not None and mask.dim() == 2:
-        call = call.with_options(key_padding_mask=mask)
+        changes["key_padding_mask"] = mask
+    options = inputs.options._replace(**changes) if changes else inputs.options
+    call = Call(inputs.query, inputs.key, inputs.value, options, **given)
     call = in_window(module, call, active, longest)
     if mask is not None and mask.dim() != 2 and cu_seqlens is None:
         call = with_mask(module, call, active, mask, longest)
@@ -244,16 +244,19 @@ def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
             )
 
 
-def _with_prefix(call: Call, module: nn.Module, active: ActivePrefix) -> tuple[Call, int]:
-    """A layer's call with its share of the prefixes.
+def _prefix_arguments(
+    inputs: _Inputs, active: ActivePrefix
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """A layer's share of the prefixes.
 
     Returns:
-        The call, and how many tokens of a prefix may slide out of a window.
+        Fields of :class:`Call`, options of the operator, and how many tokens of a prefix may slide
+        out of a window.
     """
-    kv, query = active.kv, call.query
+    kv, query = active.kv, inputs.query
     if kv is None:
-        return call._replace(backend=active.backend), 0
-    slot = _slot(module, active.turn)
+        return {"backend": active.backend}, {}, 0
+    slot = _slot(inputs.module, active.turn)
     prefix_key, prefix_value = kv.layer(slot)
     P = longest = prefix_key.shape[1]
     options: dict[str, Any] = {}
@@ -280,11 +283,9 @@ def _with_prefix(call: Call, module: nn.Module, active: ActivePrefix) -> tuple[C
         if kinds:
             given["prefix_ids"] = ids
             given["gated"] = frozenset(n for n, kind in enumerate(kv.kinds) if kind == "gate")
-    if active.prefix_bias is not None and call.options.is_causal and P:
+    if active.prefix_bias is not None and inputs.options.is_causal and P:
         options["prefix_bias"] = active.prefix_bias[..., :P].to(query.dtype)
-    if options:
-        given["options"] = call.options._replace(**options)
-    return call._replace(**given), longest if kv.in_window else 0
+    return given, options, longest if kv.in_window else 0
 
 
 def _slot(module: nn.Module, turn: int) -> int:
