@@ -17,20 +17,16 @@ import torch
 from torch import Tensor
 
 
-def _always(value: Any) -> bool:
-    return True
-
-
 class Feature(NamedTuple):
     """Something that a backend may or may not be able to do.
 
     Attributes:
         name: as messages and the table of :mod:`fastprefix.attention.selection` write it.
-        asked: whether a value of an option asks for it; called only for options in use.
+        asked: whether the value of an option that is used asks for it; None for any value.
     """
 
     name: str
-    asked: Callable[[Any], bool] = _always
+    asked: Callable[[Any], bool] | None = None
 
 
 class Option(NamedTuple):
@@ -208,6 +204,8 @@ SCHEMA = ", ".join(f"{_OP_TYPES[get_args(hint)[0]]} {name}" for name, hint in _T
 
 # The options whose gradients the fused backends compute, in the order in which they return them.
 GRADIENTS = tuple(name for name, option in OPTIONS.items() if option.gradient)
+# The options that are True or False.
+FLAGS = tuple(name for name, hint in _TYPES.items() if get_args(hint)[0] is bool)
 # The options that the backends read as int32.
 INTEGERS = tuple(name for name, option in OPTIONS.items() if option.integers)
 # The names of all features, each once.
@@ -218,19 +216,20 @@ FEATURES = tuple(
 # Where the options that have features begin, and their values where none of them is used.
 _FIRST = next(place for place, option in enumerate(OPTIONS.values()) if option.features)
 _UNUSED = tuple(Options._field_defaults[name] for name in Options._fields[_FIRST:])
+_FEATURES = tuple(option.features for option in OPTIONS.values())[_FIRST:]
 
 
 def asks_for_features(options: Options) -> bool:
-    """Whether any option that not every backend can do may be in use; every call asks this."""
+    """Whether the options may ask for a feature. Every call asks this, so it must be fast."""
     return not all(map(is_, options[_FIRST:], _UNUSED))
 
 
 def features_of(options: Options) -> frozenset[str]:
     """The names of the features that the options ask for."""
-    return frozenset(
-        feature.name
-        for value, option in zip(options, OPTIONS.values(), strict=True)
-        if value is not None and value is not False
-        for feature in option.features
-        if feature.asked(value)
-    )
+    names = []
+    for value, unused, features in zip(options[_FIRST:], _UNUSED, _FEATURES, strict=True):
+        if value is not unused:
+            for name, asked in features:
+                if asked is None or asked(value):
+                    names.append(name)
+    return frozenset(names)

@@ -79,9 +79,6 @@ NOT_YET: dict[str, set[str]] = {
         "kernels/triton/tuning/store.py",
     },
     "long_functions": {
-        "fastprefix/attention/api.py prefix_attention",
-        "fastprefix/attention/backends/composed/features.py backward",
-        "fastprefix/attention/backends/reference.py _attend",
         "kernels/triton/backward_dprefix.py dprefix_launches",
         "kernels/triton/offline/__main__.py main",
     },

@@ -1,4 +1,4 @@
-"""The public function: checks, the choice of a backend, the call."""
+"""The public function: it checks a call, chooses a backend and runs it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastprefix.arguments import unknown_argument
+from fastprefix.arguments import check_flag, check_number, unknown_argument
 from fastprefix.attention import checks
 from fastprefix.attention.op import run_op
-from fastprefix.attention.selection import choose_backend
-from fastprefix.options import INTEGERS, Options, asks_for_features, features_of
+from fastprefix.attention.selection import UNEQUAL_HEAD_SIZES, choose_backend
+from fastprefix.options import FLAGS, INTEGERS, Options, asks_for_features, features_of
 
 BackendName = Literal["auto", "reference", "composed", "triton"]
 
@@ -95,12 +95,12 @@ def prefix_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over [prefix ; sequence] with one copy of the prefix for all rows.
 
-    The result is that of concatenating the prefix to every row's keys and values. All queries see
-    all of their prefix; causality, windows and masks concern the sequence part alone, unless
-    ``prefix_in_window`` says otherwise. Query i stands at position p_i = i + Lk - Lq among the
-    sequence's keys. Differentiable in query, key, value, prefix_key, prefix_value, sinks and a
-    prefix_bias of shape [Hq]; the prefix's gradient comes summed over rows. torch.func's
-    gradients are the same; forward-mode and second derivatives are the reference backend's alone.
+    The result is the same as with the prefix concatenated to every row's keys and values. All
+    queries see all of their prefix: causality, windows and masks apply only to the sequence part,
+    except for ``prefix_in_window``. Query i stands at position p_i = i + Lk - Lq among the
+    sequence's keys. The output is differentiable in query, key, value, prefix_key, prefix_value,
+    sinks and a prefix_bias of shape [Hq]; the prefix's gradient is summed over rows. torch.func
+    gives the same gradients. Only the reference backend has forward-mode and second derivatives.
 
     Args:
         query: [B, Hq, Lq, D].
@@ -110,41 +110,41 @@ def prefix_attention(
             prefixes lie end to end along P.
         prefix_value: [Hkv, P, Dv], or None.
         prefix_index: int32 or int64 [B] ([M] with cu_seqlens), which of several prefixes a row
-            attends to; -1 for none. With prefix_lengths only.
+            attends to; -1 for none. Only together with prefix_lengths.
         prefix_lengths: int32 or int64 [N], lengths of several prefixes, which add up to P.
         attn_mask: bool (True = attend) or additive (in the query's dtype or float32),
             broadcastable to [B, Hq, Lq, Lk]; for the sequence part only. Additive values of
-            -1e30 or less hide the key. Its gradient is the reference backend's alone.
+            -1e30 or less hide the key. Only the reference backend computes its gradient.
         key_padding_mask: bool [B, Lk], True = real token; any pattern.
         cu_seqlens: int32 or int64 [M + 1], offsets of M sequences that lie end to end in a batch
             of 1, with Lq = Lk. Tokens attend inside their own sequence (and to its prefix). Not
             with key_padding_mask or attn_mask.
-        dropout_p: share of the normalised weights that is dropped, the others growing by
-            1 / (1 - dropout_p); the log-sum-exp is not touched. Drawn from PyTorch's default
-            generator, the same in every backend.
-        is_causal: query i sees sequence keys 0 .. p_i. Unlike in SDPA this aligns to the end (a
-            KV cache), and combines with attn_mask.
+        dropout_p: share of the normalised weights that is dropped; the others are multiplied by
+            1 / (1 - dropout_p). The log-sum-exp does not change. The seed is drawn from PyTorch's
+            default generator, and every backend drops the same weights.
+        is_causal: query i sees sequence keys 0 .. p_i. Unlike in SDPA the mask is aligned to the
+            last key (as a KV cache needs it), and may be combined with attn_mask.
         scale: factor on the scores; 1 / sqrt(D) if None.
         sliding_window: query i sees sequence keys j with |p_i - j| < sliding_window (padding
-            takes its place in this count, as in transformers).
+            counts, as in transformers).
         softcap: scores become softcap * tanh(scaled score / softcap), before any bias.
-        sinks: [Hq], in the query's dtype or float32: each softmax denominator gets another
-            exp(sinks[h]), which carries no value. The log-sum-exp includes it.
+        sinks: [Hq], in the query's dtype or float32: exp(sinks[h]) is added to each softmax
+            denominator, without a value of its own. The log-sum-exp includes it.
         prefix_bias: added to the prefix part's scores after the cap, in the query's dtype or
-            float32: [Hq] per head, or [Hq, Lq, P] by packed column, whose gradient is the
-            reference backend's alone. -1e30 or less hides the key.
+            float32: [Hq] per head, or [Hq, Lq, P] by packed column. Only the reference backend
+            computes the gradient of the second shape. -1e30 or less hides the key.
         prefix_in_window: for a prefix that is text (a prefilled prompt): it slides out of the
             sliding_window as the same text would. Token j of a row's P tokens stands P - j + r_i
             before query i, where r_i counts the row's real tokens before p_i.
         batch_invariant: a row (with cu_seqlens a sequence) has the same bits of output and
-            log-sum-exp alone and in any batch, whatever the prefixes of the others. With up to 16
-            queries also wherever padding puts its keys; with more, key_padding_mask is refused
-            (use cu_seqlens). Not with dropout_p. Gradients are promised no bits. Some rows take
-            longer: how many programs share a row no longer follows the size of the batch.
+            log-sum-exp alone and in any batch, whatever prefixes the other rows have. With up to
+            16 queries this holds for any padding; with more, key_padding_mask is refused (use
+            cu_seqlens). Not with dropout_p. It does not hold for gradients. Some calls take
+            longer, because the work is not split by the size of the batch.
         return_lse: also return the log-sum-exp of the scores.
         backend: "auto", "reference", "composed" or "triton"; see
             :mod:`fastprefix.attention.selection`. A named backend never falls back.
-        unknown: nothing; names that are none of these are refused.
+        unknown: must be empty; any other name is refused.
 
     Returns:
         [B, Hq, Lq, Dv]; rows that see nothing are zeros. With ``return_lse`` also the natural
@@ -172,67 +172,92 @@ def prefix_attention(
     if unknown:  # a wrapper would cost every call microseconds
         known = list(inspect.signature(prefix_attention).parameters)[:-1]
         raise unknown_argument("prefix_attention", next(iter(unknown)), known)
+    if type(return_lse) is not bool:
+        check_flag("return_lse", return_lse)
+    if dropout_p != 0.0:
+        check_number("dropout_p", dropout_p)  # here, because Options has None for no dropout
+    if scale is None:
+        scale = default_scale(query)
+    options = Options(  # by position, in the order of the table: names take three times as long
+        is_causal,
+        scale,
+        key_padding_mask,
+        attn_mask,
+        prefix_index,
+        prefix_lengths,
+        cu_seqlens,
+        sliding_window,
+        prefix_in_window,
+        sinks,
+        prefix_bias,
+        softcap or None,
+        dropout_p or None,
+        None,  # dropout_seed
+        batch_invariant,
+    )
+    out, lse = attention_with_options(query, key, value, prefix_key, prefix_value, options, backend)
+    return (out, lse.detach()) if return_lse else out
+
+
+def attention_with_options(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    options: Options,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """What :func:`prefix_attention` does, for callers that hold the options as one value.
+
+    Args:
+        query: [B, Hq, Lq, D].
+        key: [B, Hkv, Lk, D].
+        value: [B, Hkv, Lk, Dv].
+        prefix_key: [Hkv, P, D], or None.
+        prefix_value: [Hkv, P, Dv], or None.
+        options: as the user gave them: not checked yet, and integers may be int64.
+        backend: see :func:`prefix_attention`.
+
+    Returns:
+        out [B, Hq, Lq, Dv] and the log-sum-exp [B, Hq, Lq], which is not detached.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, NotImplementedError: see :func:`prefix_attention`.
+    """
     if (prefix_key is None) != (prefix_value is None):
         raise ValueError("prefix_key, prefix_value: got one of the two, takes both or neither")
     has_prefix = prefix_key is not None
     if prefix_key is None or prefix_value is None:
         prefix_key, prefix_value = _no_prefix(key, value)
     checks.check_tensors(query, key, value, prefix_key, prefix_value)
-    if key_padding_mask is not None:
-        checks.check_key_padding_mask(key_padding_mask, query, key)
-    if not (
-        type(is_causal) is type(prefix_in_window) is type(batch_invariant) is type(return_lse)
-        and type(is_causal) is bool
-    ):
-        checks.check_flags(
-            is_causal=is_causal,
-            prefix_in_window=prefix_in_window,
-            batch_invariant=batch_invariant,
-            return_lse=return_lse,
-        )
-        is_causal, prefix_in_window = bool(is_causal), bool(prefix_in_window)
-        batch_invariant = bool(batch_invariant)
-    if is_causal:
-        checks.check_causal(query, key)
-    D, Dv = query.shape[-1], value.shape[-1]
-    if scale is None:
-        scale = 1.0 / math.sqrt(D)
-    else:
-        checks.check_scale(scale)
-    if type(dropout_p) is not float and dropout_p != 0:
-        checks.check_dropout_p(dropout_p)  # before what is false in Python counts as no dropout
-    options = Options(
-        is_causal=is_causal,
-        scale=float(scale),
-        key_padding_mask=key_padding_mask,
-        attn_mask=attn_mask,
-        prefix_index=prefix_index,
-        prefix_lengths=prefix_lengths,
-        cu_seqlens=cu_seqlens,
-        sliding_window=sliding_window,
-        prefix_in_window=prefix_in_window,
-        sinks=sinks,
-        prefix_bias=prefix_bias,
-        softcap=softcap or None,
-        dropout_p=dropout_p or None,
-        batch_invariant=batch_invariant,
-    )
-    features = _ONLY_D_DV if Dv != D else _NONE
+    checks.check_plain_options(options, query, key)
+    features = _NO_FEATURES
     if asks_for_features(options):
-        checks.check_options(options, query, key, prefix_key.shape[1], has_prefix)
-        features = features | features_of(options)  # PyTorch 2.9 cannot trace |= of frozensets
-        options = _as_backends_read(options, query)
+        checks.check_features(options, query, key, prefix_key.shape[1], has_prefix)
+        options = _for_backends(options, query)
+        features = features_of(options)
+    elif type(options.is_causal) is not bool or type(options.scale) is not float:
+        options = _for_backends(options, query)
+    D, Dv = query.shape[-1], value.shape[-1]
+    if Dv != D:
+        features = features | _UNEQUAL_HEAD_SIZES  # PyTorch 2.9 cannot trace |= of frozensets
     name, _ = choose_backend(backend, query.device.type, query.dtype, features, max(D, Dv))
-    out, lse = run_op(query, key, value, prefix_key, prefix_value, options, name)
-    return (out, lse.detach()) if return_lse else out
+    return run_op(query, key, value, prefix_key, prefix_value, options, name)
 
 
-_NONE: frozenset[str] = frozenset()
-_ONLY_D_DV = frozenset({"D != Dv"})
+_NO_FEATURES: frozenset[str] = frozenset()
+_UNEQUAL_HEAD_SIZES = frozenset({UNEQUAL_HEAD_SIZES})
+
+
+def default_scale(query: Tensor) -> float:
+    """1 / sqrt(D). What has no D gets 1: the checks refuse it, with a message."""
+    shape: tuple[int, ...] = getattr(query, "shape", ())
+    return 1.0 / math.sqrt(shape[-1]) if len(shape) and shape[-1] else 1.0
 
 
 def _no_prefix(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """A prefix of no tokens; what is no tensor is left to the checks."""
+    """A prefix without tokens. What is no tensor is left to the checks."""
     if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
         return key, value
     if key.dim() != 4 or value.dim() != 4:
@@ -241,14 +266,21 @@ def _no_prefix(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return key.new_empty(Hkv, 0, key.shape[3]), value.new_empty(Hkv, 0, value.shape[3])
 
 
-def _as_backends_read(options: Options, query: Tensor) -> Options:
-    """The options with integers as int32, and with the seed of the dropout."""
-    changed: dict[str, Any] = {}
+def _for_backends(options: Options, query: Tensor) -> Options:
+    """Checked options as the op and the backends read them, with a seed if there is dropout."""
+    changes: dict[str, Any] = {}
+    for name in FLAGS:
+        value = getattr(options, name)
+        if type(value) is not bool:
+            changes[name] = bool(value)
     for name in INTEGERS:
-        if (x := getattr(options, name)) is not None:
-            changed[name] = x.to(torch.int32)
+        tensor = getattr(options, name)
+        if tensor is not None:
+            changes[name] = tensor.to(torch.int32)
+    if type(options.scale) is not float:
+        changes["scale"] = float(options.scale)
     if options.dropout_p is not None:
-        changed["dropout_p"] = float(options.dropout_p)
-        # from the default generator, so that checkpointing draws the same one again
-        changed["dropout_seed"] = torch.randint(2**63 - 1, (1,), device=query.device)
-    return options._replace(**changed)
+        changes["dropout_p"] = float(options.dropout_p)
+        # from the default generator, so that checkpointing draws the same seed again
+        changes["dropout_seed"] = torch.randint(2**63 - 1, (1,), device=query.device)
+    return options._replace(**changes) if changes else options

@@ -1,10 +1,10 @@
-"""The operator where PyTorch's transforms differentiate it (torch.func, forward mode).
+"""The operator for calls that PyTorch's transforms differentiate (torch.func, forward mode).
 
-They do not differentiate a registered op: they cannot follow its gradient, and take its
-forward-mode derivative for zero. They do differentiate the functions here, which have the same
-gradient. What has no formula, forward mode and second derivatives, is refused.
+The transforms cannot differentiate a registered op: they do not see its gradient, and take its
+forward-mode derivative to be zero. They can differentiate the functions here, which have the same
+gradient. Forward mode and second derivatives have no formula and are refused.
 
-A module of its own, imported when it is needed: it keeps Dynamo out, and so imports it.
+This is a module of its own, imported only when it is needed, because it imports the compiler.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Backward(torch.autograd.Function):
         refuse(ctx.backend, FORWARD_MODE)
 
 
-# Where Dynamo leaves a function to Python it follows the calls in it, and fails inside transforms.
+# Dynamo traces the calls inside a function that it runs in Python, and fails inside transforms.
 @torch.compiler.disable
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """:data:`op.prefix_attention_op`."""
@@ -69,7 +69,7 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
 def _row_by_row(
     function: Any, rows: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """What vmap does with a registered op as well."""
+    """One call for each row, which is also what vmap does with a registered op."""
     results = []
     for row in range(rows):
         one = (

@@ -4,8 +4,8 @@ Output and gradients of [B, H, L, D] tensors are laid out in memory as [B, L, H,
 which a model's projections produce and consume them.
 
 A registered op has a flat signature: five tensors, the fields of
-:class:`~fastprefix.options.Options` in order, and the backend. They are packed and unpacked
-here and nowhere else.
+:class:`~fastprefix.options.Options` in order, and the backend. Only this module packs and unpacks
+them.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def run_op(
     options: Options,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp by the named backend, differentiable; arguments are checked.
+    """Output and log-sum-exp of a checked call by the named backend, differentiable.
 
-    The registered op is for the compiler and for autograd; where neither looks on, its cost, many
-    times that of the checks, is saved.
+    The compiler and autograd need the registered op. Without them the backend is called directly,
+    because the op costs many times as much as the checks.
     """
     if backend == "reference":
         return reference.forward(query, key, value, prefix_key, prefix_value, options)
@@ -90,7 +90,7 @@ def _run_forward(
     schema=f"({_TENSORS}, {SCHEMA}, str backend) -> (Tensor, Tensor)",
 )
 def prefix_attention_op(*args: Any) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp by the named fused backend; arguments are already checked."""
+    """Output and log-sum-exp of a checked call by the named fused backend."""
     return _run_forward(args[:5], Options(*args[5:-1]), args[-1])
 
 
@@ -110,7 +110,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     f"bool[] needs) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
 )
 def prefix_attention_backward_op(*args: Any) -> tuple[Tensor, ...]:
-    """The gradients of :data:`DIFFERENTIABLE`; an empty tensor for each that needs leaves out."""
+    """The gradients of :data:`DIFFERENTIABLE`; an empty tensor for each that is not needed."""
     options, (backend, needs) = Options(*args[8:-2]), args[-2:]
     module = triton if backend == "triton" else composed
     grads = module.backward(*args[:8], options, tuple(needs))
@@ -144,7 +144,8 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     needed = ctx.needs_input_grad
     sequence = needed[0] or needed[1] or needed[2]
     prefix = needed[0] or needed[3] or needed[4] or needed[_BIAS]
-    # a frozen model's first layer needs no gradient of its keys and values, and so neither of them
+    # The first layer of a frozen model needs no gradient for its keys and values. Its backward
+    # then reads neither of them.
     read = (sequence or prefix, sequence, sequence, prefix, prefix)
     kept = [x if reads else None for x, reads in zip(tensors, read, strict=True)]
     ctx.shapes = [x.shape for x in tensors]
@@ -158,7 +159,7 @@ def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | Non
     """The op's gradients, for each of its arguments."""
     # grad_lse is zeros: `prefix_attention` hands out a detached lse
     saved = ctx.saved_tensors
-    # of what was not kept only the shape matters; one row stands for all, so nobody copies it
+    # Of tensors that were not saved the backward needs only the shape: views without memory.
     tensors = [
         grad_out.new_zeros(shape[-1]).expand(shape) if x is None else x
         for x, shape in zip(saved[:5], ctx.shapes, strict=True)
@@ -182,7 +183,7 @@ prefix_attention_op.register_autograd(backward, setup_context=setup_context)
 
 
 def keep_backend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """What the backward op keeps: the name that its refusal tells."""
+    """What the backward op keeps: the backend's name, for the message of its refusal."""
     ctx.backend = inputs[-2]
 
 

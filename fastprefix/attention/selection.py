@@ -1,13 +1,13 @@
-"""Which backend runs: the one table of what each can do, and the choice that ``auto`` makes.
+"""Which backend runs: the table of what each backend can do, and the choice that ``auto`` makes.
 
 |                         | reference           | composed            | triton                  |
 |-------------------------|---------------------|---------------------|-------------------------|
 | devices                 | any                 | CPU                 | CUDA, ROCm; interpreter |
 | dtypes                  | fp64 fp32 bf16 fp16 | fp64 fp32 bf16 fp16 | fp32 bf16 fp16          |
 | largest head size       | any                 | any                 | 256                     |
+| D != Dv                 | yes                 | yes                 | yes                     |
 | attn_mask               | yes                 | yes                 | yes                     |
 | attn_mask gradient      | yes                 | no                  | no                      |
-| D != Dv                 | yes                 | yes                 | yes                     |
 | packed prefixes         | yes                 | yes                 | yes                     |
 | cu_seqlens              | yes                 | yes                 | yes                     |
 | sliding_window          | yes                 | yes                 | yes                     |
@@ -20,13 +20,14 @@
 | dropout_p               | yes                 | no                  | yes                     |
 | batch_invariant         | no                  | no                  | yes                     |
 
-Every backend takes key_padding_mask, is_causal, scale, GQA and MQA. ``auto`` runs the first backend
-of its device's list in :data:`AUTO` that can do all that the call needs: on CUDA and ROCm triton;
-on the CPU composed, and reference for what composed cannot (softcap, dropout_p), whose memory grows
-with Lq x (P + Lk). On every device reference runs those calls that want a gradient of an added mask
-or of a bias by column, which nothing else computes: a gradient of that size is memory that grows so
-in any case. A backend asked for by name never falls back. Only triton fixes the order of its
-sums (batch_invariant); what PyTorch's own products do depends on the size of the batch.
+Every backend can do key_padding_mask, is_causal, scale, GQA and MQA. :data:`AUTO` lists the
+backends of each device, and ``auto`` runs the first one that can do everything that the call needs.
+On CUDA and ROCm that is triton. On the CPU it is composed, or reference for what composed cannot do
+(softcap, dropout_p); the memory of reference grows with Lq x (P + Lk). On every device reference
+runs the calls that need a gradient of an additive mask or of a bias by column, which no other
+backend computes; such a gradient needs memory of that size in any case. A backend that is requested
+by name never falls back. Only triton fixes the order of its sums (batch_invariant): the results of
+PyTorch's own products depend on the size of the batch.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ from fastprefix import options
 
 _ALL = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
+UNEQUAL_HEAD_SIZES = "D != Dv"
 # What a call may need beyond the plain arguments, by the names that messages use.
-FEATURES: tuple[str, ...] = ("D != Dv", *options.FEATURES)
+FEATURES: tuple[str, ...] = (UNEQUAL_HEAD_SIZES, *options.FEATURES)
 
-# Gradients that are as large as the scores, which reference alone computes.
+# Gradients that are as large as the scores. Only reference computes them.
 LARGE_GRADIENTS = frozenset({"attn_mask gradient", "prefix_bias 3D gradient"})
 
 
@@ -55,7 +57,7 @@ class Backend:
     Attributes:
         devices: device types it runs on, or None for any.
         dtypes: of query, key, value and prefix.
-        features: those of :data:`FEATURES` that it can do, in any combination.
+        features: what it can do of :data:`FEATURES`, in any combination.
         max_head_size: largest D and Dv, or None for any.
     """
 
@@ -94,7 +96,7 @@ def triton_installed() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter is asked for, which runs the kernels on the CPU."""
+    """Whether the environment asks for Triton's interpreter, which runs kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -116,9 +118,8 @@ def refusal(
         return f"it runs on {', '.join(sorted(backend.devices))}, not on {device}"
     if dtype not in backend.dtypes:
         return f"it takes {_dtype_names(backend.dtypes)}, not {_dtype_names([dtype])}"
-    missing = sorted(features - backend.features)
-    if missing:
-        return f"it cannot do {', '.join(missing)}"
+    if not features <= backend.features:
+        return f"it cannot do {', '.join(sorted(features - backend.features))}"
     if backend.max_head_size is not None and head_size > backend.max_head_size:
         return f"it takes head sizes up to {backend.max_head_size}, not {head_size}"
     return None
@@ -150,7 +151,7 @@ def choose_backend(
             "pass backend='reference' to run plain PyTorch maths there"
         )
     tried = AUTO[device] if requested == "auto" else (requested,)
-    if requested == "auto" and features & LARGE_GRADIENTS:
+    if requested == "auto" and not features.isdisjoint(LARGE_GRADIENTS):
         tried = (*(name for name in tried if name != "reference"), "reference")
     refusals: list[str] = []
     for name in tried:

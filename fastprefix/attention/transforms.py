@@ -1,9 +1,10 @@
 """Derivatives beyond a plain backward: torch.func's transforms, forward mode, second derivatives.
 
-The registered ops of the fused backends have a backward and nothing else, and PyTorch takes an op
-without a forward-mode formula for a constant: the tangent would be zero and nobody told. So calls
-that a transform differentiates take a way of their own (:mod:`fastprefix.attention.op`), and what
-has no formula is refused here. The reference backend is plain PyTorch and has them all.
+The registered ops of the fused backends have a backward and no other derivative. PyTorch treats an
+op without a forward-mode formula as a constant: its tangent would silently be zero. So calls that a
+transform differentiates run in their own way (:mod:`fastprefix.attention.differentiated`), and
+derivatives without a formula are refused here. The reference backend is plain PyTorch and has all
+derivatives.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ COMPILED = "derivatives that are taken inside torch.compile, or of what it compi
 
 
 def is_differentiated(backend: str) -> bool:
-    """Whether one of torch.func's derivatives, or forward mode, is at work.
+    """Whether a derivative of torch.func, or forward mode, is active.
 
-    vmap and functionalize are none: they see registered ops as any others.
+    vmap and functionalize are no derivatives: they handle registered ops like any others.
 
     Args:
         backend: of the call, for the message.
 
     Raises:
-        NotImplementedError: torch.compile is tracing, which cannot follow the way of such calls.
+        NotImplementedError: torch.compile is tracing, which cannot trace such calls.
     """
     forward_mode = forward_ad._current_level >= 0
     if not forward_mode and not torch._C._are_functorch_transforms_active():
@@ -52,7 +53,7 @@ def is_differentiated(backend: str) -> bool:
 
 
 def refuse(backend: str, what: str) -> None:
-    """Raises NotImplementedError: names what a fused backend does not have, and where it is."""
+    """Raises NotImplementedError, naming what the fused backend lacks and the one that has it."""
     raise NotImplementedError(
         f"backend: got {backend!r} for {what}, takes 'reference' (of a model: "
         "patch_model(model, backend='reference'))"

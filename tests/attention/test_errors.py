@@ -270,7 +270,7 @@ class TestMoreNumbers:
     def test_sliding_window(self, window):
         refuses(ValueError, "sliding_window", f"{window}", sliding_window=window)
 
-    @pytest.mark.parametrize("window", [4.0, "4", True])
+    @pytest.mark.parametrize("window", [4.0, "4", True, False])
     def test_sliding_window_that_is_no_number_of_keys(self, window):
         refuses(TypeError, "sliding_window", sliding_window=window)
 

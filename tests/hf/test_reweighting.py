@@ -13,6 +13,7 @@ from fastprefix.hf.mass import attention_mass
 from fastprefix.hf.patch.sharding import Sharding
 from fastprefix.hf.versions import enable_checkpointing
 from fastprefix.kv import PackedPrefixKV, Reweighting
+from fastprefix.options import Options
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}  # of the biases and gates, and so of their gradients
@@ -89,7 +90,8 @@ def test_biases_of_distances_add_up(kind):
     front, front_value = torch.randn(2, 4, 5, 8, dtype=torch.float64).unbind()
     distances, numbers = torch.randn(4, 6, 5, dtype=torch.float64), torch.randn(4)
     heads = {"head_bias": numbers} if kind == "bias" else {"gate": numbers}
-    call = Call(query, key, value, front, front_value, prefix_bias=distances, **heads)
+    options = Options(is_causal=False, scale=8**-0.5, prefix_bias=distances)
+    call = Call(query, key, value, options, front, front_value, **heads)
     wide = numbers.double()[:, None, None]
     scores = query @ front.mT / 8**0.5 + distances
     text = query @ key.mT / 8**0.5
@@ -106,7 +108,8 @@ def test_a_trained_bias_beside_trained_distances():
     front, front_value = torch.randn(2, 4, 5, 8, dtype=torch.float64).unbind()
     distances = torch.randn(4, 6, 5, dtype=torch.float64, requires_grad=True)
     numbers = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    call = Call(query, key, value, front, front_value, prefix_bias=distances, head_bias=numbers)
+    options = Options(is_causal=False, scale=8**-0.5, prefix_bias=distances)
+    call = Call(query, key, value, options, front, front_value, head_bias=numbers)
     scores = query @ front.mT / 8**0.5 + distances + numbers[:, None, None]
     weights = torch.cat([scores, query @ key.mT / 8**0.5], -1).softmax(-1)
     expected = weights[..., :5] @ front_value + weights[..., 5:] @ value

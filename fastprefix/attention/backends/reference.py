@@ -1,9 +1,9 @@
-"""The yardstick: prefix attention in plain PyTorch, scores materialised, any floating dtype.
+"""The yardstick: prefix attention in plain PyTorch, with materialised scores, in any dtype.
 
-Half-precision inputs are computed on in float32, as the fused backends' sums are, and only the
-output and the gradients are rounded. Every feature, every gradient by autograd. Packed prefixes and
-packed sequences are masks over all columns here: each query is scored against everything, and what
-is not its own is hidden.
+Half-precision inputs are computed in float32, like the sums of the fused backends; only the output
+and the gradients are rounded. Autograd computes every gradient. Packed prefixes and packed
+sequences are masks here: each query is scored against all columns, and a mask hides those that are
+not its own.
 """
 
 from __future__ import annotations
@@ -72,6 +72,24 @@ def _attend(
         scores = options.softcap * torch.tanh(scores / options.softcap)
 
     places = _places(query, Lk, P, options)
+    seen, added = _seen_and_added(query, Lk, P, places, options)
+    # hidden before the sum: an infinite bias would send NaN into the gradients
+    scores = (scores + added.masked_fill(~seen, 0.0)).masked_fill(~seen, float("-inf"))
+    weights, lse = _softmax(scores, options.sinks)
+    if options.dropout_p is not None and options.dropout_seed is not None:
+        kept = _kept(places, Hq, options.dropout_p, options.dropout_seed)
+        weights = weights * kept.to(weights.dtype) / (1.0 - options.dropout_p)
+    weights = weights.reshape(B, Hkv, Hq // Hkv, Lq, P + Lk)
+    out = torch.einsum("bhgqp,hpd->bhgqd", weights[..., :P], prefix_value)
+    out = out + torch.einsum("bhgqk,bhkd->bhgqd", weights[..., P:], value)
+    return out.reshape(B, Hq, Lq, value.shape[-1]), lse
+
+
+def _seen_and_added(
+    query: Tensor, Lk: int, P: int, places: _Places, options: Options
+) -> tuple[Tensor, Tensor]:
+    """What each query sees (bool), and what is added to its scores, both [B, Hq, Lq, P + Lk]."""
+    B, Hq, Lq, _ = query.shape
     prefix_seen = places.own[:, None]  # [B, 1, Lq, P]
     sequence_seen = places.together[:, None]  # [B, 1, Lq, Lk]
     if options.is_causal:
@@ -87,43 +105,43 @@ def _attend(
         sequence_seen = sequence_seen & options.key_padding_mask[:, None, None, :]
     if options.attn_mask is not None and options.attn_mask.dtype is torch.bool:
         sequence_seen = sequence_seen & options.attn_mask
-    prefix_added = sequence_added = scores.new_zeros(())
+    prefix_added = sequence_added = query.new_zeros(())
     if options.attn_mask is not None and options.attn_mask.dtype is not torch.bool:
         sequence_seen = sequence_seen & (options.attn_mask > MASKED)
-        sequence_added = options.attn_mask.to(scores.dtype)
+        sequence_added = options.attn_mask.to(query.dtype)
     if options.prefix_bias is not None:
         bias = options.prefix_bias
         bias = bias[:, None, None] if bias.dim() == 1 else bias
         prefix_seen = prefix_seen & (bias > MASKED)
-        prefix_added = bias.to(scores.dtype)
+        prefix_added = bias.to(query.dtype)
     seen = torch.cat(
         [prefix_seen.expand(B, Hq, Lq, P), sequence_seen.expand(B, Hq, Lq, Lk)], dim=-1
     )
     added = torch.cat(
         [prefix_added.expand(B, Hq, Lq, P), sequence_added.expand(B, Hq, Lq, Lk)], dim=-1
     )
-    # hidden before the sum: an infinite bias would send NaN into the gradients
-    scores = (scores + added.masked_fill(~seen, 0.0)).masked_fill(~seen, float("-inf"))
+    return seen, added
 
-    sinks = None if options.sinks is None else options.sinks.to(scores.dtype)[:, None, None]
-    # Rows that see nothing: a finite stand-in for their maximum of -inf, and 1 for their sum of 0.
-    top = scores.detach().amax(-1, keepdim=True) if P + Lk else scores.new_zeros(B, Hq, Lq, 1)
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weights [B, Hq, Lq, P + Lk] of scores of that shape, and the log-sum-exp [B, Hq, Lq].
+
+    Rows that see nothing have weights of 0 and a log-sum-exp of -inf.
+    """
     if sinks is not None:
-        top = torch.maximum(top, sinks.detach()) if P + Lk else sinks.detach() + top
+        sinks = sinks.to(scores.dtype)[:, None, None]
+    empty = scores.shape[-1] == 0
+    # In rows that see nothing, 0 stands in for the maximum of -inf, and 1 for the sum of 0.
+    top = scores.new_zeros(*scores.shape[:3], 1) if empty else scores.detach().amax(-1, True)
+    if sinks is not None:
+        top = sinks.detach() + top if empty else torch.maximum(top, sinks.detach())
     top = top.masked_fill(top == float("-inf"), 0.0)
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks - top)
     lse = (top + total.detach().log()).squeeze(-1)
-    weights = weights / total.masked_fill(total == 0, 1.0)
-    if options.dropout_p is not None and options.dropout_seed is not None:
-        kept = _kept(places, Hq, options.dropout_p, options.dropout_seed)
-        weights = weights * kept.to(weights.dtype) / (1.0 - options.dropout_p)
-    weights = weights.reshape(B, Hkv, Hq // Hkv, Lq, P + Lk)
-    out = torch.einsum("bhgqp,hpd->bhgqd", weights[..., :P], prefix_value)
-    out = out + torch.einsum("bhgqk,bhkd->bhgqd", weights[..., P:], value)
-    return out.reshape(B, Hq, Lq, value.shape[-1]), lse
+    return weights / total.masked_fill(total == 0, 1.0), lse
 
 
 class _Places(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
+from fastprefix.attention.api import default_scale
 from fastprefix.hf.layer.active import ActivePrefix, Recorder
 from fastprefix.hf.layer.call import Call
 from fastprefix.hf.layer.masks import made_causal, prefix_attention_mask
@@ -18,6 +19,7 @@ from fastprefix.hf.layer.reweighted import attend
 from fastprefix.hf.layer.windows import in_window, with_mask
 from fastprefix.implementation import NAME
 from fastprefix.kv import PrefixKV
+from fastprefix.options import Options
 
 SLOT = "_fastprefix_slot"
 # On modules whose masks are not what ``module.is_causal`` says: whether a call without a mask is
@@ -114,16 +116,15 @@ def attention_interface(
         s_aux = s_aux.to(query.dtype)
     if position_bias is not None:
         position_bias = _without_needless_gradient(module, position_bias)
-    options = {
-        "dropout_p": dropout,
-        "scale": scaling,
-        "softcap": softcap,
-        "sinks": s_aux,
-        "backend": "auto" if active is None else active.backend,
-    }
-    inputs = _Inputs(
-        module, query, key, value, attention_mask, position_bias, causal, sliding_window, options
+    options = Options(
+        is_causal=causal,
+        scale=default_scale(query) if scaling is None else scaling,
+        sliding_window=sliding_window,
+        sinks=s_aux,
+        softcap=softcap or None,
+        dropout_p=dropout or None,
     )
+    inputs = _Inputs(module, query, key, value, attention_mask, position_bias, options)
     if active is not None and active.masses is not None and active.kv is not None:
         active.masses[_slot(module, active.turn)] = _mass(inputs, active)
     return _attend(inputs, active).transpose(1, 2), None
@@ -139,9 +140,8 @@ class _Inputs(NamedTuple):
         value: [B, Hkv, Lk, Dv].
         mask: see :func:`attention_interface`.
         position_bias: [1 or B, Hq, Lq, Lk], or None.
-        is_causal: whether a mask that is left out is causal.
-        sliding_window: how many keys a query sees.
-        options: arguments of the operator that are the same for every part of the call.
+        options: of the operator, as far as the layer says. ``is_causal`` holds if there is no mask
+            of 4 dimensions.
     """
 
     module: nn.Module
@@ -150,35 +150,26 @@ class _Inputs(NamedTuple):
     value: Tensor
     mask: Tensor | None
     position_bias: Tensor | None
-    is_causal: bool
-    sliding_window: int | None
-    options: dict[str, Any]
+    options: Options
 
 
 def _attend(inputs: _Inputs, active: ActivePrefix | None) -> Tensor:
     """[B, Hq, Lq, Dv]: the attention of a layer to its share of the prefixes and to the text."""
     module, mask = inputs.module, inputs.mask
-    given, longest = ({}, 0) if active is None else _prefix_arguments(inputs, active)
+    given, changes, longest = ({}, {}, 0) if active is None else _prefix_arguments(inputs, active)
     cu_seqlens = None if active is None else active.cu_seqlens
     if cu_seqlens is not None:
-        given["cu_seqlens"] = cu_seqlens.to(inputs.query.device)
+        changes["cu_seqlens"] = cu_seqlens.to(inputs.query.device)
     elif mask is not None and mask.dim() == 2:
-        given["key_padding_mask"] = mask
-    call = Call(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        is_causal=inputs.is_causal,
-        sliding_window=inputs.sliding_window,
-        options=inputs.options,
-        **given,
-    )
+        changes["key_padding_mask"] = mask
+    options = inputs.options._replace(**changes) if changes else inputs.options
+    call = Call(inputs.query, inputs.key, inputs.value, options, **given)
     call = in_window(module, call, active, longest)
     if mask is not None and mask.dim() != 2 and cu_seqlens is None:
         call = with_mask(module, call, active, mask, longest)
     if inputs.position_bias is not None:
-        bias = _with_bias(inputs.position_bias, call.attn_mask, inputs.query.dtype)
-        call = replace(call, attn_mask=bias)
+        bias = _with_bias(inputs.position_bias, call.options.attn_mask, inputs.query.dtype)
+        call = call.with_options(attn_mask=bias)
     return attend(call)
 
 
@@ -191,7 +182,7 @@ def _mass(inputs: _Inputs, active: ActivePrefix) -> Tensor:
     assert kv is not None
     ones = replace(kv, values=tuple(map(torch.ones_like, kv.values)))
     inputs = inputs._replace(
-        value=torch.zeros_like(inputs.value), options={**inputs.options, "dropout_p": 0.0}
+        value=torch.zeros_like(inputs.value), options=inputs.options._replace(dropout_p=None)
     )
     return _attend(inputs, replace(active, kv=ones, masses=None))[..., 0].float()
 
@@ -253,19 +244,24 @@ def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
             )
 
 
-def _prefix_arguments(inputs: _Inputs, active: ActivePrefix) -> tuple[dict[str, Any], int]:
+def _prefix_arguments(
+    inputs: _Inputs, active: ActivePrefix
+) -> tuple[dict[str, Any], dict[str, Any], int]:
     """A layer's share of the prefixes.
 
     Returns:
-        Arguments of :class:`Call`, and how many tokens of a prefix may slide out of a window.
+        Fields of :class:`Call`, options of the operator, and how many tokens of a prefix may slide
+        out of a window.
     """
     kv, query = active.kv, inputs.query
     if kv is None:
-        return {}, 0
+        return {"backend": active.backend}, {}, 0
     slot = _slot(inputs.module, active.turn)
     prefix_key, prefix_value = kv.layer(slot)
     P = longest = prefix_key.shape[1]
+    options: dict[str, Any] = {}
     given: dict[str, Any] = {
+        "backend": active.backend,
         "prefix_key": prefix_key.to(query.device, query.dtype),
         "prefix_value": prefix_value.to(query.device, query.dtype),
     }
@@ -275,8 +271,8 @@ def _prefix_arguments(inputs: _Inputs, active: ActivePrefix) -> tuple[dict[str, 
             given[name] = kv.reweighting.heads[slot].to(query.device)
     else:
         assert active.prefix_index is not None
-        given["prefix_index"] = active.prefix_index.to(query.device)
-        given["prefix_lengths"] = kv.prefix_lengths[slot].to(query.device)
+        options["prefix_index"] = active.prefix_index.to(query.device)
+        options["prefix_lengths"] = kv.prefix_lengths[slot].to(query.device)
         longest = kv.longest[slot]
         ids = active.prefix_ids
         kinds = {kv.kinds[n] for n in ids if n >= 0} if any(kv.kinds) and P else set()
@@ -285,11 +281,11 @@ def _prefix_arguments(inputs: _Inputs, active: ActivePrefix) -> tuple[dict[str, 
         if "gate" in kinds:
             given["gate"] = kv.gates[slot].to(query.device)
         if kinds:
-            given["numbers"] = ids
+            given["prefix_ids"] = ids
             given["gated"] = frozenset(n for n, kind in enumerate(kv.kinds) if kind == "gate")
-    if active.prefix_bias is not None and inputs.is_causal and P:
-        given["prefix_bias"] = active.prefix_bias[..., :P].to(query.dtype)
-    return given, longest if kv.in_window else 0
+    if active.prefix_bias is not None and inputs.options.is_causal and P:
+        options["prefix_bias"] = active.prefix_bias[..., :P].to(query.dtype)
+    return given, options, longest if kv.in_window else 0
 
 
 def _slot(module: nn.Module, turn: int) -> int:

@@ -2,64 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastprefix.attention import prefix_attention
+from fastprefix.attention.api import attention_with_options
+from fastprefix.options import Options
 
 
-@dataclass(eq=False)
-class Call:
-    """Arguments of :func:`fastprefix.prefix_attention`, of the same names, and how heads reweight.
+class Call(NamedTuple):
+    """A call of the operator, and how each head weights the prefix.
 
     Attributes:
-        head_bias: [Hq] added to the scores of the prefix, or [Hq, N] for N packed ones.
+        query: [B, Hq, Lq, D].
+        key: [B, Hkv, Lk, D].
+        value: [B, Hkv, Lk, Dv].
+        options: of the operator.
+        prefix_key: [Hkv, P, D], or None.
+        prefix_value: [Hkv, P, Dv], or None.
+        backend: of the operator.
+        head_bias: [Hq], added to the scores of the prefix; [Hq, N] for N packed prefixes.
         gate: [Hq], or [Hq, N]; see :class:`fastprefix.kv.Reweighting`.
         gated: which of N packed prefixes have a gate.
-        numbers: prefix_index where the host knows it, one for each row or for each of as many
-            groups of rows; with a head_bias or a gate of packed prefixes alone.
-        options: those that hold for every part of a call alike: scale, softcap, dropout_p, sinks,
-            backend.
+        prefix_ids: prefix_index as numbers on the host: one for each row, or one for each group of
+            rows if the groups are equally large. Given only if packed prefixes have a head_bias or
+            a gate.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
+    options: Options
     prefix_key: Tensor | None = None
     prefix_value: Tensor | None = None
-    prefix_index: Tensor | None = None
-    prefix_lengths: Tensor | None = None
-    prefix_bias: Tensor | None = None
-    prefix_in_window: bool = False
-    attn_mask: Tensor | None = None
-    key_padding_mask: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    is_causal: bool = False
-    sliding_window: int | None = None
+    backend: str = "auto"
     head_bias: Tensor | None = None
     gate: Tensor | None = None
     gated: frozenset[int] = frozenset()
-    numbers: tuple[int, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
+    prefix_ids: tuple[int, ...] = ()
 
     def run(self) -> Tensor:
-        """[B, Hq, Lq, Dv], head_bias and gate left aside: :mod:`fastprefix.hf.layer.reweighted`."""
-        return prefix_attention(
+        """[B, Hq, Lq, Dv]. Ignores head_bias and gate: :mod:`fastprefix.hf.layer.reweighted`."""
+        out, _ = attention_with_options(
             self.query,
             self.key,
             self.value,
             self.prefix_key,
             self.prefix_value,
-            prefix_index=self.prefix_index,
-            prefix_lengths=self.prefix_lengths,
-            prefix_bias=self.prefix_bias,
-            prefix_in_window=self.prefix_in_window,
-            attn_mask=self.attn_mask,
-            key_padding_mask=self.key_padding_mask,
-            cu_seqlens=self.cu_seqlens,
-            is_causal=self.is_causal,
-            sliding_window=self.sliding_window,
-            **self.options,
+            self.options,
+            self.backend,
+        )
+        return out
+
+    def with_options(self, **changes: Any) -> Call:
+        """The call with other values of some options."""
+        return self._replace(options=self.options._replace(**changes))
+
+    def without_prefix(self) -> Call:
+        """The call over the text only."""
+        call = self._replace(prefix_key=None, prefix_value=None, head_bias=None)
+        return call.with_options(
+            prefix_index=None, prefix_lengths=None, prefix_bias=None, prefix_in_window=False
         )

@@ -1,13 +1,11 @@
 """Attention with a bias or a gate of each head: see :class:`fastprefix.kv.Reweighting`.
 
-The operator takes one bias for each head. Rows of a mixed batch whose prefixes differ in it are
-called apart, prefix by prefix. Gates are two calls, of the text and of the prefix, each over what
-there is one copy of.
+The operator has one bias for each head. If the prefixes of a batch have different biases, there is
+one call for each prefix, with the rows that have it. A gate takes two calls, one over the text and
+one over the prefix. Neither way copies keys or values.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,48 +27,49 @@ def attend(call: Call) -> Tensor:
 
 
 def added_to_mask(call: Call, seen: Tensor, length: int) -> Tensor:
-    """A bool mask as an additive one with the biases of prefixes that were copied into the keys.
+    """An additive mask: a bool mask, and the biases of prefixes that were copied into the keys.
 
     Args:
         call: with a ``head_bias``.
         seen: [B, 1, Lq, Lk], True = attend.
-        length: how many of the keys are the prefix's, at the front.
+        length: how many of the keys, at the front, belong to the prefix.
 
     Returns:
         [B, Hq, Lq, Lk].
     """
     bias = call.head_bias
     assert bias is not None
-    if call.prefix_index is None:
-        bias = bias[None]
-    else:
-        bias = bias[:, call.prefix_index].T  # a row without a prefix sees none of it
+    index = call.options.prefix_index
+    # a row without a prefix gets the last bias, for keys that the mask hides from it
+    bias = bias[None] if index is None else bias[:, index].T
     front = bias[:, :, None, None].expand(*seen.shape[:1], -1, seen.shape[2], length)
     added = torch.nn.functional.pad(front, (0, seen.shape[3] - length))
     return added.masked_fill(~seen, float("-inf"))
 
 
 def _biased(call: Call) -> Tensor:
-    bias = call.head_bias
+    """[B, Hq, Lq, Dv]: the call with its ``head_bias``."""
+    bias, options = call.head_bias, call.options
     if bias is None:
         return call.run()
-    if call.prefix_index is None:
-        return replace(call, prefix_bias=_with_distances(bias, call.prefix_bias)).run()
-    used = sorted({number for number in call.numbers if number >= 0})
+    if options.prefix_index is None:
+        return call.with_options(prefix_bias=_with_distances(bias, options.prefix_bias)).run()
+    used = sorted({number for number in call.prefix_ids if number >= 0})
     if len(used) == 1:
-        return replace(call, prefix_bias=bias[:, used[0]]).run()
-    if call.cu_seqlens is not None:
+        return call.with_options(prefix_bias=bias[:, used[0]]).run()
+    if options.cu_seqlens is not None:
         raise NotImplementedError(
             "rows: got packed sequences whose prefixes differ in the biases of their heads, takes "
             "one prefix for all of them; or put each sequence into a row of its own"
         )
     groups: dict[int, list[int]] = {number: [] for number in used}
-    repeats = call.query.shape[0] // len(call.numbers)
+    repeats = call.query.shape[0] // len(call.prefix_ids)
     for row in range(call.query.shape[0]):
-        number = call.numbers[row // repeats]
-        groups[number if number >= 0 else used[0]].append(row)  # no prefix, and so no bias
+        number = call.prefix_ids[row // repeats]
+        # a row without a prefix has no scores that a bias is added to: any group is right
+        groups[number if number >= 0 else used[0]].append(row)
     parts = [
-        replace(_rows(call, rows), prefix_bias=bias[:, number]).run()
+        _rows(call, rows).with_options(prefix_bias=bias[:, number]).run()
         for number, rows in groups.items()
     ]
     order = [row for rows in groups.values() for row in rows]
@@ -79,82 +78,78 @@ def _biased(call: Call) -> Tensor:
 
 
 def _with_distances(bias: Tensor, distances: Tensor | None) -> Tensor:
-    """[Hq] with what a decoder adds for distances, [Hq, Lq, P]."""
+    """A bias [Hq] plus the bias that a decoder has for distances, [Hq, Lq, P]."""
     if distances is None:
         return bias
     return bias[:, None, None] + distances
 
 
 def _rows(call: Call, rows: list[int]) -> Call:
-    """Some rows of a call alone."""
+    """The call of some rows of the batch."""
     place = torch.tensor(rows, device=call.query.device)
-    mask = call.attn_mask
+    options = call.options
+    mask, index, padding = options.attn_mask, options.prefix_index, options.key_padding_mask
     if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
         mask = mask[place]
-    padding = call.key_padding_mask
-    return replace(
-        call,
-        query=call.query[place],
-        key=call.key[place],
-        value=call.value[place],
-        prefix_index=None if call.prefix_index is None else call.prefix_index[place],
+    call = call._replace(query=call.query[place], key=call.key[place], value=call.value[place])
+    return call.with_options(
+        prefix_index=None if index is None else index[place],
         attn_mask=mask,
         key_padding_mask=None if padding is None else padding[place],
     )
 
 
 def _without_gated(call: Call) -> Call:
-    """The text, with those prefixes that share its softmax."""
-    numbers = tuple(-1 if n in call.gated else n for n in call.numbers)
-    if call.prefix_index is None or max(numbers) < 0:
-        return replace(
-            call,
-            prefix_key=None,
-            prefix_value=None,
-            prefix_index=None,
-            prefix_lengths=None,
-            prefix_bias=None,
-            head_bias=None,
-        )
-    return replace(call, prefix_index=_members(call, gated=False), numbers=numbers)
+    """The call over the text and over those prefixes that have no gate."""
+    ids = tuple(-1 if n in call.gated else n for n in call.prefix_ids)
+    if call.options.prefix_index is None or max(ids) < 0:
+        return call.without_prefix()
+    return call._replace(prefix_ids=ids).with_options(prefix_index=_members(call, gated=False))
 
 
 def _apart(call: Call, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, Hq, Lq, Dv] over the gated prefixes alone, and tanh of the gates to multiply it with.
+    """The attention to the gated prefixes only, [B, Hq, Lq, Dv], and tanh of their gates.
 
-    Zeros for rows without a gated prefix.
+    Rows without a gated prefix get zeros.
     """
     gate = torch.tanh(gate.to(torch.promote_types(call.query.dtype, torch.float32)))
-    query, index = call.query, None
-    packed = call.cu_seqlens is not None and call.prefix_index is not None
-    if call.prefix_index is not None:
+    query, index, options = call.query, None, call.options
+    packed = options.cu_seqlens is not None and options.prefix_index is not None
+    if options.prefix_index is not None:
         index = _members(call, gated=True)
-        if call.cu_seqlens is not None:  # tokens as rows of one query, since there are no keys
+        if options.cu_seqlens is not None:
+            # Without keys, a token needs no sequence: each becomes a row with one query.
             tokens = query.shape[2]
-            index = index.repeat_interleave(call.cu_seqlens.diff(), output_size=tokens)
+            index = index.repeat_interleave(options.cu_seqlens.diff(), output_size=tokens)
             query = query.transpose(0, 2)
         gate = gate[:, index].T
     else:
         gate = gate[None]
     B = query.shape[0]
-    out = Call(
-        query,
-        call.key.new_empty(B, call.key.shape[1], 0, call.key.shape[3]),
-        call.value.new_empty(B, call.value.shape[1], 0, call.value.shape[3]),
-        call.prefix_key,
-        call.prefix_value,
-        index,
-        call.prefix_lengths,
-        call.prefix_bias,
-        options={**call.options, "sinks": None},
-    ).run()
+    call = call._replace(
+        query=query,
+        key=call.key.new_empty(B, call.key.shape[1], 0, call.key.shape[3]),
+        value=call.value.new_empty(B, call.value.shape[1], 0, call.value.shape[3]),
+    )
+    # the options of the text go, and the sinks, which belong to the text's softmax
+    call = call.with_options(
+        is_causal=False,
+        key_padding_mask=None,
+        attn_mask=None,
+        cu_seqlens=None,
+        sliding_window=None,
+        prefix_in_window=False,
+        sinks=None,
+        prefix_index=index,
+    )
+    out = call.run()
     gate = gate[:, :, None, None]
     return (out.transpose(0, 2), gate.transpose(0, 2)) if packed else (out, gate)
 
 
 def _members(call: Call, *, gated: bool) -> Tensor:
-    """prefix_index with -1 for the prefixes that are, or are not, gated."""
-    index, lengths = call.prefix_index, call.prefix_lengths
+    """prefix_index of the prefixes with a gate (or of those without); -1 in the other rows."""
+    index, lengths = call.options.prefix_index, call.options.prefix_lengths
     assert index is not None
     assert lengths is not None
     chosen = torch.tensor(

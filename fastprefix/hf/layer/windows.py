@@ -1,13 +1,11 @@
 """Layers with sliding windows: prompts slide out of them as the text grows, learned prefixes stay.
 
-The operator does both where a row's keys end at its newest token. This module finds out whether
-they do, what of them is real, and copies the end of a prompt in front of the keys where neither the
-operator nor the mask alone can tell.
+The operator does both if a row's keys end at its newest token. This module finds out whether they
+do, and which keys are real. If neither the operator nor the mask can tell where a prompt stands, it
+copies the end of the prompt in front of the keys.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +17,25 @@ from fastprefix.kv import PackedPrefixKV
 
 
 def in_window(module: nn.Module, call: Call, active: ActivePrefix | None, longest: int) -> Call:
-    """A call that has its window only where something lies beyond, prompts among it.
+    """The call with its window if the window hides anything, and with prompts that slide out of it.
 
     Args:
         module: for messages.
-        call: with a sliding_window, or none.
+        call: with or without a sliding_window.
         active: the call's prefixes.
         longest: how many tokens of a prompt may slide; 0 for a learned prefix.
 
     Raises:
         NotImplementedError: a window on both sides, or prompts beside learned prefixes.
     """
-    window = call.sliding_window
+    window = call.options.sliding_window
     if window is None:
         return call
     if longest + call.key.shape[2] <= window:
-        return replace(call, sliding_window=None)  # everything lies within it
+        return call.with_options(sliding_window=None)  # everything lies within it
     if not longest:
         return call
-    if not call.is_causal:
+    if not call.options.is_causal:
         raise NotImplementedError(
             f"{type(module).__name__} has a sliding_window of {window} on both sides, which a "
             "prompt does not slide out of yet"
@@ -47,13 +45,15 @@ def in_window(module: nn.Module, call: Call, active: ActivePrefix | None, longes
             f"{type(module).__name__} has a sliding_window of {window}, out of which prompts slide "
             "and learned prefixes do not; not supported in one batch: run them apart"
         )
-    return replace(call, prefix_in_window=True)
+    return call.with_options(prefix_in_window=True)
 
 
 def with_mask(
     module: nn.Module, call: Call, active: ActivePrefix | None, mask: Tensor, longest: int
 ) -> Call:
-    """A call with an explicit mask, or with padding that is given as one; neither is cut again.
+    """The call with an explicit mask, or with padding that has the form of one.
+
+    The mask contains the window and causality already, so the text is not cut a second time.
 
     Args:
         module: for messages.
@@ -63,23 +63,25 @@ def with_mask(
         longest: see :func:`in_window`.
 
     Raises:
-        NotImplementedError: it does not say where a prompt, which slides, stands.
+        NotImplementedError: a prompt slides, and the mask does not say where it stands.
     """
-    B, Lk, window = call.key.shape[0], call.key.shape[2], call.sliding_window
-    call = replace(call, is_causal=False, sliding_window=None)  # the mask has it
-    if mask.dtype is torch.bool and mask.shape[1:] == (1, 1, Lk):
-        call.key_padding_mask = mask[:, 0, 0].expand(B, Lk)
-    else:
-        call.attn_mask = mask
-    if not call.prefix_in_window or active is None or window is None:
+    B, Lk, window = call.key.shape[0], call.key.shape[2], call.options.sliding_window
+    padding = mask.dtype is torch.bool and mask.shape[1:] == (1, 1, Lk)
+    call = call.with_options(
+        is_causal=False,
+        sliding_window=None,
+        **{"key_padding_mask": mask[:, 0, 0].expand(B, Lk)} if padding else {"attn_mask": mask},
+    )
+    if not call.options.prefix_in_window or active is None or window is None:
         return call
     if active.placement == "mask" and mask.dtype is torch.bool:
         return _in_front(call, mask, min(longest, window - 1), window)
     real = _real_tokens(module, active, Lk, window)
-    # The window of the operator hides no more of the text than the mask does already; that of a
-    # single query says what is real as far as the window reaches.
-    call.key_padding_mask = real if call.attn_mask is not None else call.key_padding_mask
-    return replace(call, sliding_window=window)
+    # The operator's window hides nothing of the text that the mask does not hide already. Padding
+    # says which keys are real; for a single query it does so only as far as the window reaches.
+    if not padding:
+        call = call.with_options(key_padding_mask=real)
+    return call.with_options(sliding_window=window)
 
 
 def _real_tokens(module: nn.Module, active: ActivePrefix, Lk: int, window: int) -> Tensor | None:
@@ -105,11 +107,11 @@ def _all_slide(active: ActivePrefix) -> bool:
 
 
 def _in_front(call: Call, mask: Tensor, length: int, window: int) -> Call:
-    """What of a prompt a window can hold, copied in front of every row's keys; and their mask.
+    """The call with the end of the prompt copied in front of every row's keys, and with its mask.
 
-    For layers whose keys do not end at the newest token: a window's worth of copies, where the
-    operator would need none. The mask counts the real tokens before a query as far as the window
-    reaches, and beyond it no token of the prompt is seen.
+    This is for layers whose keys do not end at the newest token. Only as many tokens are copied as
+    a window can hold. The mask counts the real tokens before a query as far as the window reaches;
+    a query with more tokens before it sees nothing of the prompt.
     """
     tail_key, tail_value, own = _tail(call, length)
     before = mask.sum(-1, keepdim=True) - 1  # [B, 1, Lq, 1]
@@ -118,28 +120,21 @@ def _in_front(call: Call, mask: Tensor, length: int, window: int) -> Call:
     attn_mask = torch.cat([seen, mask], -1)
     if call.head_bias is not None:
         attn_mask = added_to_mask(call, attn_mask, length)
-    return replace(
-        call,
-        key=torch.cat([tail_key, call.key], 2),
-        value=torch.cat([tail_value, call.value], 2),
-        prefix_key=None,
-        prefix_value=None,
-        prefix_index=None,
-        prefix_lengths=None,
-        prefix_in_window=False,
-        attn_mask=attn_mask,
-        head_bias=None,
-        key_padding_mask=None,
+    call = call._replace(
+        key=torch.cat([tail_key, call.key], 2), value=torch.cat([tail_value, call.value], 2)
     )
+    return call.without_prefix().with_options(attn_mask=attn_mask, key_padding_mask=None)
 
 
 def _tail(call: Call, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Copies of the last tokens of every row's prefix, aligned to the end; and which are its own.
+    """Copies of the last tokens of every row's prefix, aligned to the end.
 
     Returns:
-        [B, Hkv, length, D], [B, Hkv, length, Dv], and bool [B, 1, 1, length], None for all.
+        Keys [B, Hkv, length, D], values [B, Hkv, length, Dv], and bool [B, 1, 1, length]: which of
+        them belong to the row's own prefix. None if all do.
     """
-    B, prefix_lengths, prefix_index = call.key.shape[0], call.prefix_lengths, call.prefix_index
+    B = call.key.shape[0]
+    prefix_lengths, prefix_index = call.options.prefix_lengths, call.options.prefix_index
     assert call.prefix_key is not None
     assert call.prefix_value is not None
     tensors = (call.prefix_key, call.prefix_value)
@@ -147,7 +142,7 @@ def _tail(call: Call, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
         start = call.prefix_key.shape[1] - length
         key, value = (x[:, start:].expand(B, -1, -1, -1) for x in tensors)
         return key, value, None
-    # -1 takes the zero
+    # a row without a prefix (index -1) gets the zero at the end
     ends, lengths = (
         torch.cat([x, x.new_zeros(1)]) for x in (prefix_lengths.cumsum(0), prefix_lengths)
     )

@@ -83,22 +83,13 @@ def backward(
     # a row that saw nothing: exp(score - inf) = 0 gives zero gradients
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     delta = (out.to(wide) * grad_out.to(wide)).sum(-1)
-    dq, dk, dv = (torch.zeros_like(x) for x in (query, key, value))
+    if needs[0] or needs[1] or needs[2]:
+        dq, dk, dv = _sequence_gradients(grad_out, query, key, value, out, lse, options)
+    else:
+        dq, dk, dv = (torch.zeros_like(x) for x in (query, key, value))
     # summed over many groups, hence in the accumulation dtype
     dpk, dpv = (torch.zeros_like(x, dtype=wide) for x in (prefix_key, prefix_value))
     dbias = lse.new_zeros(query.shape[1])
-    if needs[0] or needs[1] or needs[2]:
-        for piece in pieces(query, key, options):
-            part = piece.part(query, key, options)
-            part_dq, part_dk, part_dv = flash_backward(
-                part.fold(piece.of_queries(grad_out)), part.fold(piece.of_queries(query)),
-                part.keys(piece.of_keys(key)), part.keys(piece.of_keys(value)),
-                part.fold(piece.of_queries(out)), part.fold(piece.of_queries(lse)),
-                is_causal=part.is_causal, attn_mask=part.bias, scale=options.scale,
-            )  # fmt: skip
-            piece.of_queries(dq).copy_(part.unfold(part_dq))
-            piece.of_keys(dk).copy_(part.sum_keys(part_dk))
-            piece.of_keys(dv).copy_(part.sum_keys(part_dv))
     if needs[0] or needs[3] or needs[4] or needs[6]:
         for group in groups(query, key, prefix_key, options):
             Hkv, columns = prefix_key.shape[0], group.columns
@@ -131,6 +122,31 @@ def backward(
         dsinks,
         dbias.to(bias_dtype) if needs[6] else None,
     )
+
+
+def _sequence_gradients(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sequence part's share of the query's gradient, and the gradients of key and value."""
+    dq, dk, dv = (torch.zeros_like(x) for x in (query, key, value))
+    for piece in pieces(query, key, options):
+        part = piece.part(query, key, options)
+        part_dq, part_dk, part_dv = flash_backward(
+            part.fold(piece.of_queries(grad_out)), part.fold(piece.of_queries(query)),
+            part.keys(piece.of_keys(key)), part.keys(piece.of_keys(value)),
+            part.fold(piece.of_queries(out)), part.fold(piece.of_queries(lse)),
+            is_causal=part.is_causal, attn_mask=part.bias, scale=options.scale,
+        )  # fmt: skip
+        piece.of_queries(dq).copy_(part.unfold(part_dq))
+        piece.of_keys(dk).copy_(part.sum_keys(part_dk))
+        piece.of_keys(dv).copy_(part.sum_keys(part_dv))
+    return dq, dk, dv
 
 
 def _merge(
