@@ -45,6 +45,7 @@ DEVICES = (
     Device("A100 80GB SXM", "sm_80", 2039, 312, 108, "NVIDIA A100 data sheet"),
     Device("RTX 3090", "sm_86", 936, 71, 82, "NVIDIA GA102 whitepaper"),
     Device("H100 SXM", "sm_90", 3350, 989, 132, "NVIDIA H100 data sheet"),
+    Device("H200 SXM", "sm_90", 4800, 989, 132, "NVIDIA H200 data sheet"),
     Device("B200", "sm_100", 8000, 2250, 148, "NVIDIA HGX B200 data sheet"),
     Device("RTX 5090", "sm_120", 1792, 209, 170, "NVIDIA RTX Blackwell whitepaper"),
     Device("MI300X", "gfx942", 5300, 1307, 304, "AMD MI300X data sheet"),
