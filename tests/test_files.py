@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastprefix import files
+from fastprefix.files import partial_folders
 
 NAMES = ("a.txt", "b.txt", "inside/c.txt", "inside/d.txt")
 
@@ -93,7 +94,7 @@ def test_what_a_living_process_writes_is_left_alone(folder):
     """And what a dead one of the same number, or of an older version, began is not."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     living, dead, mine = (
-        folder / f".fastprefix-{files._HOST}-{number}-{'0' * 32}.partial"
+        folder / f".fastprefix-{partial_folders._HOST}-{number}-{'0' * 32}.partial"
         for number in (child.pid, 2**22 + 1, os.getpid())
     )
     elsewhere = folder / f".fastprefix-00000000-1-{'0' * 32}.partial"
