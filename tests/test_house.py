@@ -96,9 +96,6 @@ NOT_YET: dict[str, set[str]] = {
         "kernels/triton/forward.py fwd_sweep",
         "kernels/triton/forward.py prefix_attn_fwd_kernel",
     },
-    "long_files": {
-        "fastprefix/kv/budget.py",
-    },
 }
 
 

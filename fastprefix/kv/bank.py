@@ -13,8 +13,9 @@ from fastprefix.arguments import (
     methods_refuse_unknown_arguments,
 )
 from fastprefix.kv.arithmetic import Method, concatenate, interpolate
-from fastprefix.kv.budget import KVBudget, check_name, file_name, names_in
+from fastprefix.kv.budget import KVBudget
 from fastprefix.kv.prefix import PrefixKV
+from fastprefix.kv.prefix_folder import check_name, file_name, names_in
 
 
 @methods_refuse_unknown_arguments
@@ -44,7 +45,8 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
         """Adds a prefix, or replaces the one of this name.
 
         Args:
-            name: any text but the empty one that :func:`fastprefix.kv.budget.file_name` takes.
+            name: any text that is not empty, and not too long for the name of a file; see
+                :func:`fastprefix.kv.prefix_folder.file_name`.
             kv: for the same layers as the others; finished where the bank has a budget.
             priority: see :meth:`KVBudget.put`.
             pinned: see :meth:`KVBudget.put`.

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
-from fastprefix.kv.prefix import LayerShape, PrefixKV
+from fastprefix.kv.prefix import PrefixKV
+from fastprefix.kv.shapes import LayerShape
 
 
 @methods_refuse_unknown_arguments

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
-from fastprefix.kv.prefix import LayerShape, PrefixKV
+from fastprefix.kv.prefix import PrefixKV
 from fastprefix.kv.reweighting import Kind, kind_of
+from fastprefix.kv.shapes import LayerShape
 from fastprefix.kv.states import States, mapped
 
 

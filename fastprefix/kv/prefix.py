@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,46 +20,19 @@ from fastprefix.arguments import (
     methods_refuse_unknown_arguments,
     shown,
 )
-from fastprefix.files import (
-    header_bytes,
-    json_object,
-    opened,
-    read_safetensors,
-    reason,
-    write_safetensors,
+from fastprefix.kv.prefix_file import (
+    PrefixFields,
+    check_finite,
+    prefix_file_errors,
+    read_prefix,
+    write_prefix,
 )
-from fastprefix.kv.reweighting import Reweighting, kind_of
-from fastprefix.kv.states import LayerState, checked, mapped, named, outline, restored, tensors_of
+from fastprefix.kv.reweighting import Reweighting
+from fastprefix.kv.shapes import LayerShape
+from fastprefix.kv.states import LayerState, checked, mapped, tensors_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Which part of a model a layer's attention belongs to: an encoder's over its own text, a decoder's
-# over its own text (all there is in a decoder-only model), a decoder's over the encoder's.
-Group = Literal["encoder", "decoder", "cross"]
-
-_FORMAT = "fastprefix-kv"
-
-
-@methods_refuse_unknown_arguments
-@dataclass(frozen=True)
-class LayerShape:
-    """What one attention layer's keys and values look like.
-
-    Attributes:
-        num_heads: key/value heads, Hkv.
-        key_size: D.
-        value_size: Dv.
-    """
-
-    num_heads: int
-    key_size: int
-    value_size: int
-
-    @property
-    def width(self) -> int:
-        """Numbers that one virtual token holds in this layer, key and value together."""
-        return self.num_heads * (self.key_size + self.value_size)
 
 
 @methods_refuse_unknown_arguments
@@ -356,23 +328,8 @@ class PrefixKV:
             ValueError: the values are not all finite; no file could be loaded again.
         """
         file = as_path("file", file)
-        self._check_finite("kv")
-        tensors = {}
-        for layer in range(self.num_layers):
-            tensors[f"layers.{layer}.key"] = self.keys[layer]
-            tensors[f"layers.{layer}.value"] = self.values[layer]
-            if self.reweighting is not None:
-                kind = self.reweighting.kind
-                tensors[f"layers.{layer}.{kind}"] = self.reweighting.heads[layer]
-        tensors |= named(self.states)
-        about = {
-            "num_layers": self.num_layers,
-            "position_offset": self.position_offset,
-            "in_window": self.in_window,
-            "reweighting": kind_of(self.reweighting),
-            "states": outline(self.states),
-        }
-        write_safetensors(file, tensors, {_FORMAT: json.dumps(about)}, durable=durable)
+        check_finite("kv", self._fields)
+        write_prefix(file, self._fields, durable=durable)
 
     @classmethod
     def load(cls, file: str | Path, device: torch.device | str = "cpu") -> PrefixKV:
@@ -388,84 +345,20 @@ class PrefixKV:
         if not file.is_file():
             raise FileNotFoundError(f"file: {file} does not exist")
         try:
-            found, metadata = read_safetensors(file, lambda names, metadata: _about(metadata))
-            about = _about(metadata)
-            layers = range(about["num_layers"])
-
-            def read(what: str) -> tuple[Tensor, ...]:
-                return tuple(found[f"layers.{layer}.{what}"] for layer in layers)
-
-            keys, values = read("key"), read("value")
-            kv = cls(keys, values, about["position_offset"], bool(about["in_window"]))
-            kind = about.get("reweighting")  # older files have none
-            if kind is not None:
-                kv = replace(kv, reweighting=Reweighting(kind, read(kind)))
-            kv = replace(kv, states=restored(about.get("states"), found.__getitem__))
+            with prefix_file_errors(file):
+                kv = cls(**read_prefix(file))
         except FileNotFoundError:  # it was there a moment ago
             raise FileNotFoundError(f"file: {file} does not exist") from None
-        except Exception as error:
-            raise _not_whole(file, error) from error
-        kv._check_finite(f"file: {file}")
+        check_finite(f"file: {file}", kv._fields)
         return kv.to(device)
 
-    def _check_finite(self, what: str) -> None:
-        parts = [("key", self.keys), ("value", self.values)]
-        if self.reweighting is not None:
-            parts.append((self.reweighting.kind, self.reweighting.heads))
-        for name, tensors in parts:
-            for layer, tensor in enumerate(tensors):
-                if not _all_finite(tensor):
-                    raise ValueError(f"{what} holds a NaN or infinity in layers.{layer}.{name}")
-        for name, tensor in named(self.states).items():
-            if not _all_finite(tensor):
-                raise ValueError(f"{what} holds a NaN or infinity in {name}")
-
-
-def measure(file: Path) -> tuple[int, tuple[LayerShape, ...]]:
-    """Bytes and layers of a file that :meth:`PrefixKV.save` wrote, from its header alone.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a whole PrefixKV file.
-    """
-    try:
-        with opened(file) as content:
-            about = _about(content.metadata() or {})
-            shapes = []
-            for layer in range(about["num_layers"]):
-                key, value = (
-                    content.get_slice(f"layers.{layer}.{what}").get_shape()
-                    for what in ("key", "value")
-                )
-                shapes.append(LayerShape(key[0], key[2], value[2]))
-        if not shapes:
-            raise ValueError("it has no layers")
-        return file.stat().st_size - header_bytes(file), tuple(shapes)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise _not_whole(file, error) from error
-
-
-def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a file says of its tensors."""
-    if _FORMAT not in metadata:
-        raise ValueError(f"its metadata has no {_FORMAT}")
-    return json_object(metadata[_FORMAT])
-
-
-def _not_whole(file: str | Path, error: Exception) -> ValueError:
-    told = reason(error) if isinstance(error, OSError) else str(error)
-    if isinstance(error, KeyError):
-        told = f"it lacks {error}"
-    return ValueError(f"file: {file} is not a whole PrefixKV file ({told})")
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    if tensor.numel() == 0:
-        return True
-    # not every operation knows every type of 8 bits
-    wide = tensor.float() if tensor.element_size() == 1 else tensor
-    # in one pass and without a mask; a NaN is both
-    low, high = torch.aminmax(wide)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    @property
+    def _fields(self) -> PrefixFields:
+        return PrefixFields(
+            keys=self.keys,
+            values=self.values,
+            position_offset=self.position_offset,
+            in_window=self.in_window,
+            reweighting=self.reweighting,
+            states=self.states,
+        )
