@@ -71,8 +71,6 @@ NOT_YET: dict[str, set[str]] = {
     "circles": {
         "fastprefix/attention/differentiated.py",
         "fastprefix/attention/op.py",
-        "fastprefix/tuning/tuned_model.py",
-        "fastprefix/tuning/hub.py",
         "kernels/triton/launch.py",
         "kernels/triton/problem.py",
         "kernels/triton/tilings.py",

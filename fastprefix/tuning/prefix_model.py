@@ -25,7 +25,6 @@ from fastprefix.hf.patch.patching import Fallback, patch_model, patched, unpatch
 from fastprefix.hf.patch.threads import wanting_none
 from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
-from fastprefix.tuning import hub
 from fastprefix.tuning.adapter_names import DEFAULT
 from fastprefix.tuning.configs.accepted import as_prefix_config
 from fastprefix.tuning.configs.prefix_config import PrefixConfig
@@ -35,6 +34,7 @@ from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_mi
 from fastprefix.tuning.new_encoders import new_prefix_encoder
 from fastprefix.tuning.peft_base import unwrap
 from fastprefix.tuning.saved_adapters import SavedAdapters
+from fastprefix.tuning.saving_arguments import check_loading
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -360,7 +360,7 @@ class PrefixTuningModel(SavedAdapters):
             ValueError: the files hold no prefix for this model, config does not agree with them, or
                 fallback is unknown.
         """
-        hub.check_loading(torch_device, low_cpu_mem_usage)
+        check_loading(torch_device, low_cpu_mem_usage)
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
         fields, options = {"fallback": fallback}, {"check": check}
         return cls._load(model, place, adapter_name, is_trainable, config, fields, options)
