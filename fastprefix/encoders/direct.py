@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
-from fastprefix.encoders.base import Encoder
+from fastprefix.encoders.encoder import Encoder
 from fastprefix.kv import LayerShape
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
-from fastprefix.encoders.network import NetworkEncoder, orthogonalize
+from fastprefix.encoders.network_encoder import NetworkEncoder, orthogonalize
 from fastprefix.kv import LayerShape
 
 

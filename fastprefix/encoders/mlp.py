@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
-from fastprefix.encoders.network import NetworkEncoder, orthogonalize
+from fastprefix.encoders.network_encoder import NetworkEncoder, orthogonalize
 from fastprefix.kv import LayerShape
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.encoders import Encoder, HeadNumbers, build_encoder, slot_lengths
+from fastprefix.encoders import Encoder, HeadParameters, build_encoder, slot_lengths
 from fastprefix.hf.devices import device_of
 from fastprefix.hf.patch.patch import patch_of
 from fastprefix.kv import FlatLayout, Group
@@ -58,7 +58,7 @@ def new_prefix_encoder(
     if config.gated or config.prefix_bias is not None:
         heads = [n if size else 0 for n, size in zip(patch.query_heads, lengths, strict=True)]
         fixed = None if isinstance(config.prefix_bias, str) else config.prefix_bias
-        encoder.reweighting = HeadNumbers("gate" if config.gated else "bias", heads, fixed)
+        encoder.reweighting = HeadParameters("gate" if config.gated else "bias", heads, fixed)
     encoder = encoder.to(device_of(model))
     if start is not None:
         encoder.start_from(start)

@@ -17,8 +17,8 @@ from fastprefix.arguments import (
     methods_refuse_unknown_arguments,
     shown,
 )
-from fastprefix.encoders.build import Reparameterization
-from fastprefix.encoders.init import Resize
+from fastprefix.encoders.encoder_options import Reparameterization
+from fastprefix.encoders.starting_prefixes import Resize
 from fastprefix.kv import Group
 from fastprefix.tuning.configs.tuning_config import TuningConfig
 

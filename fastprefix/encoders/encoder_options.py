@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from fastprefix.arguments import refuses_unknown_arguments
-from fastprefix.encoders.base import Encoder
 from fastprefix.encoders.direct import DirectEncoder, SharedEncoder
+from fastprefix.encoders.encoder import Encoder
 from fastprefix.encoders.lstm import LSTMEncoder
 from fastprefix.encoders.mlp import MLPEncoder
 from fastprefix.kv import LayerShape

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
-from fastprefix.encoders.reweighting import HeadNumbers
+from fastprefix.encoders.head_parameters import HeadParameters
 from fastprefix.kv import LayerShape, PrefixKV
 from fastprefix.kv.flat import FlatLayout
 
@@ -66,7 +66,7 @@ class Encoder(nn.Module, ABC):
 
     embedding: nn.Parameter
     frozen: Tensor | None
-    reweighting: HeadNumbers | None
+    reweighting: HeadParameters | None
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from fastprefix.kv.reweighting import Kind
 
 
 @methods_refuse_unknown_arguments
-class HeadNumbers(nn.Module):
+class HeadParameters(nn.Module):
     """The biases or gates of a prefix; called, it gives a :class:`fastprefix.kv.Reweighting`.
 
     Args:
