@@ -81,7 +81,6 @@ NOT_YET: dict[str, set[str]] = {
         "kernels/triton/offline/__main__.py main",
     },
     "wide_functions": {
-        "fastprefix/encoders/build.py build_encoder",
         "kernels/triton/backward_dkv.py dkv_sweep",
         "kernels/triton/backward_dkv.py key_gradients",
         "kernels/triton/backward_dkv.py prefix_attn_bwd_dkv_kernel",

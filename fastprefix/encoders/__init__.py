@@ -1,9 +1,11 @@
 """Parameterisations of a prefix. Each is a module that, called, gives a :class:`PrefixKV`."""
 
 from fastprefix.encoders.direct import DirectEncoder, SharedEncoder
-from fastprefix.encoders.encoder import Encoder, evaluating
-from fastprefix.encoders.encoder_options import build_encoder, slot_lengths
+from fastprefix.encoders.encoder import Encoder
+from fastprefix.encoders.encoder_options import EncoderOptions, build_encoder
+from fastprefix.encoders.evaluating import evaluating
 from fastprefix.encoders.head_parameters import HeadParameters
+from fastprefix.encoders.layer_lengths import slot_lengths
 from fastprefix.encoders.lstm import LSTMEncoder
 from fastprefix.encoders.mlp import MLPEncoder
 from fastprefix.encoders.network_encoder import NetworkEncoder
@@ -12,6 +14,7 @@ from fastprefix.encoders.starting_prefixes import orthogonal, resize
 __all__ = [
     "DirectEncoder",
     "Encoder",
+    "EncoderOptions",
     "HeadParameters",
     "LSTMEncoder",
     "MLPEncoder",

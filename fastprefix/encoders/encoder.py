@@ -5,33 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
+from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders.head_parameters import HeadParameters
 from fastprefix.kv import LayerShape, PrefixKV
 from fastprefix.kv.flat import FlatLayout
-
-_Module = TypeVar("_Module", bound=nn.Module)
-
-
-@refuses_unknown_arguments
-def evaluating(module: _Module) -> _Module:
-    """A module in evaluation mode, with the same parameters.
-
-    A twin of one that is in training, which stays so: other threads may be running it.
-    """
-    if not module.training:
-        return module
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__, training=False)
-    twin.__dict__["_modules"] = {
-        name: None if part is None else evaluating(part) for name, part in module._modules.items()
-    }
-    return twin
 
 
 @methods_refuse_unknown_arguments

@@ -1,109 +1,86 @@
-"""An encoder by the names that a configuration uses."""
+"""What an encoder is like, as one value, and the encoder that is built from it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from fastprefix.arguments import refuses_unknown_arguments
+from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
 from fastprefix.encoders.direct import DirectEncoder, SharedEncoder
 from fastprefix.encoders.encoder import Encoder
 from fastprefix.encoders.lstm import LSTMEncoder
 from fastprefix.encoders.mlp import MLPEncoder
+from fastprefix.encoders.networks import Reparameterization
 from fastprefix.kv import LayerShape
 
-Reparameterization = Literal["MLP", "LSTM"]
 
+@methods_refuse_unknown_arguments
+@dataclass(frozen=True)
+class EncoderOptions:
+    """What an encoder is like. The names are those of :class:`fastprefix.PrefixConfig`.
 
-@refuses_unknown_arguments
-def slot_lengths(
-    num_slots: int,
-    num_virtual_tokens: int,
-    layers: Sequence[int] | None = None,
-    layer_lengths: Sequence[int] | None = None,
-) -> tuple[int, ...]:
-    """How many virtual tokens each attention layer gets.
-
-    Args:
-        num_slots: attention layers of the model.
-        num_virtual_tokens: of every layer that gets a prefix.
-        layers: those that do; all if None.
-        layer_lengths: of each layer, instead.
-
-    Raises:
-        ValueError: layers or layer_lengths do not fit the model.
+    Attributes:
+        prefix_projection: whether a network computes the prefix. Otherwise the prefix itself is
+            the parameter.
+        encoder_reparameterization_type: the kind of network, "MLP" or "LSTM".
+        encoder_hidden_size: the network's hidden size; the width of its input if None.
+        encoder_num_layers: the number of linear layers of the MLP, or of layers of the LSTM.
+        encoder_per_layer: whether every attention layer has an MLP of its own.
+        encoder_orthogonal: whether the network's weights start orthogonal.
+        share_layers: whether all layers share one block of keys and values; not with a network.
+        position_offset: see :class:`Encoder`.
+        dropout: see :class:`Encoder`.
+        num_frozen_tokens: see :class:`Encoder`.
+        init_std: the standard deviation of the prefix at its random start.
     """
-    if layer_lengths is not None:
-        if len(layer_lengths) != num_slots:
-            raise ValueError(
-                f"layer_lengths: got {len(layer_lengths)} of them, takes one for each of the "
-                f"model's {num_slots} attention layers"
-            )
-        return tuple(layer_lengths)
-    if layers is None:
-        return (num_virtual_tokens,) * num_slots
-    if max(layers) >= num_slots:
-        raise ValueError(
-            f"layers: got {max(layers)}, takes 0 to {num_slots - 1} for this model's "
-            f"{num_slots} attention layers"
-        )
-    return tuple(num_virtual_tokens if slot in layers else 0 for slot in range(num_slots))
+
+    prefix_projection: bool = False
+    encoder_reparameterization_type: Reparameterization = "MLP"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_per_layer: bool = False
+    encoder_orthogonal: bool = False
+    share_layers: bool = False
+    position_offset: int | None = None
+    dropout: float = 0.0
+    num_frozen_tokens: int = 0
+    init_std: float = 0.02
 
 
 @refuses_unknown_arguments
 def build_encoder(
     shapes: Sequence[LayerShape],
     lengths: int | Sequence[int],
+    options: EncoderOptions | None = None,
     *,
     embedding_size: int,
-    prefix_projection: bool = False,
-    encoder_reparameterization_type: Reparameterization = "MLP",
-    encoder_hidden_size: int | None = None,
-    encoder_num_layers: int = 2,
-    encoder_per_layer: bool = False,
-    encoder_orthogonal: bool = False,
-    share_layers: bool = False,
-    position_offset: int | None = None,
-    dropout: float = 0.0,
-    num_frozen_tokens: int = 0,
-    init_std: float = 0.02,
 ) -> Encoder:
-    """A new encoder.
+    """Builds a new encoder.
 
     Args:
         shapes: see :class:`Encoder`.
         lengths: see :class:`Encoder`.
-        embedding_size: the networks' input, the model's hidden size.
-        prefix_projection: a network that computes the prefix, instead of the prefix itself.
-        encoder_reparameterization_type: which, "MLP" or "LSTM".
-        encoder_hidden_size: its hidden size; embedding_size if None.
-        encoder_num_layers: linear layers of the MLP, or layers of the LSTM.
-        encoder_per_layer: an MLP for every attention layer.
-        encoder_orthogonal: the network's weights start orthogonal.
-        share_layers: one block of keys and values for all layers; without a network.
-        position_offset: see :class:`Encoder`.
-        dropout: see :class:`Encoder`.
-        num_frozen_tokens: see :class:`Encoder`.
-        init_std: standard deviation of the prefix at its random start.
+        options: what the encoder is like; the defaults if None.
+        embedding_size: the width of a network's input, which is the model's hidden size.
 
     Raises:
         ValueError: see :class:`Encoder`.
     """
-    options: dict[str, Any] = {
-        "position_offset": position_offset,
-        "dropout": dropout,
-        "num_frozen_tokens": num_frozen_tokens,
-        "init_std": init_std,
+    options = EncoderOptions() if options is None else options
+    common: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("position_offset", "dropout", "num_frozen_tokens", "init_std")
     }
-    if not prefix_projection:
-        direct = SharedEncoder if share_layers else DirectEncoder
-        return direct(shapes, lengths, **options)
-    network: dict[str, Any] = {
+    if not options.prefix_projection:
+        direct = SharedEncoder if options.share_layers else DirectEncoder
+        return direct(shapes, lengths, **common)
+    common |= {
         "embedding_size": embedding_size,
-        "hidden_size": encoder_hidden_size or embedding_size,
-        "num_layers": encoder_num_layers,
-        "orthogonal": encoder_orthogonal,
+        "hidden_size": options.encoder_hidden_size or embedding_size,
+        "num_layers": options.encoder_num_layers,
+        "orthogonal": options.encoder_orthogonal,
     }
-    if encoder_reparameterization_type == "LSTM":
-        return LSTMEncoder(shapes, lengths, **network, **options)
-    return MLPEncoder(shapes, lengths, per_layer=encoder_per_layer, **network, **options)
+    if options.encoder_reparameterization_type == "LSTM":
+        return LSTMEncoder(shapes, lengths, **common)
+    return MLPEncoder(shapes, lengths, per_layer=options.encoder_per_layer, **common)

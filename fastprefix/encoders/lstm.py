@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
-from fastprefix.encoders.network_encoder import NetworkEncoder, orthogonalize
+from fastprefix.encoders.network_encoder import NetworkEncoder
+from fastprefix.encoders.networks import last_linear, lstm_and_perceptron, orthogonalize
 from fastprefix.kv import LayerShape
 
 
@@ -43,11 +44,8 @@ class LSTMEncoder(NetworkEncoder):
         **options: Any,
     ) -> None:
         super().__init__(shapes, lengths, embedding_size=embedding_size, **options)
-        self.lstm = nn.LSTM(embedding_size, hidden_size, num_layers, bidirectional=True)
-        self.transform = nn.Sequential(
-            nn.Linear(2 * hidden_size, 2 * hidden_size),
-            nn.ReLU(),
-            nn.Linear(2 * hidden_size, self.layout.width),
+        self.lstm, self.transform = lstm_and_perceptron(
+            embedding_size, hidden_size, self.layout.width, num_layers
         )
         if orthogonal:
             orthogonalize(self.lstm)
@@ -56,11 +54,9 @@ class LSTMEncoder(NetworkEncoder):
 
     def run(self, embedding: Tensor) -> Tensor:
         """See :meth:`NetworkEncoder.run`."""
-        hidden, _ = self.lstm(embedding)  # [P, 2 * hidden_size], a sequence without a batch
+        hidden, _ = self.lstm(embedding)  # [P, 2 * hidden_size], one sequence without a batch
         return self.transform(hidden)
 
     def outputs(self) -> Sequence[nn.Linear]:
         """See :meth:`NetworkEncoder.outputs`."""
-        last = self.transform[-1]
-        assert isinstance(last, nn.Linear)
-        return [last]
+        return [last_linear(self.transform)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
-from fastprefix.encoders.network_encoder import NetworkEncoder, orthogonalize
+from fastprefix.encoders.network_encoder import NetworkEncoder
+from fastprefix.encoders.networks import last_linear, orthogonalize, perceptron
 from fastprefix.kv import LayerShape
 
 
@@ -52,9 +52,10 @@ class MLPEncoder(NetworkEncoder):
         hidden = [embedding_size] + [hidden_size] * (num_layers - 1)
         self.transform: nn.Sequential | nn.ModuleList
         if per_layer:
-            self.transform = nn.ModuleList(perceptron([*hidden, w]) for w in self.layout.widths)
+            networks = (perceptron([*hidden, width], nn.Tanh) for width in self.layout.widths)
+            self.transform = nn.ModuleList(networks)
         else:
-            self.transform = perceptron([*hidden, self.layout.width])
+            self.transform = perceptron([*hidden, self.layout.width], nn.Tanh)
         if orthogonal:
             orthogonalize(self.transform)
         self._scale(init_std)
@@ -67,14 +68,5 @@ class MLPEncoder(NetworkEncoder):
 
     def outputs(self) -> Sequence[nn.Linear]:
         """See :meth:`NetworkEncoder.outputs`."""
-        perceptrons = self.transform.children() if self.per_layer else [self.transform]
-        lasts = [list(perceptron.children())[-1] for perceptron in perceptrons]
-        return [layer for layer in lasts if isinstance(layer, nn.Linear)]
-
-
-def perceptron(sizes: Sequence[int]) -> nn.Sequential:
-    """Linear layers from each size to the next, tanh between them."""
-    modules: list[nn.Module] = []
-    for before, after in pairwise(sizes):
-        modules += [nn.Linear(before, after), nn.Tanh()]
-    return nn.Sequential(*modules[:-1])
+        networks = self.transform.children() if self.per_layer else [self.transform]
+        return [last_linear(network) for network in networks]

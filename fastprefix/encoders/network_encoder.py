@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.encoders.encoder import Encoder
+from fastprefix.encoders.networks import learn_difference_from
 from fastprefix.kv import LayerShape
 from fastprefix.kv.flat import FlatLayout
 
@@ -79,15 +80,7 @@ class NetworkEncoder(Encoder):
             self.frozen.normal_(0.0, init_std)
 
     def _start_from(self, flat: Tensor) -> None:
-        """The network learns the difference from given numbers.
-
-        No embedding makes a random network give chosen outputs, so the numbers become a constant
-        to which the network, its last layer zeroed, at first adds nothing.
-        """
-        for layer in self.outputs():
-            layer.weight.zero_()
-            layer.bias.zero_()
-        self.start.copy_(flat)
+        learn_difference_from(flat, self.start, self.outputs())
 
     def _new_numbers(self, count: int) -> Tensor:
         return torch.randn(count)
@@ -96,19 +89,3 @@ class NetworkEncoder(Encoder):
         more = layout.num_virtual_tokens - self.layout.num_virtual_tokens
         self.start = nn.functional.pad(self.start, (0, 0, 0, more))
         super()._set_layout(layout)
-
-
-def orthogonalize(network: nn.Module) -> None:
-    """Orthogonal weights (Saxe et al. 2014) with the gain of tanh, and no biases.
-
-    Of every matrix of linear layers and LSTMs, in the latter of every gate's own.
-    """
-    gain = nn.init.calculate_gain("tanh")
-    for module in network.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.dim() == 1:
-                nn.init.zeros_(parameter)
-                continue
-            gates = 4 if isinstance(module, nn.LSTM) else 1
-            for part in parameter.data.chunk(gates):
-                nn.init.orthogonal_(part, gain)

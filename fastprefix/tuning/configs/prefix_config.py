@@ -17,7 +17,7 @@ from fastprefix.arguments import (
     methods_refuse_unknown_arguments,
     shown,
 )
-from fastprefix.encoders.encoder_options import Reparameterization
+from fastprefix.encoders.networks import Reparameterization
 from fastprefix.encoders.starting_prefixes import Resize
 from fastprefix.kv import Group
 from fastprefix.tuning.configs.tuning_config import TuningConfig

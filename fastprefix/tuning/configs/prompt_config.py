@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from fastprefix.arguments import check_number, methods_refuse_unknown_arguments
+from fastprefix.encoders.networks import Reparameterization
 from fastprefix.formats.peft_prompts import INFIX_KIND
 from fastprefix.tuning.configs.tuning_config import TuningConfig
 
 Init = Literal["random", "text", "vocab"]
-Reparameterization = Literal["MLP", "LSTM"]
 Placement = Literal["prefix", "infix"]
 
 
