@@ -1,4 +1,4 @@
-"""Parameterisations of a prefix. Each is a module that, called, gives a :class:`PrefixKV`."""
+"""Modules with trainable parameters that compute a :class:`PrefixKV` when they are called."""
 
 from fastprefix.encoders.direct import DirectEncoder, SharedEncoder
 from fastprefix.encoders.encoder import Encoder

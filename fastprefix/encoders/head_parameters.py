@@ -1,4 +1,4 @@
-"""A number for each query head, fixed or trained beside a prefix."""
+"""The biases or gates of a prefix's query heads, as parameters or as fixed numbers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from fastprefix.kv.reweighting import Kind
 
 @methods_refuse_unknown_arguments
 class HeadParameters(nn.Module):
-    """The biases or gates of a prefix; called, it gives a :class:`fastprefix.kv.Reweighting`.
+    """The biases or gates of a prefix. A call returns a :class:`fastprefix.kv.Reweighting`.
 
     Args:
         kind: "bias" or "gate".
-        query_heads: Hq of each layer, 0 for a layer without a prefix.
-        fixed: the number of all heads; None for numbers that are trained, and start at 0.
+        query_heads: Hq of each layer; 0 for a layer without a prefix.
+        fixed: one number for all heads, which is not trained. If None, each head has a number that
+            is trained and starts at 0.
 
     Attributes:
-        numbers: [sum of query_heads], a parameter, or a buffer where they are fixed.
+        numbers: [sum of query_heads], a parameter; if fixed, a buffer.
     """
 
     numbers: Tensor
@@ -38,7 +39,7 @@ class HeadParameters(nn.Module):
             self.register_buffer("numbers", start)
 
     def forward(self) -> Reweighting:
-        """In float32, whatever the module was cast to."""
+        """Returns the numbers in float32, whatever dtype the module was cast to."""
         return Reweighting(self.kind, self.numbers.float().split(self.query_heads))
 
     @torch.no_grad()
@@ -46,7 +47,7 @@ class HeadParameters(nn.Module):
         """Starts from given numbers.
 
         Raises:
-            ValueError: they are of another kind, or for other heads.
+            ValueError: they have another kind, or belong to other heads.
         """
         if reweighting is None or reweighting.kind != self.kind:
             got = "none" if reweighting is None else f"a {reweighting.kind}"

@@ -1,4 +1,4 @@
-"""Keys and values as the output of an LSTM over an embedding."""
+"""The encoder that computes keys and values with an LSTM."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fastprefix.kv import LayerShape
 class LSTMEncoder(NetworkEncoder):
     """embedding -> bidirectional LSTM -> linear -> ReLU -> linear (Liu et al. 2021, section 3.2).
 
-    P-tuning's encoder ("GPT Understands, Too"), for keys and values in place of input embeddings.
-    The virtual tokens see each other in it.
+    This is P-tuning's network ("GPT Understands, Too"), but its output are keys and values, not
+    input embeddings. In it, each virtual token depends on the others.
 
     Args:
         shapes: see :class:`Encoder`.
         lengths: see :class:`Encoder`.
-        embedding_size: width of the embedding.
-        hidden_size: of the LSTM in each direction; the perceptron's is twice that.
-        num_layers: of the LSTM.
-        orthogonal: start from orthogonal weights.
-        init_std: standard deviation of the prefix at the random start.
+        embedding_size: the width of the embedding.
+        hidden_size: the hidden size of the LSTM in each direction; the perceptron's is twice that.
+        num_layers: the number of layers of the LSTM.
+        orthogonal: whether the weights start orthogonal.
+        init_std: the standard deviation of the prefix at the random start.
         options: the other arguments of :class:`Encoder`.
     """
 

@@ -1,4 +1,4 @@
-"""Keys and values as the output of a perceptron over an embedding."""
+"""The encoder that computes keys and values with a perceptron."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ class MLPEncoder(NetworkEncoder):
     Args:
         shapes: see :class:`Encoder`.
         lengths: see :class:`Encoder`.
-        embedding_size: width of the embedding.
-        hidden_size: width of the hidden layers.
-        num_layers: linear layers, 1, 2 (the paper's) or 3, with tanh between them.
-        per_layer: a perceptron of its own for every attention layer, over one embedding; else one
-            perceptron for all of them.
-        orthogonal: start from orthogonal weights.
-        init_std: standard deviation of the prefix at the random start.
+        embedding_size: the width of the embedding.
+        hidden_size: the width of the hidden layers.
+        num_layers: the number of linear layers, 1, 2 (as in the paper) or 3, with tanh between
+            them.
+        per_layer: whether every attention layer has a perceptron of its own. They share one
+            embedding.
+        orthogonal: whether the weights start orthogonal.
+        init_std: the standard deviation of the prefix at the random start.
         options: the other arguments of :class:`Encoder`.
 
     Attributes:
-        transform: the perceptron, or with per_layer a list of them.
+        transform: the perceptron; with per_layer, a list of them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Parameterisations of an input-level prompt. The module, called, gives the prompt [P, width]."""
+"""The module that computes a prompt of input embeddings from trainable parameters."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from fastprefix.tuning.configs.prompt_config import PromptConfig
 
 
 class PromptEncoder(nn.Module):
-    """The prompt's embeddings themselves, or a network that computes them.
+    """The embeddings of a prompt as a parameter, or a network that computes them.
 
     The networks are those of PEFT's PromptEncoder (P-tuning, Liu et al. 2021): an MLP of three
-    linear layers, or a bidirectional LSTM with an MLP of two on top. They are dropped at export.
+    linear layers, or a bidirectional LSTM followed by an MLP of two. Export drops them.
 
     Args:
-        config: see :class:`PromptConfig`.
-        width: of the model's embeddings.
+        config: the prompt's configuration.
+        width: the width of the model's embeddings.
 
     Attributes:
-        embedding: [P, width], the prompt or what the network reads.
+        embedding: [P, width], the prompt itself or the network's input.
+        start: [P, width], a constant that is added to the network's output; None without a network.
     """
 
     start: Tensor | None
@@ -48,7 +49,7 @@ class PromptEncoder(nn.Module):
         self.register_buffer("start", start)
 
     def forward(self) -> Tensor:
-        """The prompt [P, width], with gradients."""
+        """Computes the prompt [P, width], with gradients."""
         hidden: Tensor = self.embedding
         if self.lstm is not None:
             hidden, _ = self.lstm(hidden)  # [P, 2 * hidden size], one sequence without a batch
