@@ -1,4 +1,4 @@
-"""The wrapper of a frozen base: PEFT's surface, the attributes of the base, ``state_dict()``."""
+"""The wrapper of a frozen base: PEFT's methods, the base's attributes, ``state_dict()``."""
 
 from __future__ import annotations
 
