@@ -132,7 +132,7 @@ class PackedPrefixKV:
         """Key [Hkv, P_1 + ... + P_N, D] and value [Hkv, P_1 + ... + P_N, Dv] of a layer."""
         return self.keys[index], self.values[index]
 
-    def numbers(self, rows: Sequence[str | None]) -> tuple[int, ...]:
+    def prefix_ids(self, rows: Sequence[str | None]) -> tuple[int, ...]:
         """Returns [R], the index of the prefix that each row attends to; -1 for None.
 
         Raises:
@@ -140,19 +140,19 @@ class PackedPrefixKV:
         """
         if len(rows) == 0:
             raise ValueError("rows: got no names, takes one for each row of the batch")
-        numbers: dict[str | None, int] = {name: i for i, name in enumerate(self.names)}
-        numbers[None] = -1
+        ids: dict[str | None, int] = {name: i for i, name in enumerate(self.names)}
+        ids[None] = -1
         for name in rows:
-            if name not in numbers:
+            if name not in ids:
                 raise ValueError(
                     f"rows: got {name!r}, takes one of {list(self.names)}, or None for no prefix"
                 )
-        return tuple(numbers[name] for name in rows)
+        return tuple(ids[name] for name in rows)
 
     def index(self, rows: Sequence[str | None]) -> Tensor:
-        """Returns :meth:`numbers` as an int32 [R] tensor."""
+        """Returns :meth:`prefix_ids` as an int32 [R] tensor."""
         device = self.position_offsets.device
-        return torch.tensor(self.numbers(rows), dtype=torch.int32, device=device)
+        return torch.tensor(self.prefix_ids(rows), dtype=torch.int32, device=device)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
