@@ -30,9 +30,9 @@ def push(
             the folder holds it already.
         repo_id: the repository; created if it does not exist.
         tags: additional tags of the card.
-        private: see :meth:`fastprefix.PrefixTuningModel.push_to_hub`, as for the others.
-        token: the hub's access token.
-        revision: the branch.
+        private: whether a repository that is created is private; its owner's default if None.
+        token: the hub's access token; the one stored on this machine if None.
+        revision: the branch, created if it does not exist; "main" if None.
         create_pr: whether to open a pull request instead of committing.
         commit_message: "Upload adapter" if None.
         commit_description: the description of the commit.
