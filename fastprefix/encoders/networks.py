@@ -49,10 +49,10 @@ def last_linear(network: nn.Module) -> nn.Linear:
 
 @torch.no_grad()
 def learn_difference_from(values: Tensor, start: Tensor, outputs: Iterable[nn.Linear]) -> None:
-    """Makes a network, whose output is added to a constant, start from given values.
+    """Makes the sum of a constant and a network's output start from given values.
 
     No embedding makes a random network give chosen values. So the constant becomes these values,
-    and the last layers are set to zero, so that the network adds nothing at first.
+    and the last layers become zero. At first the network adds nothing.
 
     Args:
         values: what the sum is to be at first.

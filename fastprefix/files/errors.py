@@ -21,7 +21,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def write_errors_name(what: str) -> Iterator[None]:
-    """A block that writes. Its OSErrors name what is written, and give no error number in words."""
+    """A block that writes. Its errors name what is written, and the reason without its number."""
     try:
         yield
     except SafetensorError as error:
