@@ -17,8 +17,8 @@ from fastprefix.kv import LayerShape
 class LSTMEncoder(NetworkEncoder):
     """embedding -> bidirectional LSTM -> linear -> ReLU -> linear (Liu et al. 2021, section 3.2).
 
-    This is P-tuning's network ("GPT Understands, Too"), but its output are keys and values, not
-    input embeddings. In it, each virtual token depends on the others.
+    This is P-tuning's network ("GPT Understands, Too"). Here its output is keys and values, not
+    input embeddings. Each virtual token depends on the others.
 
     Args:
         shapes: see :class:`Encoder`.

@@ -82,7 +82,8 @@ def concatenate(kvs: Sequence[PrefixKV]) -> PrefixKV:
     Raises:
         TypeError: kvs are no prefixes.
         ValueError: kvs are empty; layers have different shapes; one of several prefixes is a prompt
-            (in_window, or with states); or the heads' biases or gates differ, or are trained.
+            (in_window, or with states); or the heads' biases or gates differ, or are separate
+            parameters.
     """
     _check_prefixes(kvs)
     if not kvs:
@@ -180,7 +181,7 @@ def _heads_of(kv: PrefixKV) -> tuple[Kind, tuple[int, ...]] | None:
 def _reweighted_alike(one: PrefixKV, other: PrefixKV) -> bool:
     """Whether two prefixes have the same biases or gates.
 
-    Equal ones that are trained do not count: the gradient would reach only one of the two.
+    Separate parameters do not count, even if they are equal: the gradient would reach only one.
     """
     if one.reweighting is None or other.reweighting is None:
         return one.reweighting is other.reweighting
