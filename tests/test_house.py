@@ -73,10 +73,6 @@ NOT_YET: dict[str, set[str]] = {
         "fastprefix/attention/op.py",
         "fastprefix/tuning/tuned_model.py",
         "fastprefix/tuning/hub.py",
-        "kernels/triton/launch.py",
-        "kernels/triton/problem.py",
-        "kernels/triton/tilings.py",
-        "kernels/triton/tuning/store.py",
     },
     "long_functions": {
         "kernels/triton/backward_dprefix.py dprefix_launches",

@@ -268,7 +268,7 @@ def dkv_launch(
 ) -> launch.Launch:
     """The launch that fills the contiguous `grad_key` and `grad_value`, if not None."""
     B, _, Hkv, Lq, Lk, _ = problem.sizes
-    tile = tilings.choose("dkv", problem, rows=Lq)
+    tile = tilings.choose_tile("dkv", problem.work, Lq)
     table, tiles = None, B * triton.cdiv(Lk, tile.keys)
     if problem.options.cu_seqlens is not None:
         table = tables.ragged_tiles(problem.options.cu_seqlens, Lk, tile.keys)
@@ -278,7 +278,7 @@ def dkv_launch(
         "tiles": table, "keep": problem.keep, **launch.strides(do=grad_out),
     }  # fmt: skip
     constants = {
-        "APART": tilings.whole_apart("dkv", problem),
-        "CLAMPED": tilings.rows_clamped(problem),
+        "APART": tilings.unmasked_loop("dkv", problem.work),
+        "CLAMPED": tilings.repeat_last_row(problem.work),
     }
     return problem.launch(prefix_attn_bwd_dkv_kernel, tiles * Hkv, tile, own, constants)

@@ -19,6 +19,7 @@ from . import launch, tables, tilings
 from .backward_dkv import key_gradients
 from .blocks import additive, load_tile, ranks, store_tile
 from .problem import Problem
+from .target import Tile
 
 REDUCE_BLOCK = 1024
 
@@ -197,7 +198,7 @@ def dprefix_launches(
 ) -> list[launch.Launch]:
     """The launches that fill the (contiguous) prefix gradients that are not None, in order."""
     B, _, Hkv, Lq, _, P = problem.sizes
-    tile = tilings.choose("dprefix", problem, rows=Lq)
+    tile = tilings.choose_tile("dprefix", problem.work, Lq)
     own: dict[str, Any] = {}
     if problem.options.prefix_lengths is None and problem.options.cu_seqlens is None:
         key_tiles = triton.cdiv(P, tile.keys)
@@ -245,7 +246,7 @@ def dprefix_launches(
             (triton.cdiv(grad.numel(), REDUCE_BLOCK),),
             {"partial": partial, "grad": grad, "numel": grad.numel()},
             {"SPLITS": splits, "BLOCK": REDUCE_BLOCK},
-            tilings.Tile(rows=1, keys=REDUCE_BLOCK, warps=4, stages=1),
+            Tile(rows=1, keys=REDUCE_BLOCK, warps=4, stages=1),
         )
         for partial, grad in zip(sums, results, strict=True)
         if grad is not None

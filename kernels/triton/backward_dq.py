@@ -248,11 +248,11 @@ def dq_launch(
     And `grad_bias_rows` [B, Hq, Lq] fp32: the sums of each row's gradients of prefix scores.
     """
     _, _, Hkv, Lq, _, _ = problem.sizes
-    tile = tilings.choose("dq", problem, rows=problem.group * Lq)
+    tile = tilings.choose_tile("dq", problem.work, problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
     own = {
         "do": grad_out, "lse2": lse2, "delta": delta, "dq": grad_query, "dbias": grad_bias_rows,
         "tiles": table, "keep": problem.keep, **launch.strides(do=grad_out),
     }  # fmt: skip
-    constants = {"APART": tilings.whole_apart("dq", problem)}
+    constants = {"APART": tilings.unmasked_loop("dq", problem.work)}
     return problem.launch(prefix_attn_bwd_dq_kernel, tiles * Hkv, tile, own, constants)

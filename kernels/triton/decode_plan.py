@@ -20,7 +20,8 @@ import triton
 from torch import Tensor
 
 from . import tilings
-from .tilings import Row, Tile
+from .target import Target, Tile
+from .tilings import Row
 
 MAX_QUERY_LENGTH = 16
 
@@ -194,17 +195,17 @@ class DecodePlan:
     """A layout, and tables if the prefixes are packed. Serves every layer of equal shape."""
 
     shape: Shape
-    target: tilings.Target
+    target: Target
     layout: Layout
     tables: PrefixTables | None
 
 
-def split_lengths(target: tilings.Target) -> tuple[int, int]:
+def split_lengths(target: Target) -> tuple[int, int]:
     """MIN_SPLIT and FIXED_SPLIT; shorter in the interpreter, so that small problems are split."""
     return (32, 64) if target.family == "interpreter" else (MIN_SPLIT, FIXED_SPLIT)
 
 
-def choose(shape: Shape, target: tilings.Target) -> Tile:
+def choose(shape: Shape, target: Target) -> Tile:
     """The tile for a shape; prefix rows shrink to what the rows of a prefix fill on average.
 
     Not with batch_invariant: another tile may compile to other instructions.
@@ -226,7 +227,7 @@ def round_up(length: int, step: int) -> int:
     return triton.cdiv(length, step) * step
 
 
-def cut_prefixes(shape: Shape, target: tilings.Target, tile: Tile, wanted: int) -> PrefixCut:
+def cut_prefixes(shape: Shape, target: Target, tile: Tile, wanted: int) -> PrefixCut:
     """Units of a KV head: its tiles of rows, split along P until there are `wanted`."""
     packed = shape.Hq // shape.Hkv * shape.Lq
     shortest, fixed = split_lengths(target)
@@ -254,7 +255,7 @@ def cut_prefixes(shape: Shape, target: tilings.Target, tile: Tile, wanted: int) 
 
 
 @functools.lru_cache(maxsize=1024)
-def layout_of(shape: Shape, target: tilings.Target) -> Layout:
+def layout_of(shape: Shape, target: Target) -> Layout:
     """Tiles and splits of a shape on a target.
 
     Each phase is cut until it has `WAVES` programs per multiprocessor or its splits reach
@@ -450,7 +451,7 @@ def shape_of(
 
 def decode_plan(
     shape: Shape,
-    target: tilings.Target,
+    target: Target,
     prefix_index: Tensor | None,
     prefix_lengths: Tensor | None,
     *,
@@ -465,7 +466,7 @@ def decode_plan(
     return DecodePlan(shape, target, layout, tables)
 
 
-def two_phase_pays(shape: Shape, target: tilings.Target) -> bool:
+def two_phase_pays(shape: Shape, target: Target) -> bool:
     """Whether decode runs in two phases rather than in the one-pass forward kernel.
 
     The model: every multiprocessor reads at the same rate, so a kernel takes as long as the bytes

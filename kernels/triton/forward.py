@@ -242,10 +242,10 @@ def prefix_attn_fwd_kernel(
 def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
     """The launch that fills the contiguous `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
     _, _, Hkv, Lq, _, _ = problem.sizes
-    tile = tilings.choose("forward", problem, rows=problem.group * Lq)
+    tile = tilings.choose_tile("forward", problem.work, problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
     own = {"out": out, "lse": lse, "tiles": table, "keep": problem.keep}
-    constants = {"APART": tilings.whole_apart("forward", problem)}
+    constants = {"APART": tilings.unmasked_loop("forward", problem.work)}
     return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own, constants)
 
 

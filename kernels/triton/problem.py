@@ -14,6 +14,7 @@ from torch import Tensor
 from fastprefix.options import Options
 
 from . import launch, tables, tilings
+from .target import Target, Tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Problem:
     prefix_key: Tensor
     prefix_value: Tensor
     options: Options
-    target: tilings.Target
+    target: Target
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -67,6 +68,19 @@ class Problem:
         """How many prefixes lie end to end along P."""
         lengths = self.options.prefix_lengths
         return 1 if lengths is None else lengths.shape[0]
+
+    @functools.cached_property
+    def work(self) -> tilings.Work:
+        """What the choice of a tile depends on."""
+        options, bias = self.options, self.options.prefix_bias
+        heavy = (
+            options.attn_mask is not None
+            or bool(options.dropout_p)
+            or (bias is not None and bias.dim() == 3)
+        )
+        full_tile = options.batch_invariant and options.cu_seqlens is not None
+        head_size = max(self.query.shape[-1], self.value.shape[-1])
+        return tilings.Work(self.target, head_size, self.query.dtype, heavy, full_tile)
 
     @functools.cached_property
     def starts(self) -> Tensor | None:
@@ -142,7 +156,7 @@ class Problem:
         self,
         kernel: Any,
         programs: int,
-        tile: tilings.Tile,
+        tile: Tile,
         arguments: dict[str, Any],
         constants: dict[str, Any] | None = None,
     ) -> launch.Launch:

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .problem import Problem
+from .target import Target, Tile
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 
 
-class Tile(NamedTuple):
-    """Rows and keys per tile, warps per program, pipeline stages of the loops."""
+class Work(NamedTuple):
+    """What the tile of a call depends on, besides its pass and its number of query rows.
 
-    rows: int
-    keys: int
-    warps: int
-    stages: int
+    Attributes:
+        target: where the kernel runs.
+        head_size: the larger one of D and Dv.
+        dtype: the operands' dtype.
+        heavy: every score needs registers of its own: an additive mask, a bias for each score, or
+            the random words of dropout.
+        full_tile: the tile keeps its rows where the call has fewer. Another tile may compile to
+            other instructions, and where the number of rows depends on the batch, a
+            batch-invariant call must not.
+    """
 
-
-@dataclass(frozen=True)
-class Target:
-    """What the table needs to know of a device."""
-
-    family: str  # a key of TABLE
-    multiprocessors: int
-    # by `row_name`: what :mod:`.tuning` found faster on this device than the table's tiles
-    tuned: Mapping[str, Tile] = field(default_factory=dict, compare=False)
+    target: Target
+    head_size: int
+    dtype: torch.dtype
+    heavy: bool = False
+    full_tile: bool = False
 
 
 # Passes of a family: [(largest block of the head size, tile for 16-bit types, tile for fp32)], the
@@ -169,9 +168,9 @@ CDNA: Passes = {
     ],
 }
 # gfx10 to gfx12: waves of 32, and WMMA keeps each operand twice per wave, hence the shortest tiles
-# of all, and `together`. fp32 products are FMA whose operands the compiler loads all at once: one
-# score a thread up to D 128, half of one where that spills. From D 128 on the backward, and at D
-# 256 everything, spills all the same (0.2 to 2 KiB, with larger tiles more).
+# of all, and `gradient_passes`. fp32 products are FMA whose operands the compiler loads all at
+# once: one score a thread up to D 128, half of one where that spills. From D 128 on the backward,
+# and at D 256 everything, spills all the same (0.2 to 2 KiB, with larger tiles more).
 RDNA: Passes = {
     "forward": [
         (64, Tile(64, 64, 8, 1), Tile(16, 16, 8, 1)),
@@ -206,32 +205,6 @@ TABLE: dict[str, Passes] = {
     "interpreter": INTERPRETER,
 }
 
-# Shared memory that one program may use, in bytes.
-SHARED_MEMORY = {
-    "ampere": 166_912,
-    "ampere-small": 101_376,
-    "hopper": 232_448,
-    "blackwell": 232_448,
-    "cdna": 65_536,
-    "rdna": 65_536,
-    "interpreter": 1 << 31,
-}
-
-
-def family_of_capability(major: int, minor: int) -> str:
-    """The family of an NVIDIA device."""
-    if major == 9:
-        return "hopper"
-    if major == 10:
-        return "blackwell"
-    # sm_80 and sm_87 have 164 KiB of shared memory; Turing, sm_86, sm_89 and sm_12x 100 or less.
-    return "ampere" if (major, minor) in ((8, 0), (8, 7)) else "ampere-small"
-
-
-def family_of_amd(arch: str) -> str:
-    """The family of an AMD device: gfx9 has MFMA and waves of 64, the others WMMA and 32."""
-    return "cdna" if arch.startswith("gfx9") else "rdna"
-
 
 def block_size(head_size: int) -> int:
     """The power of two, 16 at least, that holds a head: the shape of a tensor-core operand."""
@@ -256,66 +229,57 @@ def row(step: str, family: str, head_size: int, dtype: torch.dtype) -> tuple[str
     raise ValueError(f"head size {head_size} exceeds {MAX_HEAD_SIZE}")
 
 
-def choose(step: str, problem: Problem, rows: int) -> Tile:
-    """The tile for a pass ("forward", "dq", "dkv", "dprefix") over runs of `rows` query rows.
+def choose_tile(pass_name: str, work: Work, query_rows: int) -> Tile:
+    """The tile for a pass ("forward", "dq", "dkv", "dprefix") over runs of `query_rows` rows.
 
-    Few rows (decode) shrink the tile to the next power of two that holds them; not where `rows`
-    counts the whole batch and it must not matter (another tile may compile to other instructions).
-    What needs registers of its own in every score (an additive tile, dropout's random words) takes
+    Few rows (decode) shrink the tile to the next power of two that holds them. Heavy work takes
     half the table's rows: with all of them ptxas spills, and gives up on dprefix with a bias
     altogether. Everything else takes the tile that was tuned on the device, if one was.
     """
-    bias, family = problem.options.prefix_bias, problem.target.family
-    heavy = bool(
-        problem.options.attn_mask is not None
-        or problem.options.dropout_p
-        or (bias is not None and bias.dim() == 3)
-    )
-    head_size = max(problem.query.shape[-1], problem.value.shape[-1])
-    name, tile = row(step, family, head_size, problem.query.dtype)
-    if not heavy:
-        tile = problem.target.tuned.get(name, tile)
-    elif family != "interpreter":
+    target = work.target
+    name, tile = row(pass_name, target.family, work.head_size, work.dtype)
+    if not work.heavy:
+        tile = target.tuned.get(name, tile)
+    elif target.family != "interpreter":
         tile = tile._replace(rows=max(16, tile.rows // 2))
-    if problem.options.batch_invariant and problem.options.cu_seqlens is not None:
+    if work.full_tile:
         return tile
-    return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
+    return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(query_rows))))
 
 
-def together(
-    problem: Problem, first: Tensor | None, second: Tensor | None
+def gradient_passes(
+    work: Work, first: Tensor | None, second: Tensor | None
 ) -> list[tuple[Tensor | None, Tensor | None]]:
     """Gradients of keys and of values, in one pass or in two.
 
     RDNA's 256 registers hold one accumulator [keys, D] from D 128 on, not two. A second pass costs
     the scores again, spilling costs more.
     """
-    block = block_size(max(problem.query.shape[-1], problem.value.shape[-1]))
-    apart = problem.target.family == "rdna" and block >= 128
+    apart = work.target.family == "rdna" and block_size(work.head_size) >= 128
     if apart and first is not None and second is not None:
         return [(first, None), (None, second)]
     return [(first, second)]
 
 
-def whole_apart(step: str, problem: Problem) -> bool:
+def unmasked_loop(pass_name: str, work: Work) -> bool:
     """Whether tiles that need no test of bounds, causality or window get a loop of their own.
 
     Not where FMA units do the products: they are unrolled, the tests cost next to nothing beside
     them, and half the loops compile in half the time. Not where RDNA spills around the loops.
     """
-    family, dtype = problem.target.family, problem.query.dtype
+    family, dtype = work.target.family, work.dtype
     fma = dtype == torch.float32 and dot_precision(dtype) == "ieee"
     if fma and family not in ("cdna", "interpreter"):
         return False
-    return not (family == "rdna" and step in ("dq", "dkv"))
+    return not (family == "rdna" and pass_name in ("dq", "dkv"))
 
 
-def rows_clamped(problem: Problem) -> bool:
+def repeat_last_row(work: Work) -> bool:
     """Whether query rows past the end repeat the last one, so that loads need no mask.
 
     With Triton 3.6 masked loads of dK's rows spill 350 bytes on RDNA, whatever the tile.
     """
-    return problem.target.family == "rdna"
+    return work.target.family == "rdna"
 
 
 def splits(step_tiles: int, row_tiles: int, target: Target) -> int:

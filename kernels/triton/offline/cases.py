@@ -21,6 +21,7 @@ from fastprefix.options import Options
 from .. import launch, tilings
 from ..backward import launch_backward
 from ..forward import launch_forward
+from ..target import Target, family_of_amd, family_of_capability
 
 TARGETS = (
     "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100"
@@ -151,12 +152,12 @@ def gpu_target(name: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
-def launch_target(name: str) -> tilings.Target:
+def launch_target(name: str) -> Target:
     """The entry of the launch table for the same name."""
     backend, arch = name.split(":")
     if backend == "cuda":
-        return tilings.Target(tilings.family_of_capability(*divmod(int(arch), 10)), MULTIPROCESSORS)
-    return tilings.Target(tilings.family_of_amd(arch), MULTIPROCESSORS)
+        return Target(family_of_capability(*divmod(int(arch), 10)), MULTIPROCESSORS)
+    return Target(family_of_amd(arch), MULTIPROCESSORS)
 
 
 def launches(case: Case) -> list[launch.Launch]:

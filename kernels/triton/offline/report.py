@@ -28,7 +28,8 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 
-from .. import launch, tilings
+from .. import launch
+from ..target import SHARED_MEMORY, Tile
 from . import machine_code
 from .cases import DTYPES, Case, Job, gpu_target, is_main, launch_target, launches
 from .occupancy import LIMITS, Occupancy, occupancy
@@ -58,7 +59,7 @@ LOOPS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "prefix_attn_bwd_dkv_kernel": (("rows, masked", ()), ("rows", ())),
     "prefix_attn_bwd_dprefix_kernel": (("rows", ()),),
 }
-# The same where tiles that need no test have no loop of their own: see `tilings.whole_apart`.
+# The same where tiles that need no test have no loop of their own: see `tilings.unmasked_loop`.
 TOGETHER = {
     "prefix_attn_fwd_kernel": ("prefix", "sequence"),
     "prefix_attn_bwd_dq_kernel": ("prefix", "sequence"),
@@ -96,7 +97,7 @@ class Report:
 
     case: Case
     kernel: str
-    tile: tilings.Tile
+    tile: Tile
     programs: int
     registers: int
     spill_bytes: int
@@ -239,7 +240,7 @@ def figures_digest(figures: dict[str, Any]) -> str:
 
 
 def loop_names(kernel: str, features: tuple[str, ...], count: int, apart: bool = True) -> list[str]:
-    """What the `count` loops of a kernel sweep; `apart` as `tilings.whole_apart`."""
+    """What the `count` loops of a kernel sweep; `apart` as `tilings.unmasked_loop`."""
     names = [
         name
         for name, brought_by in LOOPS.get(kernel, ())
@@ -288,7 +289,7 @@ def report(case: Case, step: launch.Launch, code: bool = True, save: Path | None
         tile=step.tile,
         programs=math.prod(step.grid),
         shared_bytes=metadata.shared,
-        shared_limit=tilings.SHARED_MEMORY[launch_target(case.target).family],
+        shared_limit=SHARED_MEMORY[launch_target(case.target).family],
         loops=loops,
         occupancy=occupancy(
             LIMITS[case.target],

@@ -15,7 +15,7 @@ from typing import Any
 import triton
 from triton.runtime.cache import get_cache_manager
 
-from ..tilings import Tile
+from ..target import Tile
 
 _FILE = "fastprefix-tiles.json"
 

@@ -36,7 +36,7 @@ from ..backward_dq import dq_launch
 from ..forward import forward_launch
 from ..launch import Launch
 from ..problem import make_problem
-from ..tilings import Tile
+from ..target import Tile
 
 STEPS = ("forward", "dq", "dkv", "dprefix")
 # A neighbour must be faster by more than timings of the same code differ.
@@ -131,7 +131,7 @@ class _Passes:
         inputs = (p.key, p.value) if sequence else (p.prefix_key, p.prefix_value)
         grads = [torch.empty_like(x) for x in inputs]
         launches: list[Launch] = []
-        for pair in tilings.together(p, *grads):
+        for pair in tilings.gradient_passes(p.work, *grads):
             if sequence:
                 launches.append(dkv_launch(p, *saved, *pair))
             else:
