@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, tables, tilings
+from . import launch, ragged, tilings
 from .blocks import LOG2E, add_mask, cap, kept, load_tile, prefix_of, store_tile
 from .problem import Problem
 
@@ -271,7 +271,7 @@ def dkv_launch(
     tile = tilings.choose_tile("dkv", problem.work, Lq)
     table, tiles = None, B * triton.cdiv(Lk, tile.keys)
     if problem.options.cu_seqlens is not None:
-        table = tables.ragged_tiles(problem.options.cu_seqlens, Lk, tile.keys)
+        table = ragged.tiles(problem.options.cu_seqlens, Lk, tile.keys)
         tiles = table.shape[0]
     own = {
         "do": grad_out, "lse2": lse2, "delta": delta, "dk": grad_key, "dv": grad_value,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, tables, tilings
+from . import launch, ragged, tilings
 from .backward_dkv import key_gradients
 from .blocks import additive, load_tile, ranks, store_tile
 from .problem import Problem
@@ -180,11 +180,11 @@ def query_tile_table(problem: Problem, rows: int) -> tuple[Tensor, Tensor]:
     else:
         total = triton.cdiv(Lq, rows) + M
         counts = ((problem.options.cu_seqlens.diff() + rows - 1) // rows)[order]
-    run, tile = tables.expand(counts, total)
+    run, tile = ragged.expand(counts, total)
     sequence = torch.where(run < 0, -1, order[run.clamp(min=0)])
     prefixes = problem.prefixes
     first_row = torch.searchsorted(sorted_index, torch.arange(prefixes + 1, device=device).int())
-    bounds = tables.boundaries(counts)[first_row]
+    bounds = ragged.boundaries(counts)[first_row]
     return torch.stack([sequence, tile], 1).to(torch.int32), bounds
 
 
@@ -209,7 +209,7 @@ def dprefix_launches(
         if starts is None:
             starts = torch.tensor([0, P], dtype=torch.int32, device=problem.query.device)
         own["starts"] = starts
-        own["key_tiles"] = tables.ragged_tiles(starts, P, tile.keys)
+        own["key_tiles"] = ragged.tiles(starts, P, tile.keys)
         own["query_tiles"], own["bounds"] = query_tile_table(problem, tile.rows)
         key_tiles = own["key_tiles"].shape[0]
         row_tiles = own["query_tiles"].shape[0]

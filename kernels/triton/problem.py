@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import launch, tables, tilings
+from . import launch, ragged, tilings
 from .target import Target, Tile
 
 
@@ -86,14 +86,14 @@ class Problem:
     def starts(self) -> Tensor | None:
         """[N + 1] int32: where each prefix begins, and where the last one ends."""
         lengths = self.options.prefix_lengths
-        return None if lengths is None else tables.boundaries(lengths)
+        return None if lengths is None else ragged.boundaries(lengths)
 
     @functools.cached_property
     def rank(self) -> Tensor | None:
         """[B, Lq] int32: the real tokens before each query, where the window needs them."""
         if not self.options.prefix_in_window or self.options.key_padding_mask is None:
             return None
-        return tables.query_ranks(self.options.key_padding_mask, self.query.shape[2])
+        return ragged.query_ranks(self.options.key_padding_mask, self.query.shape[2])
 
     def query_tiles(self, rows: int, group: int) -> tuple[Tensor | None, int]:
         """The tiles of packed rows: a table [tiles, 2] with cu_seqlens, and how many per KV head.
@@ -105,7 +105,7 @@ class Problem:
         length = self.query.shape[2]
         if self.options.cu_seqlens is None:
             return None, self.query.shape[0] * triton.cdiv(group * length, rows)
-        table = tables.ragged_tiles(self.options.cu_seqlens, length, rows, group)
+        table = ragged.tiles(self.options.cu_seqlens, length, rows, group)
         return table, table.shape[0]
 
     def arguments(self) -> dict[str, Any]:

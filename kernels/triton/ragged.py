@@ -37,7 +37,7 @@ def expand(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return torch.where(inside, run, -1), place
 
 
-def ragged_tiles(boundaries: Tensor, length: int, rows: int, group: int = 1) -> Tensor:
+def tiles(boundaries: Tensor, length: int, rows: int, group: int = 1) -> Tensor:
     """Tiles of runs packed along an axis: [tiles, 2] int32 (run, tile inside it; -1: none).
 
     Args:
