@@ -1,20 +1,51 @@
 """Decode: few queries per sequence, in two launches: all tiles of keys at once, then a merge.
 
-The kernels are in :mod:`~fastprefix.kernels.decode_kernels`; their tiles, their splits and the
-tables that sort a batch by prefix are in :mod:`~fastprefix.kernels.decode_plan`.
+The kernels are in :mod:`~fastprefix.kernels.decode_kernels`, their tiles and splits in
+:mod:`~fastprefix.kernels.decode_grid`, and the tables that sort a batch by prefix in
+:mod:`~fastprefix.kernels.decode_tables`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import launch
+from . import decode_tables, launch
+from .decode_grid import MAX_QUERY_LENGTH, DecodeGrid, DecodeShape, grid_of, shape_of
 from .decode_kernels import prefix_attn_decode_kernel, prefix_attn_decode_merge_kernel
-from .decode_plan import MAX_QUERY_LENGTH, DecodePlan, Shape, decode_plan, shape_of
 from .problem import Problem, make_problem
+from .target import Target
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """A grid, and tables if the prefixes are packed. Serves every layer of equal shape."""
+
+    shape: DecodeShape
+    target: Target
+    grid: DecodeGrid
+    tables: decode_tables.PrefixTables | None
+
+
+def decode_plan(
+    shape: DecodeShape,
+    target: Target,
+    prefix_index: Tensor | None,
+    prefix_lengths: Tensor | None,
+    *,
+    cached: bool = True,
+) -> DecodePlan:
+    """The plan of a shape; the tables of packed prefixes come from their cache if `cached`."""
+    grid = grid_of(shape, target)
+    tables = None
+    if prefix_index is not None and prefix_lengths is not None and grid.prefix.units:
+        get = decode_tables.CACHE.get if cached else decode_tables.build_tables
+        tables = get(prefix_index, prefix_lengths, grid.prefix)
+    return DecodePlan(shape, target, grid, tables)
 
 
 def obstacle(problem: Problem) -> str | None:
@@ -33,7 +64,7 @@ def obstacle(problem: Problem) -> str | None:
     return None
 
 
-def shape_of_problem(problem: Problem) -> Shape:
+def shape_of_problem(problem: Problem) -> DecodeShape:
     """What the plan of a call depends on."""
     options = problem.options
     return shape_of(
@@ -52,31 +83,31 @@ def decode_launches(
 ) -> list[launch.Launch]:
     """The two launches that fill the contiguous `out` and `lse`; one if there are no keys at all.
 
-    `part_out` [layout.partial_rows, Dv] and `part_lse` [layout.partial_rows] are fp32 scratch.
+    `part_out` [grid.partial_rows, Dv] and `part_lse` [grid.partial_rows] are fp32 scratch.
     """
-    shape, layout, cut = plan.shape, plan.layout, plan.layout.prefix
-    tables, tile = plan.tables, layout.tile
+    shape, grid, cut = plan.shape, plan.grid, plan.grid.prefix
+    tables, tile = plan.tables, grid.tile
     arguments = {
         "order": tables and tables.order, "units": tables and tables.units,
         "rows": tables and tables.rows,
         "part_out": part_out, "part_lse": part_lse, "out": out, "lse": lse,
         "B": shape.B, "window": shape.sliding_window,
         "n_units": cut.units, "n_splits": cut.splits, "split": cut.split,
-        "first_key": layout.first_key, "first_row": shape.Hkv * cut.units * cut.rows,
-        "n_sequence_splits": layout.sequence_splits, "sequence_split": layout.sequence_split,
+        "first_key": grid.first_key, "first_row": shape.Hkv * cut.units * cut.rows,
+        "n_sequence_splits": grid.sequence_splits, "sequence_split": grid.sequence_split,
     }  # fmt: skip
     constants = {
         # A single query is the last: it sees all keys.
         "CAUSAL": problem.options.is_causal and shape.Lq > 1,
         "FIXED": shape.batch_invariant,
-        "BLOCK_R": layout.sequence_rows,
+        "BLOCK_R": grid.sequence_rows,
     }
-    merged = {"BLOCK_M": tile.rows, "BLOCK_R": layout.merge_tile.rows}
-    attend = problem.launch(prefix_attn_decode_kernel, layout.programs, tile, arguments, constants)
+    merged = {"BLOCK_M": tile.rows, "BLOCK_R": grid.merge_tile.rows}
+    attend = problem.launch(prefix_attn_decode_kernel, grid.programs, tile, arguments, constants)
     merge = problem.launch(
-        prefix_attn_decode_merge_kernel, layout.merge_programs, layout.merge_tile, arguments, merged
+        prefix_attn_decode_merge_kernel, grid.merge_programs, grid.merge_tile, arguments, merged
     )
-    return [attend, merge] if layout.programs else [merge]
+    return [attend, merge] if grid.programs else [merge]
 
 
 def decode(problem: Problem, plan: DecodePlan | None = None) -> tuple[Tensor, Tensor]:
@@ -95,7 +126,7 @@ def decode(problem: Problem, plan: DecodePlan | None = None) -> tuple[Tensor, Te
         plan = decode_plan(shape, problem.target, index, lengths)
     elif plan.shape != shape:
         raise ValueError(f"plan: got one for {plan.shape}, takes one for {shape}")
-    query, rows = problem.query, plan.layout.partial_rows
+    query, rows = problem.query, plan.grid.partial_rows
     device, single = query.device, torch.float32
     out = torch.empty((*query.shape[:3], shape.Dv), dtype=query.dtype, device=device)
     lse = torch.empty(query.shape[:3], dtype=single, device=device)
@@ -127,7 +158,7 @@ def decode_forward(
         prefix_key: [Hkv, P, D], one prefix for all rows or several end to end; P may be 0.
         prefix_value: [Hkv, P, Dv].
         options: see :class:`~fastprefix.options.Options`.
-        plan: from :func:`~fastprefix.kernels.decode_plan.decode_plan` for this shape and these
+        plan: from :func:`~fastprefix.kernels.decode.decode_plan` for this shape and these
             prefixes, instead of the cached one.
 
     Returns:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import decode, decode_plan, launch, tilings
+from . import decode, decode_grid, launch, tilings
 from .blocks import (
     LN2,
     LOG2E,
@@ -263,7 +263,7 @@ def decode_in_two_phases(problem: Problem) -> bool:
         if problem.options.batch_invariant and problem.options.key_padding_mask is not None:
             raise ValueError(f"batch_invariant: key_padding_mask for decode alone; {obstacle}")
         return False
-    return decode_plan.two_phase_pays(decode.shape_of_problem(problem), problem.target)
+    return decode_grid.two_phase_pays(decode.shape_of_problem(problem), problem.target)
 
 
 def launch_forward(
@@ -277,7 +277,7 @@ def launch_forward(
     """Softmax attention over [prefix ; sequence], a prefix shared by all rows that have it.
 
     A few queries per sequence run in two phases where that pays, see
-    :func:`~fastprefix.kernels.decode_plan.two_phase_pays`; everything else in one pass.
+    :func:`~fastprefix.kernels.decode_grid.two_phase_pays`; everything else in one pass.
 
     Args:
         query: [B, Hq, Lq, D], fp32, bf16 or fp16; D and Dv from 1 to 256. Any strides, here and

@@ -29,12 +29,19 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """What the table needs to know of a device."""
+    """What the choice of a tile needs to know about a device.
 
-    family: str  # a key of TABLE
+    Attributes:
+        family: a key of SHARED_MEMORY and of the tile table.
+        multiprocessors: how many there are.
+        tuned: tiles that :mod:`.tuning` found to be faster on this device than those of the tile
+            table, by :func:`~fastprefix.kernels.tilings.row_name`.
+    """
+
+    family: str
     multiprocessors: int
-    # by `row_name`: what :mod:`.tuning` found faster on this device than the table's tiles
-    tuned: Mapping[str, Tile] = field(default_factory=dict, compare=False)
+    # no part of the hash, because a dict has none
+    tuned: Mapping[str, Tile] = field(default_factory=dict, hash=False)
 
 
 def family_of_capability(major: int, minor: int) -> str:

@@ -13,6 +13,7 @@ from .target import Target, Tile
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
+PASSES = ("forward", "dq", "dkv", "dprefix", "decode")
 
 
 class Work(NamedTuple):
@@ -50,6 +51,14 @@ class Work(NamedTuple):
 #   whole, over all of D: 8 scores a thread at D 64 (4 in the backward), 2 at D 128 and 1 at D 256
 #   spill 16 bytes at most on sm_80 and sm_90 and keep the unrolled products short, hence ptxas
 #   quick.
+# Decode has its own. `rows` are those of a prefix tile, at most; the sequence tiles of the same
+# launch have at least 16 and share keys, warps and stages.
+# - 64 rows: wgmma and tcgen05 take no fewer, and 128 would double the registers of the sequence
+#   programs, which belong to the same kernel, read most of the bytes and want neighbours.
+# - 64 keys: a tile of K and V is 16 to 32 KiB, enough in flight to hide memory with two programs
+#   per multiprocessor; a sequence tile of 16 rows has no more registers to fill.
+# - 4 warps, because 16 rows feed one MMA in height: more warps only split the keys finer.
+# - fp32 without TF32 runs on FMA units with all operands in registers: small tiles.
 Row = tuple[int, Tile, Tile]
 Passes = dict[str, list[Row]]
 
@@ -75,6 +84,12 @@ AMPERE: Passes = {
         (128, Tile(32, 128, 8, 2), Tile(16, 32, 8, 2)),
         (256, Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
     ],
+    # three stages cost no registers (cp.async) and hide more latency than two
+    "decode": [
+        (64, Tile(64, 64, 4, 3), Tile(32, 32, 4, 2)),
+        (128, Tile(64, 64, 4, 2), Tile(16, 32, 4, 2)),
+        (256, Tile(32, 32, 4, 2), Tile(16, 16, 4, 2)),
+    ],
 }
 # sm_86, sm_89, sm_12x: the same instructions, 99 KiB. Ampere's tiles fit up to a head block of 128
 # (82 KiB at most) because two stages are enough; 256 takes one stage and shorter tiles.
@@ -91,6 +106,12 @@ AMPERE_SMALL["forward"][0] = (64, Tile(128, 64, 8, 2), AMPERE["forward"][0][2])
 AMPERE_SMALL["dprefix"][:2] = [
     (64, Tile(32, 128, 8, 2), AMPERE["dprefix"][0][2]),
     (128, Tile(64, 64, 8, 2), AMPERE["dprefix"][1][2]),
+]
+# Decode: 32 keys from D 128 on keep two programs on a multiprocessor (37 KiB and 167 registers).
+# From sm_90 on, ptxas spills at Ampere's fp32 tile for D 128.
+AMPERE_SMALL["decode"][:2] = [
+    (64, Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)),
+    (128, Tile(64, 32, 4, 2), Tile(16, 16, 4, 2)),
 ]
 # sm_90, 227 KiB: wgmma reads operands from shared memory and works on 64 rows per 4 warps, which
 # leaves registers for tiles twice as long. Not in the backward at D 256, where 64 rows spill: 32
@@ -121,6 +142,12 @@ HOPPER: Passes = {
             AMPERE["dprefix"][1][2],
         ),
         AMPERE["dprefix"][2],
+    ],
+    # room for a third stage at D 128
+    "decode": [
+        (64, Tile(64, 64, 4, 3), AMPERE["decode"][0][2]),
+        (128, Tile(64, 64, 4, 3), AMPERE_SMALL["decode"][1][2]),
+        (256, Tile(64, 32, 4, 2), AMPERE["decode"][2][2]),
     ],
 }
 # sm_100: accumulators live in tensor memory, so registers are no limit for short keys; the tiles
@@ -166,6 +193,11 @@ CDNA: Passes = {
         (128, Tile(16, 64, 4, 1), Tile(16, 32, 4, 1)),
         (256, Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
     ],
+    "decode": [
+        (64, Tile(64, 64, 4, 1), Tile(32, 32, 4, 1)),
+        (128, Tile(64, 32, 4, 1), Tile(16, 32, 4, 1)),
+        (256, Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+    ],
 }
 # gfx10 to gfx12: waves of 32, and WMMA keeps each operand twice per wave, hence the shortest tiles
 # of all, and `gradient_passes`. fp32 products are FMA whose operands the compiler loads all at
@@ -192,10 +224,17 @@ RDNA: Passes = {
         (128, Tile(16, 32, 8, 1), Tile(16, 16, 16, 1)),
         (256, Tile(16, 16, 8, 1), Tile(16, 16, 16, 1)),
     ],
+    # fp32: one score a thread; at D 256 it spills half a KiB all the same
+    "decode": [
+        (64, Tile(32, 32, 4, 1), Tile(16, 16, 8, 1)),
+        (128, Tile(32, 16, 4, 1), Tile(16, 16, 8, 1)),
+        (256, Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
+    ],
 }
 # Small enough that small problems have whole, partial and several tiles.
-INTERPRETER: Passes = {step: [(256, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))] for step in AMPERE}
-TABLE: dict[str, Passes] = {
+INTERPRETER: Passes = {name: [(256, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))] for name in AMPERE}
+INTERPRETER["decode"] = [(256, Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))]
+TILES: dict[str, Passes] = {
     "ampere": AMPERE,
     "ampere-small": AMPERE_SMALL,
     "hopper": HOPPER,
@@ -222,7 +261,7 @@ def row(step: str, family: str, head_size: int, dtype: torch.dtype) -> tuple[str
     Raises:
         ValueError: no row holds the head size.
     """
-    for largest, half, single in TABLE[family][step]:
+    for largest, half, single in TILES[family][step]:
         if block_size(head_size) <= largest:
             tile = single if dtype == torch.float32 else half
             return row_name(step, largest, dtype), tile
@@ -230,7 +269,7 @@ def row(step: str, family: str, head_size: int, dtype: torch.dtype) -> tuple[str
 
 
 def choose_tile(pass_name: str, work: Work, query_rows: int) -> Tile:
-    """The tile for a pass ("forward", "dq", "dkv", "dprefix") over runs of `query_rows` rows.
+    """The tile for one of PASSES over runs of `query_rows` rows.
 
     Few rows (decode) shrink the tile to the next power of two that holds them. Heavy work takes
     half the table's rows: with all of them ptxas spills, and gives up on dprefix with a bias

@@ -16,7 +16,9 @@ from fastprefix.kernels.tuning import store, tune
 from fastprefix.options import Options
 
 CPU = torch.device("cpu")
-SHAPE = tune.Shape(16, torch.float32, batch=1, kv_heads=1, group=1, length=24, prefix=20)
+SHAPE = tune.TimedProblem(
+    16, torch.float32, batch=1, kv_heads=1, group=1, length=24, prefix=20, decode_batch=20
+)
 HOPPER = tilings.Target("hopper", 132)
 
 
@@ -30,7 +32,7 @@ def told(times):
     return lambda launches, device: times(launches[0].tile)
 
 
-@pytest.mark.parametrize("step", tune.STEPS)
+@pytest.mark.parametrize("step", tilings.PASSES)
 def test_the_fastest_tile_is_found_and_runs_right(step):
     """All tiles really run; one that is best from all sides is where the search ends."""
     best = tilings.Tile(16, 64, 4, 2)
@@ -41,7 +43,7 @@ def test_the_fastest_tile_is_found_and_runs_right(step):
 
     found = tune.tune(SHAPE, step, CPU, timer=told(times))
     assert found.best == best
-    assert found.table == tilings.TABLE["interpreter"][step][0][2]
+    assert found.table == tilings.TILES["interpreter"][step][0][2]
     assert found.best_ms == 1.0 < found.table_ms
     assert found.tried >= 5
     assert found.name == f"{step} 256 32"
@@ -103,7 +105,7 @@ def test_calls_with_halved_tiles_keep_the_tables():
     tuned = {"forward 64 16": tilings.Tile(64, 32, 2, 4)}
     with launch.collected(replace(HOPPER, tuned=tuned)) as launches:
         launch_forward(q, q, q, q[0, :, :128], q[0, :, :128], Options(False, 1.0, attn_mask=mask))
-    table = tilings.TABLE["hopper"]["forward"][0][1]
+    table = tilings.TILES["hopper"]["forward"][0][1]
     assert launches[0].tile == table._replace(rows=table.rows // 2)
 
 
@@ -124,7 +126,7 @@ def test_tuned_tiles_are_what_launches_take():
     for dtype, length, tile in (
         (torch.bfloat16, 4096, tuned["forward 64 16"]),
         (torch.bfloat16, 20, tilings.Tile(32, 32, 2, 4)),
-        (torch.float32, 4096, tilings.TABLE["hopper"]["forward"][0][2]),
+        (torch.float32, 4096, tilings.TILES["hopper"]["forward"][0][2]),
     ):
         q, k, p = (x.to(dtype) for x in (q, k, p))
         with launch.collected(replace(HOPPER, tuned=tuned)) as launches:
@@ -146,7 +148,7 @@ def test_the_whole_operator_with_tuned_tiles(monkeypatch):
         return [out, lse, *grads[:5]]
 
     plain = both()
-    tuned = {f"{step} 256 32": tilings.Tile(16, 64, 2, 3) for step in tune.STEPS}
+    tuned = {f"{step} 256 32": tilings.Tile(16, 64, 2, 3) for step in tilings.PASSES}
     target = replace(launch.target_of(CPU), tuned=tuned)
     monkeypatch.setattr(launch, "_device_target", lambda device: target)
     for a, b in zip(both(), plain, strict=True):
@@ -204,7 +206,7 @@ def test_a_cache_that_cannot_be_made_holds_nothing(tmp_path, monkeypatch):
 
 
 def test_steps_and_sizes_that_do_not_exist():
-    with pytest.raises(ValueError, match="step: got 'middle'"):
+    with pytest.raises(ValueError, match="pass_name: got 'middle'"):
         tune.tune(SHAPE, "middle", CPU)
     with pytest.raises(ValueError, match="256"):
         tune.tune(replace(SHAPE, head_size=300), "forward", CPU)

@@ -222,7 +222,7 @@ def table_jobs(target: str) -> list[Job]:
     A call picks a row by the block of its head size and by whether it is fp32; the largest head of
     a block needs most. Features at one head size, whose value is smaller.
     """
-    passes = tilings.TABLE[launch_target(target).family]
+    passes = tilings.TILES[launch_target(target).family]
     blocks = sorted({largest for rows in passes.values() for largest, _, _ in rows})
     jobs = []
     for dtype, block in itertools.product(("bf16", "fp32"), blocks):
