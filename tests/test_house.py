@@ -76,7 +76,6 @@ NOT_YET: dict[str, set[str]] = {
     },
     "long_functions": {
         "kernels/triton/backward_dprefix.py dprefix_launches",
-        "kernels/triton/offline/__main__.py main",
     },
     "wide_functions": {
         "fastprefix/encoders/build.py build_encoder",
