@@ -1,4 +1,4 @@
-"""Decode: few queries per sequence, in two launches: all tiles of keys at once, then a merge.
+"""Decode: few queries per sequence, in two launches. The first has all tiles, the second merges.
 
 The kernels are in :mod:`~fastprefix.kernels.decode_kernels`, their tiles and splits in
 :mod:`~fastprefix.kernels.decode_grid`, and the tables that sort a batch by prefix in
@@ -23,7 +23,7 @@ from .target import Target
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """A grid, and tables if the prefixes are packed. Serves every layer of equal shape."""
+    """A grid, and tables if the prefixes are packed. All layers of one shape can share a plan."""
 
     shape: DecodeShape
     target: Target
@@ -49,7 +49,7 @@ def decode_plan(
 
 
 def obstacle(problem: Problem) -> str | None:
-    """What keeps a call from the two phases, argument first; None if they can do it."""
+    """Why decode cannot run a call, with the argument's name first; None if it can."""
     Lq, bias = problem.query.shape[2], problem.options.prefix_bias
     if Lq > MAX_QUERY_LENGTH:
         return f"query: got Lq = {Lq}, decode takes at most {MAX_QUERY_LENGTH}"
@@ -65,7 +65,7 @@ def obstacle(problem: Problem) -> str | None:
 
 
 def shape_of_problem(problem: Problem) -> DecodeShape:
-    """What the plan of a call depends on."""
+    """The shape of a call, on which its plan depends."""
     options = problem.options
     return shape_of(
         problem.query, problem.key, problem.value, problem.prefix_key, options.prefix_lengths,
@@ -81,9 +81,15 @@ def decode_launches(
     out: Tensor,
     lse: Tensor,
 ) -> list[launch.Launch]:
-    """The two launches that fill the contiguous `out` and `lse`; one if there are no keys at all.
+    """The launches that fill `out` and `lse`: two, or only the merge if there are no keys at all.
 
-    `part_out` [grid.partial_rows, Dv] and `part_lse` [grid.partial_rows] are fp32 scratch.
+    Args:
+        problem: the call.
+        plan: its plan.
+        part_out: [grid.partial_rows, Dv] in fp32, scratch space.
+        part_lse: [grid.partial_rows] in fp32, scratch space.
+        out: [B, Hq, Lq, Dv], contiguous.
+        lse: [B, Hq, Lq] in fp32, contiguous.
     """
     shape, grid, cut = plan.shape, plan.grid, plan.grid.prefix
     tables, tile = plan.tables, grid.tile
@@ -97,7 +103,7 @@ def decode_launches(
         "n_sequence_splits": grid.sequence_splits, "sequence_split": grid.sequence_split,
     }  # fmt: skip
     constants = {
-        # A single query is the last: it sees all keys.
+        # A single query is the last one, which sees all keys.
         "CAUSAL": problem.options.is_causal and shape.Lq > 1,
         "FIXED": shape.batch_invariant,
         "BLOCK_R": grid.sequence_rows,
@@ -114,8 +120,8 @@ def decode(problem: Problem, plan: DecodePlan | None = None) -> tuple[Tensor, Te
     """Output and log-sum-exp of a problem without an :func:`obstacle`.
 
     Args:
-        problem: checked.
-        plan: for this shape and these prefixes, instead of the cached one.
+        problem: a checked problem.
+        plan: a plan for this shape and these prefixes, instead of the cached one.
 
     Raises:
         ValueError: a plan for another shape.
@@ -152,22 +158,23 @@ def decode_forward(
     Args:
         query: [B, Hq, Lq, D], fp32, bf16 or fp16; Lq from 1 to 16, D and Dv from 1 to 256. Any
             strides, here and below.
-        key: [B, Hkv, Lk, D], Hq a multiple of Hkv. Runs of padding at either end of a sequence
-            are not read.
+        key: [B, Hkv, Lk, D], Hq a multiple of Hkv. Padding at the beginning or the end of a
+            sequence is not read.
         value: [B, Hkv, Lk, Dv].
         prefix_key: [Hkv, P, D], one prefix for all rows or several end to end; P may be 0.
         prefix_value: [Hkv, P, Dv].
         options: see :class:`~fastprefix.options.Options`.
-        plan: from :func:`~fastprefix.kernels.decode.decode_plan` for this shape and these
+        plan: a plan from :func:`~fastprefix.kernels.decode.decode_plan` for this shape and these
             prefixes, instead of the cached one.
 
     Returns:
         out [B, Hq, Lq, Dv] in the query's dtype and the log-sum-exp (natural log, sinks included)
-        [B, Hq, Lq] in float32. Rows that see nothing: zeros and -inf (the sink, if there is one).
+        [B, Hq, Lq] in float32. Rows that see nothing get zeros and -inf (or the sink, if there is
+        one).
 
     Raises:
-        ValueError: operands that do not fit together, what the two phases cannot do, or a plan for
-            other shapes.
+        ValueError: operands that do not fit together, a feature that decode does not have, or a
+            plan for other shapes.
     """
     problem = make_problem(query, key, value, prefix_key, prefix_value, options)
     reason = obstacle(problem)

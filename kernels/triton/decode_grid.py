@@ -17,17 +17,19 @@ from . import tilings
 from .target import Target, Tile
 
 MAX_QUERY_LENGTH = 16
-# Programs per multiprocessor that each phase aims at: as in `tilings.splits`.
+# How many programs per multiprocessor each phase should have, as in `tilings.splits`.
 WAVES = 2
-# Keys per split, at least. A split of 256 keys reads 256 * (D + Dv) * 2 bytes and leaves
-# 4 * Dv + 4 per row: below, the merge of 64 rows would move a quarter of what the tiles read.
+# The fewest keys of a split. A split of 256 keys reads 256 * (D + Dv) * 2 bytes and writes
+# 4 * Dv + 4 bytes per row. With fewer keys, the merge of 64 rows would move more than a quarter of
+# the bytes that the tiles read.
 MIN_SPLIT = 256
-# Keys per split with batch_invariant. Long prefixes have longer splits, so that they have
-# FIXED_PREFIX_SPLITS at most and the partials of a packed batch stay small.
+# Keys per split with batch_invariant. Long prefixes have longer splits: no more than
+# FIXED_PREFIX_SPLITS, so that the partial results of a packed batch stay small.
 FIXED_SPLIT = 512
 FIXED_PREFIX_SPLITS = 16
-# What one more launch costs, in bytes that a multiprocessor could have read meanwhile: about 3 us
-# at the 20 bytes per nanosecond that are one multiprocessor's share of an A100's or H100's memory.
+# The cost of one more launch, in bytes that a multiprocessor could read meanwhile: a launch takes
+# about 3 us, and on an A100 or H100 one multiprocessor's share of the memory bandwidth is about 20
+# bytes per nanosecond.
 LAUNCH_BYTES = 64 * 1024
 
 
@@ -59,8 +61,8 @@ def shape_of(
 ) -> DecodeShape:
     """The shape that a plan for these operands is made for.
 
-    A window that hides nothing is none, except with batch_invariant: one row's instructions must
-    not depend on whether the others are longer than the window.
+    A window that hides nothing is dropped. With batch_invariant it stays: the instructions for one
+    row must not depend on whether other rows are longer than the window.
     """
     B, Hq, Lq, D = query.shape
     Lk = key.shape[2]
@@ -74,18 +76,18 @@ def shape_of(
 
 
 class PrefixCut(NamedTuple):
-    """How prefixes are cut into units, the prefix programs of one KV head. Host integers.
+    """How prefixes are cut into units. A unit is the work of one prefix program of a KV head.
 
     Attributes:
-        P: length of the packed prefixes.
+        P: length of all packed prefixes together.
         packed: rows that a sequence contributes to a KV head, Hq / Hkv * Lq.
         rows: rows of a tile.
-        keys: keys of a tile, of which splits are multiples.
-        units: exact for a shared prefix, an upper bound for packed ones.
-        splits: splits of a shared prefix; 0 if packed (the table says).
-        split: keys per split of a shared prefix; 0 if packed.
-        shortest: keys per split of packed prefixes, at least.
-        free: by how many units splits may exceed tiles; 0 if split lengths are fixed.
+        keys: keys of a tile. The length of a split is a multiple of it.
+        units: how many units there are; for packed prefixes an upper bound.
+        splits: splits of a shared prefix. 0 for packed ones, whose table has the numbers.
+        split: keys per split of a shared prefix; 0 for packed ones.
+        shortest: the fewest keys per split of packed prefixes.
+        free: how many units more than tiles of rows there may be; 0 if split lengths are fixed.
     """
 
     P: int
@@ -101,21 +103,21 @@ class PrefixCut(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodeGrid:
-    """Grids and tiles of both launches, in host integers.
+    """Grids and tiles of both launches.
 
     Attributes:
-        tile: keys, warps and stages of both phases; rows of a prefix tile.
+        tile: keys, warps and stages of both phases, and rows of a prefix tile.
         block: the power of two that holds a head of queries and keys.
-        value_block: the same for values.
+        value_block: the power of two that holds a head of values.
         prefix: how prefixes are cut; `units` is 0 if there are none.
         sequence_rows: rows of a sequence tile.
-        first_key: no row's window reaches below this sequence key.
+        first_key: the first sequence key that any row's window may contain.
         sequence_splits: splits of a sequence.
         sequence_split: keys per split of a sequence.
-        programs: of the first launch, both phases together.
+        programs: programs of the first launch, for both phases together.
         partial_rows: rows of the partial results of both phases together.
         merge_tile: rows and warps of the second launch.
-        merge_programs: of the second launch.
+        merge_programs: programs of the second launch.
     """
 
     tile: Tile
@@ -133,12 +135,12 @@ class DecodeGrid:
 
 
 def split_lengths(target: Target) -> tuple[int, int]:
-    """MIN_SPLIT and FIXED_SPLIT; shorter in the interpreter, so that small problems are split."""
+    """MIN_SPLIT and FIXED_SPLIT. In the interpreter they are shorter: tests have small problems."""
     return (32, 64) if target.family == "interpreter" else (MIN_SPLIT, FIXED_SPLIT)
 
 
 def _tile(shape: DecodeShape, target: Target) -> Tile:
-    """The tile of a step; its prefix rows shrink to what the rows of a prefix fill on average."""
+    """The tile of a step. Its rows are chosen for the average number of rows of a prefix."""
     prefixes = 1 if shape.N is None else max(1, min(shape.N, shape.B))
     rows = triton.cdiv(shape.B * (shape.Hq // shape.Hkv) * shape.Lq, prefixes)
     head_size = max(shape.D, shape.Dv)
@@ -152,7 +154,7 @@ def round_up(length: int, step: int) -> int:
 
 
 def cut_prefixes(shape: DecodeShape, target: Target, tile: Tile, wanted: int) -> PrefixCut:
-    """Units of a KV head: its tiles of rows, split along P until there are `wanted`."""
+    """The units of a KV head: its tiles of rows, split along P until there are `wanted` units."""
     packed = shape.Hq // shape.Hkv * shape.Lq
     shortest, fixed = split_lengths(target)
     units = splits = split = free = 0
@@ -166,7 +168,7 @@ def cut_prefixes(shape: DecodeShape, target: Target, tile: Tile, wanted: int) ->
         splits = triton.cdiv(shape.P, split)
         units = tiles * splits
     elif shape.P and shape.N:
-        # Every prefix in use adds less than one tile of rows that its rows do not fill.
+        # Each prefix in use has at most one tile that its rows do not fill.
         used = min(shape.N, shape.B)
         tiles = (shape.B * packed + used * (tile.rows - 1)) // tile.rows
         if shape.batch_invariant:
@@ -182,8 +184,8 @@ def cut_prefixes(shape: DecodeShape, target: Target, tile: Tile, wanted: int) ->
 def grid_of(shape: DecodeShape, target: Target) -> DecodeGrid:
     """Tiles and splits of a shape on a target.
 
-    Each phase is cut until it has `WAVES` programs per multiprocessor or its splits reach
-    `MIN_SPLIT`. With batch_invariant, split lengths are constants of the device instead.
+    Each phase is split until it has `WAVES` programs per multiprocessor, or until a split has only
+    `MIN_SPLIT` keys. With batch_invariant the lengths of splits are constants instead.
     """
     tile = _tile(shape, target)
     wanted = triton.cdiv(WAVES * target.multiprocessors, shape.Hkv)
@@ -199,7 +201,7 @@ def grid_of(shape: DecodeShape, target: Target) -> DecodeGrid:
         length = fixed
         splits = triton.cdiv(shape.Lk, length)
         if shape.sliding_window is not None:
-            # Splits start at the row's first real token, so a window may begin inside of one.
+            # Splits start at the row's first real token, so a window may begin inside a split.
             splits = min(splits, triton.cdiv(seen, length) + 1)
     else:
         programs = shape.B * triton.cdiv(cut.packed, rows)
@@ -208,7 +210,7 @@ def grid_of(shape: DecodeShape, target: Target) -> DecodeGrid:
         splits = triton.cdiv(seen, length)
     value_block = tilings.block_size(shape.Dv)
     merged = min(16, max(1, triton.next_power_of_2(cut.packed)))
-    # A warp for every four rows of 128: enough threads for 16-byte loads, enough programs.
+    # A warp for four rows of 128 values: enough threads for 16-byte loads, and enough programs.
     merge_tile = Tile(merged, 1, max(1, min(4, merged * value_block // 512)), 1)
     sequences = shape.B * shape.Hkv
     return DecodeGrid(
@@ -230,25 +232,31 @@ def grid_of(shape: DecodeShape, target: Target) -> DecodeGrid:
 def partial_bytes(grid: DecodeGrid, value_head_size: int) -> int:
     """Size of the partial results: one fp32 row of Dv and one lse for each row and split.
 
-    That is Hkv * (units * rows + B * sequence_splits * packed) * (Dv + 1) * 4 bytes. Both phases
-    split only until the device is full, so a KV head has at most one prefix partial per row of a
-    tile plus `WAVES` tiles per multiprocessor, whatever P is. With batch_invariant a row has up to
-    `FIXED_PREFIX_SPLITS` of them, and one for every `FIXED_SPLIT` sequence keys.
+    This is Hkv * (units * rows + B * sequence_splits * packed) * (Dv + 1) * 4 bytes. Both phases
+    split only until the device is full. So whatever P is, a KV head has at most one prefix partial
+    for each row of a tile, and `WAVES` tiles of partials per multiprocessor. With batch_invariant a
+    row has up to `FIXED_PREFIX_SPLITS` prefix partials, and one for every `FIXED_SPLIT` sequence
+    keys.
     """
     return grid.partial_rows * (value_head_size + 1) * 4
 
 
 def two_phase_pays(shape: DecodeShape, target: Target) -> bool:
-    """Whether decode runs in two phases rather than in the one-pass forward kernel.
+    """Whether decode should run in two phases, rather than in the one-pass forward kernel.
 
-    The model: every multiprocessor reads at the same rate, so a kernel takes as long as the bytes
-    that its busiest multiprocessor reads. One pass has B * Hkv programs (for short queries), each
-    of which reads its prefix and its sequence alone; two phases spread the sequences, and one
-    reading of the prefix per tile of rows, over all multiprocessors (in splits), write and read the
-    partial results, and start one kernel more (`LAUNCH_BYTES`). So short prefixes and small
-    batches, where the second launch costs more than all the bytes, stay with one pass.
+    The answer comes from a model. Every multiprocessor reads at the same rate, so the time of a
+    kernel is the bytes that its busiest multiprocessor reads.
 
-    With batch_invariant the answer must not depend on the batch: always two phases.
+    - One pass has B * Hkv programs (for short queries). Each of them reads a whole prefix and a
+      whole sequence.
+    - Two phases cut this work into splits and spread them over all multiprocessors. The prefix is
+      read once per tile of rows. They also write and read partial results, and launch one more
+      kernel (`LAUNCH_BYTES`).
+
+    So short prefixes and small batches stay with one pass, because the second launch would cost
+    more than reading all their bytes.
+
+    With batch_invariant the answer must not depend on the batch, so it is always two phases.
     """
     if shape.batch_invariant:
         return True

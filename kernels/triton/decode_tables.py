@@ -1,8 +1,8 @@
-"""Where packed prefixes and the rows that use them lie: tables of a batch, and their cache.
+"""Tables that sort a batch by prefix, for decoding with packed prefixes, and their cache.
 
-Tables follow from the contents of `prefix_index` and `prefix_lengths`. They are computed on the
-device, have a size that the host knows in advance, and are never read back. `CACHE` keeps them, so
-that the layers of a step, and the steps between two changes of the batch, share one build.
+Tables depend on the contents of `prefix_index` and `prefix_lengths`. They are computed on the
+device and never read back; the host only knows their sizes. `CACHE` keeps them, so that the layers
+of a step share one table, and so do all steps until the batch changes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .decode_grid import FIXED_PREFIX_SPLITS, PrefixCut
 class PrefixTables:
     """Where packed prefixes and the rows that use them lie. int32, on the device.
 
-    Packed rows are (batch row in the order of its prefix, head within the group, query position),
-    flattened.
+    Packed rows are numbered by (batch row in the order of its prefix, head within the group, query
+    position), flattened.
 
     Attributes:
         order: [B], the batch rows sorted by prefix.
-        units: [prefix_units, 4]: first packed row, end of the prefix's packed rows, first key and
-            end of the keys. Surplus units have no rows.
-        rows: [B, 3]: a batch row's first packed row counted from the first of its prefix, its
-            prefix's first unit, its number of splits (0: no prefix).
+        units: [units, 4], for each unit the first packed row, the end of the prefix's packed rows,
+            the first key and the end of the keys. Surplus units have no rows.
+        rows: [B, 3], for each batch row its first packed row counted from the first one of its
+            prefix, the first unit of its prefix, and the number of splits (0: no prefix).
     """
 
     order: Tensor
@@ -43,8 +43,8 @@ def build_tables(prefix_index: Tensor, prefix_lengths: Tensor, cut: PrefixCut) -
     """Sort the batch by prefix and cut every prefix into units, on the device.
 
     Args:
-        prefix_index: [B], -1 (or anything outside 0 .. N - 1) for no prefix.
-        prefix_lengths: [N]. Whatever they say, no key from P on is read.
+        prefix_index: [B], -1 (or any number outside 0 .. N - 1) for no prefix.
+        prefix_lengths: [N]. If they add up to more than P, they are cut there.
         cut: tile sizes and bounds.
     """
     device = prefix_index.device
@@ -88,22 +88,25 @@ def build_tables(prefix_index: Tensor, prefix_lengths: Tensor, cut: PrefixCut) -
 
 
 def ceil_to(total: Tensor, parts: int, step: int) -> Tensor:
-    """The smallest multiple of step of which `parts` reach the total."""
+    """The smallest multiple of `step` that, `parts` times, is at least the total."""
     return (total + parts * step - 1) // (parts * step) * step
 
 
 class TableCache:
     """Tables by the identity and the version of `prefix_index` and `prefix_lengths`.
 
-    The version is the counter that every in-place operation of PyTorch raises. A change that it
-    does not see (the replay of a CUDA graph, a foreign kernel, `.data`) needs an explicit plan;
-    tensors made in `torch.inference_mode` have no version and are never cached. Nothing is kept
-    alive: entries hold weak references and go with their tensors. Tables belong to the stream that
-    built them; those built while a CUDA graph is captured serve that capture only, so that
-    replaying the graph computes them anew. Thread-safe.
+    The version is the counter that every in-place operation of PyTorch raises. Some changes do not
+    raise it: the replay of a CUDA graph, another library's kernel, `.data`. They need an explicit
+    plan. Tensors made in `torch.inference_mode` have no version, so their tables are not cached.
+
+    The cache keeps no tensor alive: entries hold weak references and go when their tensors do.
+    Tables belong to the stream that built them. Tables built while a CUDA graph is captured serve
+    only that capture, so that a replay of the graph computes them again.
+
+    Several threads may use it at the same time.
     """
 
-    SIZE = 32
+    SIZE = 32  # entries; the one that was used longest ago goes first
 
     def __init__(self) -> None:
         """An empty cache."""
@@ -112,7 +115,7 @@ class TableCache:
         self._captured: OrderedDict[Any, Any] = OrderedDict()
 
     def get(self, prefix_index: Tensor, prefix_lengths: Tensor, cut: PrefixCut) -> PrefixTables:
-        """What `build_tables` returns for these arguments."""
+        """The tables of these arguments, as :func:`build_tables` makes them."""
         if prefix_index.is_inference() or prefix_lengths.is_inference():
             return build_tables(prefix_index, prefix_lengths, cut)
         tensors = (prefix_index, prefix_lengths)
@@ -141,7 +144,7 @@ class TableCache:
             return tables
 
     def __len__(self) -> int:
-        """Entries alive."""
+        """How many entries there are."""
         with self._lock:
             return len(self._entries) + len(self._captured)
 

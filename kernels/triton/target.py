@@ -1,4 +1,4 @@
-"""Where kernels run and in what pieces: families of GPUs, the target of a launch, tiles."""
+"""Families of GPUs, the target of a launch, and tiles: where kernels run, and in what pieces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARED_MEMORY = {
 
 
 class Tile(NamedTuple):
-    """Rows and keys per tile, warps per program, pipeline stages of the loops."""
+    """Rows and keys of a tile, warps of a program, and pipeline stages of its loops."""
 
     rows: int
     keys: int
@@ -55,5 +55,5 @@ def family_of_capability(major: int, minor: int) -> str:
 
 
 def family_of_amd(arch: str) -> str:
-    """The family of an AMD device: gfx9 has MFMA and waves of 64, the others WMMA and 32."""
+    """The family of an AMD device. gfx9 has MFMA and waves of 64; the others have WMMA and 32."""
     return "cdna" if arch.startswith("gfx9") else "rdna"

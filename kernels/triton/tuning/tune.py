@@ -157,7 +157,7 @@ class _Pass:
         inputs = (p.key, p.value) if sequence else (p.prefix_key, p.prefix_value)
         grads = [torch.empty_like(x) for x in inputs]
         launches: list[Launch] = []
-        for pair in tilings.gradient_passes(p.work, *grads):
+        for pair in tilings.gradients_in_one_pass(p.work, *grads):
             if sequence:
                 launches.append(dkv_launch(p, *self._saved, *pair))
             else:
