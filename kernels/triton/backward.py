@@ -144,10 +144,10 @@ def launch_backward(
         if rows is not None and dbias is not None:
             dbias.copy_(rows.sum((0, 2)))
     if key.numel() and (dk is not None or dv is not None):
-        for grads in tilings.together(problem, dk, dv):
+        for grads in tilings.gradients_in_one_pass(problem, dk, dv):
             dkv_launch(problem, grad_out, lse2, delta, *grads).run()
     if prefix_key.numel() and (dpk is not None or dpv is not None):
-        for grads in tilings.together(problem, dpk, dpv):
+        for grads in tilings.gradients_in_one_pass(problem, dpk, dpv):
             for step in dprefix_launches(problem, grad_out, lse2, delta, *grads):
                 step.run()
     if dsinks is not None and sinks is not None:

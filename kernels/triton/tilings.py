@@ -169,9 +169,9 @@ CDNA: Passes = {
     ],
 }
 # gfx10 to gfx12: waves of 32, and WMMA keeps each operand twice per wave, hence the shortest tiles
-# of all, and `together`. fp32 products are FMA whose operands the compiler loads all at once: one
-# score a thread up to D 128, half of one where that spills. From D 128 on the backward, and at D
-# 256 everything, spills all the same (0.2 to 2 KiB, with larger tiles more).
+# of all, and `gradients_in_one_pass`. fp32 products are FMA whose operands the compiler loads all
+# at once: one score a thread up to D 128, half of one where that spills. From D 128 on the
+# backward, and at D 256 everything, spills all the same (0.2 to 2 KiB, with larger tiles more).
 RDNA: Passes = {
     "forward": [
         (64, Tile(64, 64, 8, 1), Tile(16, 16, 8, 1)),
@@ -282,7 +282,7 @@ def choose(step: str, problem: Problem, rows: int) -> Tile:
     return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
 
 
-def together(
+def gradients_in_one_pass(
     problem: Problem, first: Tensor | None, second: Tensor | None
 ) -> list[tuple[Tensor | None, Tensor | None]]:
     """Gradients of keys and of values, in one pass or in two.
@@ -297,7 +297,7 @@ def together(
     return [(first, second)]
 
 
-def whole_apart(step: str, problem: Problem) -> bool:
+def unmasked_loop(step: str, problem: Problem) -> bool:
     """Whether tiles that need no test of bounds, causality or window get a loop of their own.
 
     Not where FMA units do the products: they are unrolled, the tests cost next to nothing beside
@@ -310,7 +310,7 @@ def whole_apart(step: str, problem: Problem) -> bool:
     return not (family == "rdna" and step in ("dq", "dkv"))
 
 
-def rows_clamped(problem: Problem) -> bool:
+def repeat_last_row(problem: Problem) -> bool:
     """Whether query rows past the end repeat the last one, so that loads need no mask.
 
     With Triton 3.6 masked loads of dK's rows spill 350 bytes on RDNA, whatever the tile.

@@ -131,7 +131,7 @@ class _Passes:
         inputs = (p.key, p.value) if sequence else (p.prefix_key, p.prefix_value)
         grads = [torch.empty_like(x) for x in inputs]
         launches: list[Launch] = []
-        for pair in tilings.together(p, *grads):
+        for pair in tilings.gradients_in_one_pass(p, *grads):
             if sequence:
                 launches.append(dkv_launch(p, *saved, *pair))
             else:
