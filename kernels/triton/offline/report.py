@@ -60,7 +60,7 @@ LOOPS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "prefix_attn_bwd_dprefix_kernel": (("rows", ()),),
 }
 # The same where tiles that need no test have no loop of their own: see `tilings.unmasked_loop`.
-TOGETHER = {
+ONE_LOOP = {
     "prefix_attn_fwd_kernel": ("prefix", "sequence"),
     "prefix_attn_bwd_dq_kernel": ("prefix", "sequence"),
     "prefix_attn_bwd_dkv_kernel": ("rows",),
@@ -239,15 +239,17 @@ def figures_digest(figures: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()
 
 
-def loop_names(kernel: str, features: tuple[str, ...], count: int, apart: bool = True) -> list[str]:
-    """What the `count` loops of a kernel sweep; `apart` as `tilings.unmasked_loop`."""
+def loop_names(
+    kernel: str, features: tuple[str, ...], count: int, unmasked_loop: bool = True
+) -> list[str]:
+    """What the `count` loops of a kernel sweep; `unmasked_loop` as `tilings.unmasked_loop`."""
     names = [
         name
         for name, brought_by in LOOPS.get(kernel, ())
         if not brought_by or set(brought_by) & set(features)
     ]
-    if not apart:
-        names = list(TOGETHER[kernel])
+    if not unmasked_loop:
+        names = list(ONE_LOOP[kernel])
     return names if len(names) == count else [f"{i} of {count}" for i in range(1, count + 1)]
 
 
@@ -256,7 +258,7 @@ def named_loops(
 ) -> tuple[NamedLoop, ...]:
     """The loops of a kernel with what they sweep and their share of the source's work."""
     kernel, constants = step.kernel.__name__, step.constants
-    names = loop_names(kernel, case.features, len(loops), constants.get("APART", True))
+    names = loop_names(kernel, case.features, len(loops), constants.get("UNMASKED_LOOP", True))
     work = None
     if kernel in PRODUCTS:
         over_key, over_value = PRODUCTS[kernel]
