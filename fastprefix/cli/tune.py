@@ -14,17 +14,17 @@ def run_tuning(
     sizes: dict[str, int],
     device: torch.device | None = None,
 ) -> None:
-    """Tunes every pass for each head size and dtype, keeps the tiles, prints what was found.
+    """Tunes every pass for each head size and dtype, keeps the tiles, and prints them.
 
     Args:
-        head_sizes: D, 1 to 256 each.
-        dtypes: "bf16", "fp16", "fp32".
+        head_sizes: D, each from 1 to 256.
+        dtypes: "bf16", "fp16" or "fp32".
         sizes: the other fields of :class:`fastprefix.kernels.tuning.tune.TimedProblem`.
-        device: where; the current GPU if None.
+        device: the device to tune for; the current GPU if None.
 
     Raises:
-        ValueError: no GPU, a head size or dtype that the kernels do not take, or two that share
-            their tiles, so that only the last would be kept.
+        ValueError: there is no GPU, the kernels do not support a head size or dtype, or two
+            requests share their tiles, so that only the last one would be kept.
     """
     if device is None:
         if not torch.cuda.is_available():
@@ -50,7 +50,7 @@ def run_tuning(
     with progress("tuning", len(jobs)) as show:
         for done, (D, dtype, name) in enumerate(jobs, start=1):
             found = tune.tune(tune.TimedProblem(D, DTYPES[dtype], **sizes), name, device)
-            # kept one by one, so that what was found outlives an interruption
+            # Tiles are saved one by one, so that an interruption does not lose them.
             file = store.save(name_of_device, {found.name: found.best})
             table.add_row(
                 found.name, str(tuple(found.table)), f"{found.table_ms:.3f}",
@@ -63,7 +63,7 @@ def run_tuning(
 
 
 def _no_tiles_shared(head_sizes: list[int], dtypes: list[str], device: torch.device) -> None:
-    """Refuses head sizes and dtypes that lie in one row of the tables."""
+    """Refuses head sizes and dtypes that share a row of the tile table."""
     from fastprefix.kernels import launch, tilings
     from fastprefix.kernels.offline.cases import DTYPES
 

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from fastprefix.kernels import (
+    decode,
+    decode_grid,
     launch,
     launch_backward,
     launch_forward,
     tilings,
 )
+from fastprefix.kernels.target import SHARED_MEMORY
 from fastprefix.kernels.tuning import store, tune
 from fastprefix.options import Options
 
@@ -210,3 +213,62 @@ def test_steps_and_sizes_that_do_not_exist():
         tune.tune(SHAPE, "middle", CPU)
     with pytest.raises(ValueError, match="256"):
         tune.tune(replace(SHAPE, head_size=300), "forward", CPU)
+
+
+def decode_problem(**changes):
+    base = decode_grid.DecodeShape(
+        B=64, Hq=8, Hkv=2, Lq=1, Lk=512, P=2048, N=None, D=64, Dv=64,
+        dtype=torch.bfloat16, sliding_window=None, batch_invariant=False,
+    )  # fmt: skip
+    return base._replace(**changes)
+
+
+def test_tuned_tiles_are_what_decode_takes():
+    """Also on a device whose grids are already cached with the tile of the table."""
+    table = tilings.TILES["hopper"]["decode"][0][1]
+    tuned = replace(HOPPER, tuned={"decode 64 16": tilings.Tile(32, 32, 2, 4)})
+    for _ in range(2):
+        assert decode_grid.grid_of(decode_problem(), HOPPER).tile == table
+        assert decode_grid.grid_of(decode_problem(), tuned).tile == (32, 32, 2, 4)
+    few = decode_problem(B=2)
+    assert decode_grid.grid_of(few, tuned).tile == (16, 32, 2, 4)
+    fixed = few._replace(batch_invariant=True)
+    assert decode_grid.grid_of(fixed, tuned).tile == (32, 32, 2, 4)
+    other = decode_problem(dtype=torch.float32)
+    assert decode_grid.grid_of(other, tuned).tile == tilings.TILES["hopper"]["decode"][0][2]
+
+
+def test_a_decoding_step_with_a_tuned_tile(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v, pk, pv = (
+        torch.randn(*size, 16) for size in ((9, 4, 1), (9, 2, 40), (9, 2, 40), (2, 70), (2, 70))
+    )
+    plain = decode.decode_forward(q, k, v, pk, pv, Options(is_causal=True, scale=0.25))
+    tuned = {"decode 256 32": tilings.Tile(16, 64, 2, 3)}
+    target = replace(launch.target_of(CPU), tuned=tuned)
+    monkeypatch.setattr(launch, "_device_target", lambda device: target)
+    again = decode.decode_forward(q, k, v, pk, pv, Options(is_causal=True, scale=0.25))
+    torch.testing.assert_close(again, plain)
+
+
+def test_tiles_that_are_launched_alike_are_timed_once():
+    """With 20 sequences a tile of 64 rows becomes one of 32; noise would choose between them."""
+    timed = []
+
+    def timer(launches, device):
+        timed.append(launches[0].tile)
+        return 1.0
+
+    found = tune.tune(SHAPE, "decode", CPU, timer=timer)
+    assert found.table.rows == 32
+    assert {tile.rows for tile in timed} == {16, 32}
+    assert len(set(timed)) == len(timed)
+
+
+def test_families_have_rows_for_every_pass_and_head_size():
+    for family, passes in tilings.TILES.items():
+        assert tuple(passes) == tilings.PASSES, family
+        assert family in SHARED_MEMORY
+        for name in passes:
+            for head_size in (1, 64, 65, 128, 129, 256):
+                assert tilings.row(name, family, head_size, torch.float16)[1]
