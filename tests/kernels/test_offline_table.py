@@ -1,7 +1,7 @@
 """The kernels, compiled for six GPUs that are not here.
 
 What the machine code must not do (spill, overflow shared memory, leave the matrix units idle), and
-what its loops cost against the best known Triton kernels: every row of the launch tables that a
+what its loops cost against the best known Triton kernels: every row of the tile table that a
 target can pick, and every feature. `make kernels` compiles the full product of head sizes, dtypes
 and features.
 """
