@@ -90,7 +90,7 @@ class Choice:
 
 
 def _random(timed: TimedProblem, device: torch.device) -> Callable[..., Tensor]:
-    """A function that makes random tensors of a size; the same ones in every call of this."""
+    """A function that makes random tensors of a size, from a generator with a fixed seed."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
@@ -99,16 +99,18 @@ def _random(timed: TimedProblem, device: torch.device) -> Callable[..., Tensor]:
     return random
 
 
-def _problem(pass_name: str, timed: TimedProblem, device: torch.device, featured: bool) -> Problem:
+def _problem(
+    pass_name: str, timed: TimedProblem, random: Callable[..., Tensor], featured: bool
+) -> Problem:
     """The problem that a pass is timed on.
 
     With `featured` it has options that do not make its scores heavy: padding, a window, a soft cap,
     sinks, and a bias for each head.
     """
-    random = _random(timed, device)
     Hkv, L, P, D = timed.kv_heads, timed.length, timed.prefix, timed.head_size
     B, Lq = (timed.decode_batch, 1) if pass_name == "decode" else (timed.batch, L)
     query = random(B, Hkv * timed.group, Lq, D)
+    device = query.device
     heads = torch.zeros(query.shape[1], device=device)
     options: dict[str, Any] = {}
     if featured:
@@ -128,14 +130,15 @@ class _Pass:
         self, name: str, timed: TimedProblem, device: torch.device, featured: bool = False
     ) -> None:
         self.name = name
-        self.problem = _problem(name, timed, device, featured)
+        random = _random(timed, device)
+        self.problem = _problem(name, timed, random, featured)
         self.row_name, self.table = tilings.row(
             name, self.problem.target.family, timed.head_size, timed.dtype
         )
         query = self.problem.query
         self._saved: tuple[Tensor, Tensor, Tensor] | None = None
         if name not in ("forward", "decode"):
-            grad_out = torch.randn_like(query)
+            grad_out = random(*query.shape)
             out = torch.empty_like(query)
             lse, lse2, delta = (
                 torch.empty(query.shape[:3], dtype=torch.float32, device=device) for _ in range(3)
