@@ -238,17 +238,24 @@ def test_tuned_tiles_are_what_decode_takes():
     assert decode_grid.grid_of(other, tuned).tile == tilings.TILES["hopper"]["decode"][0][2]
 
 
-def test_a_decoding_step_with_a_tuned_tile(monkeypatch):
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("keys", [16, 64, 256])
+def test_a_decoding_step_with_a_tuned_tile(monkeypatch, keys, batch_invariant):
+    """It agrees with that of the table's tile, also where a tile is longer than a split."""
     torch.manual_seed(0)
-    q, k, v, pk, pv = (
-        torch.randn(*size, 16) for size in ((9, 4, 1), (9, 2, 40), (9, 2, 40), (2, 70), (2, 70))
-    )
-    plain = decode.decode_forward(q, k, v, pk, pv, Options(is_causal=True, scale=0.25))
-    tuned = {"decode 256 32": tilings.Tile(16, 64, 2, 3)}
+    sizes = (5, 4, 2), (5, 2, 150), (5, 2, 150), (2, 170), (2, 170)
+    operands = [torch.randn(*size, 16) for size in sizes]
+    options = Options(
+        is_causal=True, scale=0.25, batch_invariant=batch_invariant, sliding_window=70,
+        prefix_index=torch.tensor([0, 1, -1, 2, 0], dtype=torch.int32),
+        prefix_lengths=torch.tensor([100, 30, 40], dtype=torch.int32),
+    )  # fmt: skip
+    plain = decode.decode_forward(*operands, options)
+    tuned = {"decode 256 32": tilings.Tile(16, keys, 2, 3)}
     target = replace(launch.target_of(CPU), tuned=tuned)
     monkeypatch.setattr(launch, "_device_target", lambda device: target)
-    again = decode.decode_forward(q, k, v, pk, pv, Options(is_causal=True, scale=0.25))
-    torch.testing.assert_close(again, plain)
+    again = decode.decode_forward(*operands, options)
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_tiles_that_are_launched_alike_are_timed_once():
