@@ -71,14 +71,9 @@ NOT_YET: dict[str, set[str]] = {
     "circles": {
         "fastprefix/attention/differentiated.py",
         "fastprefix/attention/op.py",
-        "kernels/triton/launch.py",
-        "kernels/triton/problem.py",
-        "kernels/triton/tilings.py",
-        "kernels/triton/tuning/store.py",
     },
     "long_functions": {
         "kernels/triton/backward_dprefix.py dprefix_launches",
-        "kernels/triton/offline/__main__.py main",
     },
     "wide_functions": {
         "kernels/triton/backward_dkv.py dkv_sweep",

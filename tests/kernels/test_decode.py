@@ -22,8 +22,10 @@ INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETER, reason="needs Triton's interpreter")
 if INTERPRETER:
     from fastprefix.kernels import (
+        decode,
+        decode_grid,
         decode_kernels,
-        decode_plan,
+        decode_tables,
         launch,
         launch_forward,
         tilings,
@@ -424,8 +426,8 @@ def hopper() -> tilings.Target:
     return tilings.Target("hopper", 132)
 
 
-def shape(**changes: object) -> decode_plan.Shape:
-    base = decode_plan.Shape(
+def shape(**changes: object) -> decode_grid.DecodeShape:
+    base = decode_grid.DecodeShape(
         B=32, Hq=32, Hkv=8, Lq=1, Lk=512, P=2048, N=None, D=128, Dv=128,
         dtype=torch.bfloat16, sliding_window=None, batch_invariant=False,
     )  # fmt: skip
@@ -435,11 +437,11 @@ def shape(**changes: object) -> decode_plan.Shape:
 @interpreted
 def test_partials_are_small():
     for P in (2048, 1 << 17):
-        layout = decode_plan.layout_of(shape(P=P, Lk=8), hopper())
+        grid = decode_grid.grid_of(shape(P=P, Lk=8), hopper())
         # At most a partial per row and split: WAVES tiles per multiprocessor, and one per row.
-        rows = (2 * 132 + 8) * layout.tile.rows + 32 * 32
-        assert layout.partial_rows <= rows
-        assert decode_plan.partial_bytes(layout, 128) <= rows * 129 * 4
+        rows = (2 * 132 + 8) * grid.tile.rows + 32 * 32
+        assert grid.partial_rows <= rows
+        assert decode_grid.partial_bytes(grid, 128) <= rows * 129 * 4
 
 
 @interpreted
@@ -456,11 +458,11 @@ def test_tables_cover_every_row_and_key_once(data):
         batch_invariant=draw(st.booleans()),
     )  # fmt: skip
     tensors = torch.tensor(index), torch.tensor(lengths)
-    plan = decode_plan.decode_plan(chosen, target, *tensors, cached=False)
+    plan = decode.decode_plan(chosen, target, *tensors, cached=False)
     if plan.tables is None:
         assert P == 0
         return
-    cut, packed = plan.layout.prefix, group * Lq
+    cut, packed = plan.grid.prefix, group * Lq
     order, units, rows = (
         t.tolist() for t in (plan.tables.order, plan.tables.units, plan.tables.rows)
     )
@@ -493,26 +495,26 @@ def test_tables_cover_every_row_and_key_once(data):
 def test_a_plan_reads_nothing_back():
     plan, index, lengths = shape(B=3, P=70, N=2), torch.tensor([1, 0, -1]), torch.tensor([30, 40])
     with Operators() as operators:
-        decode_plan.decode_plan(plan, hopper(), index, lengths, cached=False)
+        decode.decode_plan(plan, hopper(), index, lengths, cached=False)
     reads = {"_local_scalar_dense", "item", "nonzero", "bincount", "masked_select", "_unique2"}
     assert operators.names
     assert not reads & set(operators.names)
     with Operators() as operators:
-        decode_plan.decode_plan(plan._replace(N=None), hopper(), None, None)
+        decode.decode_plan(plan._replace(N=None), hopper(), None, None)
     assert not operators.names
 
 
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch) -> list:
     """One entry for every call of build_tables, with a cache of its own."""
-    calls, build = [], decode_plan.build_tables
+    calls, build = [], decode_tables.build_tables
 
     def counted(*arguments):
         calls.append(None)
         return build(*arguments)
 
-    monkeypatch.setattr(decode_plan, "build_tables", counted)
-    monkeypatch.setattr(decode_plan, "TABLES", decode_plan.TableCache())
+    monkeypatch.setattr(decode_tables, "build_tables", counted)
+    monkeypatch.setattr(decode_tables, "CACHE", decode_tables.TableCache())
     return calls
 
 
@@ -538,20 +540,20 @@ def test_one_build_serves_all_layers_and_steps(builds):
 def test_tables_go_with_their_tensors(builds):
     index, lengths = torch.tensor([0, 1]), torch.tensor([5, 9])
     arguments = shape(B=2, P=14, N=2), hopper()
-    decode_plan.decode_plan(*arguments, index, lengths)
-    assert len(decode_plan.TABLES) == 1
+    decode.decode_plan(*arguments, index, lengths)
+    assert len(decode_tables.CACHE) == 1
     del index
     gc.collect()
-    assert len(decode_plan.TABLES) == 0
+    assert len(decode_tables.CACHE) == 0
     for _ in range(100):
         kept = torch.tensor([1, 0])
-        decode_plan.decode_plan(*arguments, kept, lengths)
-    assert len(decode_plan.TABLES) == 1
+        decode.decode_plan(*arguments, kept, lengths)
+    assert len(decode_tables.CACHE) == 1
     assert len(builds) == 101
     many = [torch.tensor([1, 0]) for _ in range(100)]
     for kept in many:
-        decode_plan.decode_plan(*arguments, kept, lengths)
-    assert len(decode_plan.TABLES) == decode_plan.TableCache.SIZE
+        decode.decode_plan(*arguments, kept, lengths)
+    assert len(decode_tables.CACHE) == decode_tables.TableCache.SIZE
 
 
 @interpreted
@@ -559,7 +561,7 @@ def test_inference_tensors_are_not_cached(builds):
     with torch.inference_mode():
         index, lengths = torch.tensor([0, 1]), torch.tensor([5, 9])
         for _ in range(2):
-            decode_plan.decode_plan(shape(B=2, P=14, N=2), hopper(), index, lengths)
+            decode.decode_plan(shape(B=2, P=14, N=2), hopper(), index, lengths)
     assert len(builds) == 2
 
 
@@ -568,9 +570,9 @@ def test_changes_inside_inference_mode_are_seen(builds):
     index, lengths = torch.tensor([0, 1]), torch.tensor([5, 9])
     arguments = shape(B=2, P=14, N=2), hopper()
     with torch.inference_mode():
-        decode_plan.decode_plan(*arguments, index, lengths)
+        decode.decode_plan(*arguments, index, lengths)
         index.copy_(torch.tensor([1, 0]))
-        plan = decode_plan.decode_plan(*arguments, index, lengths)
+        plan = decode.decode_plan(*arguments, index, lengths)
     assert len(builds) == 2
     assert plan.tables.order.tolist() == [1, 0]
 
@@ -582,7 +584,7 @@ def test_threads_share_one_build(builds):
 
     def work():
         barrier.wait()
-        found.append(decode_plan.decode_plan(shape(B=2, P=14, N=2), hopper(), index, lengths))
+        found.append(decode.decode_plan(shape(B=2, P=14, N=2), hopper(), index, lengths))
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
@@ -597,9 +599,9 @@ def test_threads_share_one_build(builds):
 def test_explicit_plan(builds):
     inputs, rule = Case(B=2, lengths=(5, 9), index=(1, 0)).operands()
     tensors = rule["prefix_index"], rule["prefix_lengths"]
-    own = decode_plan.shape_of(*inputs[:4], tensors[1], None, False)
+    own = decode_grid.shape_of(*inputs[:4], tensors[1], None, False)
     target = launch.target_of(inputs[0].device)
-    plan = decode_plan.decode_plan(own, target, *tensors, cached=False)
+    plan = decode.decode_plan(own, target, *tensors, cached=False)
     judge(decode_forward(*inputs, Options(**rule), plan=plan), inputs, rule)
     assert len(builds) == 1
     with pytest.raises(ValueError, match="plan: got one for"):
@@ -623,7 +625,7 @@ def test_explicit_plan(builds):
     ids=str,
 )
 def test_where_two_phases_pay(changes, pays):
-    assert decode_plan.two_phase_pays(shape(**changes), hopper()) is pays
+    assert decode_grid.two_phase_pays(shape(**changes), hopper()) is pays
 
 
 @interpreted

@@ -70,8 +70,8 @@ def test_where_whole_tiles_have_no_loop_of_their_own(
     problem, agree, monkeypatch, feature, is_causal, clamped
 ):
     """As with fp32 on most targets, and on RDNA, where rows past the end repeat the last one."""
-    monkeypatch.setattr(tilings, "whole_apart", lambda step, problem: False)
-    monkeypatch.setattr(tilings, "rows_clamped", lambda problem: clamped)
+    monkeypatch.setattr(tilings, "unmasked_loop", lambda pass_name, work: False)
+    monkeypatch.setattr(tilings, "repeat_last_row", lambda work: clamped)
     torch.manual_seed(0)
     shape = {"P": 40, "D": 16, "B": 1, "Hq": 2, "Hkv": 1, **FEATURES[feature]}
     agree(problem(**shape, is_causal=is_causal))
