@@ -1,12 +1,10 @@
 """Settings that every test needs before torch or Triton do any work."""
 
-import importlib.util
 import os
 import pickle
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 # Triton reads this when a kernel is defined, so it must be set before anything imports Triton.
@@ -17,6 +15,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 from hypothesis import Phase, settings
+
+pytest.register_assert_rewrite("fastprefix_testing")
+
+import fastprefix_testing.models as tiny  # noqa: E402
 
 # The order of a parallel sum must not depend on the machine; and the shapes here are so small that
 # a second thread costs more than it brings.
@@ -58,31 +60,8 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def _beside(file: str) -> ModuleType:
-    """A file beside this one: test files cannot import each other in importlib mode."""
-    path = Path(__file__).with_name(file)
-    spec = importlib.util.spec_from_file_location(f"tiny_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """``models.py`` beside this file: tiny models, padded batches, oracles."""
-    return _beside("models.py")
-
-
-@pytest.fixture(scope="session")
-def interruptions() -> ModuleType:
-    """``interruptions.py`` beside this file: children that are killed, or have no room."""
-    return _beside("interruptions.py")
-
-
-@pytest.fixture(scope="session")
-def picklable(tiny: ModuleType) -> None:
+def picklable() -> None:
     """Skips where a model that nobody patched cannot be pickled (transformers 5.20)."""
     try:
         pickle.dumps(tiny.build("llama"))
@@ -107,12 +86,12 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def model(tiny: ModuleType, architecture: str) -> Any:
+def model(architecture: str) -> Any:
     """A model that the test may patch."""
     return tiny.build(architecture)
 
 
 @pytest.fixture
-def bare(tiny: ModuleType, architecture: str) -> Any:
+def bare(architecture: str) -> Any:
     """The same weights, which nothing of fastprefix ever touches."""
     return tiny.build(architecture)

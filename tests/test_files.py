@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastprefix import files
+from fastprefix_testing import interruptions
 
 NAMES = ("a.txt", "b.txt", "inside/c.txt", "inside/d.txt")
 
@@ -45,7 +46,7 @@ def state(folder: Path) -> str:
     return " and ".join(sorted({found[name] for name in NAMES}))
 
 
-def test_whenever_it_is_killed(folder, interruptions):
+def test_whenever_it_is_killed(folder):
     steps = interruptions.steps_of(lambda: write(folder, "old"))
     assert steps > 20
     seen = set()

@@ -10,11 +10,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,13 +19,6 @@ import torch
 from torch import Tensor
 
 from fastprefix import prefix_attention
-
-_spec = importlib.util.spec_from_file_location("calls", Path(__file__).with_name("calls.py"))
-assert _spec is not None
-assert _spec.loader is not None
-_calls = importlib.util.module_from_spec(_spec)
-sys.modules["calls"] = _calls  # where dataclasses look their annotations up
-_spec.loader.exec_module(_calls)
 
 NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
 
@@ -270,12 +260,6 @@ def _make_problem() -> Callable[..., Problem]:
 @pytest.fixture(scope="session", name="plain_attention")
 def _plain_attention() -> Callable[..., tuple[Tensor, Tensor]]:
     return plain_attention
-
-
-@pytest.fixture(scope="session")
-def feature_calls() -> ModuleType:
-    """The calls that combine features, and their oracle."""
-    return _calls
 
 
 @pytest.fixture(scope="session", name="assert_as_reference")

@@ -8,6 +8,7 @@ import torch._inductor.config
 
 from fastprefix import prefix_attention
 from fastprefix.attention.selection import BACKENDS
+from fastprefix_testing import calls as feature_calls
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,7 @@ def test_masks_and_value_head_sizes(masking_backend, make_problem):
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_feature_in_one_graph(backend, packed, feature_calls):
+def test_every_feature_in_one_graph(backend, packed):
     features = set(BACKENDS[backend].features) - {"prefix_bias [Hq, Lq, P]", "dropout_p"}
     features -= {"attn_mask", "attn_mask gradient"} if packed else {"cu_seqlens"}
     call = feature_calls.build(

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastprefix import prefix_attention
 from fastprefix.options import OPTIONS, SCHEMA, Options
+from fastprefix_testing import calls as feature_calls
 
 # opcheck runs an op dozens of times, and the interpreter is slow: small problems.
 SMALL = {"Hq": 2, "Hkv": 1, "Lq": 3, "P": 4}
@@ -98,7 +99,7 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("call", FEATURES.values(), ids=FEATURES)
-def test_opcheck_with_features(call, feature_calls):
+def test_opcheck_with_features(call):
     call = feature_calls.build(**{"dtype": torch.float32, **call}, D=8)
     tensors, options = dict(call.tensors), dict(call.options)
     five = [tensors.pop(name).requires_grad_() for name in FIVE]

@@ -17,6 +17,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, PromptConfig, PromptTuningModel, use_prefix
 from fastprefix.cli.app import app
 from fastprefix.cli.console import console
@@ -342,7 +343,7 @@ def test_what_cannot_be_is_refused_with_the_reason(load, base, tmp_path):
         assert listing(tmp_path) == before, source
 
 
-def test_a_base_whose_layers_share_keys(tiny, tmp_path):
+def test_a_base_whose_layers_share_keys(tmp_path):
     """Gemma 3n: a file of PEFT's holds numbers that its sharing layers never see."""
     model = tiny.kind("gemma3n", torch.float32, sliding_window=16)
     model.save_pretrained(tmp_path / "base")

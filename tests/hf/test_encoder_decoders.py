@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, use_prefix
 from fastprefix.hf import patch_of
 
@@ -16,7 +17,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
-def test_generated_ids(tiny, name, mode):
+def test_generated_ids(name, mode):
     """The oracle generates with a dynamic cache, or with none, whatever we do."""
     model, bare = tiny.kind(name), tiny.kind(name)
     inputs, _ = tiny.kind_inputs(model, "left")
@@ -37,7 +38,7 @@ def test_generated_ids(tiny, name, mode):
 @pytest.mark.parametrize(
     ("name", "deeper"), [("t5", "num_decoder_layers"), ("bart", "decoder_layers")]
 )
-def test_a_decoder_deeper_than_the_encoder(tiny, name, deeper):
+def test_a_decoder_deeper_than_the_encoder(name, deeper):
     """Each layer has a prefix of its own, none is dead."""
     model, bare = (tiny.kind(name, **{deeper: 4}).requires_grad_(False) for _ in range(2))
     inputs, real = tiny.kind_inputs(model)
@@ -58,7 +59,7 @@ def test_a_decoder_deeper_than_the_encoder(tiny, name, deeper):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
 
 
-def test_the_encoder_alone_sees_its_prefix(tiny):
+def test_the_encoder_alone_sees_its_prefix():
     """As generate() calls it."""
     model = patch_model(tiny.kind("t5").requires_grad_(False))
     inputs, _ = tiny.kind_inputs(model)
@@ -72,7 +73,7 @@ def test_the_encoder_alone_sees_its_prefix(tiny):
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
-def test_prompts_are_for_decoders(tiny, name):
+def test_prompts_are_for_decoders(name):
     """An encoder's prompt sees the text: no keys of its own stand for it."""
     model = tiny.kind(name)
     with pytest.raises(ValueError, match="takes a decoder-only model"):

@@ -23,6 +23,7 @@ from transformers import (
     StaticCache,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import (
     PrefixConfig,
     PrefixKV,
@@ -142,7 +143,7 @@ def name(request):
 
 
 @pytest.mark.parametrize("bert", BERTS)
-def test_decoders_that_are_none_take_no_prompt(tiny, bert):
+def test_decoders_that_are_none_take_no_prompt(bert):
     """What the model does counts, not what its configuration says."""
     if is_causal(bert):
         PrefixKV.prefill(make(bert), tiny.prompt(3), fallback="expand")
@@ -189,7 +190,7 @@ def sides(name):
     return ("right",) if name in COUNT_PADS else ("right", "left")
 
 
-def test_a_prompt_is_the_concatenation(tiny, name):
+def test_a_prompt_is_the_concatenation(name):
     model, bare, front = make(name), make(name), tiny.prompt(9)
     kv = PrefixKV.prefill(model, front, fallback="expand")
     assert kv.in_window
@@ -210,7 +211,7 @@ def test_a_prompt_is_the_concatenation(tiny, name):
         assert (model(ids).logits - logits).abs().max() > 0.05
 
 
-def test_a_learned_prefix_and_its_gradient(tiny, name):
+def test_a_learned_prefix_and_its_gradient(name):
     model, bare = patch_model(make(name), fallback="expand"), make(name)
     assert patch_of(model).expanded is not None or name in MAY_BE_PATCHED
     assert patch_of(model).groups == ("decoder",) * 2
@@ -240,7 +241,7 @@ def test_a_learned_prefix_and_its_gradient(tiny, name):
      {"num_beams": 2, "num_return_sequences": 2}],
     ids=lambda how: " ".join(how) or "greedy",
 )  # fmt: skip
-def test_generate(tiny, name, how):
+def test_generate(name, how):
     model, bare, front = make(name), make(name), tiny.prompt(9)
     kv = PrefixKV.prefill(model, front, fallback="expand")
     batches = [tiny.batch((6, 6))]
@@ -257,7 +258,7 @@ def test_generate(tiny, name, how):
         assert not any(torch.equal(tiny.generate(bare, texts[0], **how), x) for x in wanted[:1])
 
 
-def test_generate_samples_the_same(tiny, name):
+def test_generate_samples_the_same(name):
     model, bare, front = make(name), make(name), tiny.prompt(9)
     kv = PrefixKV.prefill(model, front, fallback="expand")
     ids, _ = tiny.batch((6, 6))
@@ -269,7 +270,7 @@ def test_generate_samples_the_same(tiny, name):
     assert torch.equal(found, tiny.generate(bare, both, do_sample=True))
 
 
-def test_generate_goes_on_from_a_cache(tiny, name):
+def test_generate_goes_on_from_a_cache(name):
     """The cache shows the text alone, in and between two blocks with the prefix."""
     model, bare, front = make(name), make(name), tiny.prompt(9)
     kv = PrefixKV.prefill(model, front, fallback="expand")
@@ -293,7 +294,7 @@ def test_generate_goes_on_from_a_cache(tiny, name):
     assert torch.equal(text, both[:, 9:])
 
 
-def test_rows_with_prefixes_of_their_own(tiny, name):
+def test_rows_with_prefixes_of_their_own(name):
     model, bare = patch_model(make(name), fallback="expand"), make(name)
     long, short = learned(model), learned(model, 3 if name not in COUNT_PADS else P, seed=1)
     rows = ["long", "short", None, "long"] if name not in COUNT_PADS else ["long", "short"] * 2
@@ -313,7 +314,7 @@ def test_rows_with_prefixes_of_their_own(tiny, name):
 
 
 @pytest.mark.parametrize("name", ["falcon new", "bloom", "mpt", "megatron_bert"])
-def test_a_prefix_is_trained_saved_and_loaded(tiny, name, tmp_path):
+def test_a_prefix_is_trained_saved_and_loaded(name, tmp_path):
     config = PrefixConfig(num_virtual_tokens=4, fallback="expand", init_std=0.5)
     tuned = PrefixTuningModel(make(name), config)
     optimizer = torch.optim.SGD((p for p in tuned.parameters() if p.requires_grad), lr=1.0)
@@ -343,7 +344,7 @@ def test_a_prefix_is_trained_saved_and_loaded(tiny, name, tmp_path):
 
 
 @pytest.mark.parametrize("init", ["text", "embeddings"])
-def test_a_prefix_starts_from_a_text(init, tiny):
+def test_a_prefix_starts_from_a_text(init):
     def tokenizer(text):
         return {"input_ids": [3, 1, 4, 1, 5][: len(text)]}
 
@@ -358,7 +359,7 @@ def test_a_prefix_starts_from_a_text(init, tiny):
         close(x, y)
 
 
-def test_encoders_that_look_into_their_cache(tiny):
+def test_encoders_that_look_into_their_cache():
     """RemBERT's encoder attends to what is there; a prompt is refused, since it sees the text."""
     fields = {**MODELS["rembert"][1], "is_decoder": False}
     config = transformers.RemBertConfig(**fields)
@@ -377,7 +378,7 @@ def test_encoders_that_look_into_their_cache(tiny):
         PrefixKV.prefill(model, front)
 
 
-def test_heads_on_top(tiny):
+def test_heads_on_top():
     """What a model makes of the last token, or of every one, is the text's."""
     fields = {**MODELS["bloom"][1], "num_labels": 3}
     model = fill(BloomForSequenceClassification(BloomConfig(**fields)))
@@ -399,7 +400,7 @@ def test_heads_on_top(tiny):
         assert len(hidden) == 1
 
 
-def test_never_chosen_silently(tiny):
+def test_never_chosen_silently():
     for name in ("falcon new", "stablelm"):
         with pytest.raises(UnsupportedModelError, match=r"fallback='expand' gives it"):
             patch_model(make(name))
@@ -409,7 +410,7 @@ def test_never_chosen_silently(tiny):
     assert "fallback" not in str(refused.value)  # which would not help
 
 
-def test_models_that_can_be_patched_are(tiny):
+def test_models_that_can_be_patched_are():
     model = tiny.build("llama")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -420,7 +421,7 @@ def test_models_that_can_be_patched_are(tiny):
 
 
 @pytest.mark.parametrize("thing", ["copy", True, 1])
-def test_what_is_no_fallback(tiny, thing):
+def test_what_is_no_fallback(thing):
     message = f"fallback: got {thing!r}, takes None or 'expand'"
     model = tiny.build("llama")
     for call in (
@@ -434,7 +435,7 @@ def test_what_is_no_fallback(tiny, thing):
 
 
 @pytest.mark.filterwarnings("default:.*fallback='expand' the prefix is copied")
-def test_one_warning_says_what_it_costs(tiny):
+def test_one_warning_says_what_it_costs():
     model, ids = make("falcon new"), tiny.prompt(4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -449,7 +450,7 @@ def test_one_warning_says_what_it_costs(tiny):
     assert "FalconForCausalLM does not route its attention" in told[0]
 
 
-def test_unpatching_leaves_the_model_as_it_was(tiny):
+def test_unpatching_leaves_the_model_as_it_was():
     model, ids = make("bloom"), tiny.prompt(4)
     before = model(ids).logits
     patch_model(model, fallback="expand")
@@ -471,7 +472,7 @@ def test_unpatching_leaves_the_model_as_it_was(tiny):
         assert not module._forward_hooks
 
 
-def test_a_call_that_fails_leaves_nothing_behind(tiny):
+def test_a_call_that_fails_leaves_nothing_behind():
     model, ids = patch_model(make("falcon new"), fallback="expand"), tiny.prompt(4)
     before, kv = model(ids).logits, learned(model)
     with use_prefix(model, kv):
@@ -482,7 +483,7 @@ def test_a_call_that_fails_leaves_nothing_behind(tiny):
     assert torch.equal(model(ids).logits, before)
 
 
-def test_what_cannot_be_exact_is_refused_by_name(tiny):
+def test_what_cannot_be_exact_is_refused_by_name():
     model = patch_model(make("falcon new"), fallback="expand")
     kv, ids = learned(model, requires_grad=False), tiny.prompt(4)
     ones = torch.ones_like(ids)
@@ -533,7 +534,7 @@ def windowed_cache():
     return cache
 
 
-def test_caches_of_other_texts_are_refused(tiny):
+def test_caches_of_other_texts_are_refused():
     model = patch_model(make("bloom"), fallback="expand")
     kv, other, ids = learned(model), learned(model, seed=1), tiny.prompt(4)
     bare = model(ids, use_cache=True).past_key_values
@@ -576,7 +577,7 @@ def test_pads_that_take_positions_are_seen_with_any_weights(name, dtype):
             model(ids, attention_mask=mask)
 
 
-def test_a_thread_in_no_block_is_refused(tiny):
+def test_a_thread_in_no_block_is_refused():
     model, ids = patch_model(make("bloom"), fallback="expand"), tiny.prompt(4)
     with ThreadPoolExecutor(1) as pool, use_prefix(model, learned(model)):
         model(ids)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, use_prefix
 from fastprefix.hf import patch_of
 from fastprefix.hf.prefill.recorded import text_keys_values
@@ -23,7 +24,7 @@ def cached(kv, layers, rows):
 @pytest.mark.parametrize("given", ["input_ids", "inputs_embeds", "position_ids"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
-def test_encoders_as_with_the_prefix_in_a_cache(tiny, name, side, given):
+def test_encoders_as_with_the_prefix_in_a_cache(name, side, given):
     model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
     patch = patch_of(model)
     kv = tiny.kv_of_shapes(patch.shapes, P, position_offset=patch.default_offset(P))
@@ -49,7 +50,7 @@ def test_encoders_as_with_the_prefix_in_a_cache(tiny, name, side, given):
 
 
 @pytest.mark.parametrize("name", ["bart", "whisper"])
-def test_a_decoder_with_its_prefix_in_a_cache(tiny, name):
+def test_a_decoder_with_its_prefix_in_a_cache(name):
     """As PEFT trains BART: a prefix in the decoder's own attention, which moves its text."""
     model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
     groups = patch_of(model).groups
@@ -71,7 +72,7 @@ def test_a_decoder_with_its_prefix_in_a_cache(tiny, name):
     assert not torch.allclose(got[real], still[real], atol=1e-3)
 
 
-def test_the_offset_does_not_outlive_its_call(tiny):
+def test_the_offset_does_not_outlive_its_call():
     """The embedding is told by the call at hand: one run by itself keeps its own positions."""
     model = patch_model(tiny.kind("bert"))
     inputs, _ = tiny.kind_inputs(model)
@@ -83,7 +84,7 @@ def test_the_offset_does_not_outlive_its_call(tiny):
     assert torch.equal(model.bert.embeddings(inputs["input_ids"]), before)
 
 
-def test_the_offset_of_a_call_that_failed_is_forgotten(tiny):
+def test_the_offset_of_a_call_that_failed_is_forgotten():
     model = patch_model(tiny.kind("bert"))
     inputs, _ = tiny.kind_inputs(model)
     kv = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=P)
@@ -96,7 +97,7 @@ def test_the_offset_of_a_call_that_failed_is_forgotten(tiny):
 
 
 @pytest.mark.parametrize("name", ["distilbert", "albert", "modernbert"])
-def test_encoders_without_a_cache_move_explicit_positions_alone(tiny, name):
+def test_encoders_without_a_cache_move_explicit_positions_alone(name):
     model = patch_model(tiny.kind(name))
     assert patch_of(model).default_offset(P) == 0
     inputs, real = tiny.kind_inputs(model)
@@ -122,7 +123,7 @@ def test_encoders_without_a_cache_move_explicit_positions_alone(tiny, name):
 
 
 @pytest.mark.parametrize("name", ["t5 encoder", "vit"])
-def test_models_that_cannot_be_told_take_no_offset(tiny, name):
+def test_models_that_cannot_be_told_take_no_offset(name):
     model = patch_model(tiny.kind(name))
     kv = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=2)
     with (
@@ -133,7 +134,7 @@ def test_models_that_cannot_be_told_take_no_offset(tiny, name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "roberta", "electra", "bart"])
-def test_a_text_that_does_not_fit_behind_the_prefix(tiny, name):
+def test_a_text_that_does_not_fit_behind_the_prefix(name):
     """48 positions, of which RoBERTa uses those from 1: no index error, and no last one lost."""
     model = patch_model(tiny.kind(name))
     room = 48 - P - (name == "roberta")
@@ -147,7 +148,7 @@ def test_a_text_that_does_not_fit_behind_the_prefix(tiny, name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "roberta"])
-def test_padding_needs_no_room(tiny, name):
+def test_padding_needs_no_room(name):
     model = patch_model(tiny.kind(name))
     ids, mask = tiny.batch((42, 7), "left")
     ids, mask = (torch.nn.functional.pad(x, (6, 0)) for x in (ids, mask))
@@ -158,7 +159,7 @@ def test_padding_needs_no_room(tiny, name):
     torch.testing.assert_close(padded, alone, **EXACT)
 
 
-def test_generating_past_the_last_position(tiny):
+def test_generating_past_the_last_position():
     model = patch_model(tiny.kind("gpt2"))
     kv = tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P).detach()
     with use_prefix(model, kv):

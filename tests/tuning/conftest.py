@@ -1,29 +1,14 @@
-"""The behaviours of PEFT, each run on both libraries; see ``libraries.py`` beside this file."""
+"""The behaviours of PEFT, each run on both libraries; see ``fastprefix_testing.libraries``."""
 
-import functools
-import importlib.util
 import itertools
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from packaging.version import Version
 
-
-@functools.cache
-def libraries() -> ModuleType:
-    """``libraries.py`` beside this file, not before the settings of the tests' own conftest."""
-    spec = importlib.util.spec_from_file_location(
-        "libraries", Path(__file__).with_name("libraries.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from fastprefix_testing.libraries import LIBRARIES, METHODS, MODELS
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,15 +32,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``cell``: each library with each model and each method that the test is about."""
     if "cell" not in metafunc.fixturenames:
         return
-    known = libraries()
     cells = list(metafunc.definition.iter_markers("cells"))
     only = metafunc.definition.get_closest_marker("only")
     models, methods = (
         [name for name in names if all(name in mark.kwargs.get(key, names) for mark in cells)]
-        for key, names in (("models", known.MODELS), ("methods", known.METHODS))
+        for key, names in (("models", MODELS), ("methods", METHODS))
     )
     made = []
-    for library in (only.args[0],) if only else known.LIBRARIES:
+    for library in (only.args[0],) if only else LIBRARIES:
         for (row, model), (column, method) in itertools.product(
             enumerate(models), enumerate(methods)
         ):
@@ -68,17 +52,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def cell(tiny: ModuleType, request: pytest.FixtureRequest) -> Any:
+def cell(request: pytest.FixtureRequest) -> Any:
     """A library, a model and a method."""
     library, model, method = request.param
-    return libraries().LIBRARIES[library](tiny, model, method)
+    return LIBRARIES[library](model, method)
 
 
 @pytest.fixture
 def other(cell: Any) -> Any:
     """The other library, with the same model and method."""
-    library = next(one for name, one in libraries().LIBRARIES.items() if name != cell.library)
-    return library(cell.tiny, cell.model, cell.method)
+    library = next(one for name, one in LIBRARIES.items() if name != cell.library)
+    return library(cell.model, cell.method)
 
 
 @pytest.hookimpl(wrapper=True)

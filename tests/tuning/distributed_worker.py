@@ -1,12 +1,11 @@
 """One of the two processes of ``test_distributed.py``: runs every scenario, writes what it found.
 
-    RANK=0 ... python distributed_worker.py FOLDER [SCENARIO...]
+    RANK=0 ... PYTHONPATH=tests/support python distributed_worker.py FOLDER [SCENARIO...]
 
 FOLDER holds a checkpoint of each tiny model; the processes meet through a file in it, so that no
 port can be taken. A scenario's dict of tensors, or its traceback, goes to FOLDER/SCENARIO.RANK.pt.
 """
 
-import importlib.util
 import os
 import sys
 import traceback
@@ -25,13 +24,11 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, patch_model, use_prefix
 
 RANK, FOLDER = int(os.environ["RANK"]), Path(sys.argv[1])
 logging.disable_progress_bar()
-spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "models.py")
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 SCENARIOS = {}
 

@@ -13,17 +13,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Olmo2Config, Trainer, TrainingArguments
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel
 
 P = 5
 WORKER = Path(__file__).with_name("distributed_worker.py")
+SUPPORT = str(Path(__file__).parents[1] / "support")
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 VOCAB = 102  # transformers before 5.20 splits the head between ranks of equal size alone
 GATHERED = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
+def folder(tmp_path_factory):
     """What both processes wrote; they are killed when they take too long."""
     folder = tmp_path_factory.mktemp("distributed")
     fields = {name: value for name, value in tiny.GROUPED.items() if name != "head_dim"}
@@ -37,6 +39,7 @@ def folder(tiny, tmp_path_factory):
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([SUPPORT, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "HF_HUB_OFFLINE": "1",
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",  # accelerate asks for these two, and needs neither
@@ -89,7 +92,7 @@ def make(folder):
 
 
 @pytest.fixture
-def expected(tiny, folder):
+def expected(folder):
     """Gradients by name on all rows at once, the prefix in a bare model's cache."""
 
     def solve(tuned, name="llama"):
@@ -136,7 +139,7 @@ def test_accelerate_prepares_fsdp2(found, make, expected):
 
 
 @pytest.mark.parametrize("projection", [False, True])
-def test_a_sharded_encoder_exports_and_generates_as_a_whole_one(tiny, found, make, projection):
+def test_a_sharded_encoder_exports_and_generates_as_a_whole_one(found, make, projection):
     tuned = make(projection).eval()
     kv = tuned.export()
     ids = tiny.generate(tuned, tiny.batch((7, 4, 4, 7))[0][:1])
@@ -147,7 +150,7 @@ def test_a_sharded_encoder_exports_and_generates_as_a_whole_one(tiny, found, mak
 
 
 @pytest.mark.parametrize("projection", [False, True])
-def test_a_sharded_encoder_is_saved_by_one_process(tiny, folder, found, make, projection):
+def test_a_sharded_encoder_is_saved_by_one_process(folder, found, make, projection):
     both = found("fsdp_sharded")
     assert [result[f"saved={projection}"] for result in both] == [True, False]
     loaded = PrefixTuningModel.from_pretrained(tiny.build(), folder / f"saved {projection} 0")
@@ -156,7 +159,7 @@ def test_a_sharded_encoder_is_saved_by_one_process(tiny, folder, found, make, pr
         torch.testing.assert_close(got, expected)
 
 
-def test_trainer_under_ddp_equals_one_process_with_both_batches(tiny, found, make, tmp_path):
+def test_trainer_under_ddp_equals_one_process_with_both_batches(found, make, tmp_path):
     ids, mask = tiny.batch((7, 3, 4, 6, 2, 7, 5, 5))
     labels = ids.masked_fill(mask == 0, -100)
     data = [
@@ -195,7 +198,7 @@ def test_tensor_parallel_gradients(found, make, expected, name, projection):
 
 @pytest.mark.parametrize("kind", ["bias", "gate"])
 @pytest.mark.parametrize("name", ["llama", "olmo2"])
-def test_tensor_parallel_query_heads(tiny, folder, found, name, kind):
+def test_tensor_parallel_query_heads(folder, found, name, kind):
     """Each rank has the numbers of its own query heads, and all get the gradient of all."""
     results = found(f"tp_{name}")
     model, bare = (AutoModelForCausalLM.from_pretrained(folder / name) for _ in range(2))
@@ -214,7 +217,7 @@ def test_tensor_parallel_query_heads(tiny, folder, found, name, kind):
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo2"])
-def test_tensor_parallel_prompts(tiny, folder, found, name):
+def test_tensor_parallel_prompts(folder, found, name):
     """A prompt's keys and values are those of all heads; generation equals the concatenation."""
     bare = AutoModelForCausalLM.from_pretrained(folder / name).eval()
     front, (ids, mask) = tiny.prompt(), tiny.batch()

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, patch_model, use_prefix
 from fastprefix.formats.peft_prefixes import load_adapter
 from fastprefix.hf import patch_of
@@ -14,7 +15,7 @@ GROUPS = [None, ("encoder",), ("decoder",), ("cross",), ("encoder", "cross")]
 
 @pytest.mark.parametrize("projection", [False, True], ids=["direct", "MLP"])
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
-def test_only_the_chosen_groups_are_trained(tiny, groups, projection):
+def test_only_the_chosen_groups_are_trained(groups, projection):
     model = tiny.kind("t5", torch.float32)
     config = PrefixConfig(
         num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM", groups=groups, prefix_projection=projection
@@ -41,7 +42,7 @@ def test_only_the_chosen_groups_are_trained(tiny, groups, projection):
     assert tuned(**inputs, labels=labels).loss < before
 
 
-def test_layers_without_a_prefix_run_without_one(tiny):
+def test_layers_without_a_prefix_run_without_one():
     """The same logits as with a prefix for all layers, of which the oracle hides the others."""
     model, bare = patch_model(tiny.kind("bart")), tiny.kind("bart")
     inputs, real = tiny.kind_inputs(model)
@@ -55,7 +56,7 @@ def test_layers_without_a_prefix_run_without_one(tiny):
     assert kv.num_virtual_tokens == 5
 
 
-def test_a_prefix_with_gaps_is_saved_and_loaded(tiny, tmp_path):
+def test_a_prefix_with_gaps_is_saved_and_loaded(tmp_path):
     shapes = patch_of(patch_model(tiny.kind("t5"))).shapes
     kv = tiny.kv_of_shapes(shapes).detach().select([1, 4]).spread([1, 4], shapes)
     kv.save(tmp_path / "kv.safetensors")
@@ -66,7 +67,7 @@ def test_a_prefix_with_gaps_is_saved_and_loaded(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("layers", [[0], [0, 0], [0, 5], [-1, 0]])
-def test_layers_that_do_not_exist(tiny, layers):
+def test_layers_that_do_not_exist(layers):
     shapes = patch_of(patch_model(tiny.kind("bert"))).shapes
     with pytest.raises(ValueError, match="layers: got"):
         tiny.kv_of_shapes(shapes).spread(layers, shapes)
@@ -78,7 +79,7 @@ def test_groups_that_do_not_exist(groups):
         PrefixConfig(groups=groups)
 
 
-def test_groups_that_the_model_does_not_have(tiny):
+def test_groups_that_the_model_does_not_have():
     model = tiny.kind("bert")
     config = PrefixConfig(task_type="FEATURE_EXTRACTION", groups=("encoder", "cross"))
     with pytest.raises(ValueError, match=r"groups: got .*takes some of \('encoder',\)"):
@@ -88,7 +89,7 @@ def test_groups_that_the_model_does_not_have(tiny):
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
-def test_a_start_from_text(tiny, name):
+def test_a_start_from_text(name):
     """All groups start from what the bare model's own layers make of the text."""
     model, bare = tiny.kind(name, torch.float32), tiny.kind(name, torch.float32)
     task = "SEQ_2_SEQ_LM" if name == "t5" else "FEATURE_EXTRACTION"
@@ -110,13 +111,13 @@ def test_a_start_from_text(tiny, name):
     torch.testing.assert_close(kv.keys[0], expected.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_images_have_no_text_to_start_from(tiny):
+def test_images_have_no_text_to_start_from():
     config = PrefixConfig(task_type="FEATURE_EXTRACTION", init="vocab")
     with pytest.raises(ValueError, match="pixel_values"):
         PrefixTuningModel(tiny.kind("vit", torch.float32), config)
 
 
-def test_an_encoder_is_saved_in_pefts_format(tiny, tmp_path):
+def test_an_encoder_is_saved_in_pefts_format(tmp_path):
     model, config = tiny.kind("bert", torch.float32), PrefixConfig(task_type="FEATURE_EXTRACTION")
     tuned = PrefixTuningModel(model, config)
     tuned.save_pretrained(tmp_path)
@@ -127,7 +128,7 @@ def test_an_encoder_is_saved_in_pefts_format(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
-def test_groups_are_saved_and_loaded(tiny, groups, tmp_path):
+def test_groups_are_saved_and_loaded(groups, tmp_path):
     """In a file of their own, since PEFT's format has a place for none of these."""
     config = PrefixConfig(
         num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM", groups=groups, init_std=1.0
@@ -143,7 +144,7 @@ def test_groups_are_saved_and_loaded(tiny, groups, tmp_path):
 
 
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
-def test_training_starts_from_a_saved_prefix(tiny, tmp_path, groups):
+def test_training_starts_from_a_saved_prefix(tmp_path, groups):
     """Also from PEFT's format, which holds a decoder's prefix alone."""
     config = {"num_virtual_tokens": 3, "task_type": "SEQ_2_SEQ_LM", "groups": groups}
     if groups == ("decoder",):
@@ -159,7 +160,7 @@ def test_training_starts_from_a_saved_prefix(tiny, tmp_path, groups):
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert"])
-def test_a_prefix_that_slides_is_refused_before_anything_changes(tiny, kind):
+def test_a_prefix_that_slides_is_refused_before_anything_changes(kind):
     model = tiny.kind(kind, torch.float32)
     with pytest.raises(ValueError, match="prefix_in_window: got True"):
         PrefixTuningModel(model, PrefixConfig(3, prefix_in_window=True))

@@ -12,6 +12,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 
 P = 3
@@ -92,7 +93,7 @@ def answers(model, ids, mask, **names):
 
 
 @pytest.fixture
-def texts(tiny):
+def texts():
     """Of one length, for PEFT's causal classifiers read padding."""
     return tiny.batch((5, 5, 5, 5), "right")
 
@@ -376,7 +377,7 @@ def layers_gradients(tuned, ids, names=("default", "second")):
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
-def test_heads_inside_layers_that_are_run_again(wrap, tiny, texts):
+def test_heads_inside_layers_that_are_run_again(wrap, texts):
     of, config, _ = WRAPS[wrap]
 
     def tuned():
@@ -397,7 +398,7 @@ def test_heads_inside_layers_that_are_run_again(wrap, tiny, texts):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_copies_of_attention_attend_as_the_originals(tiny, architecture, texts):
+def test_copies_of_attention_attend_as_the_originals(architecture, texts):
     """A prefix reaches them, too."""
     names = {"llama": ["self_attn"], "gpt2": ["attn", "mlp"]}[architecture]
     plain = loud(PrefixTuningModel(tiny.build(architecture), PrefixConfig(P)))
@@ -411,7 +412,7 @@ def test_copies_of_attention_attend_as_the_originals(tiny, architecture, texts):
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
-def test_a_tied_head_is_trained_apart_from_the_embeddings(wrap, tiny, texts, tmp_path):
+def test_a_tied_head_is_trained_apart_from_the_embeddings(wrap, texts, tmp_path):
     of, config, _ = WRAPS[wrap]
     tuned = of(tiny.build(tie_word_embeddings=True), config(P, modules_to_save=["lm_head"]))
     loud(tuned)
@@ -430,7 +431,7 @@ def test_a_tied_head_is_trained_apart_from_the_embeddings(wrap, tiny, texts, tmp
 
 @pytest.mark.peft
 @pytest.mark.parametrize("wrap", WRAPS)
-def test_peft_reads_a_tied_head(wrap, tiny, texts, tmp_path):
+def test_peft_reads_a_tied_head(wrap, texts, tmp_path):
     of, config, _ = WRAPS[wrap]
     tuned = of(tiny.build(tie_word_embeddings=True), config(P, modules_to_save=["lm_head"]))
     loud(tuned).save_pretrained(tmp_path)

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel
 from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
 from fastprefix.kv import to_flat
@@ -61,7 +62,7 @@ KINDS = {"PREFIX_TUNING": peft.PrefixTuningConfig, "CARTRIDGE": peft.CartridgeCo
 
 
 @pytest.fixture(params=ARCHITECTURES)
-def build(tiny, request):
+def build(request):
     make, fields = ARCHITECTURES[request.param]
     common = {k: v for k, v in tiny.GROUPED.items() if k not in _GROUPED and k != "head_dim"}
     config = make(**{**common, **fields, "use_cache": True})
@@ -85,7 +86,7 @@ def logits(model, ids, mask):
     return model(input_ids=ids, attention_mask=mask).logits
 
 
-def test_both_ways(tiny, build, kind, tmp_path):
+def test_both_ways(build, kind, tmp_path):
     theirs = peft.get_peft_model(build(), KINDS[kind](task_type="CAUSAL_LM", num_virtual_tokens=P))
     loud(theirs).save_pretrained(tmp_path / "theirs")
     ours = PrefixTuningModel.from_pretrained(build(), tmp_path / "theirs")
@@ -105,7 +106,7 @@ def test_both_ways(tiny, build, kind, tmp_path):
 
 
 @pytest.mark.peft
-def test_a_classifier_comes_with_its_head(tiny, kind, tmp_path):
+def test_a_classifier_comes_with_its_head(kind, tmp_path):
     def build(seed=0):
         torch.manual_seed(seed)
         config = LlamaConfig(vocab_size=101, pad_token_id=0, num_labels=3, **_GROUPED)
@@ -131,7 +132,7 @@ def test_a_classifier_comes_with_its_head(tiny, kind, tmp_path):
     "task_type",
     ["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"],
 )
-def test_task_types_round_trip(tiny, kind, task_type, tmp_path):
+def test_task_types_round_trip(kind, task_type, tmp_path):
     kv = tiny.random_kv(tiny.build(), P)
     save_adapter(tmp_path, kv, {"task_type": task_type}, kind=kind)
     assert load_adapter(tmp_path).config["task_type"] == task_type
@@ -142,7 +143,7 @@ def test_task_types_round_trip(tiny, kind, task_type, tmp_path):
     assert peft.PeftConfig.from_pretrained(tmp_path / "again").peft_type == kind
 
 
-def test_a_cartridge_of_ours_is_one_of_theirs(tiny, tmp_path):
+def test_a_cartridge_of_ours_is_one_of_theirs(tmp_path):
     """A prompt's own keys and values, which PEFT takes a cartridge to start from."""
     bare, model = tiny.build("gpt2"), tiny.build("gpt2")
     front, (ids, mask) = tiny.prompt(P), tiny.batch((5, 5))
@@ -152,7 +153,7 @@ def test_a_cartridge_of_ours_is_one_of_theirs(tiny, tmp_path):
     torch.testing.assert_close(logits(theirs, ids, mask), expected, **CLOSE)
 
 
-def test_frozen_tokens_of_a_cartridge_stay_frozen(tiny, tmp_path):
+def test_frozen_tokens_of_a_cartridge_stay_frozen(tmp_path):
     kv = tiny.random_kv(tiny.build(), P)
     save_adapter(tmp_path, kv, {"num_frozen_tokens": 1}, kind="CARTRIDGE")
     tuned = PrefixTuningModel.from_pretrained(tiny.build(), tmp_path, is_trainable=True)
@@ -168,7 +169,7 @@ def test_frozen_tokens_of_a_cartridge_stay_frozen(tiny, tmp_path):
     assert again.encoder.num_frozen_tokens == 1
 
 
-def test_learned_prefixes_stay_visible_in_windows_unless_told_otherwise(tiny):
+def test_learned_prefixes_stay_visible_in_windows_unless_told_otherwise():
     config = MistralConfig(**{**tiny.GROUPED, "sliding_window": 3})
     ids, mask = tiny.batch((9,))
     got = []
@@ -180,7 +181,7 @@ def test_learned_prefixes_stay_visible_in_windows_unless_told_otherwise(tiny):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "llama", "qwen3"])
-def test_warns_where_peft_would_let_a_prefix_slide(tiny, name, tmp_path):
+def test_warns_where_peft_would_let_a_prefix_slide(name, tmp_path):
     make, fields = ARCHITECTURES[name]
     model = tiny.from_config(make(**{**tiny.GROUPED, **fields}))
     for slides in (False, True):

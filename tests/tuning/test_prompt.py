@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, PromptConfig, PromptTuningModel, use_prefix
 
 P = 5
@@ -77,7 +78,7 @@ def bert(make=BertForSequenceClassification, **changes):
     return make(config).eval()
 
 
-def test_logits_are_those_of_each_row_alone(tiny, bare, tuned, side):
+def test_logits_are_those_of_each_row_alone(bare, tuned, side):
     ids, mask = tiny.batch(side=side)
     logits = tuned(ids, attention_mask=mask).logits
     assert logits.shape[:2] == ids.shape
@@ -86,14 +87,14 @@ def test_logits_are_those_of_each_row_alone(tiny, bare, tuned, side):
         torch.testing.assert_close(logits[row][mask[row].bool()], expected, **CLOSE)
 
 
-def test_the_prompt_matters(tiny, bare, tuned):
+def test_the_prompt_matters(bare, tuned):
     ids, mask = tiny.batch()
     got = tuned(ids, attention_mask=mask).logits[mask.bool()]
     plain = bare(ids, attention_mask=mask, position_ids=tiny.positions(mask)).logits[mask.bool()]
     assert (got - plain).abs().max() > 0.1
 
 
-def test_infixes_lie_where_each_row_says(tiny, model, bare, side):
+def test_infixes_lie_where_each_row_says(model, bare, side):
     config = PromptConfig(num_virtual_tokens=P, placement="infix", init_std=1.0)
     tuned = PromptTuningModel(model, config).eval()
     ids, mask = tiny.batch((7, 4, 3, 1), side)
@@ -112,7 +113,7 @@ def test_infixes_lie_where_each_row_says(tiny, model, bare, side):
     torch.testing.assert_close(unpadded[0], logits[0], **CLOSE)
 
 
-def test_explicit_positions_move_behind_the_prompt(tiny, bare, tuned, side):
+def test_explicit_positions_move_behind_the_prompt(bare, tuned, side):
     ids, mask = tiny.batch(side=side)
     given = 2 * tiny.positions(mask)
     logits = tuned(ids, attention_mask=mask, position_ids=given).logits
@@ -123,7 +124,7 @@ def test_explicit_positions_move_behind_the_prompt(tiny, bare, tuned, side):
         torch.testing.assert_close(logits[row][mask[row].bool()], without(whole), **CLOSE)
 
 
-def test_loss_and_gradients_are_those_of_the_concatenation(tiny, model, bare, side, kind):
+def test_loss_and_gradients_are_those_of_the_concatenation(model, bare, side, kind):
     tuned = PromptTuningModel(model, PromptConfig(num_virtual_tokens=P, **kind))
     ids, mask = tiny.batch(side=side)
     labels = ids.masked_fill(mask == 0, -100)
@@ -142,7 +143,7 @@ def test_loss_and_gradients_are_those_of_the_concatenation(tiny, model, bare, si
 
 
 @pytest.mark.parametrize("window", [4, 9])
-def test_padding_uses_up_no_window(tiny, window):
+def test_padding_uses_up_no_window(window):
     fields = {**tiny.GROUPED, "sliding_window": window}
     bare, model = (tiny.from_config(MistralConfig(**fields)) for _ in range(2))
     tuned = PromptTuningModel(model, PromptConfig(num_virtual_tokens=P, init_std=1.0)).eval()
@@ -169,7 +170,7 @@ def greedy(bare, prompt, ids, steps=8, after=0):
     [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}],
     ids=["dynamic", "static", "lookup", "none"],
 )
-def test_generate_is_greedy_on_the_concatenation(tiny, bare, tuned, options):
+def test_generate_is_greedy_on_the_concatenation(bare, tuned, options):
     ids, mask = tiny.batch((4,) if "prompt_lookup_num_tokens" in options else (7, 4, 1))
     got = tiny.generate(tuned, ids, mask, **options)
     for row, text in enumerate(rows(ids, mask)):
@@ -177,7 +178,7 @@ def test_generate_is_greedy_on_the_concatenation(tiny, bare, tuned, options):
     assert not hasattr(tuned.base_model, "_fastprefix_state"), "patched for the call alone"
 
 
-def test_generate_keeps_one_copy_of_the_prompt(tiny, tuned):
+def test_generate_keeps_one_copy_of_the_prompt(tuned):
     ids, mask = tiny.batch()
     out = tuned.generate(
         ids,
@@ -189,7 +190,7 @@ def test_generate_keeps_one_copy_of_the_prompt(tiny, tuned):
     assert out.past_key_values.get_seq_length() == ids.shape[1] + 2
 
 
-def test_infixes_in_generate(tiny, model, bare):
+def test_infixes_in_generate(model, bare):
     config = PromptConfig(num_virtual_tokens=P, placement="infix", init_std=1.0)
     tuned = PromptTuningModel(model, config).eval()
     ids, mask = tiny.batch()
@@ -210,7 +211,7 @@ def test_infixes_in_generate(tiny, model, bare):
         assert torch.equal(within[row], greedy(bare, prompt, text, after=int(at[row])))
 
 
-def test_a_model_that_cannot_be_patched_is_fed_the_prompt(tiny):
+def test_a_model_that_cannot_be_patched_is_fed_the_prompt():
     fields = {k: v for k, v in tiny.GROUPED.items() if k in ("vocab_size", "initializer_range")}
     config = BloomConfig(**fields, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0)
     bare, model = tiny.from_config(config), tiny.from_config(config)
@@ -224,7 +225,7 @@ def test_a_model_that_cannot_be_patched_is_fed_the_prompt(tiny):
         torch.testing.assert_close(logits[row][mask[row].bool()], expected, **CLOSE)
 
 
-def test_export_is_the_prompt_as_a_prefix(tiny, tuned, bare, side):
+def test_export_is_the_prompt_as_a_prefix(tuned, bare, side):
     kv = tuned.export()
     assert (kv.num_virtual_tokens, kv.position_offset, kv.in_window) == (P, P, True)
     ids, mask = tiny.batch(side=side)
@@ -234,7 +235,7 @@ def test_export_is_the_prompt_as_a_prefix(tiny, tuned, bare, side):
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
-def test_what_depends_on_the_text_is_not_exported(tiny, model):
+def test_what_depends_on_the_text_is_not_exported(model):
     infix = PromptTuningModel(model, PromptConfig(num_virtual_tokens=P, placement="infix"))
     encoder = PromptTuningModel(bert(), PromptConfig(num_virtual_tokens=P, task_type="SEQ_CLS"))
     for tuned in (infix, encoder):
@@ -242,7 +243,7 @@ def test_what_depends_on_the_text_is_not_exported(tiny, model):
             tuned.export()
 
 
-def test_an_encoder_classifies_each_row_as_alone(tiny, side):
+def test_an_encoder_classifies_each_row_as_alone(side):
     tuned = PromptTuningModel(
         bert(), PromptConfig(num_virtual_tokens=P, task_type="SEQ_CLS", init_std=1.0)
     ).eval()
@@ -255,7 +256,7 @@ def test_an_encoder_classifies_each_row_as_alone(tiny, side):
     torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(expected, labels))
 
 
-def test_a_causal_classifier_reads_the_last_real_token(tiny, side):
+def test_a_causal_classifier_reads_the_last_real_token(side):
     def build():
         torch.manual_seed(0)
         config = tiny.build().config
@@ -271,7 +272,7 @@ def test_a_causal_classifier_reads_the_last_real_token(tiny, side):
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
-def test_tokens_are_labelled_as_alone(tiny, side):
+def test_tokens_are_labelled_as_alone(side):
     tuned = PromptTuningModel(
         bert(BertForTokenClassification),
         PromptConfig(num_virtual_tokens=P, task_type="TOKEN_CLS", init_std=1.0),
@@ -286,7 +287,7 @@ def test_tokens_are_labelled_as_alone(tiny, side):
     torch.testing.assert_close(out.loss, loss)
 
 
-def test_answers_lie_in_the_text(tiny, side):
+def test_answers_lie_in_the_text(side):
     tuned = PromptTuningModel(
         bert(BertForQuestionAnswering, num_labels=2),
         PromptConfig(num_virtual_tokens=P, task_type="QUESTION_ANS", init_std=1.0),
@@ -328,7 +329,7 @@ def t5():
     return T5ForConditionalGeneration(config).double().eval()
 
 
-def test_an_encoder_decoder_gets_the_prompt_in_its_encoder(tiny, side):
+def test_an_encoder_decoder_gets_the_prompt_in_its_encoder(side):
     tuned = PromptTuningModel(
         t5(), PromptConfig(num_virtual_tokens=P, task_type="SEQ_2_SEQ_LM", init_std=10.0)
     ).eval()
@@ -345,7 +346,7 @@ def test_an_encoder_decoder_gets_the_prompt_in_its_encoder(tiny, side):
 
 
 @pytest.mark.parametrize("kind", [KINDS["mlp"], KINDS["lstm"]], ids=["mlp", "lstm"])
-def test_the_networks_are_those_of_peft(tiny, kind):
+def test_the_networks_are_those_of_peft(kind):
     config = PromptConfig(num_virtual_tokens=P, encoder_num_layers=2, **kind)
     encoder = PromptTuningModel(tiny.build(), config).encoder
     theirs = PromptEncoder(
@@ -363,7 +364,7 @@ def test_the_networks_are_those_of_peft(tiny, kind):
 
 
 @pytest.mark.parametrize("init", ["text", "vocab"])
-def test_starts_from_embeddings_of_tokens(tiny, kind, init):
+def test_starts_from_embeddings_of_tokens(kind, init):
     def tokenizer(text):
         return {"input_ids": [ord(letter) % tiny.VOCAB for letter in text]}
 
@@ -382,7 +383,7 @@ def test_starts_from_embeddings_of_tokens(tiny, kind, init):
     assert all(p.requires_grad for p in tuned.encoder.parameters())
 
 
-def test_a_start_is_scaled_as_the_base_scales_its_embeddings(tiny):
+def test_a_start_is_scaled_as_the_base_scales_its_embeddings():
     """Gemma's module multiplies what it looks up by the root of the width."""
     model = tiny.from_config(Gemma2Config(**tiny.GROUPED))
     start = PromptConfig(num_virtual_tokens=3, init="text", init_text="abc")
@@ -392,7 +393,7 @@ def test_a_start_is_scaled_as_the_base_scales_its_embeddings(tiny):
     assert not torch.allclose(looked_up, model.get_input_embeddings().weight[5:8])
 
 
-def test_a_lora_in_the_base_is_saved_and_loaded_with_it(tiny, tmp_path):
+def test_a_lora_in_the_base_is_saved_and_loaded_with_it(tmp_path):
     ids, mask = tiny.batch()
     lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     tuned = PromptTuningModel(
@@ -410,7 +411,7 @@ def test_a_lora_in_the_base_is_saved_and_loaded_with_it(tiny, tmp_path):
         assert (again(ids, attention_mask=mask).logits - expected).abs().max() > 1e-3
 
 
-def test_it_learns_and_the_base_does_not(tiny, model, bare, kind):
+def test_it_learns_and_the_base_does_not(model, bare, kind):
     tuned = PromptTuningModel(model, PromptConfig(num_virtual_tokens=P, **kind))
     ids, mask = tiny.batch()
     labels = ids.masked_fill(mask == 0, -100)
@@ -427,7 +428,7 @@ def test_it_learns_and_the_base_does_not(tiny, model, bare, kind):
         assert torch.equal(tensor, tuned.base_model.state_dict()[name]), name
 
 
-def test_the_trainer_trains_checkpoints_and_resumes(tiny, tmp_path):
+def test_the_trainer_trains_checkpoints_and_resumes(tmp_path):
     texts = [{"input_ids": tiny.prompt(6, seed)[0]} for seed in range(8)]
     data = [{**item, "labels": item["input_ids"]} for item in texts]
 
@@ -460,7 +461,7 @@ def test_the_trainer_trains_checkpoints_and_resumes(tiny, tmp_path):
     assert sum(file.stat().st_size for file in weights) < 10_000, "the adapter alone"
 
 
-def test_state_dict_holds_the_encoder_and_the_heads(tiny):
+def test_state_dict_holds_the_encoder_and_the_heads():
     tuned = PromptTuningModel(bert(), PromptConfig(num_virtual_tokens=P, task_type="SEQ_CLS"))
     assert set(tuned.state_dict()) == {
         "encoders.default.embedding",
@@ -486,13 +487,13 @@ def test_state_dict_holds_the_encoder_and_the_heads(tiny):
         ({"position_ids": torch.tensor([[0, 1, 0, 1]])}, "packed"),
     ],
 )
-def test_refuses_what_it_would_get_wrong(tiny, call, said):
+def test_refuses_what_it_would_get_wrong(call, said):
     tuned = PromptTuningModel(tiny.build(), PromptConfig(num_virtual_tokens=P))
     with pytest.raises(ValueError, match=said):
         tuned(torch.ones(2, 4, dtype=torch.long), **call)
 
 
-def test_a_cache_that_holds_tokens_is_refused(tiny):
+def test_a_cache_that_holds_tokens_is_refused():
     tuned = PromptTuningModel(tiny.build(), PromptConfig(num_virtual_tokens=P)).eval()
     ids = torch.ones(1, 3, dtype=torch.long)
     cache = tuned(ids, use_cache=True).past_key_values
@@ -501,7 +502,7 @@ def test_a_cache_that_holds_tokens_is_refused(tiny):
 
 
 @pytest.mark.parametrize("after", [None, [4, 0], [-1, 0], [[1, 1]]])
-def test_infix_positions_are_checked(tiny, after):
+def test_infix_positions_are_checked(after):
     tuned = PromptTuningModel(tiny.build(), PromptConfig(num_virtual_tokens=P, placement="infix"))
     ids, mask = tiny.batch((3, 2))
     at = None if after is None else torch.tensor(after)
@@ -528,12 +529,12 @@ def test_config_names_the_field_it_refuses(field, value):
         PromptConfig(**{field: value})
 
 
-def test_heads_that_the_base_lacks_are_refused(tiny):
+def test_heads_that_the_base_lacks_are_refused():
     with pytest.raises(ValueError, match="modules_to_save"):
         PromptTuningModel(tiny.build(), PromptConfig(modules_to_save=["scorer"]))
 
 
-def test_exports_as_a_file(tiny, tuned, bare, tmp_path):
+def test_exports_as_a_file(tuned, bare, tmp_path):
     tuned.export().save(tmp_path / "kv.safetensors")
     ids, mask = tiny.batch()
     with use_prefix(bare, PrefixKV.load(tmp_path / "kv.safetensors")):

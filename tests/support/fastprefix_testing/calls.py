@@ -1,8 +1,5 @@
 """Calls of the operator that combine its features, and an oracle that goes through them row by row.
 
-Tests cannot import each other in pytest's importlib mode: the conftest beside this file loads it
-and hands it out as the fixture ``feature_calls``.
-
 The oracle follows the contract to the letter, one query of one head at a time: which tokens does it
 see, what are their scores, what is their softmax. It shares nothing with the library, not even the
 random numbers of the dropout, for which it computes Philox in Python's integers.

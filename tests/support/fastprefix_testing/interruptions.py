@@ -1,7 +1,4 @@
-"""Children that are killed while they write, or for which there is no room on the disk.
-
-Tests get this file as the fixture ``interruptions``.
-"""
+"""Children that are killed while they write, or for which there is no room on the disk."""
 
 from __future__ import annotations
 

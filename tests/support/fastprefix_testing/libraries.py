@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import peft
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 
 P = 4
@@ -63,8 +63,8 @@ class Case:
     library: str
     P = P
 
-    def __init__(self, tiny: ModuleType, model: str, method: str) -> None:
-        self.tiny, self.model, self.method = tiny, model, method
+    def __init__(self, model: str, method: str) -> None:
+        self.model, self.method = model, method
         self.task_type = MODELS[model][2]
         self.peft_type = KINDS[method]
 
@@ -76,7 +76,7 @@ class Case:
 
     def base(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """A new copy of the model, with the same weights each time."""
-        return copy.deepcopy(_base(self.tiny, self.model)).to(dtype)
+        return copy.deepcopy(_base(self.model)).to(dtype)
 
     def config(self, **fields: Any) -> Any:
         """A new configuration of the method."""
@@ -138,10 +138,10 @@ class Case:
     def batch(self) -> dict[str, Tensor]:
         """Padded on the right, where both libraries count positions alike."""
         # the last token is what a causal classifier reads, which PEFT's must not be padding
-        ids, mask = self.tiny.batch((6, 6) if self.model == "llama_cls" else (6, 4), "right")
+        ids, mask = tiny.batch((6, 6) if self.model == "llama_cls" else (6, 4), "right")
         inputs = {"input_ids": ids.clamp(min=3) * mask, "attention_mask": mask}
         if self.task_type == "SEQ_2_SEQ_LM":
-            inputs["decoder_input_ids"] = self.tiny.batch((5, 5))[0]
+            inputs["decoder_input_ids"] = tiny.batch((5, 5))[0]
         return inputs
 
     def labelled(self) -> dict[str, Tensor]:
@@ -158,12 +158,12 @@ class Case:
 
     def text(self) -> dict[str, Tensor]:
         """What generate() starts from: rows of one length."""
-        ids = self.tiny.batch((5, 5))[0].clamp(min=3)
+        ids = tiny.batch((5, 5))[0].clamp(min=3)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def generate(self, tuned: Any, *args: Any, **kwargs: Any) -> Tensor:
         """All that the model generates: greedy, and of a few tokens unless told otherwise."""
-        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": self.tiny.PAD}
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": tiny.PAD}
         if "max_length" in kwargs:
             del options["max_new_tokens"]
         return tuned.generate(*args, **{**options, **kwargs})
@@ -273,7 +273,7 @@ LIBRARIES: dict[str, type[Case]] = {"fastprefix": Ours, "peft": Theirs}
 
 
 @functools.cache
-def _base(tiny: ModuleType, name: str) -> PreTrainedModel:
+def _base(name: str) -> PreTrainedModel:
     like, model_class, _, changes = MODELS[name]
     if model_class is not None:
         changes = {**changes, "num_labels": LABELS}

@@ -1,7 +1,5 @@
 """Tiny models with loud weights, padded batches, and the two ways to do without fastprefix.
 
-Tests get this file as the fixture ``tiny``.
-
 A freshly made transformers model has weights so small that every prompt gets nearly the same
 logits, and no test on it could fail. These have an initializer_range at which dropping one token
 of a prefix, or moving it by one position, changes what is generated; ``hf/test_models.py`` holds
