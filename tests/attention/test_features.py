@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fastprefix.attention.backends.composed import flash
 from fastprefix.attention.selection import BACKENDS, FEATURES
 from fastprefix_testing import calls as feature_calls
+from fastprefix_testing.calls import assert_as_reference
 
 HALF = [torch.bfloat16, torch.float16]
 # What reference can be asked for. How many bits two results share has tests of its own.
@@ -55,7 +56,7 @@ CASES = [
 
 @pytest.mark.parametrize("feature", COMPARED)
 @pytest.mark.parametrize(("backend", "dtype", "sizes"), CASES)
-def test_backends_are_reference(backend, dtype, sizes, feature, assert_as_reference):
+def test_backends_are_reference(backend, dtype, sizes, feature):
     if feature not in BACKENDS[backend].features:
         pytest.skip(f"{backend} cannot")
     call = feature_calls.build(features={feature}, dtype=dtype, **SIZES[sizes])
@@ -64,9 +65,7 @@ def test_backends_are_reference(backend, dtype, sizes, feature, assert_as_refere
 
 @pytest.mark.parametrize("feature", sorted(BACKENDS["composed"].features))
 @pytest.mark.parametrize("dtype", HALF)
-def test_composed_is_reference_in_half_precision_throughout(
-    dtype, feature, assert_as_reference, monkeypatch
-):
+def test_composed_is_reference_in_half_precision_throughout(dtype, feature, monkeypatch):
     """As for long texts; the backward of short ones, as here, is float32 otherwise."""
     monkeypatch.setattr(flash, "_SHORT", 0)
     call = feature_calls.build(features={feature}, dtype=dtype, **SIZES["prefill"])
@@ -74,7 +73,7 @@ def test_composed_is_reference_in_half_precision_throughout(
 
 
 @pytest.mark.parametrize("backend", HELD)
-def test_backends_are_reference_in_any_combination(backend, assert_as_reference):
+def test_backends_are_reference_in_any_combination(backend):
     dtypes = [torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16]
     dtypes = [dtype for dtype in dtypes if dtype in BACKENDS[backend].dtypes]
 
