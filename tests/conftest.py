@@ -71,7 +71,7 @@ def picklable() -> None:
 
 @pytest.fixture
 def ram_path(tmp_path: Path) -> Iterator[Path]:
-    """As tmp_path, in memory where that can be: for thousands of files, each waited for."""
+    """As tmp_path, but in memory where that is possible: some tests sync thousands of files."""
     if not Path("/dev/shm").is_dir():
         yield tmp_path
         return

@@ -91,7 +91,7 @@ def test_a_file_where_a_folder_belongs(folder):
 
 
 def test_what_a_living_process_writes_is_left_alone(folder):
-    """And what a dead one of the same number, or of an older version, began is not."""
+    """What a dead process with the same number, or an older version, began is removed."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     living, dead, mine = (
         folder / f".fastprefix-{files._HOST}-{number}-{'0' * 32}.partial"

@@ -118,7 +118,7 @@ def test_pickles_in_place_of_an_adapters_files(tmp_path, kind, safe):
 
 
 def test_pickles_in_place_of_other_files(tmp_path, monkeypatch):
-    """Of a prefix, a budget, a folder to convert, records, results, tuned tiles."""
+    """In place of a prefix, a budget, a folder to convert, records, results and tuned tiles."""
     from fastprefix.kernels import tilings
     from fastprefix.kernels.tuning import store
 

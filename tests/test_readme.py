@@ -34,7 +34,7 @@ CLASSES = 3
 
 
 def number(formula, **names):
-    """The value of a row's formula, which has sums and products alone."""
+    """The value of a row's formula, which has only sums and products."""
     text = formula.replace("·", "*")
     assert re.fullmatch(r"[\w\s*+()-]+", text), formula
     tree = ast.parse(text, mode="eval")
@@ -210,7 +210,7 @@ def fresh(tmp_path_factory):
     stamp = folder / "made-from.txt"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "-q", "install"]
     if stamp.exists() and stamp.read_text(encoding="utf-8") == made_from:
-        # the same dependencies: fastprefix alone anew, by the setuptools that torch brought
+        # the same dependencies; only fastprefix is new, built by the setuptools that torch brought
         run([*pip, "--no-deps", "--no-build-isolation", "--force-reinstall", "."], source)
     else:
         shutil.rmtree(folder, ignore_errors=True)

@@ -28,7 +28,7 @@ def fused_backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def triton() -> str:
-    """The triton backend alone, for tests that give it cases of its own."""
+    """The triton backend only, for tests that have cases of their own for it."""
     return usable("triton")
 
 

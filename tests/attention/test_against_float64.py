@@ -78,7 +78,7 @@ def test_forward_lse_and_gradients(masking_backend, case):
     "case", [case for case in CASES if case["dtype"] is not torch.float32], ids=name_of
 )
 def test_composed_in_half_precision_throughout(case, monkeypatch):
-    """As for long texts; the backward of short ones, as here, is float32 otherwise."""
+    """Long texts are computed so. The backward of a short text, as here, would be float32."""
     monkeypatch.setattr(flash, "_SHORT", 0)
     problem = build(case)
     assert_as_concatenated(problem, problem.by("composed"))

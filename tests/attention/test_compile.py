@@ -118,7 +118,7 @@ def test_inductor(Lq):
     """Inductor checks the strides that the fake ops promised against those it gets."""
     problem = Problem(is_causal=True, padding="left", Lq=Lq, Lk=9).draw()
 
-    # The operator alone: there is nothing for a C++ compiler to do, which would take a minute.
+    # Only the operator: with other work a C++ compiler would run, for a minute.
     def run(**arguments):
         return prefix_attention(**arguments, return_lse=True)
 

@@ -1,4 +1,4 @@
-"""Every feature alone and in any combination, forward and all gradients.
+"""Each feature by itself and in any combination, forward and all gradients.
 
 Reference is held to the contract row by row, and the other backends to reference.
 """
@@ -66,7 +66,7 @@ def test_backends_are_reference(backend, dtype, sizes, feature):
 @pytest.mark.parametrize("feature", sorted(BACKENDS["composed"].features))
 @pytest.mark.parametrize("dtype", HALF)
 def test_composed_is_reference_in_half_precision_throughout(dtype, feature, monkeypatch):
-    """As for long texts; the backward of short ones, as here, is float32 otherwise."""
+    """Long texts are computed so. The backward of a short text, as here, would be float32."""
     monkeypatch.setattr(flash, "_SHORT", 0)
     call = feature_calls.build(features={feature}, dtype=dtype, **SIZES["prefill"])
     assert_as_reference(call, "composed")

@@ -117,7 +117,7 @@ def test_each_subset_of_gradients(backend):
     """Asking for fewer gradients changes neither the output nor the gradients that remain."""
     problem = Problem(B=2, Hq=2, Hkv=1, Lq=2, Lk=4, P=3, is_causal=True, padding="left").draw()
     full = problem.by(backend)
-    # The interpreter is slow: for Triton none, each one alone, and all but one.
+    # The interpreter is slow. Triton gets the empty set, each single one, and all but one.
     for wanted in SUBSETS if backend != "triton" else SUBSETS[:6] + SUBSETS[-5:]:
         got = problem.by(backend, wanted)
         assert set(got) == {"out", "lse", *wanted}

@@ -1,4 +1,4 @@
-"""attn_mask in each form SDPA knows, alone and together with causality and padding."""
+"""attn_mask in each form that SDPA accepts, with and without causality and padding."""
 
 from __future__ import annotations
 

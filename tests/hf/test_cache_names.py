@@ -22,6 +22,7 @@ from fastprefix import (
 )
 from fastprefix.hf import patch_of
 from fastprefix.hf.versions import CACHE_NAMES, cache_name, cache_of
+from fastprefix_testing import zoo
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 WINDOWED = ("mistral", "gemma2")
@@ -62,7 +63,7 @@ def architecture(request):
 
 @torch.no_grad()
 def test_chunks_without_a_mask(architecture, call):
-    """Positions come from the cache's length alone: it was once looked for by one name."""
+    """Positions come only from the cache's length, which was once looked for by one name."""
     model, bare = build(architecture), build(architecture)
     front, text = tiny.prompt(9), tiny.prompt(11, seed=5)
     ids = text.expand(2, -1)
@@ -93,7 +94,7 @@ def test_chunks_with_a_mask(architecture, call):
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
 def test_encoders_that_decode_go_on_behind_prefix_and_cache(name, call):
     """Their position embedding counts the cache, by a name that was changed as well."""
-    model, bare = (tiny.kind(name, is_decoder=True) for _ in range(2))
+    model, bare = (zoo.kind(name, is_decoder=True) for _ in range(2))
     patch_model(model)
     P = 4
     patch = patch_of(model)
@@ -110,11 +111,11 @@ def test_encoders_that_decode_go_on_behind_prefix_and_cache(name, call):
 
 @torch.no_grad()
 def test_a_decoder_behind_an_encoder(call):
-    model, bare = patch_model(tiny.kind("bart")), tiny.kind("bart")
+    model, bare = patch_model(zoo.kind("bart")), zoo.kind("bart")
     own = [layer for layer, group in enumerate(patch_of(model).groups) if group == "decoder"]
     whole = tiny.kv_of_shapes(patch_of(model).shapes, 4, position_offset=4)
     kv = whole.select(own).spread(own, patch_of(model).shapes)
-    inputs, _ = tiny.kind_inputs(model, "left")
+    inputs, _ = zoo.kind_inputs(model, "left")
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     decoded = inputs["decoder_input_ids"]
     filled = EncoderDecoderCache(tiny.expanded(whole.select(own), len(decoded)), DynamicCache())
@@ -142,7 +143,7 @@ def test_packed_sequences_refuse_a_filled_cache(call):
 
 @torch.no_grad()
 def test_positions_that_start_anew_are_not_packed_where_a_cache_is(call):
-    """As in transformers: with a cache they are what they say."""
+    """As in transformers, positions beside a cache are used as they are."""
     model = tiny.build()
     ids, positions = tiny.prompt(6), torch.tensor([[0, 1, 2, 0, 1, 2]])
     kv = tiny.random_kv(model)

@@ -108,7 +108,7 @@ def test_lookup_and_assistants_give_greedy_ids(name, way):
 
 @pytest.mark.parametrize("name", PLAIN + WINDOWED)
 def test_gradient_checkpointing(name):
-    """On left-padded rows, against gradients of the copies of each row."""
+    """Rows are padded on the left. Their copies of the prefix give the expected gradient."""
     # GPT-OSS's experts multiply in float32 at most
     dtype = torch.float32 if name == "gpt_oss" else torch.float64
     model, bare = (build(name, dtype) for _ in range(2))

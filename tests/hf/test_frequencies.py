@@ -44,7 +44,7 @@ def build(kind):
 @pytest.mark.parametrize(("front", "length"), [(8, 6), (10, 6), (10, 7), (20, 6)])
 @torch.no_grad()
 def test_prompts_are_right_or_refused(kind, front, length):
-    """On both sides of the threshold together, or not at all."""
+    """Prompt and text are on one side of the threshold, or the call is refused."""
     model, bare = patch_model(build(kind)), build(kind)
     prompt, (ids, mask) = tiny.prompt(front), tiny.batch((length, 3))
     kv = PrefixKV.prefill(model, prompt)

@@ -143,7 +143,7 @@ class Behind(CacheLayerMixin):
 
 @pytest.mark.parametrize("backend", ["fp8", "quanto"])
 def test_a_quantized_cache_holds_the_text_alone(model, bare, backend):
-    """So that the prefix is not rounded; the oracle keeps it in front of such a cache."""
+    """So the prefix is not rounded. The oracle keeps it in front of such a cache."""
     config = {"backend": backend}
     if backend == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
         pytest.skip("this release of transformers has no class of this kind")
@@ -194,7 +194,7 @@ class Ids(TextStreamer):
 
 
 def test_streaming(model, bare):
-    """In this thread, in one of its own with its own block, and in one that forgot the block."""
+    """In this thread, in a thread with its own block, and in a thread that forgot the block."""
     front, text = tiny.prompt(), tiny.prompt(6, seed=5)
     kv = PrefixKV.prefill(model, front)
     expected = tiny.generate(bare, torch.cat([front, text], 1))[0]
@@ -239,7 +239,7 @@ def test_continuous_batching_is_refused(model):
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_no_more_tokens_than_learned_positions(name):
-    """And as many as there are, behind the prefix."""
+    """The model generates as many as there are behind the prefix."""
 
     def build():
         if name == "gpt2":

@@ -43,7 +43,7 @@ def test_checkpointing_changes_no_gradient(model, loss):
 
 
 def test_checkpointing_with_a_frozen_base(model, loss):
-    """No input of the first layer needs a gradient then: the prefix alone does."""
+    """No input of the first layer needs a gradient then; only the prefix does."""
     patch_model(model.requires_grad_(False))
     kv = tiny.random_kv(model, requires_grad=True)
     loss(kv).backward()
@@ -168,7 +168,7 @@ def test_a_leaf_in_another_dtype_gets_its_gradient(model, loss):
 
 
 def test_checkpointing_every_other_layer(model, loss):
-    """As transformers offers it, and its Trainer passes on."""
+    """This is an option of transformers, and its Trainer passes it on."""
     patch_model(model)
     kv = tiny.random_kv(model, requires_grad=True)
     loss(kv).backward()

@@ -78,7 +78,7 @@ HYBRIDS = {
     "falcon_h1": (
         "FalconH1Config", {**_BASE, **_MAMBA, "mamba_d_ssm": 64, "num_hidden_layers": 2},
     ),
-    # goes on from its state by single tokens alone
+    # goes on from its state only by single tokens
     "jamba": (
         "JambaConfig",
         {**_NO_HEAD, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1,

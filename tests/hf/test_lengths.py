@@ -7,6 +7,7 @@ from transformers import DynamicCache, StaticCache
 import fastprefix_testing.models as tiny
 from fastprefix import patch_model, use_prefix
 from fastprefix.hf import patch_of
+from fastprefix_testing import zoo
 
 P, L = 5, 7
 
@@ -74,8 +75,8 @@ def test_what_is_in_the_cache_counts(model, kv, kind):
 
 @pytest.mark.parametrize("name", ["t5", "bart", "bert"])
 def test_masks_of_every_part_of_a_model(name):
-    model = patch_model(tiny.kind(name))
-    inputs, _ = tiny.kind_inputs(model)
+    model = patch_model(zoo.kind(name))
+    inputs, _ = zoo.kind_inputs(model)
     kv = tiny.kv_of_shapes(patch_of(model).shapes)
     masks = [key for key in inputs if key.endswith("attention_mask")]
     assert masks
@@ -86,7 +87,7 @@ def test_masks_of_every_part_of_a_model(name):
 
 
 def test_token_types_of_prefix_and_text():
-    model = patch_model(tiny.kind("bert"))
+    model = patch_model(zoo.kind("bert"))
     kv = tiny.kv_of_shapes(patch_of(model).shapes)
     with use_prefix(model, kv), refused("token_type_ids", P + 1):
         model(tiny.prompt(1), token_type_ids=ones(1, P + 1) * 0)

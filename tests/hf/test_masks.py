@@ -68,7 +68,7 @@ def test_anything_else_is_the_mask_of_sdpa(case, padding):
 
 
 def test_a_padding_mask_longer_than_the_keys_is_not_taken_as_it_is():
-    """As with a static cache, whose mask the user gives for the text seen so far."""
+    """A static cache leads to this: the user gives a mask for the text seen so far."""
     longer = torch.cat([PADDED, ALL], dim=1)
     found = mask_of(padding=longer)
     assert found.dim() == 4

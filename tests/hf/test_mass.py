@@ -8,6 +8,7 @@ from fastprefix import PrefixKV
 from fastprefix.hf import is_patched, patch_of
 from fastprefix.hf.mass import attention_mass
 from fastprefix.hf.patch.patching import patched
+from fastprefix_testing import zoo
 
 
 @pytest.fixture
@@ -53,8 +54,8 @@ def test_leaves_outputs_alone(model):
 @pytest.mark.parametrize("name", ["bert", "albert", "t5", "bart"])
 def test_encoders_and_encoder_decoders(name):
     """A mean over real tokens, each row by itself as in a padded batch; and a rough bound."""
-    model = tiny.kind(name)
-    inputs, _ = tiny.kind_inputs(model)
+    model = zoo.kind(name)
+    inputs, _ = zoo.kind_inputs(model)
     with patched(model):
         shapes, groups = patch_of(model).shapes, patch_of(model).groups
     kv = tiny.kv_of_shapes(shapes).detach()

@@ -7,6 +7,7 @@ from transformers import MistralConfig, set_seed
 import fastprefix_testing.models as tiny
 from fastprefix import PackedPrefixKV, PrefixKV, patch_model, use_prefix
 from fastprefix.hf import patch_of
+from fastprefix_testing import zoo
 
 ROWS = ["a", None, "b", "a"]
 LENGTHS = (7, 4, 1, 5)
@@ -60,7 +61,7 @@ def test_logits_and_gradients_are_those_of_each_row_alone(architecture, side):
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "gpt_neox"])
 def test_a_row_without_a_prefix_does_not_depend_on_the_others(name, side):
     """It stands where the bare model puts it, which counts pads (GPT-2) or does not (OPT)."""
-    model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
+    model, bare = patch_model(zoo.kind(name)), zoo.kind(name)
     ids, mask = tiny.batch(LENGTHS, "right" if side == "right" else "left")
     if side == "holes":
         mask[:, 3] = 0

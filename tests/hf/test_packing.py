@@ -223,7 +223,7 @@ def test_a_filled_cache_is_refused(flatten):
 
 
 def test_layers_that_see_chunks_are_refused(flatten):
-    """Where the chunks lie is not in the offsets, nor does a prompt's text stand in them."""
+    """The offsets do not say where chunks begin, and a prompt's text is in none of them."""
     model = patch_model(tiny.build())
     model.config.layer_types = ["chunked_attention"] * 3
     with (
@@ -239,7 +239,7 @@ def test_layers_that_see_chunks_are_refused(flatten):
 
 
 def test_a_prompt_for_a_model_with_a_state_is_refused(monkeypatch):
-    """As state-space layers have it: they would not have seen the prompt."""
+    """State-space layers would not have seen the prompt."""
     model = tiny.build()
     kv = PrefixKV.prefill(model, tiny.prompt())
     monkeypatch.setattr(type(model), "_is_stateful", True)

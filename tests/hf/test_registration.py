@@ -25,6 +25,7 @@ from fastprefix import (
 )
 from fastprefix.after_import import after_import
 from fastprefix.hf import is_patched, patch_of
+from fastprefix_testing import zoo
 
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
 PADDED = ["llama", "gemma2", "gpt2", "bert", "modernbert", "t5", "bart", "bigbird_pegasus"]
@@ -146,8 +147,8 @@ def logits(model, inputs, real):
 def test_a_model_of_that_name_alone_computes_what_it_did(name, side):
     """Whatever its modules say of themselves: those of one here say that they are not causal."""
     # eager gives NaN for rows of pads in float64, where sdpa has no caps
-    model = tiny.kind(name, torch.float32 if name == "gemma2" else torch.float64)
-    inputs, real = tiny.kind_inputs(model, side)
+    model = zoo.kind(name, torch.float32 if name == "gemma2" else torch.float64)
+    inputs, real = zoo.kind_inputs(model, side)
     unpadded = {
         key: x[:, :3] for key, x in inputs.items() if key in ("input_ids", "decoder_input_ids")
     }
@@ -261,8 +262,8 @@ def answer(model, inputs):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "bart"])
 def test_output_attentions_is_answered_as_sdpa_does(name, caplog):
     logging.warning_once.cache_clear()
-    model = tiny.kind(name)
-    inputs, _ = tiny.kind_inputs(model, "right")
+    model = zoo.kind(name)
+    inputs, _ = zoo.kind_inputs(model, "right")
     model.set_attn_implementation("sdpa")
     want = answer(model, inputs)
     assert want[0]

@@ -1,4 +1,4 @@
-"""A bias or a gate for each head; the oracle is ``tiny.concatenating``, an attention of its own."""
+"""A bias or a gate for each head, against ``textbook.concatenating``, an attention of its own."""
 
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from fastprefix.hf.patch.sharding import Sharding
 from fastprefix.hf.versions import enable_checkpointing
 from fastprefix.kv import PackedPrefixKV, Reweighting
 from fastprefix.options import Options
+from fastprefix_testing import textbook, zoo
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}  # of the biases and gates, and so of their gradients
@@ -24,7 +25,7 @@ PLACED = ("llama", "gemma2", "mistral", "gpt_oss")  # pads push no text away
 
 
 def frozen(name, **changes):
-    return tiny.kind(name, **changes).requires_grad_(False)
+    return zoo.kind(name, **changes).requires_grad_(False)
 
 
 def weighted(logits, real):
@@ -46,11 +47,11 @@ def constant(model, kv, kind, number):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "albert", "t5", "gemma2", "gpt_oss"])
 def test_logits_and_gradients(name, kind):
     model, bare = patch_model(frozen(name)), frozen(name)
-    inputs, real = tiny.kind_inputs(model, "left" if name in PLACED else "right")
+    inputs, real = zoo.kind_inputs(model, "left" if name in PLACED else "right")
     kv, told = ours(model, kind), dict(inputs)
     if name in PLACED:
         told["position_ids"] = tiny.positions(inputs["attention_mask"])
-    expected = tiny.concatenating(bare, kv, told)(**told).logits
+    expected = textbook.concatenating(bare, kv, told)(**told).logits
     gradients = torch.autograd.grad(weighted(expected, real), kv.tensors)
     assert all(gradient.abs().max() > 1e-6 for gradient in gradients)
     with use_prefix(model, replace(kv, reweighting=None)):
@@ -68,7 +69,7 @@ def test_logits_and_gradients(name, kind):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "gemma2"])
 def test_nothing_of_the_prefix_is_the_bare_model(name):
     model = patch_model(frozen(name, dtype=torch.float32))
-    inputs, real = tiny.kind_inputs(model)
+    inputs, real = zoo.kind_inputs(model)
     plain = tiny.kv_of_shapes(patch_of(model).shapes, dtype=torch.float32).detach()
 
     def run(kv):
@@ -121,9 +122,9 @@ def test_a_trained_bias_beside_trained_distances():
 
 
 def test_a_trained_bias_in_a_decoder_that_counts_distances():
-    """By the difference that a step makes; the bias of distances is trained as well."""
-    model = patch_model(tiny.kind("t5"))
-    inputs, real = tiny.kind_inputs(model)
+    """The difference that a step makes judges it. The bias of distances is trained as well."""
+    model = patch_model(zoo.kind("t5"))
+    inputs, real = zoo.kind_inputs(model)
     kv = ours(model, "bias", position_offset=5)
 
     def loss():
@@ -176,9 +177,9 @@ def test_rows_of_a_mixed_batch(name, repeats):
         inputs = {"input_ids": text}
         if one is not None:
             inputs["position_ids"] = torch.arange(text.shape[1])[None] + one.position_offset
-            bare = tiny.concatenating(bare, one, inputs)
+            bare = textbook.concatenating(bare, one, inputs)
         else:
-            bare = tiny.textbook(bare)
+            bare = textbook.textbook(bare)
         rows.append(bare(**inputs).logits[0])
     expected = torch.cat(rows)
     kept = torch.linspace(-1, 1, expected.numel(), dtype=expected.dtype).view_as(expected)
@@ -219,8 +220,8 @@ def test_packed_sequences():
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_a_prompt_with_a_bias_slides(cache, several):
     """Windows of 4 over a prompt of 6; a static cache copies the prompt's end into its keys."""
-    model = patch_model(tiny.kind("mistral").requires_grad_(False))
-    bare = tiny.textbook(tiny.kind("mistral"))
+    model = patch_model(zoo.kind("mistral").requires_grad_(False))
+    bare = textbook.textbook(zoo.kind("mistral"))
     window = model.config.sliding_window
     front, text = tiny.prompt(6), tiny.prompt(2, seed=3)
     bias = torch.linspace(-2, 3, patch_of(model).query_heads[0])
@@ -270,7 +271,7 @@ def test_generates_what_it_says_in_one_forward(kind, cache):
 @pytest.mark.parametrize("kind", [*KINDS, "rows"])
 def test_checkpointing_and_compiling(kind):
     model = patch_model(frozen("llama", num_hidden_layers=1))
-    inputs, real = tiny.kind_inputs(model)
+    inputs, real = zoo.kind_inputs(model)
     if kind == "rows":
         rows, kv = ["bias", "other bias"], of_rows(model)
         leaves = [tensor for name in rows for tensor in kv[name].tensors]
@@ -292,9 +293,9 @@ def test_checkpointing_and_compiling(kind):
 
 
 def test_mass():
-    """Of a bias by the weights it multiplies; of a gate its tanh."""
+    """The mass of a bias is what it multiplies weights by, and that of a gate is its tanh."""
     model = patch_model(frozen("gpt2"))
-    inputs, _ = tiny.kind_inputs(model)
+    inputs, _ = zoo.kind_inputs(model)
     kv = ours(model, None).detach()
     before = attention_mass(model, kv, **inputs)[0]
     bias = tiny.reweighted(model, kv, "bias")

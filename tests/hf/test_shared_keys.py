@@ -38,7 +38,7 @@ def build(name):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", MODELS)
 def test_padded_batches(name, side):
-    """Patched alone, with a learned prefix, with a prompt; whole and for the last tokens."""
+    """Only patched, with a learned prefix, with a prompt; the whole text and its last tokens."""
     model, bare = patch_model(build(name)), build(name)
     ids, mask = tiny.batch((9, 6, 1), side)
     real, front = mask.bool(), tiny.prompt(7)

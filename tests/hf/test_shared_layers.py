@@ -13,6 +13,7 @@ import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, patch_model
 from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
 from fastprefix.hf import patch_of
+from fastprefix_testing import zoo
 
 P = 5
 # one number and size of heads in all layers: PEFT's format holds no others
@@ -28,7 +29,7 @@ GEMMA4 = {
 
 def build(name):
     if name == "gemma3n":
-        return tiny.kind(name, sliding_window=16)
+        return zoo.kind(name, sliding_window=16)
     import transformers
 
     with torch.random.fork_rng(devices=[]):
@@ -57,8 +58,8 @@ def prefix(model):
 @pytest.mark.parametrize("name", NAMES)
 def test_which_layers_share(name):
     assert patch_of(patch_model(build(name))).sources == (0, 1, 0, 1)
-    assert patch_of(patch_model(tiny.kind("llama"))).sources == (0, 1)
-    assert patch_of(patch_model(tiny.kind("albert"))).sources == tuple(range(8))
+    assert patch_of(patch_model(zoo.kind("llama"))).sources == (0, 1)
+    assert patch_of(patch_model(zoo.kind("albert"))).sources == tuple(range(8))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
@@ -77,7 +78,7 @@ def test_padded_texts(name, side, kept):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_peft_saved_is_what_we_load(name, tmp_path):
-    """And saved again it is a file of PEFT's, with the same logits there."""
+    """Saved again, it is a file of PEFT's that gives the same logits there."""
     base, bare, ids = build(name), build(name), tiny.prompt(7)
     theirs = prefix(patch_model(build(name)))
     save_adapter(tmp_path / "theirs", theirs, {})  # layer by layer, as PEFT writes it
@@ -119,7 +120,7 @@ def test_a_start_from_peft_is_what_peft_sees(tmp_path):
 
 def test_the_same_keys_with_other_values(tmp_path):
     """DiffLlama: of one layer in PEFT's cache fastprefix makes two."""
-    model = tiny.kind("diffllama")
+    model = zoo.kind("diffllama")
     tuned = PrefixTuningModel(model, PrefixConfig(num_virtual_tokens=P))
     assert patch_of(model).sources == (0, -1, 2, -1)
     tuned.save_pretrained(tmp_path)

@@ -122,7 +122,7 @@ def test_a_window_wider_than_prompt_and_text_is_none():
 
 @pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
 def test_a_learned_prefix_stays_in_sight_of_a_window(name):
-    """No text, so it does not slide out: the window concerns the sequence alone."""
+    """It is no text, so it does not slide out: the window concerns only the sequence."""
     changes = {"layer_types": ["sliding_attention"] * 3} if name == "gpt_oss" else {}
     model, bare = pair(name, **changes)
     kv, (ids, mask) = tiny.random_kv(model, 4), tiny.batch((20, 20))

@@ -1,4 +1,4 @@
-"""Every feature of the contract, alone and in combinations, in the interpreter against float64."""
+"""Each feature by itself and in combinations, in the interpreter against float64."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_feature(feature, is_causal, dtype):
 )
 @pytest.mark.parametrize(("is_causal", "clamped"), [(True, True), (True, False), (False, True)])
 def test_where_whole_tiles_have_no_loop_of_their_own(monkeypatch, feature, is_causal, clamped):
-    """As with fp32 on most targets, and on RDNA, where rows past the end repeat the last one."""
+    """As for fp32 on most targets and on RDNA. There rows past the end repeat the last one."""
     monkeypatch.setattr(tilings, "whole_apart", lambda step, problem: False)
     monkeypatch.setattr(tilings, "rows_clamped", lambda problem: clamped)
     shape = {"P": 40, "D": 16, "B": 1, "Hq": 2, "Hkv": 1, **FEATURES[feature]}

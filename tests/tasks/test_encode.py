@@ -93,7 +93,7 @@ def test_a_tokenizer_that_adds_special_tokens_keeps_only_the_first_one():
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_chat_template_gives_the_ids_of_training(bos):
-    """Also where a prompt ends in white space or looks like a template."""
+    """This holds for a prompt that ends in white space or looks like a template, too."""
     both = byte_tokenizer(bos=bos, bos_token="<bos>", eos_token="<eos>")
     for name in ("The Café", "The Inn \n", "{{ bos_token }}"):
         record = Record({"name": name}, "An inn.")

@@ -6,8 +6,10 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
+import torch
 from packaging.version import Version
 
+import fastprefix_testing.models as tiny
 from fastprefix_testing.libraries import LIBRARIES, METHODS, MODELS
 
 
@@ -67,7 +69,7 @@ def other(cell: Any) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
-    """Where PEFT is said to fail, it must: what is written down stays true of what is installed."""
+    """A test marked `peft_fails` must fail with PEFT, so that the mark stays true."""
     spec = getattr(pyfuncitem, "callspec", None)
     library, *cell = spec.params.get("cell", ("",)) if spec else ("",)
     known = [
@@ -89,3 +91,9 @@ def _is_mended(mark: pytest.Mark) -> bool:
     if before is not None and Version(version("peft")) >= Version(before):
         return True
     return broken_by is not None and Version(version("transformers")) < Version(broken_by)
+
+
+@pytest.fixture
+def texts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Four texts of one length: PEFT's causal classifiers read padding."""
+    return tiny.batch((5, 5, 5, 5), "right")

@@ -64,7 +64,7 @@ def full(tensor):
 
 
 def gradients(module):
-    """By name, without the wrappers' prefixes."""
+    """The gradients by name, without the prefixes that wrappers add to names."""
     found = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -133,7 +133,7 @@ def fsdp_sharded():
 
 @scenario
 def fsdp_replicated_encoder():
-    """The base alone is sharded; whoever leaves the encoder out averages its gradients."""
+    """Only the base is sharded. The encoder's gradients must then be averaged by hand."""
     tuned = make(load())
     for layer in tuned.base_model.model.layers:
         fully_shard(layer)
@@ -148,7 +148,7 @@ def fsdp_replicated_encoder():
 
 @scenario
 def accelerate_fsdp2():
-    """As accelerate prepares for GPUs; on CPUs it would quietly take DDP."""
+    """As accelerate prepares a model for GPUs. On CPUs it would use DDP without saying so."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

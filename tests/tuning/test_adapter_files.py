@@ -63,7 +63,7 @@ def test_is_trainable(folder, is_trainable):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "CARTRIDGE"])
 def test_frozen_tokens_stay_frozen(tmp_path, peft_type, gated):
-    """Also where a format of ours holds what PEFT's cannot, and after a second saving."""
+    """This holds in our format too, which holds what PEFT's cannot, and after a second saving."""
     config = PrefixConfig(P, num_frozen_tokens=2, peft_type=peft_type, gated=gated)
     tuned = PrefixTuningModel(tiny.build(), config)
     for i in range(2):

@@ -175,7 +175,7 @@ def test_rows_without_any_prefix_are_the_base(tuned, bare, batch):
 
 @pytest.mark.parametrize("frozen", [None, "default"])
 def test_gradients_of_all_that_are_named(tuned, bare, batch, frozen):
-    """In one forward, those of each row alone with its prefix in a bare model's cache."""
+    """One forward gives the gradients of each row alone, its prefix in a bare model's cache."""
     ids, mask = batch.values()
     tuned.set_requires_grad(["default", "b"])
     if frozen:
@@ -385,7 +385,7 @@ def test_rows_of_an_encoder_are_what_each_is_alone(name):
 
 @pytest.mark.parametrize("name", SEQ_2_SEQ)
 def test_rows_of_an_encoder_decoder_are_what_each_is_alone(name):
-    """In all three groups of layers; beams repeat the decoder's rows and not the encoder's."""
+    """All three groups of layers have prefixes. Beams repeat only the rows of the decoder."""
     tuned = build(SEQ_2_SEQ[name], config(4, task_type="SEQ_2_SEQ_LM"))
     ids, mask = tiny.batch(LENGTHS, "right")
     options = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 6, "min_new_tokens": 6}

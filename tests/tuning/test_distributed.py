@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, Olmo2Config, Trainer, TrainingArg
 
 import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel
+from fastprefix_testing import textbook
 
 P = 5
 WORKER = Path(__file__).with_name("distributed_worker.py")
 SUPPORT = str(Path(__file__).parents[1] / "support")
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
-VOCAB = 102  # transformers before 5.20 splits the head between ranks of equal size alone
+VOCAB = 102  # transformers before 5.20 splits the head only into equal parts
 GATHERED = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 
@@ -127,7 +128,7 @@ def test_other_wrappers_give_the_gradients_of_the_whole_batch(found, make, expec
 
 
 def test_accelerate_prepares_fsdp2(found, make, expected):
-    """And the checkpoint it gathers is the whole adapter, alone."""
+    """The checkpoint that it gathers is the whole adapter and nothing else."""
     gradients = expected(make())
     for result in found("accelerate_fsdp2"):
         torch.testing.assert_close(result["gradients"], gradients, **CLOSE)
@@ -184,7 +185,7 @@ def test_trainer_under_ddp_equals_one_process_with_both_batches(found, make, tmp
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("name", ["llama", "olmo2"], ids=["sharded heads", "gathered heads"])
 def test_tensor_parallel_gradients(found, make, expected, name, projection):
-    """Of the whole prefix, on every rank, though ranks drew different ones."""
+    """Every rank has the gradient of the whole prefix, although ranks drew different prefixes."""
     first, second = found(f"tp_{name}")
     parameters = first[f"parameters={projection}"]
     torch.testing.assert_close(second[f"parameters={projection}"], parameters, rtol=0, atol=0)
@@ -209,7 +210,7 @@ def test_tensor_parallel_query_heads(folder, found, name, kind):
     ids, mask = tiny.batch((7, 4, 4, 7))
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": tiny.positions(mask)}
     labels = ids.masked_fill(inputs["position_ids"] == 0, -100)
-    tiny.concatenating(bare.eval(), kv, inputs)(**inputs, labels=labels).loss.backward()
+    textbook.concatenating(bare.eval(), kv, inputs)(**inputs, labels=labels).loss.backward()
     gradients = {f"encoders.default.{n}": p.grad for n, p in tuned.encoder.named_parameters()}
     assert len(gradients) == 2
     for result in results:

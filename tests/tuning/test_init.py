@@ -7,6 +7,7 @@ import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel
 from fastprefix.encoders import resize
 from fastprefix.kv import to_flat
+from fastprefix_testing import zoo
 
 
 class Letters:
@@ -224,8 +225,8 @@ def test_config_takes_lists_of_integers(value):
 
 def first_layer_alone(name, layer):
     """The same weights in a model whose only layer is that layer of the whole model."""
-    whole = tiny.kind(name, torch.float32)
-    one = tiny.kind(name, torch.float32)
+    whole = zoo.kind(name, torch.float32)
+    one = zoo.kind(name, torch.float32)
     others = {"gpt2": "transformer.h", "opt": "model.decoder.layers", "bert": "bert.encoder.layer"}
     stack = others.get(name, "model.layers")
     layers = one.get_submodule(stack)
@@ -240,7 +241,7 @@ def hooks(model):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "bert"])
 def test_embeddings_as_though_each_layer_were_the_first(name):
     config = PrefixConfig(len(TEXT), init="embeddings", init_text=TEXT, position_offset=0)
-    model = tiny.kind(name, torch.float32)
+    model = zoo.kind(name, torch.float32)
     kv = PrefixTuningModel(model, config, Letters()).export()
     plain = PrefixConfig(len(TEXT), init="text", init_text=TEXT, position_offset=0)
     for layer in range(2):
@@ -255,4 +256,4 @@ def test_embeddings_as_though_each_layer_were_the_first(name):
 def test_embeddings_of_an_encoder_decoder_are_refused():
     config = PrefixConfig(4, init="embeddings", init_text=TEXT)
     with pytest.raises(ValueError, match="of an encoder-decoder has no embeddings"):
-        PrefixTuningModel(tiny.kind("t5"), config, Letters())
+        PrefixTuningModel(zoo.kind("t5"), config, Letters())

@@ -356,7 +356,7 @@ def test_a_checkpoint_without_room(trainer, tmp_path, how):
 
 
 def test_old_checkpoints_go_and_the_best_is_known(tmp_path):
-    """As transformers' Trainer does, which looks for both in the folder it writes to."""
+    """The Trainer of transformers looks for both in the folder that it writes to."""
     tuned = PrefixTuningModel(tiny.build(), PrefixConfig(4))
     ids = (torch.arange(4)[:, None] % 3 + torch.arange(6) * 7 + 1) % tiny.VOCAB
     rows = [{"input_ids": row, "labels": row} for row in ids]

@@ -64,7 +64,7 @@ WAYS = {way.__name__: way for way in (wrapped, added_before, added_after)}
 
 @pytest.fixture(params=WAYS)
 def tuned(request, model, lora, theirs):
-    """With the weights of `theirs` in its LoRA."""
+    """A model whose LoRA has the weights of `theirs`."""
     tuned = WAYS[request.param](model, lora).train()
     state = theirs.get_base_model().state_dict()
     tuned.base_model.load_state_dict(state)
@@ -286,7 +286,7 @@ def test_several_active_loras_cannot_be_saved(lora, tmp_path):
 @ONE
 @pytest.mark.peft
 def test_a_lora_that_transformers_put_in_is_one_of_peft(lora, inputs, tmp_path):
-    """And one that we loaded takes transformers' own switches."""
+    """A LoRA that we loaded follows transformers' own switches."""
     model = tiny.build()
     model.add_adapter(lora)
     tuned = PrefixTuningModel(model, CONFIG).eval()

@@ -81,7 +81,7 @@ def test_disabled_the_model_is_its_base(tuned, bare):
 
 
 def test_an_infix_can_be_disabled(bare):
-    """As a reference model in preference tuning, which is given the same inputs."""
+    """Preference tuning uses this as its reference model, with the same inputs."""
     tuned = PromptTuningModel(tiny.build(), config(placement="infix")).eval()
     ids, mask = tiny.batch()
     with tuned.disable_adapter():
@@ -235,7 +235,7 @@ def test_an_encoder_decoder_generates_from_embeddings():
 
 
 def test_least_lengths_count_the_text():
-    """As if there were no prompt, where transformers would count that."""
+    """Plain transformers would count the prompt's tokens as well."""
     tuned = PromptTuningModel(tiny.build(), config(placement="infix")).eval()
     ids, mask = tiny.batch()
     free = tuned.generate(ids, attention_mask=mask, max_new_tokens=6, pad_token_id=tiny.PAD)

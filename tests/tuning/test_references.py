@@ -9,7 +9,7 @@ from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuni
 
 
 def add_reference(tuned):
-    """As trl's trainers do it for a PeftModel."""
+    """Adds a reference adapter as trl's trainers do for a PeftModel."""
     tuned.add_adapter("ref", tuned.peft_config["default"])
     for name, parameter in tuned.named_parameters():
         if ".default." in name:

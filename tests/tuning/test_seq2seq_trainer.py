@@ -19,7 +19,7 @@ from fastprefix import PrefixConfig, PrefixTuningModel
 
 
 def build(kind):
-    """With loud weights: without the prefix other tokens come out."""
+    """A model with weights so large that other tokens come out without the prefix."""
     model = plain(kind)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

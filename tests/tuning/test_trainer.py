@@ -150,7 +150,7 @@ def test_a_checkpoint_holds_the_encoder_and_its_optimizer_alone(make):
 
 @pytest.mark.parametrize("architecture", ["llama"])
 def test_reentrant_checkpointing_is_refused(make):
-    """By whichever name it is asked for."""
+    """It has two names, and both are refused."""
     trainer = make(
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
     )

@@ -87,7 +87,7 @@ def test_question_answering_is_trained_and_evaluated(wrap, tmp_path):
 
 @pytest.mark.parametrize("trainer_class", [Trainer, PrefixTrainer])
 def test_the_logged_loss_is_the_models(wrap, tmp_path, trainer_class):
-    """Also where the first token has a label, which a prompt predicts and a prefix does not."""
+    """A first token may have a label: a prompt predicts that token, a prefix does not."""
     tuned = wrap(tiny.build())
     ids = torch.randint(0, tiny.VOCAB, (8, 4))
     rows = [{"input_ids": row, "labels": row} for row in ids]

@@ -131,7 +131,7 @@ def loop(tuned, loss_of):
 
 
 def log_probs(model, tokenizer, prompts, completions):
-    """Of each completion and its end, [rows]; and how many tokens all of them have."""
+    """The log-probability [rows] of each completion with its end, and the number of tokens."""
     sums, count = [], 0
     for prompt, completion in zip(prompts, completions, strict=True):
         front = tokenizer(prompt)["input_ids"]
@@ -254,7 +254,7 @@ def test_grpo_generates_with_the_prefix_and_compares_with_it(tokenizer, tmp_path
 
 
 def test_reward_is_the_plain_loop(tokenizer, tmp_path):
-    """With the head on top, which is trained beside the prefix."""
+    """The head on top is trained beside the prefix."""
     config = PrefixConfig(num_virtual_tokens=4, task_type="SEQ_CLS")
     tuned = loud(PrefixTuningModel(classifier(), config))
     other, data = copy.deepcopy(tuned), texts("reward", 4)
@@ -338,7 +338,7 @@ def test_a_configuration_of_pefts_besides_is_refused(tokenizer, tmp_path):
 
 
 def test_sft_trains_a_prompt(tokenizer, tmp_path):
-    """Of embeddings, for which trl keeps the last columns of what it computes."""
+    """The prompt consists of embeddings. trl keeps the last columns of what the model returns."""
     torch.manual_seed(3)
     config = PromptConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     tuned = PromptTuningModel(small(), config)

@@ -1,4 +1,4 @@
-"""What each method trains and stores, counted by hand, and that it trains that alone."""
+"""What each method trains and stores, counted by hand. It trains nothing else."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Calls of the operator that combine its features, and an oracle that goes through them row by row.
+"""Calls of the operator with any of its features, and an oracle that goes query by query.
 
 The oracle follows the contract to the letter, one query of one head at a time: which tokens does it
 see, what are their scores, what is their softmax. It shares nothing with the library, not even the
@@ -44,14 +44,18 @@ class Call:
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same numbers in another dtype; strides are not kept."""
+        return self._each(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
-        def cast(x: Any) -> Any:
-            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+    def on(self, device: torch.device | str) -> Call:
+        """The same call on another device."""
+        return self._each(lambda x: x.to(device))
 
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Call:
         tensors, options = (
-            {name: cast(x) for name, x in given.items()} for given in (self.tensors, self.options)
+            {name: function(x) if isinstance(x, Tensor) else x for name, x in given.items()}
+            for given in (self.tensors, self.options)
         )
-        return Call(tensors, options, cast(self.grad_out), self.seed)
+        return Call(tensors, options, function(self.grad_out), self.seed)
 
     def changed(self, *, grad_out: Tensor | None = None, **given: Any) -> Call:
         """The same call with other tensors or options."""

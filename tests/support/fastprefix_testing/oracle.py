@@ -3,7 +3,7 @@
 :func:`softmax_attention` is what a textbook has. :func:`concatenated_attention` does on top of it
 what the contract of the operator promises, in the most literal way: it copies the prefix to every
 row, concatenates, and writes out what each query sees. ``calls.attention_by_rows`` goes query by
-query instead, and shares nothing with this file.
+query instead.
 """
 
 from __future__ import annotations
