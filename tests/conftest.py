@@ -16,9 +16,9 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
+# Its asserts explain themselves, as those of tests do. It imports transformers, and perhaps Triton,
+# so only the fixtures below import it: `pytest_configure` must run first.
 pytest.register_assert_rewrite("fastprefix_testing")
-
-import fastprefix_testing.models as tiny  # noqa: E402
 
 # The order of a parallel sum must not depend on the machine; and the shapes here are so small that
 # a second thread costs more than it brings.
@@ -63,6 +63,8 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def picklable() -> None:
     """Skips where a model that nobody patched cannot be pickled (transformers 5.20)."""
+    import fastprefix_testing.models as tiny
+
     try:
         pickle.dumps(tiny.build("llama"))
     except AttributeError as error:
@@ -88,10 +90,14 @@ def architecture(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def model(architecture: str) -> Any:
     """A model that the test may patch."""
+    import fastprefix_testing.models as tiny
+
     return tiny.build(architecture)
 
 
 @pytest.fixture
 def bare(architecture: str) -> Any:
     """The same weights, which nothing of fastprefix ever touches."""
+    import fastprefix_testing.models as tiny
+
     return tiny.build(architecture)
