@@ -37,7 +37,7 @@ class Call:
         seed: of PyTorch's generator when the call is made, which dropout draws from.
     """
 
-    tensors: dict[str, Tensor | None]
+    tensors: dict[str, Any]
     options: dict[str, Any]
     grad_out: Tensor
     seed: int = 0
@@ -323,8 +323,8 @@ def attention_by_rows(
             if prefix_bias is not None:
                 bias = prefix_bias[h] if prefix_bias.dim() == 1 else prefix_bias[h, t, c]
             hidden = float(bias.detach()) <= HIDDEN
-            if prefix_in_window and (last - c) + real_before >= sliding_window:
-                hidden = True
+            if prefix_in_window and sliding_window is not None:
+                hidden = hidden or (last - c) + real_before >= sliding_window
             if not hidden:
                 columns.append(c)
                 added.append(bias)

@@ -25,14 +25,15 @@ HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}  # query heads, key/value 
 GRADIENT_FLOOR = 4.0
 
 
-def operands(call: Call) -> tuple[list[Any], dict[str, Any]]:
+def operands(call: Call) -> tuple[tuple[Any, Any, Any, Any, Any], dict[str, Any]]:
     """The five inputs of a launcher, and the fields of its `Options`.
 
     Scale, and the seed of a dropout, are what the operator would add.
     """
     tensors = dict(call.tensors)
-    inputs = [tensors.pop(name) for name in FIVE]
-    options = {"scale": inputs[0].shape[-1] ** -0.5, **call.options, **tensors}
+    query, key, value, prefix_key, prefix_value = (tensors.pop(name) for name in FIVE)
+    inputs = query, key, value, prefix_key, prefix_value
+    options = {"scale": query.shape[-1] ** -0.5, **call.options, **tensors}
     if options.get("dropout_p"):
         generator = torch.Generator().manual_seed(call.seed)
         options["dropout_seed"] = torch.randint(2**63 - 1, (1,), generator=generator)

@@ -77,7 +77,8 @@ class Case:
 
     def base(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """A new copy of the model, with the same weights each time."""
-        return copy.deepcopy(_base(self.model)).to(dtype)
+        model: Any = copy.deepcopy(_base(self.model))
+        return model.to(dtype)
 
     def config(self, **fields: Any) -> Any:
         """A new configuration of the method."""

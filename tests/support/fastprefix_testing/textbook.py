@@ -13,7 +13,7 @@ from fastprefix import PrefixKV
 from fastprefix.hf.versions import set_attention
 from fastprefix_testing.oracle import softmax_attention
 
-_RAN: list[nn.Module] = []
+_RAN: list[Any] = []  # modules, which get attributes of their own here
 
 
 def _textbook_attention(
@@ -30,8 +30,8 @@ def _textbook_attention(
 ) -> tuple[Tensor, None]:
     """Attention in plain steps. A module's prefix is copied in front of the keys of each row."""
     _RAN.append(module)
-    rows, heads, length, _ = query.shape
-    own = {"scale": scaling, "softcap": softcap}
+    rows, heads, length = query.shape[:3]
+    own: dict[str, Any] = {"scale": scaling, "softcap": softcap}
     bias, apart = query.new_zeros(rows, heads, length, key.shape[2]), 0.0
     for extra in (attention_mask, position_bias):
         bias = bias if extra is None else bias + extra
@@ -41,7 +41,7 @@ def _textbook_attention(
         module.ran += 1
         front, front_value = (x.expand(rows, -1, -1, -1) for x in (front, front_value))
         if what == "gate" and front.shape[2]:
-            alone, _ = softmax_attention(query, front, front_value, **own)
+            alone = softmax_attention(query, front, front_value, **own)[0]
             apart = alone.transpose(1, 2) * numbers.to(query.dtype).tanh()[:, None]
         else:
             key, value = torch.cat([front, key], 2), torch.cat([front_value, value], 2)
@@ -49,7 +49,7 @@ def _textbook_attention(
             if what == "bias" and front.shape[2]:
                 added = numbers.to(query.dtype)[:, None, None].expand(-1, length, front.shape[2])
                 bias = bias + nn.functional.pad(added, (0, key.shape[2] - front.shape[2]))
-    out, _ = softmax_attention(query, key, value, bias=bias, sinks=s_aux, **own)
+    out = softmax_attention(query, key, value, bias=bias, sinks=s_aux, **own)[0]
     return out.transpose(1, 2).contiguous() + apart, None
 
 
