@@ -27,7 +27,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_tiles_are_kept_and_later_launches_take_them(capsys: pytest.CaptureFixture[str]) -> None:
-    """In the interpreter, where whichever tile is fastest is as good as any."""
+    """In the interpreter it does not matter which tile is fastest."""
     run_tuning([16], ["fp32"], SIZES, CPU)
     kept = store.load("interpreter")
     assert set(kept) == {f"{step} 256 32" for step in PASSES}

@@ -44,7 +44,7 @@ LOOPS = {
     "prefix_attn_bwd_dkv_kernel": ["rows, masked", "rows"],
     "prefix_attn_bwd_dprefix_kernel": ["rows"],
 }
-# On RDNA tiles that need no test have no loop of their own in the backward.
+# On RDNA the backward has no loop of its own for tiles that need no test.
 RDNA_LOOPS = LOOPS | {
     "prefix_attn_bwd_dq_kernel": ["prefix", "sequence"],
     "prefix_attn_bwd_dkv_kernel": ["rows"],

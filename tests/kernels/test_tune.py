@@ -58,7 +58,7 @@ def test_nothing_faster_leaves_the_tables_tile():
 
 
 def test_a_tile_with_other_results_is_not_taken(monkeypatch):
-    """As from a miscompiled kernel, however fast."""
+    """A miscompiled kernel could be the fastest."""
     run = launch.Launch.run
 
     def broken(self):
@@ -122,7 +122,7 @@ def test_neighbours_stay_within_what_kernels_take():
 
 
 def test_tuned_tiles_are_what_launches_take():
-    """For their own row alone, and with all that a launch does to the table's tile."""
+    """They change only their own row, and a launch treats them as it treats the table's tiles."""
     q = torch.empty(1, 1, 4096, 64, device="meta", dtype=torch.bfloat16)
     k, p = q, q[0, :, :128]
     tuned = {"forward 64 16": tilings.Tile(64, 32, 2, 4)}
