@@ -31,6 +31,7 @@ from device.records import (
 )
 from fastprefix import prefix_attention
 from fastprefix.attention.selection import interpreting
+from fastprefix_testing.tolerance import assert_accurate
 
 HERE = Path(__file__).parent
 INPUTS = ("query", "key", "value", "prefix_key", "prefix_value")
@@ -157,11 +158,7 @@ def problem(device: torch.device) -> Callable[..., Problem]:
 
 @pytest.fixture
 def agree(real: Callable[[], None]) -> Callable[..., None]:
-    """Compare the kernels with the reference in float64.
-
-    The error may be twice that of the reference in the same dtype, plus a few roundings of the
-    largest element.
-    """
+    """Compare the kernels with the reference in float64."""
 
     def check(problem: Problem, options: dict[str, Any], gradients: bool = True) -> None:
         tensors = problem.tensors()
@@ -172,23 +169,9 @@ def agree(real: Callable[[], None]) -> Callable[..., None]:
         truth = solve("reference", tensors, exact, torch.float64, gradients)
         plain = solve("reference", tensors, exact, problem.dtype, gradients)
         assert found.keys() == truth.keys()
-        for name, want in truth.items():
-            judge(name, problem.dtype, found[name], plain[name], want)
+        assert_accurate(found, truth, plain, problem.dtype, gradient_floor=4.0)
 
     return check
-
-
-def judge(name: str, dtype: torch.dtype, result: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Asserts that the error of a result is no larger than :func:`agree` allows."""
-    assert result.shape == exact.shape, name
-    nothing = exact.isinf()
-    assert torch.equal(result.isinf(), nothing), f"{name}: -inf in other places"
-    result, exact, plain = (x.double().masked_fill(nothing, 0.0) for x in (result, exact, plain))
-    half = name != "lse" and dtype != torch.float32
-    unit = 2 * torch.finfo(dtype).eps if half else 8 * torch.finfo(torch.float).eps
-    allowed = 2 * (plain - exact).abs().max() + unit * exact.abs().max().clamp(min=1.0)
-    error = (result - exact).abs().max()
-    assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 # What `benchmarks/gpu.py` reads: a line for every test, written when the test ends.
