@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastprefix import files
+from fastprefix.files import partial_folders
 from fastprefix_testing import interruptions
 
 NAMES = ("a.txt", "b.txt", "inside/c.txt", "inside/d.txt")
@@ -94,7 +95,7 @@ def test_what_a_living_process_writes_is_left_alone(folder):
     """What a dead process with the same number, or an older version, began is removed."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     living, dead, mine = (
-        folder / f".fastprefix-{files._HOST}-{number}-{'0' * 32}.partial"
+        folder / f".fastprefix-{partial_folders._HOST}-{number}-{'0' * 32}.partial"
         for number in (child.pid, 2**22 + 1, os.getpid())
     )
     elsewhere = folder / f".fastprefix-00000000-1-{'0' * 32}.partial"

@@ -71,19 +71,11 @@ NOT_YET: dict[str, set[str]] = {
     "circles": {
         "fastprefix/attention/differentiated.py",
         "fastprefix/attention/op.py",
-        "fastprefix/tuning/tuned_model.py",
-        "fastprefix/tuning/hub.py",
-        "kernels/triton/launch.py",
-        "kernels/triton/problem.py",
-        "kernels/triton/tilings.py",
-        "kernels/triton/tuning/store.py",
     },
     "long_functions": {
         "kernels/triton/backward_dprefix.py dprefix_launches",
-        "kernels/triton/offline/__main__.py main",
     },
     "wide_functions": {
-        "fastprefix/encoders/build.py build_encoder",
         "kernels/triton/backward_dkv.py dkv_sweep",
         "kernels/triton/backward_dkv.py key_gradients",
         "kernels/triton/backward_dkv.py prefix_attn_bwd_dkv_kernel",
@@ -95,9 +87,6 @@ NOT_YET: dict[str, set[str]] = {
         "kernels/triton/decode_kernels.py sequence_phase",
         "kernels/triton/forward.py fwd_sweep",
         "kernels/triton/forward.py prefix_attn_fwd_kernel",
-    },
-    "long_files": {
-        "fastprefix/kv/budget.py",
     },
 }
 

@@ -245,7 +245,7 @@ def test_no_target_is_ever_half_written(theirs, ids, to, tmp_path, monkeypatch):
             opened.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("fastprefix.files.save_file", broken)
+    monkeypatch.setattr("fastprefix.files.safetensors_files.save_file", broken)
     before = listing(tmp_path)
     result = run(tmp_path / "a", target, "--to", to)
     assert result.exit_code == 1

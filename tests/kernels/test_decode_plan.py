@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprefix.kernels import decode_plan, tilings
+from fastprefix.kernels import decode, decode_grid, tilings
 from fastprefix_testing.decode import Operators, hopper, plan_shape
 from fastprefix_testing.launchers import interpreted
 
@@ -16,11 +16,11 @@ pytestmark = interpreted
 
 def test_partials_are_small():
     for P in (2048, 1 << 17):
-        layout = decode_plan.layout_of(plan_shape(P=P, Lk=8), hopper())
+        grid = decode_grid.grid_of(plan_shape(P=P, Lk=8), hopper())
         # At most a partial per row and split: WAVES tiles per multiprocessor, and one per row.
-        rows = (2 * 132 + 8) * layout.tile.rows + 32 * 32
-        assert layout.partial_rows <= rows
-        assert decode_plan.partial_bytes(layout, 128) <= rows * 129 * 4
+        rows = (2 * 132 + 8) * grid.tile.rows + 32 * 32
+        assert grid.partial_rows <= rows
+        assert decode_grid.partial_bytes(grid, 128) <= rows * 129 * 4
 
 
 @settings(max_examples=80)
@@ -36,11 +36,11 @@ def test_tables_cover_every_row_and_key_once(data):
         batch_invariant=draw(st.booleans()),
     )  # fmt: skip
     tensors = torch.tensor(index), torch.tensor(lengths)
-    plan = decode_plan.decode_plan(chosen, target, *tensors, cached=False)
+    plan = decode.decode_plan(chosen, target, *tensors, cached=False)
     if plan.tables is None:
         assert P == 0
         return
-    cut, packed = plan.layout.prefix, group * Lq
+    cut, packed = plan.grid.prefix, group * Lq
     order, units, rows = (
         t.tolist() for t in (plan.tables.order, plan.tables.units, plan.tables.rows)
     )
@@ -76,12 +76,12 @@ def test_a_plan_reads_nothing_back():
         torch.tensor([30, 40]),
     )
     with Operators() as operators:
-        decode_plan.decode_plan(plan, hopper(), index, lengths, cached=False)
+        decode.decode_plan(plan, hopper(), index, lengths, cached=False)
     reads = {"_local_scalar_dense", "item", "nonzero", "bincount", "masked_select", "_unique2"}
     assert operators.names
     assert not reads & set(operators.names)
     with Operators() as operators:
-        decode_plan.decode_plan(plan._replace(N=None), hopper(), None, None)
+        decode.decode_plan(plan._replace(N=None), hopper(), None, None)
     assert not operators.names
 
 
@@ -101,4 +101,4 @@ def test_a_plan_reads_nothing_back():
     ids=str,
 )
 def test_where_two_phases_pay(changes, pays):
-    assert decode_plan.two_phase_pays(plan_shape(**changes), hopper()) is pays
+    assert decode_grid.two_phase_pays(plan_shape(**changes), hopper()) is pays

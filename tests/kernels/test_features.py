@@ -67,8 +67,8 @@ def test_feature(feature, is_causal, dtype):
 @pytest.mark.parametrize(("is_causal", "clamped"), [(True, True), (True, False), (False, True)])
 def test_where_whole_tiles_have_no_loop_of_their_own(monkeypatch, feature, is_causal, clamped):
     """As for fp32 on most targets and on RDNA. There rows past the end repeat the last one."""
-    monkeypatch.setattr(tilings, "whole_apart", lambda step, problem: False)
-    monkeypatch.setattr(tilings, "rows_clamped", lambda problem: clamped)
+    monkeypatch.setattr(tilings, "unmasked_loop", lambda pass_name, work: False)
+    monkeypatch.setattr(tilings, "repeat_last_row", lambda work: clamped)
     shape = {"P": 40, "D": 16, "B": 1, "Hq": 2, "Hkv": 1, **FEATURES[feature]}
     assert_kernels_accurate(tiles(**shape, is_causal=is_causal).draw())
 

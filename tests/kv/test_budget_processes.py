@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastprefix import files
+from fastprefix.files import partial_folders
 from fastprefix.kv import KVBudget, PrefixBank, PrefixKV
 from fastprefix_testing import interruptions
 
@@ -151,7 +151,7 @@ def test_a_bank_whose_prefixes_go_away(tmp_path):
 def test_opening_a_folder_leaves_what_another_is_writing(tmp_path):
     """The partial file of a living process is not a leftover."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    theirs = tmp_path / f".fastprefix-{files._HOST}-{child.pid}-{'1' * 32}.partial"
+    theirs = tmp_path / f".fastprefix-{partial_folders._HOST}-{child.pid}-{'1' * 32}.partial"
     theirs.mkdir()
     KVBudget(ONE, tmp_path)
     assert theirs.exists()

@@ -13,7 +13,7 @@ from transformers import (
 
 import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
-from fastprefix.formats.peft_files import decoded, encoded
+from fastprefix.formats.peft_files import json_as_tensor, json_of_tensor
 from fastprefix.hf.patch.patch import is_patched
 from fastprefix.tuning.callbacks import ProgressiveLength
 
@@ -208,20 +208,24 @@ def test_what_is_no_checkpoint_of_ours_is_told_so(tmp_path):
     file.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors: "):
         PromptTuningModel.from_pretrained(tiny.build("llama"), tmp_path / "prompt")
-    settings = decoded(tuned.get_extra_state())
+    settings = json_of_tensor(tuned.get_extra_state())
     for name, change, message in [
         ("encoder.embedding", torch.full((P, 64), torch.nan), "encoder.embedding holds a NaN"),
-        ("_extra_state", encoded({**settings, "adapters": {}}), "got a checkpoint without adapt"),
-        ("_extra_state", encoded({"x": 1}), "model_class"),
+        (
+            "_extra_state",
+            json_as_tensor({**settings, "adapters": {}}),
+            "got a checkpoint without adapt",
+        ),
+        ("_extra_state", json_as_tensor({"x": 1}), "model_class"),
         ("_extra_state", torch.tensor([1, 2, 3], dtype=torch.uint8), "Expecting value"),
         (
             "_extra_state",
-            encoded({**settings, "adapters": {"default": {"num_virtual_tokens": 0}}}),
+            json_as_tensor({**settings, "adapters": {"default": {"num_virtual_tokens": 0}}}),
             "num_virtual_tokens: got 0, takes 1 or more",
         ),
         (
             "_extra_state",
-            encoded({**settings, "adapters": {"default": {"no_such": 0}}}),
+            json_as_tensor({**settings, "adapters": {"default": {"no_such": 0}}}),
             "no_such",
         ),
     ]:

@@ -409,7 +409,10 @@ def test_weights_are_whole_or_as_they_were(prefixed, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise OSError("no space left on device")
 
-    for name, safe in (("fastprefix.files.save_file", True), ("torch.save", False)):
+    for name, safe in (
+        ("fastprefix.files.safetensors_files.save_file", True),
+        ("torch.save", False),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(name, broken)
             with pytest.raises(OSError, match="no space"):

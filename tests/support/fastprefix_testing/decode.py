@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastprefix.kernels import decode_plan, tilings
+from fastprefix.kernels import decode_grid, tilings
 
 
 def hopper() -> tilings.Target:
@@ -15,9 +15,9 @@ def hopper() -> tilings.Target:
     return tilings.Target("hopper", 132)
 
 
-def plan_shape(**changes: Any) -> decode_plan.Shape:
+def plan_shape(**changes: Any) -> decode_grid.DecodeShape:
     """The shape of a large decoding step, which two phases pay for."""
-    base = decode_plan.Shape(
+    base = decode_grid.DecodeShape(
         B=32, Hq=32, Hkv=8, Lq=1, Lk=512, P=2048, N=None, D=128, Dv=128,
         dtype=torch.bfloat16, sliding_window=None, batch_invariant=False,
     )  # fmt: skip
