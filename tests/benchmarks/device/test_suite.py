@@ -18,7 +18,7 @@ def found(tmp_path_factory):
     """What a reduced run writes."""
     folder = tmp_path_factory.mktemp("gpu")
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--reduced"]
-    options = ["--output", str(folder), "--kernels", str(folder / "kernels"), "--budget", "1800"]
+    options = ["--output", str(folder), "--kernels", str(folder / "kernels"), "--budget", "36000"]
     environment = {**os.environ, "PYTEST_ADDOPTS": ""}
     done = subprocess.run(
         [*command, *options], capture_output=True, text=True, env=environment, cwd=ROOT
