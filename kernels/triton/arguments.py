@@ -128,8 +128,20 @@ class Strides(NamedTuple):
     dom: Any = None
 
 
+class PrefixSums(NamedTuple):
+    """Gradients of the prefix, or partial sums of them.
+
+    Attributes:
+        dpk: [splits, Hkv, P, D], None if it is not needed.
+        dpv: [splits, Hkv, P, Dv], None if it is not needed.
+    """
+
+    dpk: Any
+    dpv: Any
+
+
 class Units(NamedTuple):
-    """Tables of a decode step with several prefixes; see `decode_plan.PrefixTables`."""
+    """Tables of a decode step with several prefixes; see `decode_tables.PrefixTables`."""
 
     order: Any
     units: Any

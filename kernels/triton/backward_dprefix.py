@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, ragged, tilings
-from .arguments import Dropout, KeyTile, Masks, Parts, Rows, Saved, Scores, TileShape
+from .arguments import Dropout, KeyTile, Masks, Parts, PrefixSums, Rows, Saved, Scores, TileShape
 from .backward_dkv import key_gradients
 from .blocks import additive, load_tile, ranks, store_tile
 from .problem import Problem
@@ -25,7 +25,7 @@ REDUCE_BLOCK = 1024
 
 @triton.jit
 def prefix_attn_bwd_dprefix_kernel(
-    q, keys, masks, tables, parts, seed, saved, dpk, dpv, s,
+    q, keys, masks, tables, parts, seed, saved, sums, s,
     sizes, n_tiles, row_tiles, split_tiles, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
@@ -34,7 +34,7 @@ def prefix_attn_bwd_dprefix_kernel(
 ):  # fmt: skip
     """One program: BLOCK_N positions of one prefix, one KV head, one part of the query tiles.
 
-    dpk, dpv [splits, Hkv, P, D] (None: not needed) are the partials, or with one split the result.
+    `sums` are the partials, or with one split the result.
     With one prefix for all rows a part is `split_tiles` of the `row_tiles` tiles, and EVEN says
     that they are all whole. With several prefixes or packed sequences `parts` lists the tiles.
     """
@@ -143,7 +143,7 @@ def prefix_attn_bwd_dprefix_kernel(
                 seed=seed, dropped=dropped, keep=keep, o_query=(i_m + o_m)[None, :],
                 o_head=(i_seq * Hkv * GROUP + i_head).to(tl.int32),
             ),
-            i_n + o_n, shape, not EVEN, dpk is not None, dpv is not None,
+            i_n + o_n, shape, not EVEN, sums.dpk is not None, sums.dpv is not None,
         )  # fmt: skip
         if parts is None:
             i_m += BLOCK_M
@@ -151,12 +151,12 @@ def prefix_attn_bwd_dprefix_kernel(
             i_m = tl.where(i_m < Lq, i_m, 0)
 
     o_base = (i_split * Hkv + i_h) * length + o_start
-    if dpk is not None:
+    if sums.dpk is not None:
         o_tile = o_n[:, None] * HEAD + o_d[None, :]
-        store_tile(dpk + o_base * HEAD + o_tile, b_dk * scale, m_n, o_d, HEAD, BLOCK_D)
-    if dpv is not None:
+        store_tile(sums.dpk + o_base * HEAD + o_tile, b_dk * scale, m_n, o_d, HEAD, BLOCK_D)
+    if sums.dpv is not None:
         o_tile = o_n[:, None] * HEAD_V + o_dv[None, :]
-        store_tile(dpv + o_base * HEAD_V + o_tile, b_dv, m_n, o_dv, HEAD_V, BLOCK_DV)
+        store_tile(sums.dpv + o_base * HEAD_V + o_tile, b_dv, m_n, o_dv, HEAD_V, BLOCK_DV)
 
 
 @triton.jit
@@ -242,7 +242,7 @@ def dprefix_launches(
         "keys": problem.arguments["keys"]._replace(k=None, v=None),
         "masks": Masks(pad=None, mask=None, bias=problem.options.prefix_bias),
         "parts": parts, "tables": problem.tables(None)._replace(index=None, starts=starts),
-        "saved": Saved(grad_out, lse2, delta), "dpk": sums[0], "dpv": sums[1],
+        "saved": Saved(grad_out, lse2, delta), "sums": PrefixSums(*sums),
         "n_tiles": key_tiles, "row_tiles": row_tiles, "split_tiles": split_tiles,
         "s": problem.strides(grad_out, sequence=False),
     }  # fmt: skip

@@ -78,7 +78,8 @@ class Launch:
         """The run-time arguments by name, the fields of groups instead of groups."""
         found: dict[str, Any] = {}
         for name, value in self.arguments.items():
-            found |= value._asdict() if isinstance(value, tuple) else {name: value}
+            fields = getattr(value, "_asdict", None)
+            found |= {name: value} if fields is None else fields()
         return found
 
     def run(self) -> None:
