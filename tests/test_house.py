@@ -69,8 +69,6 @@ WIDE = {
 
 NOT_YET: dict[str, set[str]] = {
     "circles": {
-        "fastprefix/attention/differentiated.py",
-        "fastprefix/attention/op.py",
         "fastprefix/tuning/tuned_model.py",
         "fastprefix/tuning/hub.py",
         "kernels/triton/launch.py",
