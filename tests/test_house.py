@@ -68,10 +68,6 @@ WIDE = {
 }
 
 NOT_YET: dict[str, set[str]] = {
-    "circles": {
-        "fastprefix/attention/differentiated.py",
-        "fastprefix/attention/op.py",
-    },
     "long_functions": {
         "kernels/triton/backward_dprefix.py dprefix_launches",
     },

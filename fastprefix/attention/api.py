@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastprefix.arguments import check_flag, check_number, unknown_argument
 from fastprefix.attention import checks
-from fastprefix.attention.op import run_op
+from fastprefix.attention.run import run_op
 from fastprefix.attention.selection import UNEQUAL_HEAD_SIZES, choose_backend
 from fastprefix.options import FLAGS, INTEGERS, Options, asks_for_features, features_of
 

@@ -133,12 +133,12 @@ def decode(problem: Problem, plan: DecodePlan | None = None) -> tuple[Tensor, Te
     elif plan.shape != shape:
         raise ValueError(f"plan: got one for {plan.shape}, takes one for {shape}")
     query, rows = problem.query, plan.grid.partial_rows
-    device, single = query.device, torch.float32
+    device = query.device
     out = torch.empty((*query.shape[:3], shape.Dv), dtype=query.dtype, device=device)
-    lse = torch.empty(query.shape[:3], dtype=single, device=device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
     if lse.numel():
-        part_out = torch.empty((rows, shape.Dv), dtype=single, device=device)
-        part_lse = torch.empty((rows,), dtype=single, device=device)
+        part_out = launch.scratch((rows, shape.Dv), device)
+        part_lse = launch.scratch((rows,), device)
         for step in decode_launches(problem, plan, part_out, part_lse, out, lse):
             step.run()
     return out, lse

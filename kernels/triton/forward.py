@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import decode, decode_grid, launch, tilings
+from . import decode, decode_grid, launch, plans, tilings
 from .blocks import (
     LN2,
     LOG2E,
@@ -296,6 +296,19 @@ def launch_forward(
         ValueError: shapes, dtypes or devices that do not fit together, or batch_invariant for a
             call with padding and a :func:`~fastprefix.kernels.decode.obstacle`.
     """
+    inputs = (query, key, value, prefix_key, prefix_value)
+    return plans.planned(_launch_forward, inputs, options)
+
+
+def _launch_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """`launch_forward` without a plan."""
     problem = make_problem(query, key, value, prefix_key, prefix_value, options)
     if decode_in_two_phases(problem):
         return decode.decode(problem)

@@ -1,0 +1,251 @@
+"""Launch plans: what a call launches, kept for calls that differ from it only in their tensors.
+
+What the launchers do follows from the shapes, strides, dtypes and alignment of the tensors, from
+the options, and from the device. So the first call of a kind runs them and Triton's JIT, and keeps
+the compiled kernels with their arguments. A later call looks its kind up, allocates, writes the
+addresses of its tensors into the arguments and launches.
+
+A call is planned only if everything its kernels read or write is one of its tensors, one of its
+results, or memory from :func:`~fastprefix.kernels.launch.scratch`. A call that computes tables, or
+copies an operand, runs the launchers every time; so does Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+from fastprefix.options import Options
+
+from . import launch
+from .plan_cache import PLANS
+
+Results = tuple[Tensor | None, ...]
+# Scratch tensors begin at multiples of this many bytes, more than any vector load asks for.
+ALIGNMENT = 128
+# In place of a plan: a call of this kind has none.
+UNPLANNED = False
+
+runtime = triton.knobs.runtime
+INTERPRETED = runtime.interpret
+
+
+class Allocation(NamedTuple):
+    """A result: shape, strides and dtype."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Step(NamedTuple):
+    """A launch.
+
+    Attributes:
+        compiled: the kernel.
+        grid: programs along each axis.
+        run: of the compiled kernel; it takes what JITFunction.run passes to it.
+        code: the kernel's function on the device, and what Triton packed with it.
+        arguments: picks the arguments, in order, from a list of addresses and values.
+    """
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    run: Callable[..., None]
+    code: tuple[Any, Any]
+    arguments: Callable[[list[Any]], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a kind of call launches.
+
+    Addresses are numbered: first the tensors of the call (query, key and so on, then those of the
+    options), then the results, then the parts of the scratch memory.
+
+    Attributes:
+        results: what to allocate and return; None where nothing is returned.
+        scratch: bytes of scratch memory.
+        offsets: where its parts begin.
+        values: the arguments that are no addresses.
+        steps: the launches, in order.
+    """
+
+    results: tuple[Allocation | None, ...]
+    scratch: int
+    offsets: tuple[int, ...]
+    values: tuple[Any, ...]
+    steps: tuple[Step, ...]
+
+    def run(self, query: Tensor, addresses: list[int]) -> Results:
+        """Allocates and launches; `addresses` are those of the call's tensors."""
+        results: list[Tensor | None] = []
+        for made in self.results:
+            if made is None:
+                results.append(None)
+            else:
+                result = query.new_empty_strided(made.shape, made.strides, dtype=made.dtype)
+                results.append(result)
+                addresses.append(result.data_ptr())
+        if self.scratch:
+            # Freed when this returns: the allocator hands it out again in the order of the stream.
+            scratch = query.new_empty(self.scratch, dtype=torch.uint8)
+            start = scratch.data_ptr()
+            addresses += [start + offset for offset in self.offsets]
+        pool = [*addresses, *self.values]
+        active = driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        told = getattr(enter, "calls", enter)  # a profiler, which wants to know more
+        for compiled, grid, run, code, arguments in self.steps:
+            chosen = arguments(pool)
+            metadata = compiled.launch_metadata(grid, stream, *chosen) if told else None
+            run(*grid, stream, *code, metadata, enter, leave, *chosen)
+        return tuple(results)
+
+
+def planned(
+    launcher: Callable[..., Results],
+    tensors: tuple[Tensor, ...],
+    options: Options,
+    needs: tuple[bool, ...] = (),
+) -> Results:
+    """`launcher(*tensors, options[, needs])`, by its plan if there is one.
+
+    Args:
+        launcher: allocates its results with :func:`torch.empty` and fills them only by
+            :class:`~fastprefix.kernels.launch.Launch`.
+        tensors: of the call, those of the options aside.
+        options: of the call.
+        needs: which gradients are needed, for a backward.
+    """
+    rest = (options, needs) if needs else (options,)
+    if INTERPRETED or launch.collecting():
+        return launcher(*tensors, *rest)
+    inside = [each for each in options if each is not None and isinstance(each, Tensor)]
+    every = (*tensors, *inside)
+    addresses = [tensor.data_ptr() for tensor in every]
+    key = key_of(launcher, every, addresses, options, needs)
+    plan = PLANS.get(key)
+    if plan is not None:
+        return plan.run(tensors[0], addresses) if plan else launcher(*tensors, *rest)
+    # One tensor may stand in two places, as key and value: here each place has its own.
+    apart = tuple([x.detach() for x in tensors])
+    with launch.recorded() as record:
+        results = launcher(*apart, *rest)
+    PLANS.keep(key, plan_of((*apart, *inside), results, record) or UNPLANNED)
+    return results
+
+
+def key_of(
+    launcher: Any,
+    tensors: tuple[Tensor, ...],
+    addresses: list[int],
+    options: Options,
+    needs: tuple[bool, ...],
+) -> Any:
+    """Everything that a plan depends on."""
+    first = tensors[0]
+    dtype = first.dtype
+    unaligned = 0
+    for address in addresses:
+        unaligned |= address
+    return (
+        launcher,
+        needs,
+        first.device,
+        *[tensor.shape for tensor in tensors],
+        *[tensor.stride() for tensor in tensors],
+        *[tensor.dtype for tensor in tensors],
+        # Triton compiles other code for addresses that are multiples of 16.
+        unaligned & 15 and tuple([address & 15 for address in addresses]),
+        dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32,
+        # A tensor is described above; here it only says that the option is used.
+        *[
+            None if each is None else Tensor if isinstance(each, Tensor) else each
+            for each in options
+        ],
+    )
+
+
+def plan_of(tensors: Sequence[Tensor], results: Results, record: launch.Record) -> Plan | None:
+    """The plan of a call that was recorded; None if it has none."""
+    made = [result for result in results if result is not None]
+    numbers = _numbers([*tensors, *made, *record.scratch])
+    if numbers is None or not record.launches:
+        return None
+    values: list[Any] = []
+    steps = []
+    written: set[int] = set()
+    first_value = len(tensors) + len(made) + len(record.scratch)
+    for launched, compiled in record.launches:
+        places = []
+        for argument in _arguments(launched):
+            number = numbers(argument) if isinstance(argument, Tensor) else None
+            if number is not None:
+                written.add(number)
+                places.append(number)
+            elif isinstance(argument, Tensor):
+                return None
+            else:
+                places.append(first_value + len(values))
+                values.append(argument)
+        if compiled is None:
+            return None
+        grid = (*launched.grid, 1, 1)[:3]
+        code = (compiled.function, compiled.packed_metadata)
+        steps.append(Step(compiled, grid, compiled.run, code, operator.itemgetter(*places)))
+    first = len(tensors)
+    if any(x.numel() and first + i not in written for i, x in enumerate(made)):
+        return None  # filled by something that was not recorded
+    offsets, size = offsets_of(record.scratch)
+    allocations = tuple(
+        None if x is None else Allocation(tuple(x.shape), x.stride(), x.dtype) for x in results
+    )
+    return Plan(allocations, size, offsets, tuple(values), tuple(steps))
+
+
+def _numbers(tensors: Sequence[Tensor]) -> Callable[[Tensor], int | None] | None:
+    """The number of a tensor among these, by identity, or of the only one at its address.
+
+    None if one tensor stands in two places: which of the two a kernel reads cannot be told.
+    """
+    by_identity = {id(tensor): number for number, tensor in enumerate(tensors)}
+    if len(by_identity) < len(tensors):
+        return None
+    at: dict[int, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        if tensor.numel():
+            at.setdefault(tensor.data_ptr(), []).append(number)
+
+    def number_of(tensor: Tensor) -> int | None:
+        found = by_identity.get(id(tensor))
+        if found is None and tensor.numel():
+            # a view of one of them, such as a mask that was expanded
+            same = at.get(tensor.data_ptr(), [])
+            found = same[0] if len(same) == 1 else None
+        return found
+
+    return number_of
+
+
+def _arguments(launched: launch.Launch) -> list[Any]:
+    """All arguments of a launch in the order of the kernel's parameters."""
+    given = {**launched.arguments, **launched.constants}
+    return [given[name] for name in launched.kernel.arg_names]
+
+
+def offsets_of(scratch: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
+    """Where each begins in one allocation, and the bytes of all of them."""
+    offsets, end = [], 0
+    for tensor in scratch:
+        offsets.append(end)
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return tuple(offsets), end
