@@ -218,11 +218,11 @@ def sequence_phase(
     store_partial(part_out, part_lse, b_out, b_lse, row, m_r, HEAD_V, BLOCK_M, BLOCK_DV)
 
 
-# Lengths grow with every token: no specialisation, hence no recompilation, for those that are
-# multiples of 16 or equal to 1.
+# Lengths grow with every token, and so does the padding mask's step from row to row (s_pb): no
+# specialisation, hence no recompilation, for those that are multiples of 16 or equal to 1.
 LENGTHS = [
     "B", "Lk", "P", "n_units", "n_splits", "split",
-    "first_key", "first_row", "n_sequence_splits", "sequence_split", "window",
+    "first_key", "first_row", "n_sequence_splits", "sequence_split", "window", "s_pb",
 ]  # fmt: skip
 
 

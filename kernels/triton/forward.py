@@ -100,7 +100,8 @@ def fwd_sweep(
     return b_acc, b_max, b_sum
 
 
-@triton.jit
+# They grow with every token of a generation: see LENGTHS of the decode kernels.
+@triton.jit(do_not_specialize=["Lk", "s_pb"])
 def prefix_attn_fwd_kernel(
     q, k, v, pk, pv, pad, mask, bias, sinks, index, starts, rank, cu, tiles, seed, out, lse,
     s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,

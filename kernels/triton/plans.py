@@ -12,6 +12,7 @@ copies an operand, runs the launchers every time; so does Triton's interpreter.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Step(NamedTuple):
     grid: tuple[int, int, int]
     run: Callable[..., None]
     code: tuple[Any, Any]
-    arguments: Callable[[list[Any]], tuple[Any, ...]]
+    arguments: Callable[[list[Any]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -182,26 +183,33 @@ def plan_of(tensors: Sequence[Tensor], results: Results, record: launch.Record) 
     if numbers is None or not record.launches:
         return None
     values: list[Any] = []
-    steps = []
     written: set[int] = set()
     first_value = len(tensors) + len(made) + len(record.scratch)
-    for launched, compiled in record.launches:
-        places = []
-        for argument in _arguments(launched):
-            number = numbers(argument) if isinstance(argument, Tensor) else None
-            if number is not None:
-                written.add(number)
-                places.append(number)
-            elif isinstance(argument, Tensor):
+
+    def place_of(argument: Any) -> Any:
+        """Where an argument stands in a plan's list; a tuple of places for a group of arguments."""
+        if isinstance(argument, tuple):
+            return tuple([place_of(each) for each in argument])
+        if isinstance(argument, Tensor):
+            number = numbers(argument)
+            if number is None:
+                raise LookupError
+            written.add(number)
+            return number
+        values.append(argument)
+        return first_value + len(values) - 1
+
+    steps = []
+    try:
+        for launched, compiled in record.launches:
+            if compiled is None:
                 return None
-            else:
-                places.append(first_value + len(values))
-                values.append(argument)
-        if compiled is None:
-            return None
-        grid = (*launched.grid, 1, 1)[:3]
-        code = (compiled.function, compiled.packed_metadata)
-        steps.append(Step(compiled, grid, compiled.run, code, operator.itemgetter(*places)))
+            arguments = picker([place_of(each) for each in _arguments(launched)])
+            grid = (*launched.grid, 1, 1)[:3]
+            code = (compiled.function, compiled.packed_metadata)
+            steps.append(Step(compiled, grid, compiled.run, code, arguments))
+    except LookupError:
+        return None
     first = len(tensors)
     if any(x.numel() and first + i not in written for i, x in enumerate(made)):
         return None  # filled by something that was not recorded
@@ -234,6 +242,36 @@ def _numbers(tensors: Sequence[Tensor]) -> Callable[[Tensor], int | None] | None
         return found
 
     return number_of
+
+
+def picker(places: list[Any]) -> Callable[[list[Any]], Sequence[Any]]:
+    """What picks arguments from a list by their places; a tuple of places makes a tuple."""
+    if not any(isinstance(place, tuple) for place in places):
+        return operator.itemgetter(*places)
+    parts = []
+    for grouped, run in itertools.groupby(places, lambda place: isinstance(place, tuple)):
+        if grouped:
+            parts += [(True, _tuple_picker(group)) for group in run]
+        else:
+            parts.append((False, _tuple_picker(tuple(run))))
+
+    def pick(pool: list[Any]) -> list[Any]:
+        picked: list[Any] = []
+        for grouped, part in parts:
+            if grouped:
+                picked.append(part(pool))
+            else:
+                picked += part(pool)
+        return picked
+
+    return pick
+
+
+def _tuple_picker(places: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    if len(places) == 1:
+        (place,) = places
+        return lambda pool: (pool[place],)
+    return operator.itemgetter(*places)
 
 
 def _arguments(launched: launch.Launch) -> list[Any]:

@@ -312,6 +312,13 @@ def test_a_plan_launches_what_the_launchers_do(driver, seed, step, monkeypatch):
     assert len(by_plan) >= 10
 
 
+def test_arguments_are_picked_alone_and_in_groups():
+    pool = list("abcdefg")
+    assert tuple(plans.picker([3, 0])(pool)) == ("d", "a")
+    picked = plans.picker([6, (1, 2), (5,), 0, 3, (4, 4)])(pool)
+    assert list(picked) == ["g", ("b", "c"), ("f",), "a", "d", ("e", "e")]
+
+
 @inside
 def test_scratch_memory_does_not_overlap(driver, monkeypatch):
     call = problem(Lq=64, Lk=64, P=128)
@@ -333,7 +340,13 @@ def test_scratch_memory_does_not_overlap(driver, monkeypatch):
 
 def kind_of(call: Call, **changed: Any) -> Any:
     """The key of a forward."""
-    return plans.key_of(forward, call.five, replace(call, **changed).options, ())
+    return key_of(forward, replace(call, **changed), ())
+
+
+def key_of(run: Any, call: Call, needs: tuple[bool, ...]) -> Any:
+    mask = call.options.key_padding_mask
+    tensors = call.five if mask is None else (*call.five, mask)
+    return plans.key_of(run, tensors, [x.data_ptr() for x in tensors], call.options, needs)
 
 
 @inside
@@ -366,8 +379,8 @@ def test_calls_of_different_kinds_share_no_plan():
         kind_of(on("cuda:0")),
         kind_of(on("cuda:1")),
         kind_of(on("cuda:1", offset=8)),
-        plans.key_of(backward, base.five, base.options, (True,) * 7),
-        plans.key_of(backward, base.five, base.options, (False,) * 7),
+        key_of(backward, base, (True,) * 7),
+        key_of(backward, base, (False,) * 7),
     ]
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = not before
