@@ -137,11 +137,12 @@ def planned(
     plan = PLANS.get(key)
     if plan is not None:
         return plan.run(tensors[0], addresses) if plan else launcher(*tensors, *rest)
-    # One tensor may stand in two places, as key and value: here each place has its own.
-    apart = tuple([x.detach() for x in tensors])
+    if len(set(map(id, tensors))) < len(tensors):
+        # One tensor stands in two places, as key and value may: here each place gets its own.
+        tensors = tuple([x.detach() for x in tensors])
     with launch.recorded() as record:
-        results = launcher(*apart, *rest)
-    PLANS.keep(key, plan_of((*apart, *inside), results, record) or UNPLANNED)
+        results = launcher(*tensors, *rest)
+    PLANS.keep(key, plan_of((*tensors, *inside), results, record) or UNPLANNED)
     return results
 
 
@@ -190,7 +191,7 @@ def plan_of(tensors: Sequence[Tensor], results: Results, record: launch.Record) 
         """Where an argument stands in a plan's list; a tuple of places for a group of arguments."""
         if isinstance(argument, tuple):
             return tuple([place_of(each) for each in argument])
-        if isinstance(argument, Tensor):
+        if type(argument) is not int and isinstance(argument, Tensor):
             number = numbers(argument)
             if number is None:
                 raise LookupError
@@ -228,17 +229,14 @@ def _numbers(tensors: Sequence[Tensor]) -> Callable[[Tensor], int | None] | None
     by_identity = {id(tensor): number for number, tensor in enumerate(tensors)}
     if len(by_identity) < len(tensors):
         return None
-    at: dict[int, list[int]] = {}
-    for number, tensor in enumerate(tensors):
-        if tensor.numel():
-            at.setdefault(tensor.data_ptr(), []).append(number)
 
     def number_of(tensor: Tensor) -> int | None:
         found = by_identity.get(id(tensor))
         if found is None and tensor.numel():
-            # a view of one of them, such as a mask that was expanded
-            same = at.get(tensor.data_ptr(), [])
-            found = same[0] if len(same) == 1 else None
+            # It may be a view of one of them, such as a mask that was expanded.
+            address = tensor.data_ptr()
+            at = [i for i, x in enumerate(tensors) if x.numel() and x.data_ptr() == address]
+            found = at[0] if len(at) == 1 else None
         return found
 
     return number_of
@@ -246,7 +244,7 @@ def _numbers(tensors: Sequence[Tensor]) -> Callable[[Tensor], int | None] | None
 
 def picker(places: list[Any]) -> Callable[[list[Any]], Sequence[Any]]:
     """What picks arguments from a list by their places; a tuple of places makes a tuple."""
-    if not any(isinstance(place, tuple) for place in places):
+    if tuple not in map(type, places):
         return operator.itemgetter(*places)
     parts = []
     for grouped, run in itertools.groupby(places, lambda place: isinstance(place, tuple)):
