@@ -1,7 +1,8 @@
 """What a call does on the host before its kernels start, on a simulated GPU.
 
 Triton's JIT needs a Python in which the interpreter is off. Where it is on, the one test that runs
-starts that Python, and the others run inside of it. No kernel is compiled there, only specialised.
+starts that Python, and the others run inside of it. Kernels are specialised there, and only one is
+compiled.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 import simulated_gpu
@@ -43,6 +45,9 @@ def test_on_a_simulated_gpu():
         timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+COMPILE = triton.compiler.compile
 
 
 @pytest.fixture(scope="module")
@@ -470,6 +475,19 @@ def test_threads_share_plans_and_mix_nothing_up(driver):
             seen.append(inputs)
     assert len(seen) == 8 * 20 * 4
     assert len(PLANS) == len(kinds)
+
+
+@inside
+def test_a_kernel_that_is_compiled_is_launched_the_same_way(driver, monkeypatch):
+    call = problem(B=1, Lq=16, Lk=16, P=0)
+    launches = [launched(driver, forward, call)[1] for _ in range(2)]
+    PLANS.clear()
+    monkeypatch.setattr(triton.compiler, "compile", COMPILE)
+    monkeypatch.setattr(driver, "device", 1)  # Triton keeps what it compiles by device
+    launches += [launched(driver, forward, call)[1] for _ in range(2)]
+    assert len(PLANS) == 1
+    for each in launches:
+        assert Match(call.addresses())(each, launches[0])
 
 
 def flat(arguments: Any) -> Iterator[Any]:
