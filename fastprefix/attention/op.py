@@ -118,7 +118,10 @@ def keep(
     output: tuple[Tensor, Tensor],
     needs: tuple[bool, ...],
 ) -> None:
-    """Saves what the backward of a call reads; `needs` is by :data:`DIFFERENTIABLE`."""
+    """Saves what the backward of a call reads.
+
+    `needs` says which of :data:`DIFFERENTIABLE` need a gradient.
+    """
     sequence = needs[0] or needs[1] or needs[2]
     prefix = needs[0] or needs[3] or needs[4] or needs[_BIAS]
     # The first layer of a frozen model needs no gradient for its keys and values. Its backward
@@ -134,8 +137,8 @@ def keep(
         ctx.save_for_backward(*output, *tensors, *saved)
     else:
         ctx.shapes = [x.shape for x in tensors]
-        kept = [x if reads else None for x, reads in zip(tensors, read, strict=True)]
-        ctx.save_for_backward(*output, *kept, *saved)
+        some = [x if reads else None for x, reads in zip(tensors, read, strict=True)]
+        ctx.save_for_backward(*output, *some, *saved)
 
 
 def kept(ctx: Any, grad_out: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Options]:

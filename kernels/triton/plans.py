@@ -163,6 +163,7 @@ def key_of(
         launcher,
         needs,
         first.device,
+        *[tensor.get_device() for tensor in tensors],
         *[tensor.shape for tensor in tensors],
         *[tensor.stride() for tensor in tensors],
         *[tensor.dtype for tensor in tensors],
@@ -265,7 +266,10 @@ def picker(places: list[Any]) -> Callable[[list[Any]], Sequence[Any]]:
     return pick
 
 
-def _tuple_picker(places: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:
+def _tuple_picker(places: tuple[Any, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    if tuple in map(type, places):
+        pick = picker(list(places))
+        return lambda pool: tuple(pick(pool))
     if len(places) == 1:
         (place,) = places
         return lambda pool: (pool[place],)

@@ -322,6 +322,7 @@ def test_arguments_are_picked_alone_and_in_groups():
     assert tuple(plans.picker([3, 0])(pool)) == ("d", "a")
     picked = plans.picker([6, (1, 2), (5,), 0, 3, (4, 4)])(pool)
     assert list(picked) == ["g", ("b", "c"), ("f",), "a", "d", ("e", "e")]
+    assert list(plans.picker([(0, (1, (2,)), 3)])(pool)) == [("a", ("b", ("c",)), "d")]
 
 
 @inside
@@ -364,7 +365,7 @@ def test_calls_of_different_kinds_share_no_plan():
         made = {
             name: SimpleNamespace(
                 shape=x.shape, stride=x.stride, dtype=x.dtype, device=torch.device(device),
-                data_ptr=lambda: 4096 + offset,
+                get_device=lambda: torch.device(device).index, data_ptr=lambda: 4096 + offset,
             )
             for name, x in base.tensors.items()
         }  # fmt: skip
