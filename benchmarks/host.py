@@ -6,10 +6,11 @@ On a GPU this time is paid once for each layer, and small steps wait for it. No 
 :mod:`simulated_gpu` for what is real and what is missing. For comparison the same run times
 ``F.scaled_dot_product_attention`` on tensors so small that little more than its dispatch is left.
 
-Figures are CPU time of the thread per call, the median over rounds and the fastest round. A round
-times every call in turn. On a busy machine the two differ much: neighbours evict Python from the
-caches, and calls that run much Python suffer more than those that run little. ``grows`` is a
-decoding step whose cache is one token longer in every call, so that no call has a plan.
+Figures are medians of the thread's CPU time. A round makes every call once, in random order, and
+times each alone: as in a model, a call comes after other work and finds little of itself in the
+processor's caches. (In a loop over one call all are faster, and SDPA, which runs little code, by
+more.) ``grows`` is a decoding step whose cache is one token longer in every call, so that no call
+has a plan.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import ctypes
 import itertools
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -111,39 +113,39 @@ def calls() -> dict[str, Row]:
     }
 
 
-def timed(row: Row, repeats: int) -> float:
-    """Microseconds of the thread's CPU time per call."""
+def timed(row: Row) -> float:
+    """Microseconds of the thread's CPU time in one call."""
     call, gradients = row
     with torch.set_grad_enabled(gradients):
         start = time.thread_time_ns()
-        for _ in range(repeats):
-            call()
-        return (time.thread_time_ns() - start) / repeats / 1e3
+        result = call()
+        end = time.thread_time_ns()
+    del result  # after the clock has stopped
+    return (end - start) / 1e3
 
 
-def measure(rounds: int, repeats: int) -> dict[str, list[float]]:
-    """Microseconds of each call in each round; rounds of all calls, forwards and backwards."""
+def measure(rounds: int) -> dict[str, list[float]]:
+    """Microseconds of each call in each round."""
     rows = calls()
-    for row in rows.values():
-        timed(row, repeats)
+    for _ in range(3):
+        for row in rows.values():
+            timed(row)
     found: dict[str, list[float]] = {name: [] for name in rows}
-    console = Console(stderr=True)
-    for i in track(range(rounds), description="rounds", console=console):
-        for name in list(rows) if i % 2 else reversed(rows):
-            found[name].append(timed(rows[name], repeats))
+    order, chosen = list(rows), random.Random(0)
+    for _ in track(range(rounds), description="rounds", console=Console(stderr=True)):
+        chosen.shuffle(order)
+        for name in order:
+            found[name].append(timed(rows[name]))
     return found
 
 
-def table_of(median: dict[str, float], fastest: dict[str, float]) -> Table:
+def table_of(median: dict[str, float]) -> Table:
     """Times, and how many times SDPA's dispatch they are."""
-    table = Table("call", "median us", "times SDPA", "fastest us", "times SDPA", box=box.MARKDOWN)
-    for name in median:
+    table = Table("call", "us", "times SDPA", box=box.MARKDOWN)
+    for name, us in median.items():
         side, work = name.split(", ")[:2]
-        row = [name]
-        for times in (median, fastest):
-            ratio = "" if side == "SDPA" else f"{times[name] / times[f'SDPA, {work}']:.1f}"
-            row += [f"{times[name]:.1f}", ratio]
-        table.add_row(*row)
+        ratio = "" if side == "SDPA" else f"{us / median[f'SDPA, {work}']:.1f}"
+        table.add_row(name, f"{us:.0f}", ratio)
     return table
 
 
@@ -158,8 +160,7 @@ def keep_freed_memory() -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=101)
-    parser.add_argument("--repeats", type=int, default=40, help="calls in each round")
+    parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--output", type=Path, help="folder for host.json")
     parser.add_argument(
         "--no-compile", action="store_true", help="quicker the first time, with the same figures"
@@ -168,15 +169,14 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     simulated_gpu.install(compiled=not given.no_compile)
-    times = measure(given.rounds, given.repeats)
+    times = measure(given.rounds)
     median = {name: statistics.median(each) for name, each in times.items()}
-    fastest = {name: min(each) for name, each in times.items()}
-    Console(width=100).print(table_of(median, fastest))
+    Console(width=100).print(table_of(median))
     if given.output is not None:
         given.output.mkdir(parents=True, exist_ok=True)
         record = {
-            "median_microseconds": {name: round(us, 2) for name, us in median.items()},
-            "fastest_microseconds": {name: round(us, 2) for name, us in fastest.items()},
+            "microseconds": {name: round(us, 1) for name, us in median.items()},
+            "rounds": given.rounds,
             "simulated": True,
             "machine": platform.processor() or platform.machine(),
             "python": platform.python_version(),
