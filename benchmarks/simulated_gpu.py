@@ -33,6 +33,7 @@ from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 
 from fastprefix.attention import run, selection
+from fastprefix.attention.backends import triton as triton_backend
 from fastprefix.kernels import launch
 from fastprefix.kernels.target import Target, family_of_capability
 
@@ -195,6 +196,7 @@ def install(*, compiled: bool = True, capability: tuple[int, int] = (9, 0)) -> D
     target = Target(family_of_capability(*capability), 132)
     launch._device_target = functools.lru_cache(lambda device: target)
     selection.interpreting = lambda: True
+    triton_backend.PLANNED_ON.add("cpu")
     return driver
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastprefix.attention import op
 from fastprefix.attention.backends import reference
+from fastprefix.attention.selection import AUTO
 from fastprefix.attention.transforms import is_differentiated
 from fastprefix.options import GRADIENTS, Options
 
@@ -45,6 +46,32 @@ def run_op(
         out, lse = _Attention.apply(*tensors, *_learnable(options), options, backend)
         return out, lse
     return op.run_forward(tensors, options, backend)
+
+
+def run_known(
+    tensors: tuple[Tensor, ...], options: Options, backend: str
+) -> tuple[Tensor, Tensor] | None:
+    """What :func:`run_op` returns, for a call without gradients that is like one that ran before.
+
+    None for others. The tensors need no checks: the kind of a call, by which it is recognised, says
+    everything that the checks look at.
+
+    Args:
+        tensors: query, key, value, prefix_key, prefix_value.
+        options: that ask for no features.
+        backend: as the user gave it.
+    """
+    query = tensors[0]
+    if (
+        torch.is_grad_enabled()
+        or is_watched(query)
+        or is_differentiated(backend)
+        or type(options.is_causal) is not bool
+        or type(options.scale) is not float
+    ):
+        return None
+    first = AUTO.get(query.device.type, ("",))[0] if backend == "auto" else backend
+    return op.known_forward(tensors, options) if first == "triton" else None
 
 
 def is_watched(tensor: Tensor) -> bool:

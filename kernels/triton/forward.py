@@ -301,6 +301,16 @@ def launch_forward(
     return plans.planned(_launch_forward, inputs, options)
 
 
+def known_forward(tensors: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Tensor] | None:
+    """What `launch_forward` returns if the call has a plan, otherwise None. Nothing is checked.
+
+    Args:
+        tensors: query, key, value, prefix_key, prefix_value.
+        options: with no tensor but perhaps a key_padding_mask.
+    """
+    return plans.known(_launch_forward, tensors, options)
+
+
 def _launch_forward(
     query: Tensor,
     key: Tensor,

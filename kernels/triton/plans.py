@@ -146,6 +146,28 @@ def planned(
     return results
 
 
+def known(
+    launcher: Callable[..., Results], tensors: tuple[Tensor, ...], options: Options
+) -> Results | None:
+    """What :func:`planned` returns if the call has a plan, otherwise None.
+
+    Args:
+        launcher: see :func:`planned`.
+        tensors: of the call; not checked.
+        options: not checked, with no tensor but perhaps a key_padding_mask.
+    """
+    if launch.collecting():
+        return None
+    mask = options.key_padding_mask
+    every = tensors if mask is None else (*tensors, mask)
+    try:
+        addresses = [tensor.data_ptr() for tensor in every]
+        plan = PLANS.get(key_of(launcher, every, addresses, options, ()))
+    except (AttributeError, TypeError):  # something is no tensor
+        return None
+    return plan.run(tensors[0], addresses) if plan else None
+
+
 def key_of(
     launcher: Any,
     tensors: tuple[Tensor, ...],

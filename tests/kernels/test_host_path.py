@@ -24,6 +24,7 @@ from torch import Tensor
 
 import simulated_gpu
 from fastprefix import prefix_attention
+from fastprefix.attention import checks
 from fastprefix.kernels import launch, launch_backward, launch_forward, plan_cache, plans
 from fastprefix.kernels.plan_cache import PLANS
 from fastprefix.options import Options
@@ -489,6 +490,44 @@ def test_a_kernel_that_is_compiled_is_launched_the_same_way(driver, monkeypatch)
     assert len(PLANS) == 1
     for each in launches:
         assert Match(call.addresses())(each, launches[0])
+
+
+@inside
+def test_a_call_like_one_that_ran_before_is_not_checked_again(driver, monkeypatch):
+    call = problem(Lq=1, Lk=256, P=4096, pad=True)
+    expected = launched(driver, attend, call)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "check_tensors", lambda *a: pytest.fail("checked"))
+        other = call.again()
+        found = launched(driver, attend, other)[1]
+    names = {**call.addresses(), **other.addresses()}
+    assert [x[0] for x in found] == [x[0] for x in expected]
+    assert {names[x] for x in flat(found[0][3]) if x in names} == {*FIVE, "key_padding_mask"}
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
+    "key": ({"key": torch.zeros(8, 2, 255, 16, dtype=torch.bfloat16)}, ValueError),
+    "value": ({"value": None}, TypeError),
+    "prefix_key": ({"prefix_key": torch.zeros(2, 4096, 16)}, TypeError),
+    "prefix_value": ({"prefix_value": [1.0]}, TypeError),
+    "key_padding_mask": ({"key_padding_mask": [True]}, TypeError),
+    "is_causal": ({"is_causal": "yes"}, TypeError),
+    "scale": ({"scale": "0.25"}, TypeError),
+}
+
+
+@inside
+@pytest.mark.parametrize(("changed", "error"), WRONG.values(), ids=WRONG)
+def test_a_wrong_call_is_refused_after_a_right_one(driver, changed, error):
+    call = problem(Lq=1, Lk=256, P=4096, pad=True)
+    given = {**call.tensors, "is_causal": True, "key_padding_mask": call.options.key_padding_mask}
+    (name,) = changed
+    with torch.no_grad():
+        prefix_attention(**given, backend="triton")
+        with pytest.raises(error, match=name):
+            prefix_attention(**{**given, **changed}, backend="triton")
+        launches = launched(driver, lambda _: prefix_attention(**given), call)[1]
+    assert launches == []  # auto is composed on the CPU, plan or not
 
 
 def flat(arguments: Any) -> Iterator[Any]:
