@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -206,42 +206,65 @@ def plan_of(tensors: Sequence[Tensor], results: Results, record: launch.Record) 
     numbers = _numbers([*tensors, *made, *record.scratch])
     if numbers is None or not record.launches:
         return None
-    values: list[Any] = []
-    written: set[int] = set()
-    first_value = len(tensors) + len(made) + len(record.scratch)
-
-    def place_of(argument: Any) -> Any:
-        """Where an argument stands in a plan's list; a tuple of places for a group of arguments."""
-        if isinstance(argument, tuple):
-            return tuple([place_of(each) for each in argument])
-        if type(argument) is not int and isinstance(argument, Tensor):
-            number = numbers(argument)
-            if number is None:
-                raise LookupError
-            written.add(number)
-            return number
-        values.append(argument)
-        return first_value + len(values) - 1
-
-    steps = []
+    pool: list[Any] = [None] * (len(tensors) + len(made) + len(record.scratch))
+    first_value = len(pool)
+    steps: list[Step] = []
+    seen: set[int] = set()
     try:
         for launched, compiled in record.launches:
             if compiled is None:
                 return None
-            arguments = picker([place_of(each) for each in _arguments(launched)])
+            places = _places(_arguments(launched), numbers, pool)
+            seen.update(_flat(places))
             grid = (*launched.grid, 1, 1)[:3]
             code = (compiled.function, compiled.packed_metadata)
-            steps.append(Step(compiled, grid, compiled.run, code, arguments))
+            steps.append(Step(compiled, grid, compiled.run, code, picker(places)))
     except LookupError:
         return None
     first = len(tensors)
-    if any(x.numel() and first + i not in written for i, x in enumerate(made)):
+    if any(x.numel() and first + i not in seen for i, x in enumerate(made)):
         return None  # filled by something that was not recorded
     offsets, size = offsets_of(record.scratch)
     allocations = tuple(
         None if x is None else Allocation(tuple(x.shape), x.stride(), x.dtype) for x in results
     )
-    return Plan(allocations, size, offsets, tuple(values), tuple(steps))
+    return Plan(allocations, size, offsets, tuple(pool[first_value:]), tuple(steps))
+
+
+def _places(
+    arguments: Sequence[Any], number_of: Callable[[Tensor], int | None], pool: list[Any]
+) -> list[Any]:
+    """Where arguments stand in the list that a plan picks them from; a tuple for a group of them.
+
+    Tensors have their number, and what is no tensor is added to the end of the list.
+
+    Raises:
+        LookupError: a tensor has no number.
+    """
+    places: list[Any] = []
+    for argument in arguments:
+        if argument is None or type(argument) is int:  # most of them
+            places.append(len(pool))
+            pool.append(argument)
+        elif isinstance(argument, Tensor):
+            number = number_of(argument)
+            if number is None:
+                raise LookupError
+            places.append(number)
+        elif isinstance(argument, tuple):
+            places.append(tuple(_places(argument, number_of, pool)))
+        else:
+            places.append(len(pool))
+            pool.append(argument)
+    return places
+
+
+def _flat(places: Sequence[Any]) -> Iterator[int]:
+    for place in places:
+        if isinstance(place, tuple):
+            yield from _flat(place)
+        else:
+            yield place
 
 
 def _numbers(tensors: Sequence[Tensor]) -> Callable[[Tensor], int | None] | None:
