@@ -62,16 +62,18 @@ def run_known(
         backend: as the user gave it.
     """
     query = tensors[0]
+    if torch.is_grad_enabled() or type(query) is not Tensor:
+        return None
+    first = AUTO.get(query.device.type, ("",))[0] if backend == "auto" else backend
     if (
-        torch.is_grad_enabled()
+        first != "triton"
         or is_watched(query)
         or is_differentiated(backend)
         or type(options.is_causal) is not bool
         or type(options.scale) is not float
     ):
         return None
-    first = AUTO.get(query.device.type, ("",))[0] if backend == "auto" else backend
-    return op.known_forward(tensors, options) if first == "triton" else None
+    return op.known_forward(tensors, options)
 
 
 def is_watched(tensor: Tensor) -> bool:
