@@ -100,8 +100,8 @@ def fwd_sweep(
     return b_acc, b_max, b_sum
 
 
-# What grows with every token of a text is not specialised (see LENGTHS of the decode kernels), so it
-# is in no group: the fields of groups always are.
+# What grows with every token of a text is not specialised, see LENGTHS in decode_kernels. It is in
+# no group, because the fields of groups always are.
 @triton.jit(do_not_specialize=["Lk", "s_pb"])
 def prefix_attn_fwd_kernel(
     q, keys, masks, sinks, tables, seed, out, lse, s, s_pb,
