@@ -10,7 +10,7 @@ from torch import Tensor
 from fastprefix.options import Options
 
 from . import decode, decode_grid, launch, plans, tilings
-from .arguments import Dropout, Scores, Sizes, Source, TileShape
+from .arguments import Dropout, OnePassSizes, Scores, Sizes, Source, TileShape
 from .blocks import (
     LN2,
     LOG2E,
@@ -249,7 +249,7 @@ def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
     own = {
         "out": out, "lse": lse, "tables": problem.tables(table),
         # what grows with a text stands outside of the groups
-        "s": s._replace(pb=None), "s_pb": s.pb, "sizes": Sizes(Hkv, Lq, None, P), "Lk": Lk,
+        "s": s._replace(pb=None), "s_pb": s.pb, "sizes": OnePassSizes(Hkv, Lq, P), "Lk": Lk,
     }  # fmt: skip
     constants = {"UNMASKED_LOOP": tilings.unmasked_loop("forward", problem.work)}
     return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own, constants)
