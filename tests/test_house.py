@@ -67,12 +67,7 @@ WIDE = {
     "inspect": "one parameter for each option of the command",
 }
 
-NOT_YET: dict[str, set[str]] = {
-    "circles": {
-        "fastprefix/attention/differentiated.py",
-        "fastprefix/attention/op.py",
-    },
-}
+NOT_YET: dict[str, set[str]] = {}
 
 
 @dataclass(frozen=True)

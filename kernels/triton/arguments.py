@@ -168,6 +168,14 @@ class Sizes(NamedTuple):
     P: Any
 
 
+class OnePassSizes(NamedTuple):
+    """The sizes of one pass over a text that do not grow with every token."""
+
+    Hkv: Any
+    Lq: Any
+    P: Any
+
+
 class FixedSizes(NamedTuple):
     """The sizes of a decode step that do not grow with every token."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import launch, tilings
+from . import launch, plans, tilings
 from .backward_dkv import dkv_launch
 from .backward_dprefix import dprefix_launches
 from .backward_dq import dq_launch
@@ -109,6 +109,25 @@ def launch_backward(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
+    inputs = (grad_out, query, key, value, prefix_key, prefix_value, out, lse)
+    if needs[5] or needs[6]:  # PyTorch computes part of these gradients
+        return _launch_backward(*inputs, options, needs)
+    return plans.planned(_launch_backward, inputs, options, needs)
+
+
+def _launch_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """`launch_backward` without a plan."""
     problem = make_problem(query, key, value, prefix_key, prefix_value, options)
     check_forward_results(problem, grad_out, out, lse)
     grad_out, out = launch.rows_contiguous(grad_out, out)
@@ -131,13 +150,13 @@ def launch_backward(
 
     if not any((*needs[:5], need_sinks, need_bias)):
         return dq, dk, dv, dpk, dpv, dsinks, dbias
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
-    lse2 = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+    delta = launch.scratch(lse.shape, lse.device)
+    lse2 = launch.scratch(lse.shape, lse.device)
     delta_launch(out, grad_out, lse, delta, lse2).run()
     if dq is not None or dbias is not None:
         rows = None
         if dbias is not None:
-            rows = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+            rows = launch.scratch(lse.shape, lse.device)
         dq_launch(problem, grad_out, lse2, delta, dq, rows).run()
         if rows is not None and dbias is not None:
             dbias.copy_(rows.sum((0, 2)))

@@ -235,7 +235,7 @@ def dprefix_launches(
     if splits > 1:
         sums = [
             None if grad is None
-            else torch.empty((splits, *grad.shape), dtype=torch.float32, device=grad.device)
+            else launch.scratch((splits, *grad.shape), grad.device)
             for grad in results
         ]  # fmt: skip
     own = {

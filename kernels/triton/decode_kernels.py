@@ -161,8 +161,8 @@ def prefix_phase(
 
 @triton.jit
 def sequence_phase(
-    i_program, q, keys, masks, partials, s, Hkv, Lq, Lk, first_key, n_splits, split, first_row,
-    scores, window,
+    i_program, q, keys, masks, partials, s, s_pb, Hkv, Lq, Lk, first_key, n_splits, split,
+    first_row, scores, window,
     shape: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one KV head of one sequence, one split of the sequence."""
@@ -180,7 +180,7 @@ def sequence_phase(
     # batch's padding has put it, and those below every window are left out whole.
     p_pad = None
     if masks.pad is not None:
-        p_pad = masks.pad + i_b * s.pb
+        p_pad = masks.pad + i_b * s_pb
     if FIXED:
         lo = 0
         if p_pad is not None:
@@ -224,17 +224,17 @@ def sequence_phase(
     store_partial(partials, b_out, b_lse, row, m_r, shape)
 
 
-# Lengths grow with every token: no specialisation, hence no recompilation, for those that are
-# multiples of 16 or equal to 1.
+# Lengths grow with every token, and so does the padding mask's step from row to row (s_pb): no
+# specialisation, hence no recompilation, for those that are multiples of 16 or equal to 1.
 LENGTHS = [
     "B", "Lk", "P", "n_units", "n_splits", "split",
-    "first_key", "first_row", "n_sequence_splits", "sequence_split", "window",
+    "first_key", "first_row", "n_sequence_splits", "sequence_split", "window", "s_pb",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def prefix_attn_decode_kernel(
-    q, keys, masks, tables, partials, s, B, sizes, Lk, P, n_units, n_splits, split,
+    q, keys, masks, tables, partials, s, s_pb, B, sizes, Lk, P, n_units, n_splits, split,
     first_key, first_row, n_sequence_splits, sequence_split, scores, window,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
     CAUSAL: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
@@ -259,8 +259,8 @@ def prefix_attn_decode_kernel(
         )  # fmt: skip
     else:
         sequence_phase(
-            i_program - n_prefix, q, keys, masks, partials, s, sizes.Hkv, sizes.Lq, Lk, first_key,
-            n_sequence_splits, sequence_split, first_row, scores, window,
+            i_program - n_prefix, q, keys, masks, partials, s, s_pb, sizes.Hkv, sizes.Lq, Lk,
+            first_key, n_sequence_splits, sequence_split, first_row, scores, window,
             sequence_tile, GROUP, CAUSAL, FIXED,
         )  # fmt: skip
 

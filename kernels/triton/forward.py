@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import decode, decode_grid, launch, tilings
-from .arguments import Dropout, Scores, Source, TileShape
+from . import decode, decode_grid, launch, plans, tilings
+from .arguments import Dropout, OnePassSizes, Scores, Sizes, Source, TileShape
 from .blocks import (
     LN2,
     LOG2E,
@@ -100,10 +100,12 @@ def fwd_sweep(
     return b_acc, b_max, b_sum
 
 
-@triton.jit
+# What grows with every token of a text is not specialised, see LENGTHS in decode_kernels. It is in
+# no group, because the fields of groups always are.
+@triton.jit(do_not_specialize=["Lk", "s_pb"])
 def prefix_attn_fwd_kernel(
-    q, keys, masks, sinks, tables, seed, out, lse, s,
-    sizes, scale, window, softcap, dropped, keep,
+    q, keys, masks, sinks, tables, seed, out, lse, s, s_pb,
+    sizes, Lk, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
     PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
     UNMASKED_LOOP: tl.constexpr, PRECISION: tl.constexpr,
@@ -115,6 +117,7 @@ def prefix_attn_fwd_kernel(
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
     scores = Scores(scale=scale, softcap=softcap)
+    sizes = Sizes(Hkv=sizes.Hkv, Lq=sizes.Lq, Lk=Lk, P=sizes.P)
     # With a causal mask the last rows see the most keys: start them first.
     i_b, i_seq, i_h, i_tile, i_start, Lq, Lk = locate(tables, sizes, GROUP, BLOCK_M, CAUSAL)
     if tables.cu is not None:  # noqa: SIM102 (the inner test is no constant)
@@ -176,7 +179,7 @@ def prefix_attn_fwd_kernel(
     # Sequence: the window's edge, tiles that all rows see whole, the diagonal and the tail.
     p_pad = None
     if masks.pad is not None:
-        p_pad = masks.pad + i_b * s.pb
+        p_pad = masks.pad + i_b * s_pb
     p_mask = None
     if masks.mask is not None:
         p_mask = masks.mask + (i_b * s.mb + o_head * s.mh + o_token * s.mm)[:, None]
@@ -239,10 +242,15 @@ def prefix_attn_fwd_kernel(
 
 def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
     """The launch that fills the contiguous `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
-    _, _, Hkv, Lq, _, _ = problem.sizes
+    _, _, Hkv, Lq, Lk, P = problem.sizes
     tile = tilings.choose_tile("forward", problem.work, problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
-    own = {"out": out, "lse": lse, "tables": problem.tables(table), "s": problem.strides()}
+    s = problem.strides()
+    own = {
+        "out": out, "lse": lse, "tables": problem.tables(table),
+        # what grows with a text stands outside of the groups
+        "s": s._replace(pb=None), "s_pb": s.pb, "sizes": OnePassSizes(Hkv, Lq, P), "Lk": Lk,
+    }  # fmt: skip
     constants = {"UNMASKED_LOOP": tilings.unmasked_loop("forward", problem.work)}
     return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own, constants)
 
@@ -294,6 +302,29 @@ def launch_forward(
         ValueError: shapes, dtypes or devices that do not fit together, or batch_invariant for a
             call with padding and a :func:`~fastprefix.kernels.decode.obstacle`.
     """
+    inputs = (query, key, value, prefix_key, prefix_value)
+    return plans.planned(_launch_forward, inputs, options)
+
+
+def known_forward(tensors: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Tensor] | None:
+    """What `launch_forward` returns if the call has a plan, otherwise None. Nothing is checked.
+
+    Args:
+        tensors: query, key, value, prefix_key, prefix_value.
+        options: with no tensor but perhaps a key_padding_mask.
+    """
+    return plans.known(_launch_forward, tensors, options)
+
+
+def _launch_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """`launch_forward` without a plan."""
     problem = make_problem(query, key, value, prefix_key, prefix_value, options)
     if decode_in_two_phases(problem):
         return decode.decode(problem)

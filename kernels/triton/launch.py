@@ -7,11 +7,12 @@ import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .plan_cache import PLANS
 from .target import Target, Tile, family_of_amd, family_of_capability
 from .tuning.store import load
 
@@ -46,6 +47,7 @@ def device_name(device: torch.device) -> str:
 def forget_devices() -> None:
     """Makes the next launch look at the device, and for tiles tuned on it, again."""
     _device_target.cache_clear()
+    PLANS.clear()
 
 
 def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -88,16 +90,60 @@ class Launch:
         if collecting is not None:
             collecting[1].append(self)
             return
-        self.kernel[self.grid](
+        compiled = self.kernel[self.grid](
             **self.arguments,
             **self.constants,
             num_warps=self.tile.warps,
             num_stages=self.tile.stages,
         )
+        record = _RECORD.get()
+        if record is not None:
+            record.launches.append((self, compiled))
+
+
+class Record(NamedTuple):
+    """What happened inside :func:`recorded`.
+
+    Attributes:
+        launches: each with the compiled kernel, None in the interpreter.
+        scratch: what :func:`scratch` handed out.
+    """
+
+    launches: list[tuple[Launch, Any]]
+    scratch: list[Tensor]
+
+
+# Of the thread or task that is inside of `recorded`.
+_RECORD: ContextVar[Record | None] = ContextVar("record", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Record]:
+    """Lists what is launched inside, and the scratch memory it gets."""
+    record = Record([], [])
+    token = _RECORD.set(record)
+    try:
+        yield record
+    finally:
+        _RECORD.reset(token)
+
+
+def scratch(shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
+    """Memory in float32 that no value outlives the call in."""
+    memory = torch.empty(shape, dtype=torch.float32, device=device)
+    record = _RECORD.get()
+    if record is not None:
+        record.scratch.append(memory)
+    return memory
 
 
 # The target and the list of `collected`, in the thread or task that is inside.
 _COLLECTING: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("collecting", default=None)
+
+
+def collecting() -> bool:
+    """Whether launches are listed instead of enqueued."""
+    return _COLLECTING.get() is not None
 
 
 @contextlib.contextmanager

@@ -28,12 +28,21 @@ def test_groups_hold_tensors_or_numbers_under_names_of_their_own(case):
         assert len(step.values) == fields, step.kernel.__name__
 
 
-def test_lengths_that_grow_are_not_in_a_group_of_the_decode_kernel():
-    steps = launches(Case("cuda:90", features=DECODE_MEETINGS[1], **DECODE))
-    attend = next(s for s in steps if s.kernel.__name__ == "prefix_attn_decode_kernel")
-    grouped = [v._asdict() for v in attend.arguments.values() if isinstance(v, tuple)]
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [
+        ("prefix_attn_decode_kernel", Case("cuda:90", features=DECODE_MEETINGS[1], **DECODE)),
+        ("prefix_attn_fwd_kernel", Case("cuda:90", features=("padding",), length=64)),
+    ],
+)
+def test_what_grows_with_a_text_is_in_no_group(kernel, case):
+    step = next(s for s in launches(case) if s.kernel.__name__ == kernel)
+    grouped = [v._asdict() for v in step.arguments.values() if isinstance(v, tuple)]
     told = {name for group in grouped for name, value in group.items() if value is not None}
-    assert not told & {"Lk", "P", "B", "n_units", "n_splits", "split", "first_key", "first_row"}
+    growing = {"Lk", "pb"}
+    if kernel == "prefix_attn_decode_kernel":
+        growing |= {"P", "B", "n_units", "n_splits", "split", "first_key", "first_row"}
+    assert not told & growing
 
 
 def test_strides_have_the_names_of_tensors_and_dimensions():
