@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastprefix import prefix_attention
 from fastprefix.attention.selection import BACKENDS
@@ -234,7 +235,7 @@ def test_opcheck(lengths):
 def test_a_growing_length_compiles_once():
     """The shapes stay, and the lengths are on the device."""
     inputs = tensors(Lq=1)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def run(*inputs, key_lengths):
         return prefix_attention(*inputs, is_causal=True, key_lengths=key_lengths)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, LlamaConfig
 from transformers.masking_utils import (
     causal_mask_function,
@@ -84,7 +85,7 @@ def test_compiled_once_as_generate_does(tiny, name):
     expected = tiny.generate(bare, *tiny.concatenate(front, ids, mask))
     patch_model(model)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compile_config = CompileConfig(fullgraph=True, backend=counter, mode=None)
     compile_config._compile_all_devices = True
     options = {"cache_implementation": "static", "compile_config": compile_config}
@@ -102,7 +103,7 @@ def test_compiled_with_its_masks_inside(tiny):
     text = tiny.prompt(12)
     kv = PrefixKV.prefill(model, tiny.prompt())
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     cache = StaticCache(config=model.config, max_cache_len=32)
     with use_prefix(model, kv), torch.no_grad():

@@ -204,13 +204,18 @@ def _window(mask_function: Callable) -> int | None:
     """The window of a mask function of transformers that is causal and has one; None for others."""
     if torch.compiler.is_compiling():  # which cannot trace the question
         return None
-    if getattr(mask_function, "__code__", None) is not _SLIDING.__code__:
+    if not _same_code(mask_function, _SLIDING):
         return None
     parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
-    if len(parts) != 2 or parts[0].__code__ is not _OVERLAY.__code__:
+    if len(parts) != 2 or not _same_code(parts[0], _OVERLAY):
         return None
     window = inspect.getclosurevars(parts[0]).nonlocals.get("sliding_window")
     return window if parts[1] is causal_mask_function else None
+
+
+def _same_code(function: Callable, other: Callable) -> bool:
+    """Whether two functions were made by the same lines, apart from what they close over."""
+    return getattr(function, "__code__", None) is getattr(other, "__code__", function)
 
 
 def _packed(request: dict[str, Any]) -> Tensor:

@@ -1,8 +1,9 @@
 """Layers with sliding windows: prompts slide out of them as the text grows, learned prefixes stay.
 
-The operator does both if a row's keys end at its newest token. This module finds out whether they
-do, and which keys are real. If neither the operator nor the mask can tell where a prompt stands, it
-copies the end of the prompt in front of the keys.
+The operator does both if it knows where a row's newest token stands: behind the last key, or where
+key_lengths says. This module finds out which of the two holds, and which keys are real. If neither
+holds, but the mask tells where a prompt stands, it copies the end of the prompt in front of the
+keys.
 """
 
 from __future__ import annotations
