@@ -226,11 +226,11 @@ def _packed(request: dict[str, Any]) -> Tensor:
     windowed = request["mask_function"] is not causal_mask_function
     padding: Tensor | None = request["attention_mask"]
     ends_known = isinstance(in_use, int) and in_use == Lk
+    if padding is not None and _all_real_so_far(padding, start, in_use):
+        padding = None
+    padding = prepare_padding_mask(padding, Lk, start)
     if padding is not None:
-        if not _all_real_so_far(padding, start, in_use):
-            padding = prepare_padding_mask(padding, Lk, start)[:, start : start + Lk].bool()
-        else:
-            padding = None
+        padding = padding[:, start : start + Lk].bool()
     if padding is None and ends_known:
         # the columns show a layer that its keys are those of the mask
         padding = torch.ones(B, Lk, dtype=torch.bool, device=device)
