@@ -305,6 +305,8 @@ def _check_options(problem: Problem) -> None:
             raise ValueError(f"cu_seqlens needs B = 1 and Lq = Lk, got {B}, {Lq} and {Lk}")
         if options.key_padding_mask is not None or options.attn_mask is not None:
             raise ValueError("cu_seqlens does not go with key_padding_mask or attn_mask")
+    if options.key_lengths is not None:
+        raise ValueError("key_lengths: the kernels cannot do it")
     if options.prefix_in_window and options.sliding_window is None:
         raise ValueError("prefix_in_window needs a sliding_window")
     window, softcap = options.sliding_window, options.softcap

@@ -10,6 +10,7 @@ Runs on the CPU, whose flash kernel returns the log-sum-exp and takes a broadcas
 
 - flash: PyTorch's two kernels, and the layout that they take
 - sequence: how the sequence part is laid out for them
+- lengths: the keys in use of a longer buffer
 - plain: calls with one prefix, one sequence a row, and masks
 - parts, features: what only some calls use (several prefixes, packed sequences, windows, sinks, a
   bias), out of the same two kernels
@@ -20,6 +21,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastprefix.attention.backends.composed import features, plain
+from fastprefix.attention.backends.composed.lengths import with_unused, without_unused
 from fastprefix.options import Options
 
 
@@ -32,6 +34,7 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
+    key, value, options = without_unused(query, key, value, options)
     inputs = (query, key, value, prefix_key, prefix_value)
     chosen = plain if plain.is_plain(options) else features
     return chosen.forward(*inputs, options)
@@ -66,7 +69,12 @@ def backward(
     Returns:
         The gradients, None where not needed; that of prefix_bias only where it is [Hq].
     """
+    buffers = key, value
+    key, value, options = without_unused(query, key, value, options)
     inputs = (grad_out, query, key, value, prefix_key, prefix_value)
     if plain.is_plain(options):
-        return (*plain.backward(*inputs, out, lse, options, needs[:5]), None, None)
-    return features.backward(*inputs, out, lse, options, needs)
+        found = (*plain.backward(*inputs, out, lse, options, needs[:5]), None, None)
+    else:
+        found = features.backward(*inputs, out, lse, options, needs)
+    dk, dv = map(with_unused, found[1:3], buffers)
+    return (found[0], dk, dv, *found[3:])

@@ -39,7 +39,7 @@ class SequencePart:
             added = additive(attn_mask, query.dtype)
             bias = added if bias is None else torch.clamp(bias + added, min=FLOOR)
         # the kernel knows no window, and aligns its own causal mask to the start
-        if sliding_window is not None or (is_causal and self.Lk > self.Lq):
+        if sliding_window is not None or (is_causal and self.Lk != self.Lq):
             offset, reach = (
                 self.Lk - self.Lq,
                 self.Lk if sliding_window is None else sliding_window - 1,
