@@ -1,12 +1,10 @@
 """Settings that every test needs before torch or Triton do any work."""
 
-import importlib.util
 import os
 import pickle
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 # Triton reads this when a kernel is defined, so it must be set before anything imports Triton.
@@ -17,6 +15,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 from hypothesis import Phase, settings
+
+# Its asserts explain themselves, as those of tests do. It imports transformers, and perhaps Triton,
+# so only the fixtures below import it: `pytest_configure` must run first.
+pytest.register_assert_rewrite("fastprefix_testing")
 
 # The order of a parallel sum must not depend on the machine; and the shapes here are so small that
 # a second thread costs more than it brings.
@@ -58,32 +60,11 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def _beside(file: str) -> ModuleType:
-    """A file beside this one: test files cannot import each other in importlib mode."""
-    path = Path(__file__).with_name(file)
-    spec = importlib.util.spec_from_file_location(f"tiny_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """``models.py`` beside this file: tiny models, padded batches, oracles."""
-    return _beside("models.py")
-
-
-@pytest.fixture(scope="session")
-def interruptions() -> ModuleType:
-    """``interruptions.py`` beside this file: children that are killed, or have no room."""
-    return _beside("interruptions.py")
-
-
-@pytest.fixture(scope="session")
-def picklable(tiny: ModuleType) -> None:
+def picklable() -> None:
     """Skips where a model that nobody patched cannot be pickled (transformers 5.20)."""
+    import fastprefix_testing.models as tiny
+
     try:
         pickle.dumps(tiny.build("llama"))
     except AttributeError as error:
@@ -92,7 +73,7 @@ def picklable(tiny: ModuleType) -> None:
 
 @pytest.fixture
 def ram_path(tmp_path: Path) -> Iterator[Path]:
-    """As tmp_path, in memory where that can be: for thousands of files, each waited for."""
+    """As tmp_path, but in memory where that is possible: some tests sync thousands of files."""
     if not Path("/dev/shm").is_dir():
         yield tmp_path
         return
@@ -107,12 +88,16 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def model(tiny: ModuleType, architecture: str) -> Any:
+def model(architecture: str) -> Any:
     """A model that the test may patch."""
+    import fastprefix_testing.models as tiny
+
     return tiny.build(architecture)
 
 
 @pytest.fixture
-def bare(tiny: ModuleType, architecture: str) -> Any:
+def bare(architecture: str) -> Any:
     """The same weights, which nothing of fastprefix ever touches."""
+    import fastprefix_testing.models as tiny
+
     return tiny.build(architecture)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+import fastprefix_testing.models as tiny
 from fastprefix import (
     PrefixConfig,
     PrefixKV,
@@ -129,7 +130,7 @@ def test_everything_public_tells_the_nearest_name(name):
 
 
 @pytest.fixture(scope="module", params=["prefix", "prompt"])
-def tuned(request, tiny):
+def tuned(request):
     if request.param == "prefix":
         return PrefixTuningModel(tiny.build("llama"), PrefixConfig(num_virtual_tokens=2)).eval()
     return PromptTuningModel(tiny.build("llama"), PromptConfig(num_virtual_tokens=2)).eval()
@@ -198,7 +199,7 @@ def test_what_flows_through_forwards_is_let_through(tuned):
     assert (allowed[:, -2:] == 5).all()
 
 
-def test_prefill_tells_the_nearest_input_of_the_model(tiny):
+def test_prefill_tells_the_nearest_input_of_the_model():
     ids = torch.ones(1, 3, dtype=torch.long)
     wrong = r"^prefill of a LlamaForCausalLM: got atention_mask, did you mean attention_mask\?$"
     with pytest.raises(TypeError, match=wrong):
@@ -208,7 +209,7 @@ def test_prefill_tells_the_nearest_input_of_the_model(tiny):
 
 
 @pytest.mark.parametrize("kind", [PrefixTrainer, PrefixSeq2SeqTrainer])
-def test_trainers_tell_the_nearest_option(tiny, tmp_path, kind):
+def test_trainers_tell_the_nearest_option(tmp_path, kind):
     tuned = PrefixTuningModel(tiny.build("llama"), PrefixConfig(num_virtual_tokens=2))
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     with pytest.raises(TypeError, match=r"got train_data_set, did you mean train_dataset\?$"):

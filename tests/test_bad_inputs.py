@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastprefix_testing.models as tiny
 from fastprefix import (
     KVBudget,
     PrefixBank,
@@ -232,7 +233,7 @@ CONFIGS = [
 
 
 @pytest.fixture(scope="module")
-def world(tiny):
+def world():
     """Models, and prefixes that fit them or do not."""
     model = tiny.build("llama")
     tuned = PrefixTuningModel(tiny.build("llama"), PrefixConfig(num_virtual_tokens=2)).eval()

@@ -70,7 +70,7 @@ def test_the_oracle_slides_a_prefix_out_of_a_window_as_a_cache_does(compat):
     model = architecture.build()
     oracle = compat.oracle.Oracle(architecture, model)
     (row,), prefix = architecture.rows((9,)), oracle.prefix(5)
-    cache = DynamicCache()  # full, so that the mask alone decides
+    cache = DynamicCache()  # full, so that only the mask decides
     for layer, (key, value) in enumerate(prefix):
         cache.update(key[None], value[None], layer)
     with torch.no_grad():

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from fastprefix import files
+from fastprefix.files import partial_folders
+from fastprefix_testing import interruptions
 
 NAMES = ("a.txt", "b.txt", "inside/c.txt", "inside/d.txt")
 
@@ -45,7 +47,7 @@ def state(folder: Path) -> str:
     return " and ".join(sorted({found[name] for name in NAMES}))
 
 
-def test_whenever_it_is_killed(folder, interruptions):
+def test_whenever_it_is_killed(folder):
     steps = interruptions.steps_of(lambda: write(folder, "old"))
     assert steps > 20
     seen = set()
@@ -90,10 +92,10 @@ def test_a_file_where_a_folder_belongs(folder):
 
 
 def test_what_a_living_process_writes_is_left_alone(folder):
-    """And what a dead one of the same number, or of an older version, began is not."""
+    """What a dead process with the same number, or an older version, began is removed."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     living, dead, mine = (
-        folder / f".fastprefix-{files._HOST}-{number}-{'0' * 32}.partial"
+        folder / f".fastprefix-{partial_folders._HOST}-{number}-{'0' * 32}.partial"
         for number in (child.pid, 2**22 + 1, os.getpid())
     )
     elsewhere = folder / f".fastprefix-00000000-1-{'0' * 32}.partial"

@@ -71,19 +71,11 @@ NOT_YET: dict[str, set[str]] = {
     "circles": {
         "fastprefix/attention/differentiated.py",
         "fastprefix/attention/op.py",
-        "fastprefix/tuning/tuned_model.py",
-        "fastprefix/tuning/hub.py",
-        "kernels/triton/launch.py",
-        "kernels/triton/problem.py",
-        "kernels/triton/tilings.py",
-        "kernels/triton/tuning/store.py",
     },
     "long_functions": {
         "kernels/triton/backward_dprefix.py dprefix_launches",
-        "kernels/triton/offline/__main__.py main",
     },
     "wide_functions": {
-        "fastprefix/encoders/build.py build_encoder",
         "kernels/triton/backward_dkv.py dkv_sweep",
         "kernels/triton/backward_dkv.py key_gradients",
         "kernels/triton/backward_dkv.py prefix_attn_bwd_dkv_kernel",
@@ -95,9 +87,6 @@ NOT_YET: dict[str, set[str]] = {
         "kernels/triton/decode_kernels.py sequence_phase",
         "kernels/triton/forward.py fwd_sweep",
         "kernels/triton/forward.py prefix_attn_fwd_kernel",
-    },
-    "long_files": {
-        "fastprefix/kv/budget.py",
     },
 }
 
@@ -362,3 +351,27 @@ def test_the_tables_name_what_there_is(files: list[File]) -> None:
     modules = {file.module for file in files}
     assert set(WIDE) <= every
     assert LAZY_FILES | set(UPWARD) <= modules
+
+
+def files_below_tests() -> Iterator[tuple[str, str]]:
+    """Every file below tests/, with its text."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+
+
+def test_files_of_tests_hold_one_idea() -> None:
+    long = {path: text.count("\n") for path, text in files_below_tests()}
+    assert {path: lines for path, lines in long.items() if lines > MAX_LINES} == {}
+
+
+def test_no_test_loads_a_file_by_its_path() -> None:
+    """What tests share is imported from tests/support."""
+    loaders = {"spec_from_file_location", "SourceFileLoader", "run_path"}
+    found = [
+        f"{path}:{node.lineno}"
+        for path, text in files_below_tests()
+        for node in ast.walk(ast.parse(text))
+        if (isinstance(node, ast.Attribute) and node.attr in loaders)
+        or (isinstance(node, ast.Name) and node.id in loaders)
+    ]
+    assert not found

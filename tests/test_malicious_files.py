@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import KVBudget, PrefixBank, PrefixConfig, PrefixKV, PrefixTuningModel
 from fastprefix.cli.convert import run_conversion
 from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
@@ -117,7 +118,7 @@ def test_pickles_in_place_of_an_adapters_files(tmp_path, kind, safe):
 
 
 def test_pickles_in_place_of_other_files(tmp_path, monkeypatch):
-    """Of a prefix, a budget, a folder to convert, records, results, tuned tiles."""
+    """In place of a prefix, a budget, a folder to convert, records, results and tuned tiles."""
     from fastprefix.kernels import tilings
     from fastprefix.kernels.tuning import store
 
@@ -153,7 +154,7 @@ def test_pickles_in_place_of_other_files(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_pickles_in_an_adapter_inside_the_base(tiny, tmp_path):
+def test_pickles_in_an_adapter_inside_the_base(tmp_path):
     canary = tmp_path / "canary"
     model = tiny.build()
     lora = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
@@ -178,7 +179,7 @@ def test_pickles_in_an_adapter_inside_the_base(tiny, tmp_path):
     ],
     ids=["a module to import", "other folders"],
 )
-def test_a_configuration_inside_the_base_that_names_others(tiny, tmp_path, monkeypatch, fields):
+def test_a_configuration_inside_the_base_that_names_others(tmp_path, monkeypatch, fields):
     (tmp_path / "planted.py").write_text("import os; os.mkdir('canary')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -229,7 +230,7 @@ NAMES = [
 ]
 
 
-def test_names_of_adapters(tiny, tmp_path):
+def test_names_of_adapters(tmp_path):
     """None leads out of the folder; the same word in two Unicode forms is two names."""
     tuned = PrefixTuningModel(tiny.build(), PrefixConfig(2))
     adapter(tmp_path / "theirs", "PREFIX_TUNING")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
 
 import fastprefix
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 
 ROOT = Path(__file__).parents[1]
@@ -33,14 +34,14 @@ CLASSES = 3
 
 
 def number(formula, **names):
-    """The value of a row's formula, which has sums and products alone."""
+    """The value of a row's formula, which has only sums and products."""
     text = formula.replace("·", "*")
     assert re.fullmatch(r"[\w\s*+()-]+", text), formula
     tree = ast.parse(text, mode="eval")
     return eval(compile(tree, "README.md", "eval"), {"__builtins__": {}}, names)
 
 
-def base(tiny, config):
+def base(config):
     if config.task_type != "SEQ_CLS":
         return tiny.build("llama")
     model = tiny.build("llama")
@@ -50,12 +51,12 @@ def base(tiny, config):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
-def test_the_five_lines(tiny, row, tmp_path):
+def test_the_five_lines(row, tmp_path):
     _, configuration, trained, stored, source = row
     config = eval(configuration.strip("`"), {c.__name__: c for c in (PrefixConfig, PromptConfig)})
     classify = config.task_type == "SEQ_CLS"
     kind = PromptTuningModel if isinstance(config, PromptConfig) else PrefixTuningModel
-    model = base(tiny, config)
+    model = base(config)
     shape = model.config
     names = {
         "P": config.num_virtual_tokens,
@@ -90,7 +91,7 @@ def test_the_five_lines(tiny, row, tmp_path):
     assert found == number(stored, **names)
     assert source
 
-    again = kind.from_pretrained(base(tiny, config), tmp_path / "adapter")
+    again = kind.from_pretrained(base(config), tmp_path / "adapter")
     tuned.eval()
     batch = {"input_ids": ids, "attention_mask": mask}
     if classify:
@@ -209,7 +210,7 @@ def fresh(tmp_path_factory):
     stamp = folder / "made-from.txt"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "-q", "install"]
     if stamp.exists() and stamp.read_text(encoding="utf-8") == made_from:
-        # the same dependencies: fastprefix alone anew, by the setuptools that torch brought
+        # the same dependencies; only fastprefix is new, built by the setuptools that torch brought
         run([*pip, "--no-deps", "--no-build-isolation", "--force-reinstall", "."], source)
     else:
         shutil.rmtree(folder, ignore_errors=True)

@@ -410,6 +410,7 @@ def tune(
     batch: Annotated[int, typer.Option(**_SIZES)] = 4,
     length: Annotated[int, typer.Option(**_SIZES, help="Tokens per sequence.")] = 2048,
     prefix: Annotated[int, typer.Option(**_SIZES, help="Prefix length.")] = 1024,
+    decode_batch: Annotated[int, typer.Option(**_SIZES, help="Sequences in a decoding step.")] = 64,
 ) -> None:
     """Time the kernels' tiles on this GPU and keep the fastest.
 
@@ -419,7 +420,8 @@ def tune(
 
     sizes = {"kv_heads": kv_heads, "group": group, "batch": batch, "length": length}
     dtypes = [kind.value for kind in dtype or [KernelDType.bf16]]
-    run_tuning(head_dim or [64, 128], dtypes, sizes | {"prefix": prefix})
+    sizes |= {"prefix": prefix, "decode_batch": decode_batch}
+    run_tuning(head_dim or [64, 128], dtypes, sizes)
 
 
 def _quiet() -> None:

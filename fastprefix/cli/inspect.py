@@ -29,10 +29,20 @@ def run_inspection(
     problem: dict[str, int | None],
     as_json: bool,
 ) -> None:
-    """Compiles in a process without Triton's interpreter, prints tables or JSON.
+    """Compiles kernels in a process without Triton's interpreter, and prints tables or JSON.
+
+    Args:
+        arch: the GPU's architecture, for example "sm_90" or "gfx942".
+        head_dim: D.
+        dtype: "bf16", "fp16" or "fp32".
+        kernel: only kernels whose name contains this.
+        features: names out of `FEATURES` in :mod:`fastprefix.kernels.offline.cases`.
+        bidirectional: whether the sequence part is not causal.
+        problem: sizes of the problem by their names in the command; None for the default.
+        as_json: print JSON instead of tables.
 
     Raises:
-        ValueError: an architecture, dtype, feature or size that the kernels do not take.
+        ValueError: the kernels do not support the architecture, dtype, feature or size.
         RuntimeError: a kernel does not compile.
     """
     options = ["--target", arch, "--head-size", str(head_dim), "--dtype", dtype]
@@ -69,10 +79,12 @@ def run_inspection(
 
 
 def _short(kernel: str) -> str:
+    """The name of a kernel without what all of them share."""
     return kernel.removeprefix("prefix_attn_").removesuffix("_kernel")
 
 
 def _columns(table: Table, *names: str) -> Table:
+    """Adds columns: words to the left, numbers to the right."""
     for name in names:
         words = name in ("kernel", "loop")
         table.add_column(name, justify="left" if words else "right", no_wrap=words)
@@ -80,6 +92,7 @@ def _columns(table: Table, *names: str) -> Table:
 
 
 def _kernels(found: list[dict[str, Any]], arch: str, head_dim: int, dtype: str) -> Table:
+    """The tile, registers, spills and shared memory of each kernel."""
     table = Table(title=f"{arch}, head size {head_dim}, {dtype}: machine code per kernel")
     _columns(table, "kernel", "tile", "warps", "stages", "regs", "spilled", "shared", "matrix")
     for r in found:
@@ -95,13 +108,14 @@ def _kernels(found: list[dict[str, Any]], arch: str, head_dim: int, dtype: str) 
             f"{r['tensor_core_instructions']} of {r['instructions']}",
         )
     table.caption = (
-        "spilled: bytes of stack a thread and instructions that touch it; "
-        "matrix: tensor-core instructions of all"
+        "spilled: bytes of stack per thread, and instructions that access it; "
+        "matrix: tensor-core instructions, of all instructions"
     )
     return table
 
 
 def _occupancy(found: list[dict[str, Any]]) -> Table:
+    """How many programs of each kernel a multiprocessor holds, and why not more."""
     unit = found[0]["occupancy"]["unit"]
     table = Table(title=f"Occupancy: programs resident on a {unit}")
     names = list(dict.fromkeys(name for r in found for name in r["occupancy"]["by_limit"]))
@@ -121,6 +135,7 @@ def _occupancy(found: list[dict[str, Any]]) -> Table:
 
 
 def _loops(found: list[dict[str, Any]]) -> Table:
+    """What an iteration of each hot loop costs."""
     table = Table(title="Hot loops: per iteration of the machine code")
     spilling = any(loop["spill_instructions"] for r in found for loop in r["loops"])
     _columns(table, "kernel", "loop", "instr", "cond", *["spills"] * spilling)
@@ -140,13 +155,15 @@ def _loops(found: list[dict[str, Any]]) -> Table:
                 f"{loop['per_kiloflop']:.2f}",
             )
     table.caption = (
-        "instr: that every iteration issues; cond: further ones; tiles: matrix FLOP over those "
-        "of a tile in the source; i/kF: warp-instructions per 1000 matrix FLOP, lower is better"
+        "instr: instructions that every iteration issues; cond: conditional ones; tiles: tiles of "
+        "the source that an iteration computes; i/kF: warp-instructions per 1000 matrix FLOP, "
+        "lower is better"
     )
     return table
 
 
 def _bytes(found: list[dict[str, Any]]) -> Table:
+    """The bytes that each launch requests, against the least possible."""
     case = found[0]["case"]
     sizes = ", ".join(
         f"{name.replace('_', ' ')} {case[name]}"
@@ -172,5 +189,5 @@ def _bytes(found: list[dict[str, Any]]) -> Table:
             f"{model['requested'] / model['least']:.1f}",
             ", ".join(f"{name} {times:.0f}x" for times, name in repeats[:4]),
         )
-    table.caption = "least: each operand once; the L2 cache catches what it can of the rest"
+    table.caption = "least: each operand once; the L2 cache serves a part of the rest"
     return table

@@ -14,17 +14,17 @@ def run_tuning(
     sizes: dict[str, int],
     device: torch.device | None = None,
 ) -> None:
-    """Tunes every pass for each head size and dtype, keeps the tiles, prints what was found.
+    """Tunes every pass for each head size and dtype, keeps the tiles, and prints them.
 
     Args:
-        head_sizes: D, 1 to 256 each.
-        dtypes: "bf16", "fp16", "fp32".
-        sizes: the other fields of :class:`fastprefix.kernels.tuning.tune.Shape`.
-        device: where; the current GPU if None.
+        head_sizes: D, each from 1 to 256.
+        dtypes: "bf16", "fp16" or "fp32".
+        sizes: the other fields of :class:`fastprefix.kernels.tuning.tune.TimedProblem`.
+        device: the device to tune for; the current GPU if None.
 
     Raises:
-        ValueError: no GPU, a head size or dtype that the kernels do not take, or two that share
-            their tiles, so that only the last would be kept.
+        ValueError: there is no GPU, the kernels do not support a head size or dtype, or two
+            requests share their tiles, so that only the last one would be kept.
     """
     if device is None:
         if not torch.cuda.is_available():
@@ -42,33 +42,28 @@ def run_tuning(
             raise ValueError(f"head_dim: got {size}, takes 1 to {tilings.MAX_HEAD_SIZE}")
     _no_tiles_shared(head_sizes, dtypes, device)
     name_of_device = launch.device_name(device)
-    jobs = [(D, dtype, step) for D in head_sizes for dtype in dtypes for step in tune.STEPS]
-    table = Table(
-        "pass, head size, bits",
-        "tile before",
-        "ms",
-        "tile now",
-        "ms",
-        "tried",
-        title=name_of_device,
-    )
+    jobs = [(D, dtype, name) for D in head_sizes for dtype in dtypes for name in tilings.PASSES]
+    table = Table(title=name_of_device)
+    table.add_column("pass, head size, bits", no_wrap=True)
+    for title in ("tile before", "ms", "tile now", "ms", "tried"):
+        table.add_column(title)
     with progress("tuning", len(jobs)) as show:
-        for done, (D, dtype, step) in enumerate(jobs, start=1):
-            found = tune.tune(tune.Shape(D, DTYPES[dtype], **sizes), step, device)
-            # kept one by one, so that what was found outlives an interruption
+        for done, (D, dtype, name) in enumerate(jobs, start=1):
+            found = tune.tune(tune.TimedProblem(D, DTYPES[dtype], **sizes), name, device)
+            # Tiles are saved one by one, so that an interruption does not lose them.
             file = store.save(name_of_device, {found.name: found.best})
             table.add_row(
                 found.name, str(tuple(found.table)), f"{found.table_ms:.3f}",
                 str(tuple(found.best)), f"{found.best_ms:.3f}", str(found.tried),
             )  # fmt: skip
-            show(done, f"{step} {D} {dtype}")
+            show(done, f"{name} {D} {dtype}")
     launch.forget_devices()
     console.print(table)
     console.print(f"rows, keys, warps, stages; kept in {file}", soft_wrap=True)
 
 
 def _no_tiles_shared(head_sizes: list[int], dtypes: list[str], device: torch.device) -> None:
-    """Refuses head sizes and dtypes that lie in one row of the tables."""
+    """Refuses head sizes and dtypes that share a row of the tile table."""
     from fastprefix.kernels import launch, tilings
     from fastprefix.kernels.offline.cases import DTYPES
 

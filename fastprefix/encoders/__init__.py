@@ -1,18 +1,21 @@
-"""Parameterisations of a prefix. Each is a module that, called, gives a :class:`PrefixKV`."""
+"""Modules with trainable parameters that compute a :class:`PrefixKV` when they are called."""
 
-from fastprefix.encoders.base import Encoder, evaluating
-from fastprefix.encoders.build import build_encoder, slot_lengths
 from fastprefix.encoders.direct import DirectEncoder, SharedEncoder
-from fastprefix.encoders.init import orthogonal, resize
+from fastprefix.encoders.encoder import Encoder
+from fastprefix.encoders.encoder_options import EncoderOptions, build_encoder
+from fastprefix.encoders.evaluating import evaluating
+from fastprefix.encoders.head_parameters import HeadParameters
+from fastprefix.encoders.layer_lengths import slot_lengths
 from fastprefix.encoders.lstm import LSTMEncoder
 from fastprefix.encoders.mlp import MLPEncoder
-from fastprefix.encoders.network import NetworkEncoder
-from fastprefix.encoders.reweighting import HeadNumbers
+from fastprefix.encoders.network_encoder import NetworkEncoder
+from fastprefix.encoders.starting_prefixes import orthogonal, resize
 
 __all__ = [
     "DirectEncoder",
     "Encoder",
-    "HeadNumbers",
+    "EncoderOptions",
+    "HeadParameters",
     "LSTMEncoder",
     "MLPEncoder",
     "NetworkEncoder",

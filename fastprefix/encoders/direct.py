@@ -1,4 +1,4 @@
-"""Keys and values themselves as parameters."""
+"""Encoders whose parameters are the keys and values themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
-from fastprefix.encoders.base import Encoder
+from fastprefix.encoders.encoder import Encoder
 from fastprefix.kv import LayerShape
 
 
@@ -20,12 +20,12 @@ class DirectEncoder(Encoder):
     Args:
         shapes: see :class:`Encoder`.
         lengths: see :class:`Encoder`.
-        init_std: standard deviation of the random start.
+        init_std: the standard deviation of the random start.
         options: the other arguments of :class:`Encoder`.
 
     Attributes:
-        embedding: the trained tokens: [P, width] in the layout of :mod:`fastprefix.kv.flat`;
-            where layers have different lengths only what they use of it, row after row.
+        embedding: the trained tokens, [P, width] in the layout of :mod:`fastprefix.kv.flat`. If
+            layers have different lengths, it is a vector of the used numbers only, row after row.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class DirectEncoder(Encoder):
         if old.is_even:
             return super()._carry(num_tokens)
         new = old.longer(num_tokens).used()
-        kept = torch.zeros_like(new)
-        kept[: old.num_virtual_tokens] = old.used()
-        kept = kept[new]  # by number of the new embedding, whether it is one of the old
+        is_old = torch.zeros_like(new)
+        is_old[: old.num_virtual_tokens] = old.used()
+        is_old = is_old[new]  # for each number of the new embedding, whether the old one has it
 
         def carry(x: Tensor) -> Tensor:
-            return x.new_zeros(kept.shape).masked_scatter(kept.to(x.device), x)
+            return x.new_zeros(is_old.shape).masked_scatter(is_old.to(x.device), x)
 
         return carry
 
@@ -88,13 +88,13 @@ class SharedEncoder(Encoder):
     """One block of trainable keys and values that all layers use.
 
     Args:
-        shapes: see :class:`Encoder`; layers with a prefix must have the same.
-        lengths: see :class:`Encoder`; a layer uses as many leading tokens of the block.
-        init_std: standard deviation of the random start.
+        shapes: see :class:`Encoder`. All layers with a prefix must have the same shape.
+        lengths: see :class:`Encoder`. Each layer uses that many leading tokens of the block.
+        init_std: the standard deviation of the random start.
         options: the other arguments of :class:`Encoder`.
 
     Attributes:
-        embedding: [P, width of one layer], the trained tokens.
+        embedding: the trained tokens, [P, width of one layer].
 
     Raises:
         ValueError: layers with a prefix have different shapes.
@@ -129,15 +129,15 @@ class SharedEncoder(Encoder):
         return block.repeat(1, len(self.layout.slots))
 
     def _start_from(self, flat: Tensor) -> None:
-        """One block cannot be different numbers in different layers: it starts from their mean.
+        """Starts from the mean over the layers, because one block cannot differ between them.
 
-        Over the layers that use a token; this is the block nearest to all of them.
+        The mean of a token is over the layers that use it. It is the nearest block to all of them.
         """
         trained = self.trained
         layers = flat.unflatten(1, (len(trained.slots), -1))
         used = trained.used().to(flat.device).unflatten(1, layers.shape[1:])
         longest = [trained.lengths[slot] for slot in trained.slots].index(flat.shape[0])
-        one = layers[:, longest]  # equal layers give their block to the bit
+        one = layers[:, longest]  # so that equal layers give exactly their block
         rest = (layers - one[:, None]).masked_fill(~used, 0.0)
         self.embedding.copy_(one + rest.sum(1) / used.sum(1))
 

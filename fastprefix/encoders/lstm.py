@@ -1,4 +1,4 @@
-"""Keys and values as the output of an LSTM over an embedding."""
+"""The encoder that computes keys and values with an LSTM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
-from fastprefix.encoders.network import NetworkEncoder, orthogonalize
+from fastprefix.encoders.network_encoder import NetworkEncoder
+from fastprefix.encoders.networks import last_linear, lstm_and_perceptron, orthogonalize
 from fastprefix.kv import LayerShape
 
 
@@ -16,17 +17,17 @@ from fastprefix.kv import LayerShape
 class LSTMEncoder(NetworkEncoder):
     """embedding -> bidirectional LSTM -> linear -> ReLU -> linear (Liu et al. 2021, section 3.2).
 
-    P-tuning's encoder ("GPT Understands, Too"), for keys and values in place of input embeddings.
-    The virtual tokens see each other in it.
+    This is P-tuning's network ("GPT Understands, Too"). Here its output is keys and values, not
+    input embeddings. Each virtual token depends on the others.
 
     Args:
         shapes: see :class:`Encoder`.
         lengths: see :class:`Encoder`.
-        embedding_size: width of the embedding.
-        hidden_size: of the LSTM in each direction; the perceptron's is twice that.
-        num_layers: of the LSTM.
-        orthogonal: start from orthogonal weights.
-        init_std: standard deviation of the prefix at the random start.
+        embedding_size: the width of the embedding.
+        hidden_size: the hidden size of the LSTM in each direction; the perceptron's is twice that.
+        num_layers: the number of layers of the LSTM.
+        orthogonal: whether the weights start orthogonal.
+        init_std: the standard deviation of the prefix at the random start.
         options: the other arguments of :class:`Encoder`.
     """
 
@@ -43,11 +44,8 @@ class LSTMEncoder(NetworkEncoder):
         **options: Any,
     ) -> None:
         super().__init__(shapes, lengths, embedding_size=embedding_size, **options)
-        self.lstm = nn.LSTM(embedding_size, hidden_size, num_layers, bidirectional=True)
-        self.transform = nn.Sequential(
-            nn.Linear(2 * hidden_size, 2 * hidden_size),
-            nn.ReLU(),
-            nn.Linear(2 * hidden_size, self.layout.width),
+        self.lstm, self.transform = lstm_and_perceptron(
+            embedding_size, hidden_size, self.layout.width, num_layers
         )
         if orthogonal:
             orthogonalize(self.lstm)
@@ -56,11 +54,9 @@ class LSTMEncoder(NetworkEncoder):
 
     def run(self, embedding: Tensor) -> Tensor:
         """See :meth:`NetworkEncoder.run`."""
-        hidden, _ = self.lstm(embedding)  # [P, 2 * hidden_size], a sequence without a batch
+        hidden, _ = self.lstm(embedding)  # [P, 2 * hidden_size], one sequence without a batch
         return self.transform(hidden)
 
     def outputs(self) -> Sequence[nn.Linear]:
         """See :meth:`NetworkEncoder.outputs`."""
-        last = self.transform[-1]
-        assert isinstance(last, nn.Linear)
-        return [last]
+        return [last_linear(self.transform)]

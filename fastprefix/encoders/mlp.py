@@ -1,16 +1,16 @@
-"""Keys and values as the output of a perceptron over an embedding."""
+"""The encoder that computes keys and values with a perceptron."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
-from fastprefix.encoders.network import NetworkEncoder, orthogonalize
+from fastprefix.encoders.network_encoder import NetworkEncoder
+from fastprefix.encoders.networks import last_linear, orthogonalize, perceptron
 from fastprefix.kv import LayerShape
 
 
@@ -21,17 +21,18 @@ class MLPEncoder(NetworkEncoder):
     Args:
         shapes: see :class:`Encoder`.
         lengths: see :class:`Encoder`.
-        embedding_size: width of the embedding.
-        hidden_size: width of the hidden layers.
-        num_layers: linear layers, 1, 2 (the paper's) or 3, with tanh between them.
-        per_layer: a perceptron of its own for every attention layer, over one embedding; else one
-            perceptron for all of them.
-        orthogonal: start from orthogonal weights.
-        init_std: standard deviation of the prefix at the random start.
+        embedding_size: the width of the embedding.
+        hidden_size: the width of the hidden layers.
+        num_layers: the number of linear layers, 1, 2 (as in the paper) or 3, with tanh between
+            them.
+        per_layer: whether every attention layer has a perceptron of its own. They share one
+            embedding.
+        orthogonal: whether the weights start orthogonal.
+        init_std: the standard deviation of the prefix at the random start.
         options: the other arguments of :class:`Encoder`.
 
     Attributes:
-        transform: the perceptron, or with per_layer a list of them.
+        transform: the perceptron; with per_layer, a list of them.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class MLPEncoder(NetworkEncoder):
         hidden = [embedding_size] + [hidden_size] * (num_layers - 1)
         self.transform: nn.Sequential | nn.ModuleList
         if per_layer:
-            self.transform = nn.ModuleList(perceptron([*hidden, w]) for w in self.layout.widths)
+            networks = (perceptron([*hidden, width], nn.Tanh) for width in self.layout.widths)
+            self.transform = nn.ModuleList(networks)
         else:
-            self.transform = perceptron([*hidden, self.layout.width])
+            self.transform = perceptron([*hidden, self.layout.width], nn.Tanh)
         if orthogonal:
             orthogonalize(self.transform)
         self._scale(init_std)
@@ -67,14 +69,5 @@ class MLPEncoder(NetworkEncoder):
 
     def outputs(self) -> Sequence[nn.Linear]:
         """See :meth:`NetworkEncoder.outputs`."""
-        perceptrons = self.transform.children() if self.per_layer else [self.transform]
-        lasts = [list(perceptron.children())[-1] for perceptron in perceptrons]
-        return [layer for layer in lasts if isinstance(layer, nn.Linear)]
-
-
-def perceptron(sizes: Sequence[int]) -> nn.Sequential:
-    """Linear layers from each size to the next, tanh between them."""
-    modules: list[nn.Module] = []
-    for before, after in pairwise(sizes):
-        modules += [nn.Linear(before, after), nn.Tanh()]
-    return nn.Sequential(*modules[:-1])
+        networks = self.transform.children() if self.per_layer else [self.transform]
+        return [last_linear(network) for network in networks]

@@ -1,14 +1,15 @@
-"""An adapter's folder: adapter_config.json and the weights, read and written whole.
+"""An adapter's folder: adapter_config.json and the weights, written and read together.
 
-The weights are adapter_model.safetensors or, as PEFT writes with ``safe_serialization=False``,
-adapter_model.bin, of which nothing but tensors is ever unpickled.
+The weights are in adapter_model.safetensors. With ``safe_serialization=False``, PEFT and we write
+adapter_model.bin instead, a file of ``torch.save``. From it only tensors are unpickled.
 
-What the tensors mean is told by :mod:`fastprefix.formats.peft_prefixes` and
-:mod:`fastprefix.formats.peft_prompts`; here they are named tensors beside a configuration.
+For this module, weights are named tensors. :mod:`fastprefix.formats.peft_prefixes` and
+:mod:`fastprefix.formats.peft_prompts` know what they mean.
 
-Our weights hold a sha256 of themselves (:mod:`fastprefix.files`) and the configuration that they
-were saved with, so that a damaged file, or a configuration of another saving, is refused. PEFT's
-hold neither: of those, a damaged number loads as another one unless it is none any more.
+The weights that we write hold a sha256 of themselves (:mod:`fastprefix.files`), and the
+configuration that they were saved with. A damaged file, or the configuration of another saving, is
+therefore refused. PEFT's weights hold neither. In those a damaged number is only noticed if it is a
+NaN or an infinity.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from fastprefix.files import (
     written_together,
     written_whole,
 )
-from fastprefix.formats.source import Source, source
+from fastprefix.formats.source import Source, as_source
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -45,9 +46,15 @@ TENSOR = "prompt_embeddings"
 _HEAD = "base_model."
 _METADATA = "fastprefix"
 _SHA256 = "sha256"
-_SAVED_WITH = "config"  # in that metadata
-# Fields that somebody may change in a configuration: nothing that we load depends on them.
-_FREE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+_SAVED_WITH = "config"  # the entry of our metadata for the configuration
+# Fields that may be changed after the saving: nothing that we load depends on them.
+_MAY_CHANGE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+}
 _TYPES: dict[str, tuple[type, str]] = {
     "modules_to_save": (list, "a list of names"),
     "num_attention_heads": (int, "a whole number"),
@@ -62,17 +69,18 @@ _TYPES: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What a folder holds.
+    """What an adapter's folder holds.
 
     Attributes:
-        config: adapter_config.json.
+        config: the fields of adapter_config.json.
         embeddings: PEFT's ``prompt_embeddings`` [num_virtual_tokens, width]: a flat prefix, or
             input embeddings.
-        heads: what was trained of the base beside them (PEFT's modules_to_save, a classifier
-            say), by the names of the base's ``state_dict``.
-        about: what PEFT has no field for; in the weights' metadata, which PEFT ignores.
-        config_file: where `config` was read, for messages.
-        weights_file: where the tensors were read.
+        heads: tensors of modules that were trained with them, by the names of the base's
+            ``state_dict``. PEFT calls these modules modules_to_save; a classifier is one example.
+        about: values for which PEFT has no field. They are in the weights' metadata, which PEFT
+            ignores.
+        config_file: the file of `config`, for messages.
+        weights_file: the file of the tensors, for messages.
     """
 
     config: dict[str, Any]
@@ -92,24 +100,24 @@ def write_adapter(
     *,
     safe_serialization: bool = True,
 ) -> None:
-    """Writes both files, together; see :class:`AdapterFiles`. Neither is ever half there.
+    """Writes both files of an adapter, so that they take their places together.
 
     Args:
-        folder: made if need be; files of these names in it are replaced.
-        config: of adapter_config.json.
-        embeddings: [num_virtual_tokens, width]; None where they lie in a file of their own.
-        heads: by the names of the base's ``state_dict``.
-        about: JSON values.
-        safe_serialization: whether the weights are a safetensors file, or a pickled one as of
-            ``torch.save``. A file of the other kind, which PEFT might read instead, is removed.
+        folder: created if it does not exist; files of these names in it are replaced.
+        config: the fields of adapter_config.json.
+        embeddings: [num_virtual_tokens, width]; None if they are in another file.
+        heads: see :class:`AdapterFiles`.
+        about: see :class:`AdapterFiles`; JSON values.
+        safe_serialization: whether to write the weights as safetensors. If False, ``torch.save``
+            writes them. Weights of the other kind, which PEFT might read instead, are removed.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the files cannot be written.
     """
     tensors = {_HEAD + name: head for name, head in (heads or {}).items()}
     if embeddings is not None:
         tensors[TENSOR] = embeddings
-    metadata = saved_with(config, about)
+    metadata = config_metadata(config, about)
     with written_together(folder) as partial:
         if safe_serialization:
             write_safetensors(partial / WEIGHTS_FILE, tensors, metadata)
@@ -120,30 +128,35 @@ def write_adapter(
         (partial / CONFIG_FILE).write_text(json_text(config), encoding="utf-8")
 
 
-def saved_with(config: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Metadata for weights that tells the configuration which goes with them; see :func:`agreed`.
+def config_metadata(
+    config: Mapping[str, Any], about: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """The metadata of weights, with the configuration that :func:`checked_config` compares later.
 
     Args:
-        config: as it is written beside them.
-        about: what else they tell, JSON values.
+        config: the configuration that is saved with the weights.
+        about: further JSON values.
     """
-    kept = {name: value for name, value in config.items() if name not in _FREE}
-    return {_METADATA: json.dumps({**(about or {}), _SAVED_WITH: kept})}
+    fixed = {name: value for name, value in config.items() if name not in _MAY_CHANGE}
+    return {_METADATA: json.dumps({**(about or {}), _SAVED_WITH: fixed})}
 
 
-def agreed(
+def checked_config(
     config: dict[str, Any], about: dict[str, Any], config_file: Path, weights_file: Path
 ) -> dict[str, Any]:
-    """A configuration, with what it does not say from the weights beside it.
+    """Compares a configuration with the one that the weights were saved with.
 
     Args:
-        config: as read.
-        about: our metadata of the weights, from which the configuration is taken out.
-        config_file: for messages.
-        weights_file: likewise.
+        config: the configuration, as its file has it.
+        about: our metadata of the weights. The saved configuration is removed from it.
+        config_file: the configuration's file, for messages.
+        weights_file: the weights' file, for messages.
+
+    Returns:
+        The configuration, with missing fields from the saved one.
 
     Raises:
-        ValueError: a field is another than in the configuration that the weights were saved with.
+        ValueError: a field differs.
     """
     saved = about.pop(_SAVED_WITH, {})
     for name, want in saved.items():
@@ -159,22 +172,25 @@ def agreed(
 def read_config(
     name_or_folder: str | Path | Source, kinds: Collection[str]
 ) -> tuple[dict[str, Any], Path]:
-    """adapter_config.json and where it lies.
+    """Reads adapter_config.json.
 
     Args:
         name_or_folder: a folder, or a repository name on the Hugging Face hub.
-        kinds: the peft_types that the caller takes.
+        kinds: the peft_types that the caller accepts.
+
+    Returns:
+        The fields, and the file.
 
     Raises:
-        FileNotFoundError: no such folder, or no such file in it.
-        ValueError: not JSON, or of another peft_type.
+        FileNotFoundError: there is no such folder, or no such file in it.
+        ValueError: the file is not JSON, has a field of a wrong type, or another peft_type.
     """
     file = find(name_or_folder, CONFIG_FILE)
     config = read_json(file)
-    for name, (kind, told) in _TYPES.items():
+    for name, (kind, expected) in _TYPES.items():
         value = config.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise ValueError(f"{file}: got {name} {_short(value)}, takes {told}, or null")
+            raise ValueError(f"{file}: got {name} {_short(value)}, takes {expected}, or null")
     if not all(isinstance(name, str) for name in config.get("modules_to_save") or []):
         raise ValueError(f"{file}: got modules_to_save that are no names, takes a list of names")
     peft_type = config.get("peft_type")
@@ -187,20 +203,21 @@ def read_config(
 
 
 def read_adapter(name_or_folder: str | Path | Source, kinds: Collection[str]) -> AdapterFiles:
-    """Both files, checked as far as they can be without a model.
+    """Reads both files, and checks what can be checked without a model.
 
     Args:
         name_or_folder: a folder, or a repository name on the Hugging Face hub.
-        kinds: the peft_types that the caller takes.
+        kinds: the peft_types that the caller accepts.
 
     Raises:
-        FileNotFoundError: no such folder, or a file is missing.
-        ValueError: of another peft_type, cut short, of unknown tensors, or not all finite.
+        FileNotFoundError: there is no such folder, or a file is missing.
+        ValueError: the adapter has another peft_type; or a file is damaged, has unknown tensors, or
+            has a number that is not finite.
     """
     config, config_file = read_config(name_or_folder, kinds)
     weights_file = find_weights(name_or_folder)
     tensors, about = _tensors(weights_file, with_embeddings=True)
-    config = agreed(config, about, config_file, weights_file)
+    config = checked_config(config, about, config_file, weights_file)
     embeddings = tensors.pop(TENSOR)
     heads = {name.removeprefix(_HEAD): tensor for name, tensor in tensors.items()}
     return AdapterFiles(config, embeddings, heads, about, config_file, weights_file)
@@ -209,36 +226,36 @@ def read_adapter(name_or_folder: str | Path | Source, kinds: Collection[str]) ->
 def read_heads(
     name_or_folder: str | Path | Source, kinds: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the heads of a folder whose prefix lies in a file of its own.
+    """Reads the configuration and the heads of a folder that has its prefix in another file.
 
     Raises:
-        FileNotFoundError: no such folder, or no weights in it.
-        ValueError: cut short, of unknown tensors, or not all finite.
+        FileNotFoundError: there is no such folder, or no weights in it.
+        ValueError: a file is damaged, has unknown tensors, or has a number that is not finite.
     """
     config, config_file = read_config(name_or_folder, kinds)
     weights_file = find_weights(name_or_folder)
     tensors, about = _tensors(weights_file, with_embeddings=False)
-    config = agreed(config, about, config_file, weights_file)
+    config = checked_config(config, about, config_file, weights_file)
     return config, {name.removeprefix(_HEAD): tensor for name, tensor in tensors.items()}
 
 
-def told_in(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Our metadata of a weights file; empty in PEFT's."""
+def own_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Our part of a weights file's metadata; empty if PEFT wrote the file."""
     return json_object(metadata.get(_METADATA, "{}"))
 
 
 def read_about(name_or_folder: str | Path | Source) -> dict[str, Any]:
-    """What the weights of a folder tell beside its configuration; nothing if it has none.
+    """Reads ``about`` of :class:`AdapterFiles`; empty if the folder has no weights.
 
     Raises:
-        ValueError: cut short.
+        ValueError: the weights are damaged.
     """
-    place = source(name_or_folder)
+    place = as_source(name_or_folder)
     file = place.look_for(WEIGHTS_FILE) or place.look_for(BIN_FILE)
     if file is None:
         return {}
     try:
-        about = told_in(_read(file)[1])
+        about = own_metadata(_read(file)[1])
     except Exception as error:
         raise ValueError(f"{file}: {reason(error)}") from error
     about.pop(_SAVED_WITH, None)
@@ -246,7 +263,7 @@ def read_about(name_or_folder: str | Path | Source) -> dict[str, Any]:
 
 
 def _tensors(file: Path, with_embeddings: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a weights file, and our metadata."""
+    """Reads all tensors of a weights file, and our part of its metadata."""
 
     def check(names: Sequence[str], metadata: Mapping[str, str]) -> None:
         strange = [name for name in names if name != TENSOR and not name.startswith(_HEAD)]
@@ -266,40 +283,40 @@ def _tensors(file: Path, with_embeddings: bool) -> tuple[dict[str, Tensor], dict
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds a NaN or infinity")
-        return tensors, told_in(metadata)
+        return tensors, own_metadata(metadata)
     except Exception as error:
         raise ValueError(f"{file}: {reason(error)}") from error
 
 
 def _short(value: object) -> str:
-    told = repr(value)
-    return told if len(told) <= 200 else f"{told[:200]}..."
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _read(
     file: Path, check: Callable[[Sequence[str], Mapping[str, str]], object] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a weights file of either kind; see `read_safetensors`."""
+    """Reads a weights file of either kind; see :func:`fastprefix.files.read_safetensors`."""
     if file.name == WEIGHTS_FILE:
         return read_safetensors(file, check)
-    tensors, metadata = _of_bin(file)
+    tensors, metadata = _read_bin(file)
     if check is not None:
         check(list(tensors), metadata)
     return tensors, metadata
 
 
 def _write_bin(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """What `write_safetensors` does, as a file of ``torch.save``, which holds tensors alone."""
+    """Writes a file of ``torch.save`` that holds only tensors: the metadata is one of them."""
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
     sealed = {**metadata, _SHA256: digest(tensors, metadata)}
-    content = io.BytesIO()  # torch's own errors of writing do not say what was wrong
-    torch.save({**tensors, _METADATA: encoded(sealed)}, content)
+    content = io.BytesIO()  # if torch wrote the file, its errors would not give the reason
+    torch.save({**tensors, _METADATA: json_as_tensor(sealed)}, content)
     with written_whole(file) as partial:
         partial.write_bytes(content.getbuffer())
 
 
-def _of_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """By torch's own unpickler, which makes tensors and nothing that a file could run."""
+def _read_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a file of ``torch.save`` with torch's own unpickler, which runs no code from it."""
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -312,27 +329,27 @@ def _of_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     ):
         raise ValueError("got something else than tensors by name")
     tensors = {name: tensor.detach() for name, tensor in loaded.items()}
-    told = tensors.pop(_METADATA, None)
-    if told is None:
+    coded = tensors.pop(_METADATA, None)
+    if coded is None:
         return tensors, {}
-    metadata = decoded(told)
-    seal = metadata.pop(_SHA256, None)
-    texts = all(isinstance(value, str) for value in metadata.values())
-    if not texts or seal != digest(tensors, metadata):
+    metadata = json_of_tensor(coded)
+    saved = metadata.pop(_SHA256, None)
+    are_texts = all(isinstance(value, str) for value in metadata.values())
+    if not are_texts or saved != digest(tensors, metadata):
         raise ValueError(DAMAGED)
     return tensors, metadata
 
 
-def encoded(about: Mapping[str, Any]) -> Tensor:
-    """JSON values as a tensor [bytes] of uint8, for files that hold tensors alone."""
+def json_as_tensor(about: Mapping[str, Any]) -> Tensor:
+    """JSON values as a uint8 tensor [bytes], for files that can only hold tensors."""
     return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
 
 
-def decoded(tensor: Tensor) -> dict[str, Any]:
-    """The inverse of :func:`encoded`.
+def json_of_tensor(tensor: Tensor) -> dict[str, Any]:
+    """The inverse of :func:`json_as_tensor`.
 
     Raises:
-        ValueError: it does not hold a JSON object.
+        ValueError: the tensor does not hold a JSON object.
     """
     if tensor.dtype != torch.uint8 or tensor.dim() != 1:
         raise ValueError(f"got {tensor.dtype} of shape {list(tensor.shape)}, takes bytes of JSON")
@@ -340,21 +357,21 @@ def decoded(tensor: Tensor) -> dict[str, Any]:
 
 
 def find(name_or_folder: str | Path | Source, file: str) -> Path:
-    """A file of a folder or of a hub repository.
+    """Finds a file of a folder or of a repository on the hub.
 
     Raises:
-        FileNotFoundError: no such folder, or no such file in it.
+        FileNotFoundError: there is no such folder, or no such file in it.
     """
-    return source(name_or_folder).find(file)
+    return as_source(name_or_folder).find(file)
 
 
 def find_weights(name_or_folder: str | Path | Source) -> Path:
-    """The weights of an adapter, of either kind; safetensors where there are both, as in PEFT.
+    """Finds an adapter's weights of either kind. If there are both, safetensors, as in PEFT.
 
     Raises:
-        FileNotFoundError: no such folder, or no weights in it.
+        FileNotFoundError: there is no such folder, or no weights in it.
     """
-    place = source(name_or_folder)
+    place = as_source(name_or_folder)
     if (found := place.look_for(WEIGHTS_FILE) or place.look_for(BIN_FILE)) is not None:
         return found
-    return place.find(WEIGHTS_FILE)  # which says that it is missing
+    return place.find(WEIGHTS_FILE)  # raises: it is missing

@@ -1,13 +1,17 @@
 """Prefixes in the format of PEFT's PREFIX_TUNING and CARTRIDGE adapters.
 
-PEFT stores the prefix as ``prompt_embeddings`` [P, layers · 2 · Hkv · D]; an MLP is dropped when
-the adapter is saved, and a cartridge differs by its configuration alone. One head number and size
-for all layers, keys and values, and one length is all that this can hold, and text at once behind
-the prefix, which no head reweights; of an encoder-decoder, the decoder's own attention. Layers that
-see another layer's keys and values of the text (Gemma 3n) see that one's prefix, too, whatever is
-stored for them. Any other prefix goes into a :class:`PrefixKV` file beside an adapter_config.json
-with a peft_type that PEFT does not know, so that it refuses the folder rather than compute
-something else.
+PEFT stores the prefix as ``prompt_embeddings`` [P, layers · 2 · Hkv · D]. It does not save an MLP.
+A cartridge differs only in its configuration. This format can hold a prefix if
+
+- all layers have the same number of heads, the same length, and the same size of keys and values,
+- the text starts at position P,
+- heads have no biases or gates,
+- in an encoder-decoder, only the decoder's self-attention has a prefix,
+- layers that use the text's keys and values of another layer (Gemma 3n) have that layer's prefix.
+  In PEFT they see that one, whatever is stored for them.
+
+Any other prefix goes into a :class:`PrefixKV` file. Its adapter_config.json has a peft_type that
+PEFT does not know, so PEFT refuses the folder instead of computing something else.
 """
 
 from __future__ import annotations
@@ -40,12 +44,12 @@ KV_FILE = "prefix_kv.safetensors"
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a folder holds.
+    """What a prefix's folder holds.
 
     Attributes:
         kv: the prefix.
-        config: adapter_config.json.
-        heads: what was trained of the base beside it, by the names of the base's ``state_dict``.
+        config: the fields of adapter_config.json.
+        heads: see :class:`fastprefix.formats.peft_files.AdapterFiles`.
     """
 
     kv: PrefixKV
@@ -56,7 +60,7 @@ class Adapter:
 def refusal(
     kv: PrefixKV, groups: Sequence[Group] | None = None, sources: Sequence[int] | None = None
 ) -> str | None:
-    """Why PEFT's format cannot hold a prefix; None where it can.
+    """Why PEFT's format cannot hold a prefix; None if it can.
 
     Args:
         kv: the prefix.
@@ -105,13 +109,13 @@ def save_adapter(
 ) -> None:
     """Writes a prefix so that PEFT's ``PeftModel.from_pretrained`` and ours can load it.
 
-    Where PEFT's format cannot hold the prefix, ours alone can: see the head of this module. The
-    configuration then says why, as ``not_peft``.
+    If PEFT's format cannot hold the prefix, only ours can load it; see the top of this module. The
+    configuration then gives the reason as ``not_peft``.
 
     Args:
-        folder: made if need be; files of these names in it are replaced.
+        folder: created if it does not exist; files of these names in it are replaced.
         kv: the prefix.
-        config: fields of PEFT's PrefixTuningConfig or CartridgeConfig that cannot be read off the
+        config: fields of PEFT's PrefixTuningConfig or CartridgeConfig that do not follow from the
             prefix (task_type, prefix_projection, num_frozen_tokens, base_model_name_or_path).
         kind: "PREFIX_TUNING" or "CARTRIDGE".
         heads: see :class:`Adapter`.
@@ -120,8 +124,8 @@ def save_adapter(
         safe_serialization: see :func:`fastprefix.formats.peft_files.write_adapter`.
 
     Raises:
-        OSError: it cannot be written.
-        ValueError: unknown kind.
+        OSError: the files cannot be written.
+        ValueError: the kind is unknown.
     """
     if kind not in PREFIX_KINDS:
         raise ValueError(f"kind: got {kind!r}, takes one of {PREFIX_KINDS}")
@@ -149,7 +153,7 @@ def save_adapter(
         fields["num_frozen_tokens"] = 0
     else:
         fields.update(encoder_hidden_size=None, init_weights=None, prefix_projection=False)
-        # of which PEFT's configuration for this kind has no field
+        # PEFT's configuration for this kind has no such field
         about["num_frozen_tokens"] = config.get("num_frozen_tokens", 0)
         config = {name: value for name, value in config.items() if name != "num_frozen_tokens"}
     fields |= config
@@ -164,42 +168,42 @@ def load_adapter(
 ) -> Adapter:
     """Reads a prefix that fastprefix or PEFT wrote.
 
-    PEFT puts a prefix into the cache, so that it slides out of a model's sliding windows as a
-    text would: what PEFT trained is loaded with ``in_window=True``.
+    PEFT puts a prefix into the cache, so it slides out of a model's sliding windows as a text
+    would. A prefix that PEFT trained therefore gets ``in_window=True``.
 
     Args:
         name_or_folder: a folder, or a repository name on the Hugging Face hub.
-        shapes: what the model's layers take; as the configuration says if None.
+        shapes: the shapes of the model's layers; those of the configuration if None.
         groups: which part of the model each layer belongs to; one stack if None.
         sources: see :class:`fastprefix.hf.patch.patch.Patch`; each layer's own if None.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: not a prefix-tuning adapter, not one for this model, or not all finite.
+        ValueError: the files hold no prefix, or none for this model; or a number is not finite.
     """
     config, config_file = read_config(name_or_folder, (*PREFIX_KINDS, OWN_KIND))
     if config["peft_type"] == OWN_KIND:
         kv = PrefixKV.load(find(name_or_folder, KV_FILE))
         if shapes is not None and kv.shapes != tuple(shapes):
             raise ValueError(
-                f"{find(name_or_folder, KV_FILE)}: got layers of {_told(kv.shapes)}, takes "
-                f"{_told(shapes)} for this model"
+                f"{find(name_or_folder, KV_FILE)}: got layers of {_short(kv.shapes)}, takes "
+                f"{_short(shapes)} for this model"
             )
         config, heads = read_heads(name_or_folder, (OWN_KIND,))
         return Adapter(kv, config, heads)
     files = read_adapter(name_or_folder, PREFIX_KINDS)
     config = files.config
-    told = config.get("num_transformer_submodules") or 1
+    submodules = config.get("num_transformer_submodules") or 1
     decoder = _decoder(groups)
-    if told != (1 if decoder is None else 2):
+    if submodules != (1 if decoder is None else 2):
         raise ValueError(
-            f"{config_file}: got num_transformer_submodules {told}, takes 1, or 2 for an "
+            f"{config_file}: got num_transformer_submodules {submodules}, takes 1, or 2 for an "
             "encoder-decoder model, whose layers must be known"
         )
     if shapes is None:
         shapes = _shapes(files)
     first = shapes[decoder[0] if decoder is not None else 0]
-    # of an encoder-decoder, as many as its encoder has: see _unfolded
+    # for an encoder-decoder, PEFT stores as many layers as the encoder has; see _unfolded
     layers = len(shapes) if decoder is None else files.embeddings.shape[1] // first.width
     for name, want in (
         ("num_layers", layers),
@@ -230,14 +234,14 @@ def load_adapter(
 
 
 def _decoder(groups: Sequence[Group] | None) -> list[int] | None:
-    """The layers of a decoder's own attention; None where the model is a single stack."""
+    """The layers of a decoder's self-attention; None if the model is a single stack."""
     if groups is None or len(set(groups)) == 1:
         return None
     return [layer for layer, group in enumerate(groups) if group == "decoder"]
 
 
 def _as_seen(kv: PrefixKV, sources: Sequence[int]) -> PrefixKV:
-    """What PEFT's cache shows each layer: the prefix of the layer that made the text's keys."""
+    """The prefix that each layer sees in PEFT's cache: that of the layer whose keys it uses."""
     places = [layer if source < 0 else source for layer, source in enumerate(sources)]
     keys, values = (
         tuple(
@@ -250,17 +254,18 @@ def _as_seen(kv: PrefixKV, sources: Sequence[int]) -> PrefixKV:
 
 
 def _unfolded(kv: PrefixKV, num_layers: int) -> PrefixKV:
-    """What PEFT feeds an encoder-decoder's decoder out of a prefix of the encoder's depth N.
+    """The part of a prefix that PEFT gives to the decoder of an encoder-decoder.
 
-    ``PeftModel.get_prompt`` doubles the layers, cuts them in pairs of layers, and of each pair the
-    first is the decoder's own attention, the second that to the encoder, which it then throws away.
-    So layer i of the decoder gets layer 2 · i mod N: an even N leaves half of the prefix dead.
+    The prefix has N layers, as many as the encoder. ``PeftModel.get_prompt`` repeats them once and
+    forms pairs of layers. The first of a pair is for the decoder's self-attention. The second is
+    for its attention to the encoder, and PEFT drops it. So layer i of the decoder gets layer
+    2 · i mod N. With an even N, half of the prefix is never used.
     """
     return kv.select([2 * layer % kv.num_layers for layer in range(num_layers)])
 
 
 def _folded(kv: PrefixKV) -> PrefixKV:
-    """The inverse of :func:`_unfolded`: an odd N, for which 2 · i mod N takes every value."""
+    """The inverse of :func:`_unfolded`, with an odd N, so that 2 · i mod N has every value."""
     N = kv.num_layers + (kv.num_layers + 1) % 2
     P, places = kv.num_virtual_tokens, [2 * layer % N for layer in range(kv.num_layers)]
     spread = kv.spread(places, kv.shapes[:1] * N)
@@ -272,7 +277,7 @@ def _folded(kv: PrefixKV) -> PrefixKV:
 
 
 def _common(kv: PrefixKV) -> dict[str, Any]:
-    """Fields that every adapter_config.json has."""
+    """The fields that every adapter_config.json has."""
     return {
         "auto_mapping": None,
         "base_model_name_or_path": None,
@@ -285,13 +290,13 @@ def _common(kv: PrefixKV) -> dict[str, Any]:
 
 
 def _shapes(files: AdapterFiles) -> tuple[LayerShape, ...]:
-    """The layers' shapes as PEFT's configuration tells them."""
+    """The shapes of layers that PEFT's configuration gives."""
     names = ("num_layers", "num_attention_heads", "token_dim")
-    told = [files.config.get(name) for name in names]
-    for name, value in zip(names, told, strict=True):
+    given = [files.config.get(name) for name in names]
+    for name, value in zip(names, given, strict=True):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{files.config_file}: got {name} {value!r}, takes 1 or more")
-    layers, heads, width = told
+    layers, heads, width = given
     assert layers is not None
     assert heads is not None
     assert width is not None
@@ -303,7 +308,7 @@ def _shapes(files: AdapterFiles) -> tuple[LayerShape, ...]:
     return (LayerShape(heads, width // heads, width // heads),) * layers
 
 
-def _told(shapes: Sequence[LayerShape]) -> str:
-    """Shapes in few words, for messages."""
+def _short(shapes: Sequence[LayerShape]) -> str:
+    """Shapes in short form, for messages."""
     distinct = sorted({(shape.num_heads, shape.key_size, shape.value_size) for shape in shapes})
     return f"{len(shapes)} layers of (heads, key size, value size) {distinct}"

@@ -1,8 +1,8 @@
-"""Input-level prompts in the format of PEFT's PROMPT_TUNING and P_TUNING adapters.
+"""Prompts of input embeddings, in the format of PEFT's PROMPT_TUNING and P_TUNING adapters.
 
-PEFT stores the embeddings that the model is fed, ``prompt_embeddings`` [P, width of an embedding];
-P-tuning's network is dropped when the adapter is saved. For an encoder-decoder PEFT may hold
-[2 · P, width], of which it reads the first half alone.
+PEFT stores the embeddings that enter the model, ``prompt_embeddings`` [P, width of an embedding].
+It does not save P-tuning's network. For an encoder-decoder the tensor may be [2 · P, width]; PEFT
+reads only its first half.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from fastprefix.formats.peft_files import read_adapter, write_adapter
 from fastprefix.formats.source import Source
 
 PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING")
-# Put behind the text, a prompt is nothing that PEFT knows: it refuses the kind.
+# A prompt within the text. PEFT has no such method, and refuses this peft_type.
 INFIX_KIND = "FASTPREFIX_INFIX"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a folder holds.
+    """What a prompt's folder holds.
 
     Attributes:
         embeddings: [P, width].
-        config: adapter_config.json.
-        heads: what was trained of the base beside it, by the names of the base's ``state_dict``.
+        config: the fields of adapter_config.json.
+        heads: see :class:`fastprefix.formats.peft_files.AdapterFiles`.
     """
 
     embeddings: Tensor
@@ -48,16 +48,16 @@ def save_prompt(
     """Writes a prompt so that PEFT's ``PeftModel.from_pretrained`` and ours can load it.
 
     Args:
-        folder: made if need be; files of these names in it are replaced.
+        folder: created if it does not exist; files of these names in it are replaced.
         embeddings: [P, width].
         config: further fields of PEFT's configuration (task_type, base_model_name_or_path).
-        kind: "PROMPT_TUNING", "P_TUNING", or "FASTPREFIX_INFIX", which ours alone can load.
+        kind: "PROMPT_TUNING", "P_TUNING", or "FASTPREFIX_INFIX", which PEFT cannot load.
         heads: see :class:`Prompt`.
         safe_serialization: see :func:`fastprefix.formats.peft_files.write_adapter`.
 
     Raises:
-        OSError: it cannot be written.
-        ValueError: unknown kind.
+        OSError: the files cannot be written.
+        ValueError: the kind is unknown.
     """
     if kind not in (*PROMPT_KINDS, INFIX_KIND):
         raise ValueError(f"kind: got {kind!r}, takes one of {(*PROMPT_KINDS, INFIX_KIND)}")
@@ -94,11 +94,12 @@ def load_prompt(name_or_folder: str | Path | Source, width: int | None = None) -
 
     Args:
         name_or_folder: a folder, or a repository name on the Hugging Face hub.
-        width: of the model's embeddings; not checked if None.
+        width: the width of the model's embeddings; not checked if None.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: not an input-level prompt, not one for this model, or not all finite.
+        ValueError: the files hold no prompt of input embeddings, or none for this model; or a
+            number is not finite.
     """
     files = read_adapter(name_or_folder, (*PROMPT_KINDS, INFIX_KIND))
     config, rows = files.config, files.embeddings.shape[0]

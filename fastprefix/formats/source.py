@@ -1,4 +1,4 @@
-"""Where an adapter's files are: in a folder of this machine, or a repository on the hub."""
+"""Where an adapter's files are: in a local folder, or in a repository on the hub."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastprefix.files import finish
 
 @dataclass(frozen=True)
 class Source:
-    """A folder, or a repository by name, whose files are downloaded when they are asked for.
+    """A local folder, or a repository on the hub. Files are downloaded when they are asked for.
 
     Attributes:
-        name: of either.
-        subfolder: of it, where the files are.
-        revision: branch, tag or commit of a repository.
-        token: the hub's, True for the one that is stored on this machine.
+        name: the folder, or the repository's name.
+        subfolder: the sub-folder that holds the files.
+        revision: a branch, tag or commit of the repository.
+        token: the hub's access token; True for the one that is stored on this machine.
         cache_dir: where downloads go.
     """
 
@@ -32,16 +32,16 @@ class Source:
 
     @property
     def folder(self) -> Path | None:
-        """The folder of this machine; None for a repository."""
+        """The local folder; None for a repository."""
         if not Path(self.name).is_dir():
             return None
         return Path(self.name) if self.subfolder is None else Path(self.name) / self.subfolder
 
     def find(self, file: str) -> Path:
-        """A file by its name, or by its path within the folder.
+        """Finds a file by its name, or by its path within the folder.
 
         Raises:
-            FileNotFoundError: no such folder, or no such file in it.
+            FileNotFoundError: there is no such folder, or no such file in it.
             ValueError: see :func:`fastprefix.files.finish`.
         """
         if (folder := self.folder) is not None:
@@ -64,13 +64,13 @@ class Source:
             raise FileNotFoundError(f"{self}: no {file} in this repository") from error
 
     def look_for(self, file: str) -> Path | None:
-        """A file as in :meth:`find`, or None where there is none of that name."""
+        """Finds a file as :meth:`find` does; returns None if there is none."""
         try:
             return self.find(file)
-        except FileNotFoundError:  # the hub's client's, too, which is offline
+        except FileNotFoundError:  # the hub's client raises it too, if it is offline
             return None
 
 
-def source(name_or_folder: str | Path | Source) -> Source:
-    """What a caller named, as a :class:`Source`."""
+def as_source(name_or_folder: str | Path | Source) -> Source:
+    """Makes a :class:`Source` of a name; returns one as it is."""
     return name_or_folder if isinstance(name_or_folder, Source) else Source(str(name_or_folder))

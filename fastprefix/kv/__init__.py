@@ -2,11 +2,13 @@
 
 from fastprefix.kv.arithmetic import concatenate, interpolate, orthogonality_penalty
 from fastprefix.kv.bank import PrefixBank
-from fastprefix.kv.budget import Eviction, KVBudget, KVBudgetError, KVPlan, plan_kv_bytes
+from fastprefix.kv.budget import Eviction, KVBudget, KVBudgetError
 from fastprefix.kv.flat import FlatLayout, flat_width, to_flat, to_prefix_kv
 from fastprefix.kv.packed import PackedPrefixKV
-from fastprefix.kv.prefix import Group, LayerShape, PrefixKV
+from fastprefix.kv.plan import KVPlan, plan_kv_bytes
+from fastprefix.kv.prefix import PrefixKV
 from fastprefix.kv.reweighting import Reweighting
+from fastprefix.kv.shapes import Group, LayerShape
 from fastprefix.kv.states import LayerState
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Prefixes made of prefixes: interpolated, joined, and how far they are from orthogonal."""
+"""Computing with prefixes: means, joining end to end, and a penalty that makes them orthogonal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from fastprefix.kv.reweighting import Kind, Reweighting
 
 Method = Literal["linear", "spherical"]
 
-# Steps of the spherical mean. The error falls by a factor each, less where vectors lie far apart.
+# The most steps of the spherical mean. Each step reduces the error by a factor, which is smaller
+# if vectors lie far apart.
 _STEPS = 2000
 
 
@@ -24,24 +25,25 @@ _STEPS = 2000
 def interpolate(
     kvs: Sequence[PrefixKV], weights: Sequence[float], method: Method = "linear"
 ) -> PrefixKV:
-    """A weighted mean of prefixes of one shape; a weight of 1 gives that prefix bit for bit.
+    """Computes a weighted mean of prefixes. A weight of 1 gives the same bits as that prefix.
 
     "linear" averages the numbers. "spherical" averages every key and value vector [D] on the
-    sphere: the length linearly, the direction by the weighted spherical mean (Buss and Fillmore
-    2001, "Spherical averages and applications", algorithm A1), which for two prefixes is slerp
-    (Shoemake 1985). Biases, or gates, of the heads are averaged linearly by either method.
+    sphere. The mean's length is the linear mean of the lengths. Its direction is the weighted
+    spherical mean (Buss and Fillmore 2001, "Spherical averages and applications", algorithm A1).
+    For two prefixes this is slerp (Shoemake 1985). Both methods average the biases or gates of
+    heads linearly.
 
     Args:
-        kvs: at least one prefix, all with the same shapes, lengths, position_offset, in_window and
-            kind of reweighting, or none.
-        weights: one for each, finite, 0 or more, summing to 1 (within 1e-6).
+        kvs: at least one prefix. All have the same shapes, lengths, position_offset and in_window,
+            and the same kind of reweighting or none.
+        weights: one weight for each prefix, finite and 0 or more. Their sum is 1 (within 1e-6).
         method: "linear" or "spherical".
 
     Raises:
         TypeError: kvs are no prefixes, or weights no numbers.
-        ValueError: the prefixes differ in shape or meaning, the weights are not as above, the
-            spherical mean is not unique (opposite vectors) or not found, or several prompts carry
-            states of a model's layers.
+        ValueError: the prefixes differ in shape or meaning; the weights are not as above; the
+            spherical mean is not unique (opposite vectors) or not found; or one of several prefixes
+            has states of a model's layers.
     """
     _check_prefixes(kvs)
     if method not in get_args(Method):
@@ -70,18 +72,18 @@ def interpolate(
 
 @refuses_unknown_arguments
 def concatenate(kvs: Sequence[PrefixKV]) -> PrefixKV:
-    """Prefixes end to end as one, e.g. a shared one and a task's own; gradients reach each.
+    """Joins prefixes end to end, for example a shared one and a task's own. Gradients reach each.
 
-    The text starts behind all of them: position offsets add up. A bias or gate of each head is one
-    for the whole, so that prefixes which have any must have the same. Meant for learned prefixes,
-    whose keys are not tied to a place. Prompts that were prefilled apart did not see each other,
-    and each begins at position 0; prefill the joined text instead.
+    The text starts behind all of them, so position offsets are added. A head has one bias or gate
+    for the whole, so prefixes with biases or gates must have the same ones. This function is for
+    learned prefixes, whose keys belong to no position. Prompts that were prefilled separately did
+    not see each other, and each begins at position 0: prefill the joined text instead.
 
     Raises:
         TypeError: kvs are no prefixes.
-        ValueError: no prefix, layers of different shapes, a prompt (in_window, or with states)
-            among several, or prefixes whose heads are reweighted differently, or by parameters of
-            their own.
+        ValueError: kvs are empty; layers have different shapes; one of several prefixes is a prompt
+            (in_window, or with states); or the heads' biases or gates differ, or are separate
+            parameters.
     """
     _check_prefixes(kvs)
     if not kvs:
@@ -109,14 +111,14 @@ def concatenate(kvs: Sequence[PrefixKV]) -> PrefixKV:
 
 @refuses_unknown_arguments
 def orthogonality_penalty(kvs: Sequence[PrefixKV]) -> Tensor:
-    """Mean squared cosine between the virtual tokens of different prefixes; a loss term.
+    """Computes the mean squared cosine between virtual tokens of different prefixes, for a loss.
 
-    A token is the vector of all its keys and values. 0 when every token of one prefix is
-    orthogonal to every token of the others; differentiable; 0 for a single prefix.
+    A token is the vector of all its keys and values. The result is 0 if every token of a prefix is
+    orthogonal to every token of the others, and for a single prefix. It has gradients.
 
     Raises:
         TypeError: kvs are no prefixes.
-        ValueError: layers of different shapes, or layers of one prefix differ in length.
+        ValueError: layers have different shapes, or the layers of one prefix different lengths.
     """
     _check_prefixes(kvs)
     if not kvs:
@@ -139,7 +141,7 @@ def orthogonality_penalty(kvs: Sequence[PrefixKV]) -> Tensor:
 
 
 def _check_prefixes(kvs: Sequence[PrefixKV]) -> None:
-    """TypeError unless they are prefixes."""
+    """Raises a TypeError unless all are prefixes."""
     check_type("kvs", kvs, (list, tuple), "a list of prefixes")
     for i, kv in enumerate(kvs):
         check_type(f"kvs[{i}]", kv, PrefixKV, "a PrefixKV")
@@ -172,12 +174,15 @@ def _refuse_states(kvs: Sequence[PrefixKV], what: str) -> None:
 
 
 def _heads_of(kv: PrefixKV) -> tuple[Kind, tuple[int, ...]] | None:
-    """What kind of numbers how many query heads have."""
+    """The kind of reweighting and the numbers of query heads; None without reweighting."""
     return None if kv.reweighting is None else (kv.reweighting.kind, kv.reweighting.num_heads)
 
 
 def _reweighted_alike(one: PrefixKV, other: PrefixKV) -> bool:
-    """Whether the heads have the same numbers, and no gradient that would reach but one of them."""
+    """Whether two prefixes have the same biases or gates.
+
+    Separate parameters do not count, even if they are equal: the gradient would reach only one.
+    """
     if one.reweighting is None or other.reweighting is None:
         return one.reweighting is other.reweighting
     return one.reweighting.kind == other.reweighting.kind and all(
@@ -187,7 +192,7 @@ def _reweighted_alike(one: PrefixKV, other: PrefixKV) -> bool:
 
 
 def _map_layers(kvs: Sequence[PrefixKV], join: Callable[[list[Tensor]], Tensor]) -> PrefixKV:
-    """The layers of several prefixes joined one by one."""
+    """A prefix whose every key and value is made of those of several prefixes."""
     layers = range(kvs[0].num_layers)
     return PrefixKV(
         tuple(join([kv.keys[layer] for kv in kvs]) for layer in layers),
@@ -205,21 +210,21 @@ def _linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _spherical(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """[Hkv, P, D] of each; the mean direction of every vector times its mean length."""
+    """The spherical mean of each vector of [Hkv, P, D] tensors, times the mean length."""
     x = torch.stack([tensor.double() for tensor in tensors])  # [N, Hkv, P, D]
     w = x.new_tensor(weights).view(-1, 1, 1, 1)
     length = x.norm(dim=-1, keepdim=True)
-    # a vector of no length has no direction, and so no say in it
-    voice = w * (length > 0)
-    voice = voice / voice.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+    # a vector of length 0 has no direction, so it gets no weight in the mean of directions
+    share = w * (length > 0)
+    share = share / share.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
     unit = x / length.clamp(min=torch.finfo(torch.float64).tiny)
-    mean = (voice * unit).sum(0)
+    mean = (share * unit).sum(0)
     norm = mean.norm(dim=-1, keepdim=True)
     mean = mean / norm.clamp(min=torch.finfo(torch.float64).tiny)
-    lost = (norm < 1e-9) & (voice.sum(0) > 0)
+    cancelled = (norm < 1e-9) & (share.sum(0) > 0)
     for _ in range(_STEPS):
         cosine = (unit * mean).sum(-1, keepdim=True).clamp(-1, 1)
-        if bool((lost | ((cosine < -1 + 1e-12) & (voice > 0))).any()):
+        if bool((cancelled | ((cosine < -1 + 1e-12) & (share > 0))).any()):
             raise ValueError(
                 "kvs: two vectors point in opposite directions, between which no mean direction is "
                 "nearest; use method='linear'"
@@ -228,7 +233,7 @@ def _spherical(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         sine = across.norm(dim=-1, keepdim=True)
         angle = torch.atan2(sine, cosine)
         towards = torch.where(sine > 0, across * (angle / sine.clamp(min=1e-300)), 0.0)
-        step = (voice * towards).sum(0)
+        step = (share * towards).sum(0)
         far = step.norm(dim=-1, keepdim=True)
         turn = torch.where(far > 0, step * (torch.sin(far) / far.clamp(min=1e-300)), 0.0)
         mean = torch.cos(far) * mean + turn

@@ -13,18 +13,19 @@ from fastprefix.arguments import (
     methods_refuse_unknown_arguments,
 )
 from fastprefix.kv.arithmetic import Method, concatenate, interpolate
-from fastprefix.kv.budget import KVBudget, check_name, file_name, names_in
+from fastprefix.kv.budget import KVBudget
 from fastprefix.kv.prefix import PrefixKV
+from fastprefix.kv.prefix_folder import check_name, file_name, names_in
 
 
 @methods_refuse_unknown_arguments
 class PrefixBank(MutableMapping[str, PrefixKV]):
     """Prefixes by name, all for one model: a dict that checks, combines and saves them.
 
-    Safe to share between threads. Switching tasks is ``use_prefix(model, bank["name"])``.
+    Threads may share a bank. To switch tasks, call ``use_prefix(model, bank["name"])``.
 
     Args:
-        budget: keeps the prefixes within its limit; without one all stay where they are.
+        budget: keeps the prefixes within its limit. Without a budget all stay where they are.
 
     Example:
         >>> bank = PrefixBank(KVBudget(2**30, folder="prefixes"))
@@ -44,15 +45,17 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
         """Adds a prefix, or replaces the one of this name.
 
         Args:
-            name: any text but the empty one that :func:`fastprefix.kv.budget.file_name` takes.
-            kv: for the same layers as the others; finished where the bank has a budget.
+            name: any text that is not empty, and not too long for the name of a file; see
+                :func:`fastprefix.kv.prefix_folder.file_name`.
+            kv: a prefix with the layer shapes of the others. If the bank has a budget, kv must not
+                require gradients.
             priority: see :meth:`KVBudget.put`.
             pinned: see :meth:`KVBudget.put`.
 
         Raises:
             TypeError: kv is not a PrefixKV, or name not text.
-            ValueError: no name or too long a one, other layer shapes than the bank's, or priority
-                or pinned without a budget that heeds them.
+            ValueError: the name is empty or too long; the bank has other layer shapes; or priority
+                or pinned is given and the bank has no budget.
             KVBudgetError: see :meth:`KVBudget.put`.
         """
         if not isinstance(kv, PrefixKV):
@@ -71,11 +74,13 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
                 self._held[name] = kv
 
     def select(self, rows: Iterable[str | None]) -> Mapping[str, PrefixKV]:
-        """The prefixes that the rows of a batch name, each once; any one if none names one.
+        """Returns the prefixes that the rows of a batch name, each once.
+
+        If no row names a prefix, the result has any one of them.
 
         Raises:
             TypeError: rows are no names.
-            ValueError: a name that is not here.
+            ValueError: the bank has no prefix of a name.
         """
         check_names("rows", rows, "a name, or None, for each row")
         names = [name for name in dict.fromkeys(rows) if name is not None]
@@ -85,10 +90,10 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
         return {name: self[name] for name in names or [*self][:1]}
 
     def interpolate(self, weights: Mapping[str, float], method: Method = "linear") -> PrefixKV:
-        """A weighted mean of prefixes; see :func:`fastprefix.kv.interpolate`.
+        """Returns a weighted mean of prefixes; see :func:`fastprefix.kv.interpolate`.
 
         Raises:
-            KeyError: a name that is not here.
+            KeyError: the bank has no prefix of a name.
             TypeError: weights are not numbers by name.
             ValueError: see :func:`fastprefix.kv.interpolate`.
         """
@@ -96,20 +101,20 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
         return interpolate([self[name] for name in weights], list(weights.values()), method)
 
     def concatenate(self, names: Sequence[str]) -> PrefixKV:
-        """Prefixes end to end, e.g. what tasks share and what is one's own.
+        """Joins prefixes end to end, for example one that tasks share and a task's own.
 
         Raises:
-            KeyError: a name that is not here.
-            TypeError: names are none.
+            KeyError: the bank has no prefix of a name.
+            TypeError: names are no names.
             ValueError: see :func:`fastprefix.kv.concatenate`.
         """
         check_names("names", names, "a list of names")
         return concatenate([self[name] for name in names])
 
     def save(self, folder: str | Path) -> None:
-        """Writes each prefix as a file of its own, which :meth:`load` and a KVBudget read.
+        """Writes one file for each prefix. :meth:`load` and a KVBudget read them.
 
-        Files of other prefixes that lie in the folder stay there.
+        Files of other prefixes stay in the folder.
         """
         folder = as_path("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,8 +126,8 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
         """Reads what :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: no such folder, or nothing in it.
-            ValueError: a file is not whole, or made for other layers than the others.
+            FileNotFoundError: there is no such folder, or no prefix in it.
+            ValueError: a file is not whole, or its prefix has other layer shapes than the others.
         """
         files = names_in(as_path("folder", folder))
         if not files:
@@ -135,7 +140,7 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
         return bank
 
     def __getitem__(self, name: str) -> PrefixKV:
-        """The prefix of this name; KeyError lists the names there are."""
+        """Returns the prefix of this name; the KeyError lists all names."""
         with self._lock:
             if self.budget is not None:
                 kv = self.budget.get(name)
@@ -146,11 +151,11 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
             return self._held[name]
 
     def __setitem__(self, name: str, kv: PrefixKV) -> None:
-        """:meth:`add` with the defaults."""
+        """Adds a prefix as :meth:`add` does, with its defaults."""
         self.add(name, kv)
 
     def __delitem__(self, name: str) -> None:
-        """Forgets a prefix."""
+        """Removes a prefix."""
         with self._lock:
             if self.budget is not None:
                 self.budget.remove(name)
@@ -160,17 +165,17 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
                 del self._held[name]
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is a prefix of this name; loads nothing."""
+        """Whether there is a prefix of this name. Nothing is loaded."""
         with self._lock:
             return name in (self._held if self.budget is None else self.budget)
 
     def __iter__(self) -> Iterator[str]:
-        """All names as they are now."""
+        """Iterates over the names that the bank has now."""
         with self._lock:
             return iter(tuple(self._held if self.budget is None else self.budget))
 
     def __len__(self) -> int:
-        """Number of prefixes."""
+        """The number of prefixes."""
         with self._lock:
             return len(self._held if self.budget is None else self.budget)
 
@@ -183,7 +188,7 @@ class PrefixBank(MutableMapping[str, PrefixKV]):
                     self._held[other].shapes if self.budget is None else self.budget.shapes(other)
                 )
                 break
-            except (KeyError, ValueError):  # removed just now, or damaged: told where it is used
+            except (KeyError, ValueError):  # removed just now, or damaged: its own use will raise
                 continue
         else:
             return

@@ -1,13 +1,11 @@
-"""A limit on the memory that prefixes take, with the rest of them on disk or on the CPU."""
+"""A limit on the memory that prefixes take on a device; the others wait on disk or on the CPU."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote
 
 import torch
 
@@ -18,31 +16,40 @@ from fastprefix.arguments import (
     check_type,
     check_whole,
     methods_refuse_unknown_arguments,
-    refuses_unknown_arguments,
 )
-from fastprefix.files import json_text, locked, read_json, remove_leftovers, sealed, written_whole
-from fastprefix.kv.prefix import LayerShape, PrefixKV, measure
+from fastprefix.files import remove_leftovers
+from fastprefix.kv.prefix import PrefixKV
+from fastprefix.kv.prefix_file import measure
+from fastprefix.kv.prefix_folder import (
+    FileVersion,
+    IndexEntry,
+    changed_index,
+    check_name,
+    file_name,
+    file_version,
+    names_in,
+    read_index,
+)
+from fastprefix.kv.shapes import LayerShape
 
-_SUFFIX = ".safetensors"
-_INDEX, _LOCK = "index.json", "index.lock"
-# What tells the files apart that have one name, one after the other.
-_Version = tuple[int, int, int]
+# The index entry of a prefix that the index does not have.
+_DEFAULTS = IndexEntry(priority=0, pinned=False)
 
 
 class KVBudgetError(RuntimeError):
-    """A prefix does not fit, whatever is evicted; nothing was changed."""
+    """A prefix does not fit, even if all others are evicted. Nothing was changed."""
 
 
 @methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class Eviction:
-    """What left the device to make room.
+    """A prefix that left the device to make room.
 
     Attributes:
-        name: of the prefix.
-        nbytes: that it took.
-        priority: that it had.
-        target: "cpu" or the file that holds it.
+        name: the prefix's name.
+        nbytes: the bytes that it took on the device.
+        priority: its priority.
+        target: "cpu", or the file that holds the prefix.
     """
 
     name: str
@@ -53,65 +60,66 @@ class Eviction:
 
 @dataclass
 class _Entry:
-    """One prefix.
+    """What the budget knows about one prefix.
 
     Attributes:
-        nbytes: that it takes on the device.
-        shapes: of its layers.
-        priority: the lowest leaves first.
-        pinned: never leaves.
-        used: when it was last asked for, in a count of all such questions.
-        resident: on the device, None while evicted.
-        home: where it stays for good: on the CPU, or the file.
-        version: of the file that the other fields are of.
+        nbytes: the bytes that it takes on the device.
+        shapes: the shapes of its layers.
+        priority: prefixes of the lowest priority are evicted first.
+        pinned: whether it is never evicted.
+        last_used: the counter's value at the last :meth:`KVBudget.put` or :meth:`KVBudget.get`.
+        resident: the prefix on the device; None while it is evicted.
+        home: the copy that stays: a prefix on the CPU, or a file.
+        version: the version of the file that the other fields describe.
     """
 
     nbytes: int
     shapes: tuple[LayerShape, ...]
     priority: int
     pinned: bool
-    used: int
+    last_used: int
     resident: PrefixKV | None
     home: PrefixKV | Path
-    version: _Version | None = None
+    version: FileVersion | None = None
 
 
 @methods_refuse_unknown_arguments
 class KVBudget:
-    """Named prefixes, of which as many bytes as allowed lie on a device.
+    """Prefixes by name, of which at most a given number of bytes lie on a device.
 
-    Whatever does not fit is evicted, lowest priority first and among equals the one that was not
-    used for longest, and comes back when it is asked for. A prefix is in its home (a file, or the
-    CPU's memory) before :meth:`put` returns, so that eviction only drops a copy: with a folder, a
-    process that is killed at any moment loses nothing that it had put, and a new KVBudget on the
-    folder finds it. (What was put in the seconds before a loss of power may be lost; a file of
-    which that left a part is refused by name.) Threads may share a budget.
+    Prefixes that do not fit are evicted, those of the lowest priority first. Among equals it is the
+    one that was not used for the longest time. An evicted prefix comes back when it is asked for.
+    Every prefix has a home, which is a file or the CPU's memory. :meth:`put` writes it there before
+    it returns, so eviction only drops a copy. With a folder, a process that is killed at any moment
+    loses nothing that it had put, and a new KVBudget on the folder finds it. Only a loss of power
+    can lose what was put in the seconds before. If it leaves a part of a file, that file is refused
+    by name. Threads may share a budget.
 
-    Room is made before a prefix comes to the device, so that what the budget keeps there never
-    takes more than max_bytes, not for a moment. A prefix that a caller still holds is not freed by
-    its eviction; only copies that the budget itself keeps are counted.
+    Room is made before a prefix comes to the device, so the budget's own copies never take more
+    than max_bytes there, not even for a moment. A prefix that a caller still holds is not freed by
+    its eviction. Only the copies of the budget itself are counted.
 
-    Several processes may use a folder, each with a limit and evictions of its own. Each sees what
-    the others put, replace and remove when it next asks for it: a prefix that it has on its device
-    is loaded again if its file is another by then. Of two that put the same name, the last stays,
-    with its priority and pin. Priorities and pins that another process sets are found when a folder
-    is opened, or a prefix first met. They write one at a time (not so on Windows).
+    Several processes may use one folder. Each has its own limit and its own evictions. When a
+    process asks for a prefix, it sees what others have put, replaced and removed: if the file has
+    changed, the prefix is loaded again. If two processes put the same name, the last one wins, with
+    its priority and pin. A process reads the priorities and pins of others only when it opens the
+    folder or first meets a prefix. Processes write one after the other (but not on Windows).
 
     Args:
-        max_bytes: that resident prefixes may take together.
-        folder: home of the prefixes, made if need be; None for the CPU's memory.
-        device: where resident prefixes lie.
+        max_bytes: the bytes that all prefixes on the device may take together.
+        folder: the home of the prefixes, created if it does not exist; None for the CPU's memory.
+        device: the device.
 
     Attributes:
-        evictions: all of them so far, oldest first.
+        evictions: all evictions so far, the oldest first.
 
     Raises:
         NotADirectoryError: the folder is a file.
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be created.
         TypeError: max_bytes is no whole number, folder no path, or device no device.
-        ValueError: max_bytes is below 0, no such device, no folder for device "cpu", a file in the
-            folder is not whole, or two are of the same prefix.
-        KVBudgetError: what is pinned in the folder does not fit.
+        ValueError: max_bytes is below 0; there is no such device; the device is "cpu" and there is
+            no folder; a file in the folder is not whole; or two belong to the same prefix.
+        KVBudgetError: the pinned prefixes in the folder do not fit.
     """
 
     def __init__(
@@ -127,7 +135,7 @@ class KVBudget:
             raise ValueError("folder: got None with device 'cpu', takes a folder to evict to")
         self.evictions: list[Eviction] = []
         self._entries: dict[str, _Entry] = {}
-        self._clock = 0
+        self._count = 0
         self._lock = threading.RLock()
         if self.folder is not None:
             if self.folder.exists() and not self.folder.is_dir():
@@ -137,13 +145,13 @@ class KVBudget:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes on the device now; never above max_bytes."""
+        """The bytes on the device now; never more than max_bytes."""
         with self._lock:
             return sum(entry.nbytes for entry in self._entries.values() if entry.resident)
 
     @property
     def resident_names(self) -> tuple[str, ...]:
-        """Names of the prefixes on the device now."""
+        """The names of the prefixes on the device now."""
         with self._lock:
             return tuple(name for name, entry in self._entries.items() if entry.resident)
 
@@ -153,22 +161,23 @@ class KVBudget:
         """Adds a prefix, or replaces the one of this name.
 
         Args:
-            name: any text but the empty one, in a folder as long as names of files may be (see
-                :func:`file_name`).
-            kv: a finished prefix; with gradients it would not be one.
-            priority: the lowest are evicted first.
-            pinned: whether it is never evicted.
+            name: any text that is not empty, and not too long for the name of a file; see
+                :func:`fastprefix.kv.prefix_folder.file_name`.
+            kv: a finished prefix, which does not require gradients.
+            priority: prefixes of the lowest priority are evicted first.
+            pinned: whether the prefix is never evicted.
 
         Returns:
-            What was evicted for it. An unpinned prefix larger than the budget goes home at once.
+            What was evicted to make room. A prefix that is larger than the budget, and not pinned,
+            is only in its home.
 
         Raises:
             TypeError: name is not text, kv no PrefixKV, priority no whole number, or pinned neither
                 True nor False.
-            ValueError: no name or too long a one, kv requires gradients, or, with a folder, is not
-                all finite, or the folder's index is damaged.
-            KVBudgetError: pinned, and it does not fit beside the other pinned ones.
-            OSError: its file cannot be written; the one before it stays.
+            ValueError: the name is empty or too long; kv requires gradients; or, with a folder, kv
+                has a number that is not finite, or the folder's index is damaged.
+            KVBudgetError: the prefix is pinned, and does not fit beside the other pinned ones.
+            OSError: the file cannot be written; a former file of this name stays.
         """
         check_name(name)
         check_type("kv", kv, PrefixKV, "a PrefixKV")
@@ -190,37 +199,38 @@ class KVBudget:
             if self.folder is None:
                 home = _copied(kv, torch.device("cpu"))
             else:
-                self._known(name)
+                self._refresh(name)
                 before = self._entries.get(name)
                 home = before.home if before is not None else self.folder / file_name(name)
                 assert isinstance(home, Path)
-                with self._index(name, (priority, pinned)):
+                with changed_index(self.folder, name, IndexEntry(priority, pinned)):
                     kv.save(home, durable=False)
-                    version = _version(home)
+                    version = file_version(home)
             self._entries.pop(name, None)
             entry = _Entry(
-                kv.nbytes, kv.shapes, priority, pinned, self._tick(), None, home, version
+                kv.nbytes, kv.shapes, priority, pinned, self._next_count(), None, home, version
             )
             self._entries[name] = entry
             evicted = self._make_room(entry)
             if evicted is None:
                 return []
-            # a copy: what a caller does to his must not change what was put
+            # a copy: the caller may change its own tensors later
             entry.resident = _copied(kv, self.device)
             return evicted
 
     def get(self, name: str) -> PrefixKV:
-        """A prefix on the device, brought back if it had been evicted.
+        """Returns a prefix on the device. If it was evicted, it is loaded again.
 
-        One larger than what pinned prefixes leave of the budget is loaded for the caller alone.
+        If pinned prefixes leave too little room for it, only the caller gets it, and the budget
+        keeps no copy on the device.
 
         Raises:
-            KeyError: no prefix of this name.
+            KeyError: there is no prefix of this name.
             ValueError: its file is not whole any more.
         """
         with self._lock:
             entry = self._entry(name)
-            entry.used = self._tick()
+            entry.last_used = self._next_count()
             if entry.resident is None:
                 fits = self._make_room(entry) is not None
                 home = entry.home
@@ -235,33 +245,33 @@ class KVBudget:
             return entry.resident
 
     def shapes(self, name: str) -> tuple[LayerShape, ...]:
-        """Of a prefix's layers; loads nothing.
+        """Returns the shapes of a prefix's layers, and loads nothing.
 
         Raises:
-            KeyError: no prefix of this name.
+            KeyError: there is no prefix of this name.
         """
         with self._lock:
             return self._entry(name).shapes
 
     def remove(self, name: str) -> None:
-        """Forgets a prefix, its file included.
+        """Removes a prefix and its file.
 
         Raises:
-            KeyError: no prefix of this name.
+            KeyError: there is no prefix of this name.
         """
         with self._lock:
             entry = self._entry(name)
             if isinstance(entry.home, Path):
-                with self._index(name, None):
+                with changed_index(entry.home.parent, name, None):
                     entry.home.unlink(missing_ok=True)
             del self._entries[name]
 
     def evict(self, name: str) -> Eviction | None:
-        """Sends a prefix home by hand; None where it is there already.
+        """Evicts a prefix now. Returns None if it was not on the device.
 
         Raises:
-            KeyError: no prefix of this name.
-            ValueError: it is pinned.
+            KeyError: there is no prefix of this name.
+            ValueError: the prefix is pinned.
         """
         with self._lock:
             entry = self._entry(name)
@@ -272,26 +282,26 @@ class KVBudget:
             return self._evict(name, entry) if entry.resident else None
 
     def set_priority(self, name: str, priority: int) -> None:
-        """Changes how early a prefix is evicted.
+        """Sets a prefix's priority: those of the lowest priority are evicted first.
 
         Raises:
-            KeyError: no prefix of this name.
+            KeyError: there is no prefix of this name.
         """
         with self._lock:
             entry = self._entry(name)
             entry.priority = priority
-            self._tell(name, entry)
+            self._save_to_index(name, entry)
 
     def pin(self, name: str) -> None:
-        """Keeps a prefix on the device from now on, and brings it there.
+        """Brings a prefix to the device and keeps it there.
 
         Raises:
-            KeyError: no prefix of this name.
-            KVBudgetError: it does not fit beside the other pinned ones.
+            KeyError: there is no prefix of this name.
+            KVBudgetError: the prefix does not fit beside the other pinned ones.
         """
         with self._lock:
             entry = self._entry(name)
-            others = sum(e.nbytes for e in self._entries.values() if e.pinned and e is not entry)
+            others = self._pinned_bytes(entry)
             if others + entry.nbytes > self.max_bytes:
                 raise KVBudgetError(
                     f"name: {name!r} takes {entry.nbytes:,} bytes, others that are pinned "
@@ -299,50 +309,50 @@ class KVBudget:
                 )
             self.get(name)
             entry.pinned = True
-            self._tell(name, entry)
+            self._save_to_index(name, entry)
 
     def unpin(self, name: str) -> None:
-        """Lets a prefix be evicted again.
+        """Allows a prefix to be evicted again.
 
         Raises:
-            KeyError: no prefix of this name.
+            KeyError: there is no prefix of this name.
         """
         with self._lock:
             entry = self._entry(name)
             entry.pinned = False
-            self._tell(name, entry)
+            self._save_to_index(name, entry)
 
     def __contains__(self, name: object) -> bool:
-        """Whether a prefix of this name was put."""
+        """Whether there is a prefix of this name."""
         with self._lock:
-            return isinstance(name, str) and self._known(name)
+            return isinstance(name, str) and self._refresh(name)
 
     def __iter__(self) -> Iterator[str]:
-        """All names, wherever the prefixes are."""
+        """Iterates over the names of all prefixes, on the device or not."""
         with self._lock:
             return iter(self._names())
 
     def __len__(self) -> int:
-        """Number of prefixes, wherever they are."""
+        """The number of prefixes, on the device or not."""
         with self._lock:
             return len(self._names())
 
     def _entry(self, name: str) -> _Entry:
-        if not self._known(name):
+        if not self._refresh(name):
             raise KeyError(f"no prefix {name!r}; there are {sorted(self._names())}")
         return self._entries[name]
 
     def _names(self) -> tuple[str, ...]:
-        """Of the prefixes that are there now, the oldest of this budget first."""
+        """The names of all prefixes. Those that this budget met first come first."""
         if self.folder is None:
             return tuple(self._entries)
-        there = names_in(self.folder)
-        for name in [name for name in self._entries if name not in there]:
+        existing = names_in(self.folder)
+        for name in [name for name in self._entries if name not in existing]:
             del self._entries[name]
-        return (*self._entries, *(name for name in there if name not in self._entries))
+        return (*self._entries, *(name for name in existing if name not in self._entries))
 
-    def _known(self, name: str) -> bool:
-        """Whether there is a prefix of a name, with what its file now says in its entry."""
+    def _refresh(self, name: str) -> bool:
+        """Updates an entry if its file has changed. Returns whether there is such a prefix."""
         entry = self._entries.get(name)
         if self.folder is None:
             return entry is not None
@@ -353,7 +363,7 @@ class KVBudget:
         if not isinstance(home, Path):
             return False
         try:
-            version = _version(home)
+            version = file_version(home)
             if entry is not None and entry.version == version:
                 return True
             nbytes, shapes = measure(home)
@@ -361,41 +371,45 @@ class KVBudget:
             self._entries.pop(name, None)
             return False
         if entry is None:
-            priority, stays = self._read_index().get(name, (0, False))
-            entry = _Entry(nbytes, shapes, priority, False, self._tick(), None, home, version)
+            priority, pinned = read_index(self.folder).get(name, _DEFAULTS)
+            entry = _Entry(nbytes, shapes, priority, False, self._next_count(), None, home, version)
             self._entries[name] = entry
-            entry.pinned = stays and self._fits_pinned(entry)
         else:
             entry.nbytes, entry.shapes, entry.version = nbytes, shapes, version
             entry.resident = None
-            entry.pinned = entry.pinned and self._fits_pinned(entry)
+            pinned = entry.pinned
+        entry.pinned = pinned and self._pinned_bytes(entry) + nbytes <= self.max_bytes
         return True
 
-    def _fits_pinned(self, entry: _Entry) -> bool:
-        others = sum(e.nbytes for e in self._entries.values() if e.pinned and e is not entry)
-        return others + entry.nbytes <= self.max_bytes
+    def _pinned_bytes(self, without: _Entry) -> int:
+        """The bytes of all pinned prefixes but one."""
+        return sum(e.nbytes for e in self._entries.values() if e.pinned and e is not without)
 
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
+    def _next_count(self) -> int:
+        self._count += 1
+        return self._count
 
     def _make_room(self, entry: _Entry) -> list[Eviction] | None:
-        """What was evicted for an entry; None, and nothing is, where no room can be made."""
+        """Evicts what stands in the way of an entry. If it cannot fit, nothing is evicted.
+
+        Returns:
+            The evictions; None if the entry cannot fit.
+        """
         free = self.max_bytes - self.resident_bytes
-        leaving = []
+        chosen = []
         candidates = [
-            (other.priority, other.used, n)
-            for n, other in self._entries.items()
+            (other.priority, other.last_used, name)
+            for name, other in self._entries.items()
             if other.resident and not other.pinned and other is not entry
         ]
-        for _, _, other_name in sorted(candidates):
+        for _, _, name in sorted(candidates):
             if free >= entry.nbytes:
                 break
-            leaving.append(other_name)
-            free += self._entries[other_name].nbytes
+            chosen.append(name)
+            free += self._entries[name].nbytes
         if free < entry.nbytes:
             return None
-        return [self._evict(other, self._entries[other]) for other in leaving]
+        return [self._evict(name, self._entries[name]) for name in chosen]
 
     def _evict(self, name: str, entry: _Entry) -> Eviction:
         entry.resident = None
@@ -405,17 +419,18 @@ class KVBudget:
         return eviction
 
     def _open(self, folder: Path) -> None:
-        """Finds what an earlier budget put here; files it was still writing are not among it."""
-        about = self._read_index()
+        """Finds the prefixes that a folder holds. Files that were not written whole are removed."""
+        index = read_index(folder)
         remove_leftovers(folder)
         for name, file in names_in(folder).items():
             try:
-                version = _version(file)
+                version = file_version(file)
                 nbytes, shapes = measure(file)
             except FileNotFoundError:  # another process removed it just now
                 continue
-            priority, stays = about.get(name, (0, False))
-            entry = _Entry(nbytes, shapes, priority, stays, self._tick(), None, file, version)
+            priority, is_pinned = index.get(name, _DEFAULTS)
+            count = self._next_count()
+            entry = _Entry(nbytes, shapes, priority, is_pinned, count, None, file, version)
             self._entries[name] = entry
         pinned = {name: entry for name, entry in self._entries.items() if entry.pinned}
         needed = sum(entry.nbytes for entry in pinned.values())
@@ -427,158 +442,13 @@ class KVBudget:
         for name in pinned:
             self.get(name)
 
-    def _read_index(self) -> dict[str, tuple[int, bool]]:
-        """Priority, and whether it is pinned, by name."""
-        assert self.folder is not None
-        return _read_index(self.folder / _INDEX)
-
-    @contextlib.contextmanager
-    def _index(self, name: str, told: tuple[int, bool] | None) -> Iterator[None]:
-        """Writes a prefix's priority and pin, or that it has none, into the folder's index.
-
-        The block is what goes with it: no other process changes the folder meanwhile, and the
-        index is as it was if it raises.
-        """
-        assert self.folder is not None
-        with locked(self.folder / _LOCK):
-            index = self._read_index()
-            index.pop(name, None)
-            there = names_in(self.folder)
-            index = {one: entry for one, entry in index.items() if one in there}
-            if told is not None:
-                index[name] = told
-            about = {one: {"priority": p, "pinned": stays} for one, (p, stays) in index.items()}
-            with written_whole(self.folder / _INDEX, durable=False) as partial:
-                # written first: a disk that is full refuses it before anything has changed
-                partial.write_text(json_text(sealed({"prefixes": about})), encoding="utf-8")
-                yield
-
-    def _tell(self, name: str, entry: _Entry) -> None:
+    def _save_to_index(self, name: str, entry: _Entry) -> None:
         """Writes an entry's priority and pin into the folder's index."""
         if self.folder is not None:
-            with self._index(name, (entry.priority, entry.pinned)):
+            with changed_index(self.folder, name, IndexEntry(entry.priority, entry.pinned)):
                 pass
 
 
-def _version(file: Path) -> _Version:
-    told = file.stat()
-    return told.st_ino, told.st_mtime_ns, told.st_size
-
-
 def _copied(kv: PrefixKV, device: torch.device) -> PrefixKV:
-    """In memory of its own, by one copy."""
+    """A copy in memory of its own, on a device."""
     return kv.map(lambda x: x.detach().to(device, copy=True, memory_format=torch.contiguous_format))
-
-
-def _read_index(file: Path) -> dict[str, tuple[int, bool]]:
-    """Priority, and whether it is pinned, by name; none of either where there is no file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = read_json(file)
-        inside = found.get("prefixes", {})
-        if "prefixes" in found and not isinstance(inside.get("priority"), int):
-            found = inside  # in files of older versions there is nothing around it
-        return {n: (int(e["priority"]), bool(e["pinned"])) for n, e in found.items()}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(
-            f"folder: {file} does not hold priorities and pins ({error}); without this file all "
-            "prefixes have priority 0"
-        ) from error
-
-
-def check_name(name: str) -> None:
-    """Whether a prefix can have this name.
-
-    Raises:
-        TypeError: not text.
-        ValueError: empty, or too long or strange for a file; see :func:`file_name`.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"name: got {type(name).__name__}, takes text")
-    if not name:
-        raise ValueError("name: got '', takes text that is not empty")
-    file_name(name)
-
-
-def file_name(name: str) -> str:
-    """What the file of a prefix is called, whatever characters its name has.
-
-    Letters and digits of ASCII stay, a byte of anything else (in UTF-8) takes three.
-
-    Raises:
-        ValueError: longer than file systems take, 255 bytes, or not to be written in UTF-8.
-    """
-    try:
-        file = quote(name, safe=" ") + _SUFFIX
-    except UnicodeEncodeError as error:
-        raise ValueError(f"name: {name!r} cannot be written in UTF-8") from error
-    if len(file) > 255:
-        raise ValueError(f"name: {name!r} makes a file name of {len(file)} bytes, takes 255")
-    return file
-
-
-def names_in(folder: Path) -> dict[str, Path]:
-    """The prefixes of a folder: files by name.
-
-    Raises:
-        ValueError: two files are of one name, which both can be read as.
-    """
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob(f"*{_SUFFIX}")):
-        name = unquote(file.name[: -len(_SUFFIX)])
-        if name in found:
-            raise ValueError(
-                f"folder: {folder} has {found[name].name} and {file.name}, both for the prefix "
-                f"{name!r}; takes one of them"
-            )
-        found[name] = file
-    return found
-
-
-@methods_refuse_unknown_arguments
-@dataclass(frozen=True)
-class KVPlan:
-    """Bytes that prefixes will take.
-
-    Attributes:
-        nbytes: by name.
-        expanded: what the same prefixes would take copied for each row of a batch, by name.
-    """
-
-    nbytes: dict[str, int]
-    expanded: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        """Bytes of all of them."""
-        return sum(self.nbytes.values())
-
-
-@refuses_unknown_arguments
-def plan_kv_bytes(
-    shapes: Sequence[LayerShape],
-    num_virtual_tokens: Mapping[str, int],
-    dtype: torch.dtype,
-    batch_size: int = 1,
-) -> KVPlan:
-    """What prefixes of given lengths will take, before anything is allocated.
-
-    Args:
-        shapes: of the model's layers, e.g. ``fastprefix.hf.patch_of(model).shapes``; a model on the
-            meta device does.
-        num_virtual_tokens: length by name.
-        dtype: of keys and values.
-        batch_size: rows, for the comparison with copies.
-
-    Raises:
-        ValueError: a length or the batch size is below 0.
-    """
-    if batch_size < 0 or any(length < 0 for length in num_virtual_tokens.values()):
-        raise ValueError(
-            f"num_virtual_tokens, batch_size: got {dict(num_virtual_tokens)} and {batch_size}, "
-            "takes 0 or more"
-        )
-    token = sum(shape.width for shape in shapes) * dtype.itemsize
-    nbytes = {name: length * token for name, length in num_virtual_tokens.items()}
-    return KVPlan(nbytes, {name: n * batch_size for name, n in nbytes.items()})

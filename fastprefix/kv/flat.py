@@ -1,8 +1,8 @@
-"""A prefix as one matrix [P, width]: what encoders compute and PEFT's files hold.
+"""A prefix as one matrix [P, width], which encoders compute and PEFT's files hold.
 
-A row is one virtual token; along it lie, layer after layer, the key of each head, then the value
-of each head. Where all layers have one shape this is PEFT's [P, layers · 2 · Hkv · D]. Layers
-without a prefix have no columns; a layer whose prefix is shorter leaves its last rows unused.
+Each row is one virtual token. It holds, layer after layer, the keys of all heads and then the
+values of all heads. If all layers have the same shape, this is PEFT's [P, layers · 2 · Hkv · D].
+Layers without a prefix have no columns. A layer with a shorter prefix leaves its last rows unused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
-from fastprefix.kv.prefix import LayerShape, PrefixKV
+from fastprefix.kv.prefix import PrefixKV
+from fastprefix.kv.shapes import LayerShape
 
 
 @methods_refuse_unknown_arguments
@@ -24,10 +25,10 @@ class FlatLayout:
 
     Attributes:
         shapes: key and value shapes of a model's attention layers.
-        lengths: how many virtual tokens each has; 0 for a layer without a prefix.
+        lengths: the number of virtual tokens of each layer; 0 for a layer without a prefix.
 
     Raises:
-        ValueError: the numbers of shapes and lengths differ, a length is negative, or none is
+        ValueError: there are not as many lengths as shapes, a length is negative, or none is
             positive.
     """
 
@@ -48,55 +49,59 @@ class FlatLayout:
 
     @classmethod
     def make(cls, shapes: Sequence[LayerShape], lengths: int | Sequence[int]) -> FlatLayout:
-        """One length for all layers, or one for each."""
+        """Makes a layout of one length for all layers, or of one length for each."""
         if isinstance(lengths, int):
             lengths = (lengths,) * len(shapes)
         return cls(tuple(shapes), tuple(lengths))
 
     @property
     def num_virtual_tokens(self) -> int:
-        """P, the longest of the lengths."""
+        """P, the longest length."""
         return max(self.lengths)
 
     @property
     def is_even(self) -> bool:
-        """Whether all layers that have a prefix have one of the same length."""
+        """Whether all prefixes have the same length; layers without a prefix do not count."""
         return all(length in (0, self.num_virtual_tokens) for length in self.lengths)
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """Indices of the layers that have a prefix."""
+        """The indices of the layers that have a prefix."""
         return tuple(slot for slot, length in enumerate(self.lengths) if length)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Columns of each layer that has a prefix."""
+        """The number of columns of each layer that has a prefix."""
         return tuple(self.shapes[slot].width for slot in self.slots)
 
     @property
     def width(self) -> int:
-        """Columns of the flat matrix."""
+        """The number of columns of the matrix."""
         return sum(self.widths)
 
     @property
     def num_numbers(self) -> int:
-        """Numbers of the prefix in all layers."""
+        """How many numbers the prefix has in all layers together."""
         pairs = zip(self.shapes, self.lengths, strict=True)
         return sum(shape.width * length for shape, length in pairs)
 
     def longer(self, num_tokens: int) -> FlatLayout:
-        """With so many more tokens (fewer if negative) wherever there is a prefix."""
+        """The layout of prefixes that have so many more tokens (fewer if negative)."""
         lengths = tuple(length + num_tokens if length else 0 for length in self.lengths)
         return FlatLayout(self.shapes, lengths)
 
     def used(self) -> Tensor:
-        """[P, width] bool: True where the flat matrix holds a number of the prefix."""
+        """Bool [P, width]: whether the matrix has a number of the prefix in a place."""
         row = torch.arange(self.num_virtual_tokens)[:, None]
         ends = torch.tensor([self.lengths[slot] for slot in self.slots])
         return row < ends.repeat_interleave(torch.tensor(self.widths))
 
     def check(self, flat: Tensor) -> None:
-        """Raises ValueError unless flat is [P, width]."""
+        """Checks the shape of a matrix.
+
+        Raises:
+            ValueError: flat is not [P, width].
+        """
         expected = (self.num_virtual_tokens, self.width)
         if tuple(flat.shape) != expected:
             raise ValueError(
@@ -105,7 +110,15 @@ class FlatLayout:
             )
 
     def to_prefix_kv(self, flat: Tensor, position_offset: int | None = None) -> PrefixKV:
-        """Views of [P, width] as keys and values; differentiable. position_offset: P if None."""
+        """Returns views of a matrix [P, width] as keys and values, with gradients.
+
+        Args:
+            flat: [P, width].
+            position_offset: see :class:`PrefixKV`; P if None.
+
+        Raises:
+            ValueError: flat has another shape.
+        """
         self.check(flat)
         columns = dict(zip(self.slots, flat.split(self.widths, dim=1), strict=True))
         keys: list[Tensor] = []
@@ -120,9 +133,9 @@ class FlatLayout:
         return PrefixKV(tuple(keys), tuple(values), position_offset)
 
     def to_flat(self, kv: PrefixKV) -> Tensor:
-        """The inverse of :meth:`to_prefix_kv`: [P, width], zeros where a layer is shorter.
+        """The inverse of :meth:`to_prefix_kv`: [P, width], with zeros in unused places.
 
-        Of the keys and values alone: a bias or a gate of each head has no place in it.
+        The matrix holds keys and values only, not the biases or gates of heads.
 
         Raises:
             ValueError: kv has other layers or lengths.
@@ -143,7 +156,7 @@ class FlatLayout:
 
 @refuses_unknown_arguments
 def flat_width(shapes: Sequence[LayerShape]) -> int:
-    """Numbers that one virtual token holds in all layers."""
+    """How many numbers one virtual token has in all layers together."""
     return sum(shape.width for shape in shapes)
 
 
@@ -151,12 +164,12 @@ def flat_width(shapes: Sequence[LayerShape]) -> int:
 def to_prefix_kv(
     flat: Tensor, shapes: Sequence[LayerShape], position_offset: int | None = None
 ) -> PrefixKV:
-    """Views of [P, width] as keys and values of the same length in all layers; differentiable.
+    """Returns views of [P, width] as keys and values of length P in all layers, with gradients.
 
     Args:
         flat: [P, width].
         shapes: the layers' key and value shapes.
-        position_offset: P if None.
+        position_offset: see :class:`PrefixKV`; P if None.
 
     Raises:
         ValueError: the width does not fit the shapes.
@@ -173,8 +186,7 @@ def to_flat(kv: PrefixKV) -> Tensor:
     """The inverse of :func:`to_prefix_kv`: [P, width].
 
     Raises:
-        ValueError: layers have prefixes of different lengths, or none, which one matrix alone
-            does not tell.
+        ValueError: layers have different lengths, or length 0. The matrix alone would not say so.
     """
     P = kv.num_virtual_tokens
     if any(key.shape[1] != P for key in kv.keys):

@@ -1,4 +1,4 @@
-"""Several prefixes in one copy each, end to end: what the rows of a mixed batch attend to."""
+"""Several prefixes end to end, one copy of each, for batches whose rows have different prefixes."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ import torch
 from torch import Tensor
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
-from fastprefix.kv.prefix import LayerShape, PrefixKV
+from fastprefix.kv.prefix import PrefixKV
 from fastprefix.kv.reweighting import Kind, kind_of
+from fastprefix.kv.shapes import LayerShape
 from fastprefix.kv.states import States, mapped
 
 
 @methods_refuse_unknown_arguments
 @dataclass(frozen=True, eq=False)
 class PackedPrefixKV:
-    """N prefixes end to end along P, layer by layer; made by :meth:`pack`.
+    """N prefixes end to end along P, layer by layer; :meth:`pack` makes them.
 
     Attributes:
-        names: [N], of the prefixes, in their order along P.
-        keys: one [Hkv, P_1 + ... + P_N, D] tensor a layer.
-        values: one [Hkv, P_1 + ... + P_N, Dv] tensor a layer.
-        prefix_lengths: one int32 [N] tensor a layer, as
-            :func:`fastprefix.prefix_attention` takes them. Layers of the same lengths share it.
-        longest: length of the longest prefix, layer by layer.
-        position_offset: the largest of them.
-        position_offsets: int64 [N + 1]: position of the first token behind each prefix, and 0 for
-            rows without one, which -1 finds.
-        offsets: the same for the prefixes alone, on the host.
-        windowed: [N], see ``in_window`` of :class:`PrefixKV`.
-        kinds: [N], how each reweights its heads; see :class:`Reweighting`.
-        biases: one [Hq, N] tensor a layer, 0 for prefixes without; [0, N] where no prefix has any.
-        gates: likewise.
-        states: [N], what the model's layers keep of each prompt besides; None where there is none.
+        names: [N], the prefixes' names, in their order along P.
+        keys: one [Hkv, P_1 + ... + P_N, D] tensor for each layer.
+        values: one [Hkv, P_1 + ... + P_N, Dv] tensor for each layer.
+        prefix_lengths: one int32 [N] tensor for each layer, as
+            :func:`fastprefix.prefix_attention` accepts them. Layers of the same lengths share it.
+        longest: the length of the longest prefix, layer by layer.
+        position_offset: the largest offset of all prefixes.
+        position_offsets: int64 [N + 1], the position of the first token behind each prefix. The
+            last entry is 0, for rows without a prefix, whose index is -1.
+        offsets: the first N of these offsets, on the host.
+        windowed: [N], ``in_window`` of each prefix.
+        kinds: [N], the kind of each prefix's :class:`Reweighting`; None for prefixes without one.
+        biases: one [Hq, N] tensor for each layer, with 0 for prefixes without biases; [0, N] if no
+            prefix has any.
+        gates: the same for gates.
+        states: [N], the states of each prompt; None for prefixes without states.
     """
 
     names: tuple[str, ...]
@@ -53,15 +55,14 @@ class PackedPrefixKV:
 
     @classmethod
     def pack(cls, prefixes: Mapping[str, PrefixKV]) -> PackedPrefixKV:
-        """Puts prefixes end to end. Gradients flow to each; lengths may differ, also by layer.
+        """Puts prefixes end to end. Gradients reach each.
 
         Args:
-            prefixes: by name, at least one.
+            prefixes: at least one prefix, by name. Lengths may differ between prefixes and layers.
 
         Raises:
             TypeError: a value is not a PrefixKV.
-            ValueError: none are given, one is named None, or their layers, dtypes or devices
-                differ.
+            ValueError: there are none; a name is None; or layer shapes, dtypes or devices differ.
         """
         if not prefixes:
             raise ValueError("kv: got no prefixes, takes at least one by name")
@@ -103,12 +104,12 @@ class PackedPrefixKV:
 
     @property
     def num_layers(self) -> int:
-        """Number of layers."""
+        """The number of layers."""
         return len(self.keys)
 
     @property
     def shapes(self) -> tuple[LayerShape, ...]:
-        """Head numbers and sizes, layer by layer."""
+        """The numbers and sizes of heads, layer by layer."""
         return tuple(
             LayerShape(key.shape[0], key.shape[2], value.shape[2])
             for key, value in zip(self.keys, self.values, strict=True)
@@ -116,7 +117,7 @@ class PackedPrefixKV:
 
     @property
     def num_heads(self) -> tuple[int, ...]:
-        """Query heads of the layers where any prefix reweights them; 0 elsewhere."""
+        """The number of query heads of each layer in which any prefix reweights them; else 0."""
         return tuple(
             max(bias.shape[0], gate.shape[0])
             for bias, gate in zip(self.biases, self.gates, strict=True)
@@ -124,39 +125,39 @@ class PackedPrefixKV:
 
     @property
     def in_window(self) -> bool:
-        """Whether any of the prefixes slides out of a sliding window."""
+        """Whether any prefix slides out of a sliding window."""
         return any(self.windowed)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Key [Hkv, P_1 + ... + P_N, D] and value [Hkv, P_1 + ... + P_N, Dv] of a layer."""
         return self.keys[index], self.values[index]
 
-    def numbers(self, rows: Sequence[str | None]) -> tuple[int, ...]:
-        """[R]: which prefix each row attends to, -1 for None.
+    def prefix_ids(self, rows: Sequence[str | None]) -> tuple[int, ...]:
+        """Returns [R], the index of the prefix that each row attends to; -1 for None.
 
         Raises:
-            ValueError: rows is empty, or has a name that is not among the prefixes.
+            ValueError: rows are empty, or there is no prefix of a name.
         """
         if len(rows) == 0:
             raise ValueError("rows: got no names, takes one for each row of the batch")
-        numbers: dict[str | None, int] = {name: i for i, name in enumerate(self.names)}
-        numbers[None] = -1
+        ids: dict[str | None, int] = {name: i for i, name in enumerate(self.names)}
+        ids[None] = -1
         for name in rows:
-            if name not in numbers:
+            if name not in ids:
                 raise ValueError(
                     f"rows: got {name!r}, takes one of {list(self.names)}, or None for no prefix"
                 )
-        return tuple(numbers[name] for name in rows)
+        return tuple(ids[name] for name in rows)
 
     def index(self, rows: Sequence[str | None]) -> Tensor:
-        """:meth:`numbers` as an int32 [R] tensor."""
+        """Returns :meth:`prefix_ids` as an int32 [R] tensor."""
         device = self.position_offsets.device
-        return torch.tensor(self.numbers(rows), dtype=torch.int32, device=device)
+        return torch.tensor(self.prefix_ids(rows), dtype=torch.int32, device=device)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> PackedPrefixKV:
-        """A copy on another device or in another dtype; tensors that fit stay as they are."""
+        """Returns a copy on another device or in another dtype. Tensors that fit are shared."""
         moved = {id(one): one.to(device) for one in self.prefix_lengths}
         return replace(
             self,
@@ -171,7 +172,7 @@ class PackedPrefixKV:
 
 
 def _heads(members: Sequence[PrefixKV], layer: int, kind: Kind) -> Tensor:
-    """[Hq, N] biases or gates of a layer, 0 for prefixes that have none there."""
+    """The biases or gates [Hq, N] of a layer; 0 for prefixes that have none."""
     found = [
         kv.reweighting.heads[layer] if kv.reweighting and kv.reweighting.kind == kind else None
         for kv in members

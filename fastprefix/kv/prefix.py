@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,46 +20,19 @@ from fastprefix.arguments import (
     methods_refuse_unknown_arguments,
     shown,
 )
-from fastprefix.files import (
-    header_bytes,
-    json_object,
-    opened,
-    read_safetensors,
-    reason,
-    write_safetensors,
+from fastprefix.kv.prefix_file import (
+    PrefixFields,
+    check_finite,
+    prefix_file_errors,
+    read_prefix,
+    write_prefix,
 )
-from fastprefix.kv.reweighting import Reweighting, kind_of
-from fastprefix.kv.states import LayerState, checked, mapped, named, outline, restored, tensors_of
+from fastprefix.kv.reweighting import Reweighting
+from fastprefix.kv.shapes import LayerShape
+from fastprefix.kv.states import LayerState, checked, mapped, tensors_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Which part of a model a layer's attention belongs to: an encoder's over its own text, a decoder's
-# over its own text (all there is in a decoder-only model), a decoder's over the encoder's.
-Group = Literal["encoder", "decoder", "cross"]
-
-_FORMAT = "fastprefix-kv"
-
-
-@methods_refuse_unknown_arguments
-@dataclass(frozen=True)
-class LayerShape:
-    """What one attention layer's keys and values look like.
-
-    Attributes:
-        num_heads: key/value heads, Hkv.
-        key_size: D.
-        value_size: Dv.
-    """
-
-    num_heads: int
-    key_size: int
-    value_size: int
-
-    @property
-    def width(self) -> int:
-        """Numbers that one virtual token holds in this layer, key and value together."""
-        return self.num_heads * (self.key_size + self.value_size)
 
 
 @methods_refuse_unknown_arguments
@@ -69,24 +41,25 @@ class PrefixKV:
     """Keys and values of a prefix, layer by layer; every sequence of a batch shares them.
 
     Attributes:
-        keys: one [Hkv, P, D] tensor a layer, as the attention sees them (after rotary embedding),
-            in the order in which a model's attention layers run; P may differ, and be 0.
-        values: one [Hkv, P, Dv] tensor a layer.
-        position_offset: position of the first token that follows the prefix, in the decoder of an
-            encoder-decoder. For a prefilled prompt this is its length, or less where images take
-            fewer positions than tokens; learned prefixes take as
-            many positions as they have virtual tokens where PEFT does so, else none.
-        in_window: whether the prefix slides out of a sliding window as the same text would (a
-            prefilled prompt), or stays visible (a learned prefix).
-        reweighting: a bias or a gate for each query head, see :class:`Reweighting`.
-        states: what the layers of a model with convolutions or recurrences keep of a prompt
-            besides, see :class:`LayerState`; None for a learned prefix and for other models.
+        keys: one [Hkv, P, D] tensor for each layer, in the order in which a model's attention
+            layers run. They are as the attention sees them, after the rotary embedding. P may
+            differ between layers, and be 0.
+        values: one [Hkv, P, Dv] tensor for each layer.
+        position_offset: position of the first token behind the prefix; in an encoder-decoder, of
+            the decoder's first token. For a prefilled prompt it is the prompt's length, or less if
+            images take fewer positions than tokens. For a learned prefix it is the number of
+            virtual tokens in models where PEFT does so, and 0 in others.
+        in_window: if True, the prefix slides out of a sliding window as the same text would (a
+            prefilled prompt). If False, all tokens see it (a learned prefix).
+        reweighting: a bias or a gate for each query head; see :class:`Reweighting`.
+        states: what layers with convolutions or recurrences keep of a prompt in addition to keys
+            and values; see :class:`LayerState`. None for a learned prefix and for other models.
 
     Raises:
         TypeError: keys or values are not sequences of floating-point tensors, position_offset
-            is no whole number, or states are none.
-        ValueError: their numbers, shapes, dtypes or devices do not fit together, position_offset is
-            negative, or gates go with a prefix that slides.
+            is no whole number, or states are not LayerState objects.
+        ValueError: the numbers, shapes, dtypes or devices of tensors do not fit together;
+            position_offset is negative; or a prefix with gates slides.
     """
 
     keys: tuple[Tensor, ...]
@@ -140,31 +113,31 @@ class PrefixKV:
         fallback: Literal["expand"] | None = None,
         **inputs: Any,
     ) -> PrefixKV:
-        """Keys and values that the model itself computes for a prompt.
+        """Computes the keys and values of a prompt by running the model.
 
-        That a text behind them gets what it gets behind the prompt is checked on a few tokens,
-        once per model (:mod:`fastprefix.hf.checking`).
+        Once per model, a few tokens are run behind these keys and values and behind the prompt
+        itself. If the results differ, an error is raised (:mod:`fastprefix.hf.checking`).
 
         Args:
-            model: a model that :func:`fastprefix.patch_model` accepts; it is left as it was.
+            model: a model that :func:`fastprefix.patch_model` accepts. It is not changed.
             input_ids: [P] or [1, P] token ids.
-            check: False leaves out this check.
-            inputs: what else makes up the prompt, as the model's forward takes it: pixel_values,
+            check: whether to make this check.
+            inputs: other inputs of the prompt, by the names of the model's forward: pixel_values,
                 image_grid_thw, mm_token_type_ids, input_features, ..., or inputs_embeds in place of
-                input_ids. An attention_mask may say that nothing is padded.
-            fallback: see :func:`fastprefix.patch_model`; use the prefix with the same.
+                input_ids. An attention_mask is accepted if it marks no padding.
+            fallback: see :func:`fastprefix.patch_model`; use the prefix with the same fallback.
 
         Raises:
-            TypeError: neither or both of input_ids and inputs_embeds, or an input that the model's
-                forward does not take.
-            ValueError: input_ids is empty or holds more than one sequence or padding, or places for
-                images without any.
+            TypeError: neither or both of input_ids and inputs_embeds are given, or the model's
+                forward does not accept an input.
+            ValueError: input_ids is empty, has several sequences or padding, or has places for
+                images and there are no images.
             NotImplementedError: the prompt's keys would depend on the text behind it.
 
         Example:
             >>> kv = PrefixKV.prefill(model, **processor(text=question, images=picture))
         """
-        from fastprefix.hf.prefill.prompts import prefill  # the one place that looks down the map
+        from fastprefix.hf.prefill.prompts import prefill  # the only import from a later layer
 
         return prefill(model, input_ids, check=check, fallback=fallback, **inputs)
 
@@ -178,12 +151,12 @@ class PrefixKV:
         check: bool = True,
         fallback: Literal["expand"] | None = None,
     ) -> PrefixKV:
-        """Keys and values of a text, tokenised as the start of a sequence.
+        """Computes the keys and values of a text that starts a sequence.
 
         Args:
             model: see :meth:`prefill`.
-            tokenizer: the model's.
-            text: a system prompt, a document; special tokens are added as the tokenizer does.
+            tokenizer: the model's tokenizer; it adds its special tokens.
+            text: the text, for example a system prompt or a document.
             check: see :meth:`prefill`.
             fallback: see :meth:`prefill`.
 
@@ -204,12 +177,12 @@ class PrefixKV:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Prefix length P; the longest where layers differ."""
+        """The prefix length P; if layers differ, the longest."""
         return max(key.shape[1] for key in self.keys)
 
     @property
     def shapes(self) -> tuple[LayerShape, ...]:
-        """Head numbers and sizes, layer by layer."""
+        """The numbers and sizes of heads, layer by layer."""
         return tuple(
             LayerShape(key.shape[0], key.shape[2], value.shape[2])
             for key, value in zip(self.keys, self.values, strict=True)
@@ -227,18 +200,18 @@ class PrefixKV:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The keys of all layers, their values, what reweights their heads, and their states."""
+        """All tensors: keys, values, the numbers that reweight heads, and states."""
         heads = () if self.reweighting is None else self.reweighting.heads
         return (*self.keys, *self.values, *heads, *tensors_of(self.states))
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a backward pass reaches any tensor."""
+        """Whether any tensor requires a gradient."""
         return any(tensor.requires_grad for tensor in self.tensors)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors: all that a batch of any size needs, but for copies of states."""
+        """The bytes of all tensors. A batch of any size needs no more, except copies of states."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
@@ -251,7 +224,7 @@ class PrefixKV:
             ) from None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PrefixKV:
-        """The same prefix with every tensor changed."""
+        """Applies a function to every tensor, and returns the resulting prefix."""
         return replace(
             self,
             keys=tuple(map(change, self.keys)),
@@ -261,7 +234,7 @@ class PrefixKV:
         )
 
     def select(self, layers: Sequence[int]) -> PrefixKV:
-        """The prefix of some attention layers alone; states stay those of all layers.
+        """Returns the prefix of some attention layers only. States of all layers stay.
 
         Raises:
             IndexError: there is no such layer.
@@ -281,14 +254,14 @@ class PrefixKV:
         )
 
     def spread(self, layers: Sequence[int], shapes: Sequence[LayerShape]) -> PrefixKV:
-        """The inverse of :meth:`select`: layers without a prefix get one of length 0.
+        """The inverse of :meth:`select`: the other layers get a prefix of length 0.
 
         Args:
-            layers: where each layer of this prefix belongs.
-            shapes: of all layers of the result.
+            layers: the place of each layer of this prefix in the result.
+            shapes: the shapes of all layers of the result.
 
         Raises:
-            ValueError: not one place for each layer.
+            ValueError: layers are not one different place for each layer.
         """
         if len(set(layers)) != self.num_layers or not set(layers) <= set(range(len(shapes))):
             raise ValueError(
@@ -311,9 +284,9 @@ class PrefixKV:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> PrefixKV:
-        """A copy on another device or in another dtype; itself where nothing changes.
+        """Returns a copy on another device or in another dtype; itself if nothing changes.
 
-        What reweights heads stays in float32, and states in their own dtype.
+        The numbers that reweight heads stay in float32, and states keep their own dtype.
 
         Raises:
             TypeError: dtype is no torch.dtype, or device no device.
@@ -332,140 +305,61 @@ class PrefixKV:
         )
 
     def detach(self) -> PrefixKV:
-        """The same numbers in memory of their own, cut off from the graph that made them.
+        """Returns a copy in memory of its own, without a graph.
 
-        What becomes of this prefix afterwards, training steps say, does not change them.
+        Later changes of this prefix, for example by training steps, do not change the copy.
         """
         return self.map(lambda x: x.detach().clone(memory_format=torch.contiguous_format))
 
     def save(self, file: str | Path, *, durable: bool = True) -> None:
-        """Writes a safetensors file; :meth:`load` reads it back bit for bit.
+        """Writes a safetensors file; :meth:`load` reads the same bits.
 
-        The file is whole or, where writing fails or the process is killed, as it was before; a
-        kill can leave a folder ``.fastprefix-*.partial`` beside it. It holds a sha256, by which
-        :meth:`load` notices what became of it since.
+        If writing fails or the process is killed, the file is as it was before. A killed process
+        can leave a folder ``.fastprefix-*.partial`` beside it. The file holds a sha256, by which
+        :meth:`load` notices later damage.
 
         Args:
             file: replaced if it exists.
-            durable: whether to wait until the disk has it, as for what a loss of power must not
-                take.
+            durable: whether to wait until the disk has the content, so that a loss of power cannot
+                take it.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
             TypeError: file is no path.
-            ValueError: the values are not all finite; no file could be loaded again.
+            ValueError: a number is not finite; :meth:`load` would refuse such a file.
         """
         file = as_path("file", file)
-        self._check_finite("kv")
-        tensors = {}
-        for layer in range(self.num_layers):
-            tensors[f"layers.{layer}.key"] = self.keys[layer]
-            tensors[f"layers.{layer}.value"] = self.values[layer]
-            if self.reweighting is not None:
-                kind = self.reweighting.kind
-                tensors[f"layers.{layer}.{kind}"] = self.reweighting.heads[layer]
-        tensors |= named(self.states)
-        about = {
-            "num_layers": self.num_layers,
-            "position_offset": self.position_offset,
-            "in_window": self.in_window,
-            "reweighting": kind_of(self.reweighting),
-            "states": outline(self.states),
-        }
-        write_safetensors(file, tensors, {_FORMAT: json.dumps(about)}, durable=durable)
+        check_finite("kv", self._fields)
+        write_prefix(file, self._fields, durable=durable)
 
     @classmethod
     def load(cls, file: str | Path, device: torch.device | str = "cpu") -> PrefixKV:
         """Reads a file that :meth:`save` wrote, into memory of its own.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: there is no such file.
             TypeError: file is no path.
-            ValueError: not a PrefixKV file, not as it was saved, its values are not all finite, or
-                no such device.
+            ValueError: the file is not a PrefixKV file, was changed since it was saved, or has a
+                number that is not finite; or there is no such device.
         """
         file, device = as_path("file", file), as_device("device", device)
         if not file.is_file():
             raise FileNotFoundError(f"file: {file} does not exist")
         try:
-            found, metadata = read_safetensors(file, lambda names, metadata: _about(metadata))
-            about = _about(metadata)
-            layers = range(about["num_layers"])
-
-            def read(what: str) -> tuple[Tensor, ...]:
-                return tuple(found[f"layers.{layer}.{what}"] for layer in layers)
-
-            keys, values = read("key"), read("value")
-            kv = cls(keys, values, about["position_offset"], bool(about["in_window"]))
-            kind = about.get("reweighting")  # older files have none
-            if kind is not None:
-                kv = replace(kv, reweighting=Reweighting(kind, read(kind)))
-            kv = replace(kv, states=restored(about.get("states"), found.__getitem__))
+            with prefix_file_errors(file):
+                kv = cls(**read_prefix(file))
         except FileNotFoundError:  # it was there a moment ago
             raise FileNotFoundError(f"file: {file} does not exist") from None
-        except Exception as error:
-            raise _not_whole(file, error) from error
-        kv._check_finite(f"file: {file}")
+        check_finite(f"file: {file}", kv._fields)
         return kv.to(device)
 
-    def _check_finite(self, what: str) -> None:
-        parts = [("key", self.keys), ("value", self.values)]
-        if self.reweighting is not None:
-            parts.append((self.reweighting.kind, self.reweighting.heads))
-        for name, tensors in parts:
-            for layer, tensor in enumerate(tensors):
-                if not _all_finite(tensor):
-                    raise ValueError(f"{what} holds a NaN or infinity in layers.{layer}.{name}")
-        for name, tensor in named(self.states).items():
-            if not _all_finite(tensor):
-                raise ValueError(f"{what} holds a NaN or infinity in {name}")
-
-
-def measure(file: Path) -> tuple[int, tuple[LayerShape, ...]]:
-    """Bytes and layers of a file that :meth:`PrefixKV.save` wrote, from its header alone.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a whole PrefixKV file.
-    """
-    try:
-        with opened(file) as content:
-            about = _about(content.metadata() or {})
-            shapes = []
-            for layer in range(about["num_layers"]):
-                key, value = (
-                    content.get_slice(f"layers.{layer}.{what}").get_shape()
-                    for what in ("key", "value")
-                )
-                shapes.append(LayerShape(key[0], key[2], value[2]))
-        if not shapes:
-            raise ValueError("it has no layers")
-        return file.stat().st_size - header_bytes(file), tuple(shapes)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise _not_whole(file, error) from error
-
-
-def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a file says of its tensors."""
-    if _FORMAT not in metadata:
-        raise ValueError(f"its metadata has no {_FORMAT}")
-    return json_object(metadata[_FORMAT])
-
-
-def _not_whole(file: str | Path, error: Exception) -> ValueError:
-    told = reason(error) if isinstance(error, OSError) else str(error)
-    if isinstance(error, KeyError):
-        told = f"it lacks {error}"
-    return ValueError(f"file: {file} is not a whole PrefixKV file ({told})")
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    if tensor.numel() == 0:
-        return True
-    # not every operation knows every type of 8 bits
-    wide = tensor.float() if tensor.element_size() == 1 else tensor
-    # in one pass and without a mask; a NaN is both
-    low, high = torch.aminmax(wide)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    @property
+    def _fields(self) -> PrefixFields:
+        return PrefixFields(
+            keys=self.keys,
+            values=self.values,
+            position_offset=self.position_offset,
+            in_window=self.in_window,
+            reweighting=self.reweighting,
+            states=self.states,
+        )

@@ -1,4 +1,4 @@
-"""How much of a query head's attention a prefix gets, beyond what its keys say."""
+"""A bias or a gate for each query head, which changes how much attention the prefix gets."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ Kind = Literal["bias", "gate"]
 @methods_refuse_unknown_arguments
 @dataclass(frozen=True, eq=False)
 class Reweighting:
-    """A number for each query head of each layer that has a prefix.
+    """One number for each query head of each layer that has a prefix.
+
+    A bias is added to all scores of the prefix, after a softcap. Relative to the text's, the
+    prefix's weights are then exp(bias) times as large.
+
+    A gate gives the prefix a softmax of its own: out = attention(text) + tanh(gate) *
+    attention(prefix) (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199, equations 4 to 6). Sinks
+    belong to the text's softmax. With a gate of 0 the model is as without a prefix.
 
     Attributes:
-        kind: "bias", added to all of the prefix's scores (after a softcap), so that its weights are
-            exp(bias) times as large beside those of the text. "gate", the prefix is attended apart:
-            out = attention(text) + tanh(gate) * attention(prefix), each with a softmax of its own
-            (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199, equations 4 to 6); sinks belong to
-            the text's. A gate of 0 is the model without the prefix.
-        heads: one float32 [Hq] tensor a layer; [0] for a layer without a prefix.
+        kind: "bias" or "gate".
+        heads: one float32 [Hq] tensor for each layer; [0] for a layer without a prefix.
 
     Raises:
         TypeError: heads are not float32 tensors.
-        ValueError: unknown kind, or a tensor that is not [Hq].
+        ValueError: the kind is unknown, or a tensor is not [Hq].
     """
 
     kind: Kind
@@ -48,15 +51,23 @@ class Reweighting:
 
     @property
     def num_heads(self) -> tuple[int, ...]:
-        """Query heads, layer by layer; 0 for a layer without a prefix."""
+        """The number of query heads, layer by layer; 0 for a layer without a prefix."""
         return tuple(tensor.shape[0] for tensor in self.heads)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Reweighting:
-        """The same with every layer's numbers changed."""
+        """Applies a function to every layer's tensor."""
         return Reweighting(self.kind, tuple(map(change, self.heads)))
 
     def check(self, keys: Sequence[Tensor], in_window: bool) -> None:
-        """Raises ValueError unless it goes with a prefix's keys, [Hkv, P, D] a layer."""
+        """Checks that this fits a prefix.
+
+        Args:
+            keys: the prefix's keys, [Hkv, P, D] for each layer.
+            in_window: whether the prefix slides out of sliding windows.
+
+        Raises:
+            ValueError: it does not fit.
+        """
         if len(self.heads) != len(keys):
             raise ValueError(
                 f"reweighting: got {len(self.heads)} layers, takes {len(keys)} as the keys"
@@ -80,5 +91,5 @@ class Reweighting:
 
 
 def kind_of(reweighting: Reweighting | None) -> Kind | None:
-    """What kind it is, None for none."""
+    """The kind of a reweighting; None if there is none."""
     return None if reweighting is None else reweighting.kind

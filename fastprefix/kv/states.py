@@ -1,4 +1,4 @@
-"""What a model's layers keep of a prompt beside keys and values: convolution, recurrent states."""
+"""Convolution and recurrent states, which some layers keep of a prompt beside keys and values."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastprefix.arguments import check_type, methods_refuse_unknown_arguments
 @methods_refuse_unknown_arguments
 @dataclass(frozen=True, eq=False)
 class LayerState:
-    """The state of one layer behind a prompt, of one row; a batch gets a copy for each of its rows.
+    """The state of one layer behind a prompt. Each row of a batch gets a copy.
 
     Attributes:
-        layer: of the model's cache.
-        tensors: by what the state is, "conv.0" or "recurrent.0" say; each without a dimension for
-            the batch, and in a dtype of its own.
+        layer: the index of the layer in the model's cache.
+        tensors: the state's tensors by kind, for example "conv.0" or "recurrent.0". They have no
+            batch dimension, and each has its own dtype.
 
     Raises:
         TypeError: a value is not a floating-point tensor.
@@ -45,7 +45,7 @@ class LayerState:
         return type(self), (self.layer, dict(self.tensors))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LayerState:
-        """The same state with every tensor changed."""
+        """Applies a function to every tensor."""
         return LayerState(self.layer, {name: change(x) for name, x in self.tensors.items()})
 
 
@@ -53,11 +53,15 @@ States = tuple[LayerState, ...]
 
 
 def checked(states: Sequence[LayerState] | None, like: Tensor) -> States | None:
-    """States as a tuple.
+    """Checks states and returns them as a tuple.
+
+    Args:
+        states: the states; None for none.
+        like: a key of the prefix, which has the device that states must have.
 
     Raises:
         TypeError: an entry is not a LayerState.
-        ValueError: none, a layer twice, or another device than the keys'.
+        ValueError: states are empty, have a layer twice, or are on another device.
     """
     if states is None:
         return None
@@ -80,29 +84,34 @@ def checked(states: Sequence[LayerState] | None, like: Tensor) -> States | None:
 
 
 def mapped(states: States | None, change: Callable[[Tensor], Tensor]) -> States | None:
-    """The same states with every tensor changed."""
+    """Applies a function to every tensor of all states."""
     return None if states is None else tuple(one.map(change) for one in states)
 
 
 def tensors_of(states: States | None) -> tuple[Tensor, ...]:
-    """All tensors of all layers."""
+    """All tensors of all states."""
     return tuple(x for one in states or () for x in one.tensors.values())
 
 
 def named(states: States | None) -> dict[str, Tensor]:
-    """The tensors by their names in a file."""
+    """All tensors, by their names in a file."""
     return {
         f"states.{one.layer}.{name}": x for one in states or () for name, x in one.tensors.items()
     }
 
 
 def outline(states: States | None) -> list[list[Any]] | None:
-    """What a file says of them: each layer, and the names of its tensors."""
+    """The layers of states with the names of their tensors, for a file's metadata."""
     return None if states is None else [[one.layer, list(one.tensors)] for one in states]
 
 
 def restored(about: list[list[Any]] | None, read: Callable[[str], Tensor]) -> States | None:
-    """States from what :func:`outline` made, and a function that reads a tensor by its name."""
+    """Reads states from a file.
+
+    Args:
+        about: what :func:`outline` returned.
+        read: reads a tensor by its name in the file.
+    """
     if about is None:
         return None
     return tuple(

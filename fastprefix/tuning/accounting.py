@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
-from fastprefix.tuning.hub import CARD_FILE
+from fastprefix.tuning.model_card import CARD_FILE
 from fastprefix.tuning.prompt_model import PromptTuningModel
 
 

@@ -1,4 +1,4 @@
-"""What an adapter may be called, and the two names that mean something."""
+"""Which names adapters may have, and the two names with a meaning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastprefix.arguments import check_type
 from fastprefix.tuning.peft_base import BASE_FOLDER
 
 DEFAULT = "default"
-# What trl's trainers call the adapter that holds the policy as it was before they train it.
+# The name that trl's trainers give to a copy of the policy from before the training.
 REFERENCE = "ref"
 
 
@@ -18,19 +18,19 @@ def check_new_name(adapter_name: str, taken: Collection[str]) -> None:
     """Refuses a name that is in use, or that cannot name a folder and a part of parameters.
 
     Args:
-        adapter_name: of the adapter that is to be added.
+        adapter_name: the name of the adapter to add.
         taken: the names in use.
 
     Raises:
-        TypeError: it is no text.
-        ValueError: it is refused.
+        TypeError: the name is no text.
+        ValueError: the name is refused.
     """
     check_type("adapter_name", adapter_name, str, "a name")
     if adapter_name in taken:
         raise ValueError(
             f"adapter_name: got {adapter_name!r}, which there is already, takes a new name"
         )
-    # the name of a folder, and a part of the names of parameters
+    # it becomes the name of a folder, and a part of parameters' names
     if not adapter_name or set(adapter_name) & set("./\\\0") or adapter_name == BASE_FOLDER:
         raise ValueError(
             f"adapter_name: got {adapter_name!r}, takes a name without '.', '/', '\\' and NUL, "

@@ -1,8 +1,8 @@
 """Checkpoints that transformers' Trainer writes of a tuned model: its parameters, in one file.
 
-The Trainer calls ``save_pretrained`` of transformers' and PEFT's classes only. Of other models it
-writes the ``state_dict()``. That of a tuned model holds its configurations too, so that a model can
-be built from a checkpoint.
+The Trainer calls ``save_pretrained`` only for transformers' and PEFT's classes. For other models it
+writes the ``state_dict()``. In a tuned model this also holds the configurations, so that a model
+can be built from a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.files import opened, read_safetensors, reason
-from fastprefix.formats.peft_files import CONFIG_FILE, decoded, encoded
+from fastprefix.formats.peft_files import CONFIG_FILE, json_as_tensor, json_of_tensor
 from fastprefix.formats.source import Source
 
 _Config = TypeVar("_Config")
@@ -29,14 +29,14 @@ _FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What such a file holds.
+    """What a checkpoint's file holds.
 
     Attributes:
         file: the file.
         model_class: "PrefixTuningModel" or "PromptTuningModel".
         adapters: the fields of each adapter's configuration, by the adapters' names.
         active: the name of the active adapter; None if none was active.
-        state: what ``load_state_dict`` of a model with these adapters takes.
+        state: the argument for ``load_state_dict`` of a model with these adapters.
     """
 
     file: Path
@@ -57,7 +57,7 @@ class Checkpoint:
             raise ValueError(f"{self.file}: {error}") from error
 
     def called(self, adapter_name: str) -> Checkpoint:
-        """This checkpoint with another name for its adapter; several adapters keep theirs."""
+        """Gives the adapter another name. If there are several, they keep their names."""
         old, *others = self.adapters
         if others or old == adapter_name:
             return self
@@ -72,15 +72,15 @@ class Checkpoint:
 
 
 def described(model_class: str, adapters: Mapping[str, Any], active: str | None) -> Tensor:
-    """What a ``state_dict()`` holds beside the parameters, as a tensor: files hold nothing else.
+    """The configurations of a model as a tensor, because files can only hold tensors.
 
     Args:
-        model_class: name of the model's class.
-        adapters: configurations by name.
-        active: name of the active adapter; None if none is active.
+        model_class: the name of the model's class.
+        adapters: the configurations by name.
+        active: the name of the active adapter; None if none is active.
     """
     fields = {name: asdict(config) for name, config in adapters.items()}
-    return encoded({"model_class": model_class, "adapters": fields, "active": active})
+    return json_as_tensor({"model_class": model_class, "adapters": fields, "active": active})
 
 
 def read_checkpoint(place: Source, model_class: str) -> Checkpoint | None:
@@ -111,7 +111,7 @@ def read_checkpoint(place: Source, model_class: str) -> Checkpoint | None:
         return None
     try:
         state = _state(file)
-        extra = None if state is None else decoded(state[_EXTRA])
+        extra = None if state is None else json_of_tensor(state[_EXTRA])
         if extra is not None:
             kind, adapters, active = extra["model_class"], dict(extra["adapters"]), extra["active"]
     except Exception as error:
@@ -158,7 +158,7 @@ def _state(file: Path) -> dict[str, Tensor] | None:
 
 
 def without_start(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """An adapter's fields without what training started from: a checkpoint replaces it anyway."""
+    """An adapter's fields with a random start, because a checkpoint replaces the start anyway."""
     start: dict[str, Any] = {"init": "random", "init_text": None, "init_std": 0.02}
     if "init_prefix" in settings:
         start["init_prefix"] = None

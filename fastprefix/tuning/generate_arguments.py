@@ -1,4 +1,4 @@
-"""Arguments of ``generate()``: all by name, and lengths that do not count a prompt."""
+"""Arguments of ``generate()``: all by name, and with lengths that do not include a prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def arguments_by_name(
     generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """All arguments of a call by name; the first one of ``generate()`` as input_ids.
+    """Returns all arguments of a call by name. The first one of ``generate()`` gets input_ids.
 
     Args:
         generate: the base's method.
@@ -21,7 +21,7 @@ def arguments_by_name(
 
     Raises:
         TypeError: there are more positional arguments than the method has.
-        ValueError: the input is given twice, or a mask stands where the settings go.
+        ValueError: the input is given twice, or a mask is given in place of generation_config.
     """
     signature = inspect.signature(generate)
     given = dict(signature.bind(*args, **kwargs).arguments)
@@ -47,7 +47,7 @@ def count_new_tokens(given: dict[str, Any], text_length: int) -> None:
 
     Args:
         given: arguments of ``generate()`` by name.
-        text_length: tokens of the text, padding included.
+        text_length: the number of the text's tokens, including padding.
 
     Raises:
         ValueError: generation_config, which is the caller's own object, has such a length.

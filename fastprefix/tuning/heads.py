@@ -1,4 +1,4 @@
-"""Heads: an adapter's own, trained copies of modules of the base (PEFT's modules_to_save).
+"""Heads: trained copies of modules of the base, which belong to an adapter (modules_to_save).
 
 The base keeps its modules, in their places and under their names. While a tuned model runs, such a
 module passes its calls on to the copy that belongs to the adapter of the call. The choice of copies
@@ -24,7 +24,7 @@ _Chosen = tuple[nn.Module, tuple[nn.Module | None, ...]]
 
 
 class _Call(threading.local):
-    """The copies that the tuned model that runs in this thread has chosen."""
+    """The copies to use in this thread, chosen by the tuned model that runs here."""
 
     chosen: tuple[_Chosen, ...] = ()
 

@@ -20,7 +20,7 @@ _PASSED_ON = (
 )  # fmt: skip
 # How names begin that can only be meant for us (PEFT calls prefix_names `adapter_names`).
 _OURS = ("prefix_", "infix_", "adapter_name")
-# From which likeness on a name counts as misspelt. "attn_mask" is 0.78 like "attention_mask".
+# A name counts as misspelt from this likeness on. "attn_mask" and "attention_mask" have 0.78.
 _LIKENESS = 0.75
 
 
@@ -60,7 +60,7 @@ def refuse_misspelt(function: str, given: Mapping[str, Any], known: Mapping[str,
 def refuse_misspelt_option(
     generate: Callable[..., Any], given: Mapping[str, Any], known: Mapping[str, bool]
 ) -> None:
-    """The same for ``generate()``. It refuses unknown names itself, but suggests no other name.
+    """Does the same for ``generate()``, whose own error for unknown names suggests no other name.
 
     Args:
         generate: the base's method.

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastprefix.encoders import Encoder, HeadNumbers, build_encoder, slot_lengths
+from fastprefix.encoders import (
+    Encoder,
+    EncoderOptions,
+    HeadParameters,
+    build_encoder,
+    slot_lengths,
+)
 from fastprefix.hf.devices import device_of
 from fastprefix.hf.patch.patch import patch_of
 from fastprefix.kv import FlatLayout, Group
@@ -39,26 +46,14 @@ def new_prefix_encoder(
         offset = 0  # the text keeps its positions, so that a gate of 0 is the bare model
     lengths = slot_lengths(len(shapes), P, layers, config.layer_lengths)
     start = initial_prefix(config, model, tokenizer, FlatLayout.make(shapes, lengths))
-    encoder = build_encoder(
-        shapes,
-        lengths,
-        embedding_size=model.config.get_text_config().hidden_size,
-        prefix_projection=config.prefix_projection,
-        encoder_reparameterization_type=config.encoder_reparameterization_type,
-        encoder_hidden_size=config.encoder_hidden_size,
-        encoder_num_layers=config.encoder_num_layers,
-        encoder_per_layer=config.encoder_per_layer,
-        encoder_orthogonal=config.encoder_orthogonal,
-        share_layers=config.share_layers,
-        position_offset=offset,
-        dropout=config.dropout,
-        num_frozen_tokens=config.num_frozen_tokens,
-        init_std=config.init_std,
-    )
+    values = {field.name: getattr(config, field.name) for field in fields(EncoderOptions)}
+    options = EncoderOptions(**{**values, "position_offset": offset})
+    width = model.config.get_text_config().hidden_size
+    encoder = build_encoder(shapes, lengths, options, embedding_size=width)
     if config.gated or config.prefix_bias is not None:
         heads = [n if size else 0 for n, size in zip(patch.query_heads, lengths, strict=True)]
         fixed = None if isinstance(config.prefix_bias, str) else config.prefix_bias
-        encoder.reweighting = HeadNumbers("gate" if config.gated else "bias", heads, fixed)
+        encoder.reweighting = HeadParameters("gate" if config.gated else "bias", heads, fixed)
     encoder = encoder.to(device_of(model))
     if start is not None:
         encoder.start_from(start)

@@ -1,8 +1,8 @@
-"""PEFT adapters inside the base model (LoRA and its kind), beside a prefix in front of it.
+"""PEFT's adapters inside the base model, such as LoRA, which are trained together with a prefix.
 
-PEFT puts their weights into the base's own modules, whether by ``peft.get_peft_model`` or by
-transformers' ``model.add_adapter``; the base goes on as the transformers model that it was. In an
-adapter's folder they have a sub-folder of their own, in PEFT's format.
+PEFT puts their weights into the base's own modules, by ``peft.get_peft_model`` or by transformers'
+``model.add_adapter``. The base stays the same transformers model. In the folder of one of our
+adapters, the inner adapter has a sub-folder in PEFT's format.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from fastprefix.files import (
 from fastprefix.formats.peft_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    agreed,
+    checked_config,
+    config_metadata,
     find,
-    saved_with,
-    told_in,
+    own_metadata,
 )
-from fastprefix.formats.source import Source, source
+from fastprefix.formats.source import Source, as_source
 
 BASE_FOLDER = "base_model"
-_PREFIX = "base_model.model."  # of PEFT's names, which count from its wrapper
-# Fields by which PEFT imports modules, or reads files, that a configuration names.
+_PREFIX = "base_model.model."  # PEFT's names of tensors start at its wrapper
+# Fields that make PEFT import a module or read a file.
 _ELSEWHERE = ("adapters", "megatron_config")
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a PeftModel, PEFT's layers included; others as they are.
+    """Returns the transformers model inside a PeftModel, with PEFT's layers; others as they are.
 
     Raises:
-        ValueError: a PeftModel, or a tuned model of ours, with a prompt or prefix of its own, which
-            its inside does not have.
+        ValueError: the model is a PeftModel, or a tuned model of ours, with a prompt or prefix of
+            its own, which the model inside does not have.
     """
     if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
         return model
@@ -63,7 +63,7 @@ def has_base_adapters(model: PreTrainedModel) -> bool:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether an adapter of PEFT's trains a module of a model that has any, or a part of it."""
+    """Whether an adapter of PEFT trains a module or a part of it. PEFT must be installed."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -72,16 +72,16 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def freeze(model: PreTrainedModel) -> None:
-    """Freezes a model but for PEFT's adapters inside, which PEFT froze the rest for."""
+    """Freezes a model. If it has PEFT's adapters inside, PEFT has frozen the rest already."""
     if not has_base_adapters(model):
         model.requires_grad_(False)
 
 
 def check_base_adapter(folder: Path, model: PreTrainedModel) -> None:
-    """Whether the active adapter inside a model can be saved in a folder.
+    """Checks that the active adapter inside a model can be saved in a folder.
 
     Raises:
-        ValueError: several are active, or there is none and the folder holds one of another model.
+        ValueError: several adapters are active; or there is none, and the folder holds one.
     """
     folder = folder / BASE_FOLDER
     if not has_base_adapters(model):
@@ -99,10 +99,10 @@ def check_base_adapter(folder: Path, model: PreTrainedModel) -> None:
 
 
 def save_base_adapter(folder: Path, model: PreTrainedModel) -> None:
-    """Writes the active adapter inside a model, if any, into a sub-folder, which PEFT loads.
+    """Writes the active adapter inside a model, if any, into a sub-folder, which PEFT can load.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the files cannot be written.
         ValueError: see :func:`check_base_adapter`.
     """
     check_base_adapter(folder, model)
@@ -113,23 +113,23 @@ def save_base_adapter(folder: Path, model: PreTrainedModel) -> None:
     config.inference_mode = True
     with written_together(folder / BASE_FOLDER) as partial:
         config.save_pretrained(partial)
-        metadata = saved_with(read_json(partial / CONFIG_FILE))
+        metadata = config_metadata(read_json(partial / CONFIG_FILE))
         write_safetensors(partial / WEIGHTS_FILE, _weights(model, name), metadata)
 
 
 def find_base_adapter(name_or_folder: str | Path | Source) -> Path | None:
-    """The sub-folder that :func:`save_base_adapter` wrote, or None."""
-    place = source(name_or_folder)
+    """Finds the sub-folder that :func:`save_base_adapter` wrote; None if there is none."""
+    place = as_source(name_or_folder)
     config = place.look_for(f"{BASE_FOLDER}/{CONFIG_FILE}")
     if config is None:
         return None
-    if place.folder is None:  # downloaded beside it
+    if place.folder is None:  # download the weights into the same folder
         place.find(f"{BASE_FOLDER}/{WEIGHTS_FILE}")
     return config.parent
 
 
 def is_base_adapter(model: PreTrainedModel, folder: Path) -> bool:
-    """Whether the active adapter inside a model is, in its numbers, the one that was saved.
+    """Whether the active adapter inside a model has the same numbers as a saved one.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -150,8 +150,8 @@ def load_base_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: boo
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the model has adapters inside already, or the saved one does not fit it. The
-            model is left as it was.
+        ValueError: the model has adapters inside already, or the saved one does not fit. The model
+            then stays as it was.
     """
     if has_base_adapters(model):
         raise ValueError(
@@ -174,11 +174,12 @@ def load_base_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: boo
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
-    """A saved adapter's tensors, if its configuration names no code and no files elsewhere.
+    """Reads a saved adapter's tensors.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: it does, or a file is damaged.
+        ValueError: a file is damaged, or the configuration names code or files outside of the
+            folder.
     """
     config_file, file = find(folder, CONFIG_FILE), find(folder, WEIGHTS_FILE)
     config = read_json(config_file)
@@ -190,18 +191,18 @@ def _read(folder: Path) -> dict[str, Tensor]:
             )
     try:
         saved, metadata = read_safetensors(file)
-        about = told_in(metadata)
+        about = own_metadata(metadata)
     except Exception as error:
         raise ValueError(f"{file}: {reason(error)}") from error
-    whole = agreed(config, about, config_file, file)
-    lost = sorted(whole.keys() - config.keys())
-    if lost:  # PEFT reads the configuration itself, and would take its defaults
-        raise ValueError(f"{config_file}: got no {lost[0]}, takes {whole[lost[0]]!r}")
+    whole = checked_config(config, about, config_file, file)
+    missing = sorted(whole.keys() - config.keys())
+    if missing:  # PEFT reads the configuration itself, and would use its defaults
+        raise ValueError(f"{config_file}: got no {missing[0]}, takes {whole[missing[0]]!r}")
     return saved
 
 
 def _weights(model: PreTrainedModel, adapter_name: str) -> dict[str, Tensor]:
-    """An adapter's tensors by PEFT's names in a file."""
+    """An adapter's tensors, by the names that PEFT gives them in a file."""
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
@@ -211,7 +212,7 @@ def _weights(model: PreTrainedModel, adapter_name: str) -> dict[str, Tensor]:
 def _put_in(
     model: PreTrainedModel, folder: Path, saved: dict[str, Tensor], *, is_trainable: bool
 ) -> None:
-    """By PEFT's own functions: transformers' refuse every PEFT but the newest."""
+    """Loads tensors by PEFT's own functions; transformers' functions need the newest PEFT."""
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     config = PeftConfig.from_pretrained(str(folder))
@@ -229,7 +230,7 @@ def _put_in(
 
 
 def _take_out(model: PreTrainedModel) -> None:
-    """Removes the adapter "default", the only one, and PEFT's layers with it."""
+    """Removes the only adapter, "default", and PEFT's layers with it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

@@ -25,7 +25,6 @@ from fastprefix.hf.patch.patching import Fallback, patch_model, patched, unpatch
 from fastprefix.hf.patch.threads import wanting_none
 from fastprefix.kv import PrefixKV
 from fastprefix.kv.reweighting import kind_of
-from fastprefix.tuning import hub
 from fastprefix.tuning.adapter_names import DEFAULT
 from fastprefix.tuning.configs.accepted import as_prefix_config
 from fastprefix.tuning.configs.prefix_config import PrefixConfig
@@ -35,10 +34,11 @@ from fastprefix.tuning.misspelt import check_tensors, refuse_misspelt, refuse_mi
 from fastprefix.tuning.new_encoders import new_prefix_encoder
 from fastprefix.tuning.peft_base import unwrap
 from fastprefix.tuning.saved_adapters import SavedAdapters
+from fastprefix.tuning.saving_arguments import check_loading
+from fastprefix.tuning.trainer_contract import with_inputs_of_bases
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-from fastprefix.tuning.trainer_contract import with_inputs_of_bases
 
 
 @methods_refuse_unknown_arguments
@@ -48,9 +48,9 @@ class PrefixTuningModel(SavedAdapters):
     The base model is patched in place, and stays patched. The model may hold several prefixes by
     name. All rows of a batch use the active one, or each row its own (``prefix_names``).
 
-    The base may hold a LoRA, or another of PEFT's adapters that sit inside a model. Of a PeftModel
-    the model inside is taken. Then both the prefix and the inner adapter are trained, and they are
-    saved and loaded together.
+    The base may hold a LoRA, or another of PEFT's adapters that sit inside a model. If model is a
+    PeftModel, the model inside it becomes the base. Both the prefix and the inner adapter are then
+    trained, and they are saved and loaded together.
 
     ``state_dict()`` holds the encoders and what is trained inside the base, so that a trainer's
     checkpoints do not repeat the base. ``save_pretrained`` writes PEFT's format.
@@ -118,7 +118,7 @@ class PrefixTuningModel(SavedAdapters):
 
     @property
     def loss_type(self) -> str | None:
-        """The base's: it tells the Trainer which labels the loss averages over."""
+        """The base's loss type. It tells the Trainer which labels the loss averages over."""
         return getattr(self.base_model, "loss_type", None)
 
     @with_inputs_of_bases
@@ -186,8 +186,8 @@ class PrefixTuningModel(SavedAdapters):
 
         Args:
             args: positional arguments of the base model's method.
-            prefix_names: see :meth:`forward`. One for each row of the input; generate() may make
-                several beams or sequences of a row.
+            prefix_names: see :meth:`forward`. There is one name for each row of the input, also if
+                generate() makes several beams or sequences of a row.
             kwargs: arguments of the base model's method.
 
         Raises:
@@ -212,7 +212,7 @@ class PrefixTuningModel(SavedAdapters):
 
     @torch.no_grad()
     def export(self, adapter_name: str | None = None) -> PrefixKV:
-        """A prefix's present keys and values, without dropout, network, graph and heads.
+        """Returns a prefix's present keys and values, without dropout, network, graph and heads.
 
         Args:
             adapter_name: the adapter; the active one if None.
@@ -229,13 +229,13 @@ class PrefixTuningModel(SavedAdapters):
         return encoder
 
     def _prefix(self, adapter_name: str, encoder: nn.Module | None = None) -> PrefixKV:
-        """A prefix with gradients, for all layers; a layer without a prefix gets length 0.
+        """Computes a prefix with gradients, for all layers. Layers without one get length 0.
 
-        If FSDP sharded the encoder, its parameters are gathered: all ranks must make this call.
+        If FSDP sharded the encoder, its parameters are gathered, so all ranks must make this call.
 
         Args:
             adapter_name: the adapter.
-            encoder: used in place of the adapter's own.
+            encoder: the encoder to use in place of the adapter's own.
         """
         kv: PrefixKV = _call_gathered(self.encoders[adapter_name] if encoder is None else encoder)
         slides = self._configs[adapter_name].prefix_in_window
@@ -360,7 +360,7 @@ class PrefixTuningModel(SavedAdapters):
             ValueError: the files hold no prefix for this model, config does not agree with them, or
                 fallback is unknown.
         """
-        hub.check_loading(torch_device, low_cpu_mem_usage)
+        check_loading(torch_device, low_cpu_mem_usage)
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
         fields, options = {"fallback": fallback}, {"check": check}
         return cls._load(model, place, adapter_name, is_trainable, config, fields, options)

@@ -1,27 +1,32 @@
-"""Parameterisations of an input-level prompt. The module, called, gives the prompt [P, width]."""
+"""The module that computes a prompt of input embeddings from trainable parameters."""
 
 from __future__ import annotations
-
-import itertools
 
 import torch
 from torch import Tensor, nn
 
+from fastprefix.encoders.networks import (
+    last_linear,
+    learn_difference_from,
+    lstm_and_perceptron,
+    perceptron,
+)
 from fastprefix.tuning.configs.prompt_config import PromptConfig
 
 
 class PromptEncoder(nn.Module):
-    """The prompt's embeddings themselves, or a network that computes them.
+    """The embeddings of a prompt as a parameter, or a network that computes them.
 
     The networks are those of PEFT's PromptEncoder (P-tuning, Liu et al. 2021): an MLP of three
-    linear layers, or a bidirectional LSTM with an MLP of two on top. They are dropped at export.
+    linear layers, or a bidirectional LSTM followed by an MLP of two. Export drops them.
 
     Args:
-        config: see :class:`PromptConfig`.
-        width: of the model's embeddings.
+        config: the prompt's configuration.
+        width: the width of the model's embeddings.
 
     Attributes:
-        embedding: [P, width], the prompt or what the network reads.
+        embedding: [P, width], the prompt itself or the network's input.
+        start: [P, width], a constant that is added to the network's output; None without a network.
     """
 
     start: Tensor | None
@@ -35,34 +40,26 @@ class PromptEncoder(nn.Module):
         self.lstm: nn.LSTM | None = None
         self.mlp: nn.Sequential | None = None
         if kind == "LSTM":
-            self.lstm = nn.LSTM(
-                width,
-                hidden,
-                config.encoder_num_layers,
-                batch_first=True,
-                dropout=config.encoder_dropout,
-                bidirectional=True,
+            self.lstm, self.mlp = lstm_and_perceptron(
+                width, hidden, width, config.encoder_num_layers, config.encoder_dropout
             )
-            self.mlp = _mlp(2 * hidden, 2 * hidden, width)
         elif kind == "MLP":
-            self.mlp = _mlp(width, hidden, hidden, width)
+            self.mlp = perceptron((width, hidden, hidden, width), nn.ReLU)
         start = torch.zeros(config.num_virtual_tokens, width) if kind else None
         self.register_buffer("start", start)
 
     def forward(self) -> Tensor:
-        """The prompt [P, width], with gradients."""
+        """Computes the prompt [P, width], with gradients."""
         hidden: Tensor = self.embedding
         if self.lstm is not None:
-            hidden = self.lstm(hidden[None])[0][0]
+            hidden, _ = self.lstm(hidden)  # [P, 2 * hidden size], one sequence without a batch
         if self.mlp is not None:
             hidden = self.start + self.mlp(hidden)
         return hidden
 
     @torch.no_grad()
     def start_from(self, embeddings: Tensor) -> None:
-        """Starts from given embeddings [P, width].
-
-        A network learns the difference from them: its last layer, zeroed, at first adds nothing.
+        """Starts from given embeddings [P, width]. A network learns the difference from them.
 
         Raises:
             ValueError: embeddings have another shape.
@@ -75,16 +72,4 @@ class PromptEncoder(nn.Module):
         if self.mlp is None or self.start is None:
             self.embedding.copy_(embeddings)
             return
-        last = self.mlp[-1]
-        assert isinstance(last, nn.Linear)
-        last.weight.zero_()
-        last.bias.zero_()
-        self.start.copy_(embeddings)
-
-
-def _mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers of these sizes with ReLU between them."""
-    layers: list[nn.Module] = []
-    for size, following in itertools.pairwise(sizes):
-        layers += [nn.Linear(size, following), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+        learn_difference_from(embeddings, self.start, [last_linear(self.mlp)])

@@ -1,7 +1,7 @@
-"""What a base gets when a prompt lies among a text's embeddings, and the text's part of its output.
+"""Inputs that join a prompt and a text, and the text's part of the outputs.
 
-Inputs and outputs of the caller are those of the text. Here they are checked, joined with the
-prompt's, and separated again.
+The caller's inputs and outputs are those of the text. This module checks the inputs, joins them
+with the prompt's, and separates the outputs again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastprefix.tuning.configs.prompt_config import PromptConfig
 from fastprefix.tuning.misspelt import check_tensors
 from fastprefix.tuning.prompt_layout import PromptLayout, joined_positions
 
-# Outputs with one entry for each token, and the number of their dimensions if they have.
+# Outputs that may have one entry for each token, and the dimensions that they have in that case.
 _PER_TOKEN = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
 
 
@@ -28,13 +28,13 @@ def check_text(
     kwargs: dict[str, Any],
     is_encoder_decoder: bool,
 ) -> None:
-    """Refuses inputs with which the prompt would silently be wrong.
+    """Refuses inputs with which the result would silently be wrong.
 
     Args:
         mask: the call's attention_mask.
-        position_ids: the call's.
-        kwargs: its other arguments.
-        is_encoder_decoder: whether the base is one; its cache belongs to the decoder.
+        position_ids: the call's position_ids.
+        kwargs: the call's other arguments.
+        is_encoder_decoder: whether the base is an encoder-decoder, whose cache is the decoder's.
 
     Raises:
         ValueError: the mask is not one of padding, a cache holds tokens, or sequences are packed.
@@ -59,7 +59,7 @@ def check_text(
 def text_embeddings(
     model: PreTrainedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None
 ) -> Tensor:
-    """The text's embeddings [B, L, hidden], from ids [B, L] or as they are given.
+    """Returns the text's embeddings [B, L, hidden]: the given ones, or those of ids [B, L].
 
     Raises:
         ValueError: both are given, or neither.
@@ -76,18 +76,21 @@ def text_embeddings(
 def tokens_before_prompt(
     config: PromptConfig, infix_positions: Tensor | None, mask: Tensor | None, B: int, L: int
 ) -> Tensor | None:
-    """How many real tokens of each row come before an infix, [B]; None for a prompt in front.
+    """Returns [B], how many real tokens of each row come before an infix.
 
     Args:
-        config: the prompt's.
-        infix_positions: what the caller gave.
-        mask: [B, L], 0 for padding; None if there is none.
-        B: rows.
-        L: tokens of the text, padding included.
+        config: the prompt's configuration.
+        infix_positions: the caller's argument.
+        mask: [B, L], 0 for padding; None if there is no padding.
+        B: the number of rows.
+        L: the number of the text's tokens, including padding.
+
+    Returns:
+        None for a prompt in front of the text.
 
     Raises:
         TypeError: infix_positions are no tensor.
-        ValueError: they are missing or out of range, or given for a prompt in front.
+        ValueError: they are missing or out of range, or given for a prompt in front of the text.
     """
     if config.placement == "prefix":
         if infix_positions is not None:
@@ -117,14 +120,14 @@ def join_inputs(
     position_ids: Tensor | None,
     tokens_before: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The base's inputs_embeds, and its attention_mask and position_ids where the text has them.
+    """Returns inputs_embeds for the base, and attention_mask and position_ids if the text has them.
 
     Args:
-        layout: of the rows.
+        layout: the layout of the rows.
         prompt: [P, hidden].
         embeds: the text's embeddings, [B, L, hidden].
-        mask: the text's, [B, L].
-        position_ids: the text's, [B or 1, L].
+        mask: the text's mask, [B, L].
+        position_ids: the text's positions, [B or 1, L].
         tokens_before: see :func:`tokens_before_prompt`.
     """
     prompt = prompt.to(embeds.device, embeds.dtype)
@@ -140,12 +143,12 @@ def join_inputs(
 def join_targets(
     layout: PromptLayout, kwargs: dict[str, Any], labels: Tensor | None, labels_per_token: bool
 ) -> dict[str, Tensor]:
-    """The base's token types, labels, and start and end positions, for prompt and text.
+    """Returns token types, labels, and start and end positions for prompt and text.
 
     Args:
-        layout: of the rows.
-        kwargs: the call's other arguments, from which those that are joined are removed.
-        labels: the text's, [B, L]; or what the base's task takes.
+        layout: the layout of the rows.
+        kwargs: the call's other arguments. Those that are joined are removed from it.
+        labels: the text's labels, [B, L]; or labels of another shape, which the base's task needs.
         labels_per_token: whether the base compares the labels with the logits of its input tokens.
     """
     joined: dict[str, Tensor] = {}
@@ -160,10 +163,10 @@ def join_targets(
 
 
 def keep_text_outputs(layout: PromptLayout, output: Any) -> None:
-    """Cuts a base's outputs of each token to those of the text, in place.
+    """Removes the prompt's part of a base's outputs for each token, in place.
 
     Args:
-        layout: of the rows.
+        layout: the layout of the rows.
         output: what the base's forward returned, not as a tuple.
     """
     joined_length = layout.length + layout.prompt_length
@@ -174,9 +177,9 @@ def keep_text_outputs(layout: PromptLayout, output: Any) -> None:
 
 
 def _joined_columns(layout: PromptLayout, places: Tensor) -> Tensor:
-    """The columns, among prompt and text, of tokens [B] of the text.
+    """Converts indices [B] of text tokens to columns of prompt and text together.
 
-    A place beyond the text, which a loss ignores, becomes one beyond both.
+    A loss ignores an index beyond the text. It becomes a column beyond prompt and text.
     """
     places = places.reshape(len(places))
     columns = layout.places().to(places.device).expand(len(places), -1)

@@ -1,4 +1,4 @@
-"""Where a prompt's embeddings lie among those of each row's text."""
+"""The order in which a prompt and the text of each row are joined."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PromptLayout:
     """Where each column of the base's input comes from.
 
     Attributes:
-        length: tokens of the text L, padding included.
+        length: L, the number of the text's tokens, including padding.
         prompt_length: P.
         source: [B, P + L], for each column an index into [prompt ; text]; None if the prompt comes
             first in all rows.
@@ -31,7 +31,7 @@ class PromptLayout:
     in_order: bool
 
     def join(self, prompt: Tensor | float, text: Tensor) -> Tensor:
-        """Joins what the prompt has and what the text has; returns [B, P + L, ...].
+        """Joins values of the prompt's tokens and of the text's; returns [B, P + L, ...].
 
         Args:
             prompt: [B, P, ...], or one value for all its tokens.
@@ -43,13 +43,17 @@ class PromptLayout:
         return both if self.source is None else _take(both, self.source)
 
     def text(self, output: Tensor) -> Tensor:
-        """The text's part [B, L, ...] of an output [B, P + L, ...]; undefined for padding."""
+        """Returns the text's part [B, L, ...] of an output; values for padding are undefined.
+
+        Args:
+            output: [B, P + L, ...].
+        """
         if self.in_order:
             return output[:, self.prompt_length :]
         return _take(output, self.places())
 
     def places(self) -> Tensor:
-        """[B or 1, L]: the column of each token of the text."""
+        """Returns [B or 1, L], the column of each token of the text."""
         if self.source is None:
             return torch.arange(self.length)[None] + self.prompt_length
         return self.source.argsort(dim=1)[:, self.prompt_length :]
@@ -99,10 +103,10 @@ def lay_out(
 def joined_positions(
     layout: PromptLayout, text: Tensor, real: Tensor | None, tokens_before: Tensor | None
 ) -> Tensor:
-    """Position ids [B, P + L] of prompt and text: the tokens behind the prompt move by P.
+    """Returns position ids [B, P + L] for prompt and text. Tokens behind the prompt move by P.
 
     Args:
-        layout: of the rows.
+        layout: the layout of the rows.
         text: [B, L], the text's own positions.
         real: [B, L], nonzero for tokens that are not padding; None if there is no padding.
         tokens_before: see :func:`lay_out`.
@@ -115,9 +119,9 @@ def joined_positions(
     if tokens_before is None:
         tokens_before = seen.new_zeros(B)
     tokens_before = tokens_before[:, None].to(seen.device)
-    behind = seen > tokens_before  # for padding, any value will do
+    behind = seen > tokens_before  # padding may have any value
     before = (real.bool() & ~behind).long()
-    # the prompt starts after the last token before it, or where the row's first token was
+    # the prompt starts behind the last token before it; without one, at the first token's position
     last = text.gather(1, (before * torch.arange(1, L + 1, device=text.device)).argmax(1)[:, None])
     first = text.gather(1, behind.long().argmax(1)[:, None])
     start = torch.where(tokens_before < 1, first, last + 1)
@@ -126,7 +130,7 @@ def joined_positions(
 
 
 def _take(rows: Tensor, columns: Tensor) -> Tensor:
-    """Rows [B, N, ...] at columns [B or 1, M]."""
+    """Takes the entries of rows [B, N, ...] at columns [B or 1, M]."""
     columns = columns.to(rows.device).expand(rows.shape[0], -1)
     if rows.dim() == 2:
         return rows.gather(1, columns)

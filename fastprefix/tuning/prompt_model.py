@@ -188,7 +188,7 @@ class PromptTuningModel(SavedAdapters):
         """The forward with a prompt.
 
         Args:
-            name: the prompt's.
+            name: the prompt's name.
             given: the inputs that :meth:`forward` names.
             infix_positions: see :meth:`forward`.
             kwargs: other arguments of the base's forward.
@@ -253,7 +253,7 @@ class PromptTuningModel(SavedAdapters):
         """``generate()`` with a prompt.
 
         Args:
-            name: the prompt's.
+            name: the prompt's name.
             generate: the base's method.
             infix_positions: see :meth:`generate`.
             given: arguments of the base's method by name.
@@ -298,7 +298,7 @@ class PromptTuningModel(SavedAdapters):
 
     @torch.no_grad()
     def export_embeddings(self, adapter_name: str | None = None) -> Tensor:
-        """A prompt's present embeddings [P, width], without dropout, network and graph.
+        """Returns a prompt's present embeddings [P, width], without dropout, network and graph.
 
         Args:
             adapter_name: the prompt; the active one if None.
@@ -309,7 +309,7 @@ class PromptTuningModel(SavedAdapters):
         return evaluating(self._encoder(self._known_name(adapter_name)))().detach().clone()
 
     def export(self, adapter_name: str | None = None) -> PrefixKV:
-        """A prompt's keys and values, as the base computes them. A whole batch can share them.
+        """Computes a prompt's keys and values with the base. A whole batch can share them.
 
         The base runs with the prompt's heads, because heads inside its layers change the result.
 
@@ -429,7 +429,7 @@ class PromptTuningModel(SavedAdapters):
 
 
 def _refuse_names(kwargs: dict[str, Any]) -> None:
-    """Refuses prefix_names, which a model of prefixes takes and a base might ignore."""
+    """Refuses prefix_names, which PrefixTuningModel accepts and a base might ignore."""
     if kwargs.pop("prefix_names", None) is not None:
         raise ValueError(
             "prefix_names: got names, takes None: all rows of a batch have the active prompt; "

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from fastprefix.arguments import methods_refuse_unknown_arguments
 from fastprefix.files import written_together
 from fastprefix.formats.source import Source
-from fastprefix.tuning import hub
 from fastprefix.tuning.adapter_names import DEFAULT
 from fastprefix.tuning.checkpoint import (
     Checkpoint,
@@ -36,6 +35,7 @@ from fastprefix.tuning.peft_base import (
     save_base_adapter,
     unwrap,
 )
+from fastprefix.tuning.saving_arguments import check_directory, check_loading
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,7 +91,7 @@ class SavedAdapters(NamedAdapters):
         if not isinstance(safe_serialization, bool):  # selected_adapters was once the second one
             safe_serialization, selected_adapters = True, safe_serialization
         selected = self._selected(selected_adapters, save_directory)
-        hub.check_directory(save_directory, push_to_hub)
+        check_directory(save_directory, push_to_hub)
         for name, place in selected:
             # every process must do this: each may hold a shard of the parameters
             exported, heads = self._exported(name), self.heads(name)
@@ -136,7 +136,7 @@ class SavedAdapters(NamedAdapters):
                 this model; or the adapter was trained together with an adapter inside the base, and
                 this base has another one or none.
         """
-        hub.check_loading(torch_device, low_cpu_mem_usage)
+        check_loading(torch_device, low_cpu_mem_usage)
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
         refuse_checkpoint(place, self.config_class.model_class)
         saved, config = self._read_adapter(place, self.base_model)
@@ -192,7 +192,7 @@ class SavedAdapters(NamedAdapters):
             ValueError: the files hold no adapter of this kind for this model, or config does not
                 agree with them.
         """
-        hub.check_loading(torch_device, low_cpu_mem_usage)
+        check_loading(torch_device, low_cpu_mem_usage)
         place = Source(str(model_id), subfolder, revision, token, cache_dir)
         return cls._load(model, place, adapter_name, is_trainable, config)
 

@@ -1,4 +1,4 @@
-"""What transformers.Trainer reads of a model, and the wrapper of a frozen base must answer."""
+"""Attributes and methods that transformers.Trainer expects of a model."""
 
 from __future__ import annotations
 

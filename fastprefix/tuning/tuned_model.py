@@ -1,4 +1,4 @@
-"""The wrapper of a frozen base: PEFT's surface, the attributes of the base, ``state_dict()``."""
+"""The wrapper of a frozen base: PEFT's methods, the base's attributes, ``state_dict()``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from fastprefix.arguments import check_type, methods_refuse_unknown_arguments
 from fastprefix.hf import pipelines
-from fastprefix.tuning import hub
 from fastprefix.tuning.checkpoint import described, hold_only_what_is_trained
 from fastprefix.tuning.configs.tuning_config import TuningConfig
+from fastprefix.tuning.hub import push
 from fastprefix.tuning.misspelt import forward_inputs
+from fastprefix.tuning.model_card import CardContent, write_card
 from fastprefix.tuning.peft_base import freeze
 from fastprefix.tuning.trainer_contract import TrainerContract
 
@@ -125,8 +126,9 @@ class TunedModel(TrainerContract):
         Raises:
             ValueError: see :meth:`save_pretrained`.
         """
-        return hub.push(
-            self,
+        saved = {"safe_serialization": safe_serialization, "selected_adapters": selected_adapters}
+        return push(
+            lambda folder: self.save_pretrained(folder, **saved),
             repo_id,
             commit_message=commit_message,
             commit_description=commit_description,
@@ -135,8 +137,6 @@ class TunedModel(TrainerContract):
             revision=revision,
             create_pr=create_pr,
             tags=tags,
-            safe_serialization=safe_serialization,
-            selected_adapters=selected_adapters,
         )
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
@@ -145,7 +145,9 @@ class TunedModel(TrainerContract):
         Args:
             output_dir: an existing folder.
         """
-        hub.write_card(self, Path(output_dir))
+        configs, active = self.peft_config, self.active_adapter
+        content = CardContent(type(self).__name__, self.base_model, configs, active)
+        write_card(content, Path(output_dir))
 
     def get_extra_state(self) -> Tensor:
         """The configurations, as an entry of ``state_dict()``."""

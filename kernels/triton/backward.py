@@ -15,6 +15,7 @@ from .backward_dprefix import dprefix_launches
 from .backward_dq import dq_launch
 from .blocks import LOG2E, load_tile
 from .problem import Problem, make_problem
+from .target import Tile
 
 # Of a tile of out and one of its gradient: 64 rows of D 128; gfx1100 spills at twice that.
 DELTA_ELEMENTS = 64 * 128
@@ -71,7 +72,7 @@ def delta_launch(
             Lq=Lq,
         ),
         {"HEAD": Dv, "BLOCK_M": rows, "BLOCK_D": block},
-        tilings.Tile(rows=rows, keys=1, warps=4, stages=1),
+        Tile(rows=rows, keys=1, warps=4, stages=1),
     )
 
 
@@ -144,10 +145,10 @@ def launch_backward(
         if rows is not None and dbias is not None:
             dbias.copy_(rows.sum((0, 2)))
     if key.numel() and (dk is not None or dv is not None):
-        for grads in tilings.together(problem, dk, dv):
+        for grads in tilings.gradients_in_one_pass(problem.work, dk, dv):
             dkv_launch(problem, grad_out, lse2, delta, *grads).run()
     if prefix_key.numel() and (dpk is not None or dpv is not None):
-        for grads in tilings.together(problem, dpk, dpv):
+        for grads in tilings.gradients_in_one_pass(problem.work, dpk, dpv):
             for step in dprefix_launches(problem, grad_out, lse2, delta, *grads):
                 step.run()
     if dsinks is not None and sinks is not None:

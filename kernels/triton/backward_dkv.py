@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, tables, tilings
+from . import launch, ragged, tilings
 from .blocks import LOG2E, add_mask, cap, kept, load_tile, prefix_of, store_tile
 from .problem import Problem
 
@@ -18,19 +18,19 @@ def key_gradients(
     scale, softcap, seed, dropped, keep, o_key, o_query, o_head,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BOUND: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRECISION: tl.constexpr,
-    CLAMPED: tl.constexpr = False,
+    REPEAT_LAST_ROW: tl.constexpr = False,
 ):  # fmt: skip
     """Add the gradients that one tile of query rows sends to one tile of keys and values.
 
     Everything is transposed, keys down and queries across: P^T and dS^T then feed the products
     with dO and Q as they are. Rows outside m_m (tested if BOUND) get an lse2 of infinity, hence
     P = 0. Row i sees the keys o_low[i] <= o_n < o_high[i]; None: no such limit. p_mask [1, BM] are
-    the rows' first columns of an additive mask; b_shift is added to all the scores. CLAMPED: the
-    pointers of rows outside m_m are those of a row that exists.
+    the rows' first columns of an additive mask; b_shift is added to all the scores.
+    REPEAT_LAST_ROW: the pointers of rows outside m_m are those of a row that exists.
     """
-    b_q = load_tile(p_q, m_m, o_d, HEAD, BLOCK_D, BOUND and not CLAMPED)  # [BM, BD]
-    b_do = load_tile(p_do, m_m, o_dv, HEAD_V, BLOCK_DV, BOUND and not CLAMPED)  # [BM, BDV]
-    if CLAMPED:
+    b_q = load_tile(p_q, m_m, o_d, HEAD, BLOCK_D, BOUND and not REPEAT_LAST_ROW)  # [BM, BD]
+    b_do = load_tile(p_do, m_m, o_dv, HEAD_V, BLOCK_DV, BOUND and not REPEAT_LAST_ROW)  # [BM, BDV]
+    if REPEAT_LAST_ROW:
         b_lse2 = tl.where(m_m, tl.load(p_lse2), float("inf"))
     elif BOUND:
         b_lse2 = tl.load(p_lse2, mask=m_m, other=float("inf"))
@@ -62,7 +62,7 @@ def key_gradients(
             b_w = b_pt * b_kept
         b_dv = tl.dot(b_w.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)  # [BN, BDV]
     if NEED_DK:
-        if BOUND and not CLAMPED:
+        if BOUND and not REPEAT_LAST_ROW:
             b_delta = tl.load(p_delta, mask=m_m, other=0.0)
         else:
             b_delta = tl.load(p_delta)
@@ -86,7 +86,7 @@ def dkv_sweep(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BOUND: tl.constexpr, CAUSAL: tl.constexpr,
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRECISION: tl.constexpr,
-    CLAMPED: tl.constexpr = False,
+    REPEAT_LAST_ROW: tl.constexpr = False,
 ):  # fmt: skip
     """Add what query tiles first .. end of every head send; those from `turn` on move by `gap`.
 
@@ -105,7 +105,7 @@ def dkv_sweep(
             i_m += tl.where(i_x < turn, 0, gap * BLOCK_M)
         o_start = tl.cast(i_m, tl.int64)
         o_r = o_m
-        if CLAMPED:
+        if REPEAT_LAST_ROW:
             o_r = tl.minimum(o_m, Lq - 1 - i_m)
             o_q = o_r[:, None] * s_qm + o_d[None, :]  # [BM, BD]
             o_do = o_r[:, None] * s_dom + o_dv[None, :]  # [BM, BDV]
@@ -130,7 +130,7 @@ def dkv_sweep(
             p_lse2 + o_row + o_r, p_delta + o_row + o_r, p_rows, s_mn, None,
             i_m + o_m < Lq, m_n, o_d, o_dv, o_n, o_low, o_high,
             scale, softcap, seed, dropped, keep, o_key, i_m + o_m, i_head + i_g,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BOUND, NEED_DK, NEED_DV, PRECISION, CLAMPED,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BOUND, NEED_DK, NEED_DV, PRECISION, REPEAT_LAST_ROW,
         )  # fmt: skip
         i_x += 1
         if GROUP > 1:
@@ -146,7 +146,7 @@ def prefix_attn_bwd_dkv_kernel(
     s_dob, s_doh, s_dom,
     Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
-    APART: tl.constexpr, CLAMPED: tl.constexpr, PRECISION: tl.constexpr,
+    UNMASKED_LOOP: tl.constexpr, REPEAT_LAST_ROW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one KV head of one sequence. A gradient of None is skipped."""
@@ -203,7 +203,7 @@ def prefix_attn_bwd_dkv_kernel(
         t_end = tl.maximum(t_end, t_first)
         t_all = tl.minimum(t_all, t_end)
     t_tail = tl.maximum(t_tail, t_all)
-    if not APART:
+    if not UNMASKED_LOOP:
         t_all = t_end
         t_tail = t_end
 
@@ -228,9 +228,9 @@ def prefix_attn_bwd_dkv_kernel(
         t_first, t_all, t_tail - t_all, t_all + t_end - t_tail, Lq, past, window,
         m_n, o_d, o_dv, o_n, scale, softcap, seed, dropped, keep, o_key, i_head,
         GROUP, HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_M, True, CAUSAL,
-        dk is not None, dv is not None, PRECISION, CLAMPED,
+        dk is not None, dv is not None, PRECISION, REPEAT_LAST_ROW,
     )  # fmt: skip
-    if APART:
+    if UNMASKED_LOOP:
         b_dk, b_dv = dkv_sweep(
             b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_mask,
             s_qh, s_qm, s_doh, s_dom, s_mh, s_mm, s_mn, s_row,
@@ -268,17 +268,17 @@ def dkv_launch(
 ) -> launch.Launch:
     """The launch that fills the contiguous `grad_key` and `grad_value`, if not None."""
     B, _, Hkv, Lq, Lk, _ = problem.sizes
-    tile = tilings.choose("dkv", problem, rows=Lq)
+    tile = tilings.choose_tile("dkv", problem.work, Lq)
     table, tiles = None, B * triton.cdiv(Lk, tile.keys)
     if problem.options.cu_seqlens is not None:
-        table = tables.ragged_tiles(problem.options.cu_seqlens, Lk, tile.keys)
+        table = ragged.tiles(problem.options.cu_seqlens, Lk, tile.keys)
         tiles = table.shape[0]
     own = {
         "do": grad_out, "lse2": lse2, "delta": delta, "dk": grad_key, "dv": grad_value,
         "tiles": table, "keep": problem.keep, **launch.strides(do=grad_out),
     }  # fmt: skip
     constants = {
-        "APART": tilings.whole_apart("dkv", problem),
-        "CLAMPED": tilings.rows_clamped(problem),
+        "UNMASKED_LOOP": tilings.unmasked_loop("dkv", problem.work),
+        "REPEAT_LAST_ROW": tilings.repeat_last_row(problem.work),
     }
     return problem.launch(prefix_attn_bwd_dkv_kernel, tiles * Hkv, tile, own, constants)

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, tables, tilings
+from . import launch, ragged, tilings
 from .backward_dkv import key_gradients
 from .blocks import additive, load_tile, ranks, store_tile
 from .problem import Problem
+from .target import Tile
 
 REDUCE_BLOCK = 1024
 
@@ -179,11 +180,11 @@ def query_tile_table(problem: Problem, rows: int) -> tuple[Tensor, Tensor]:
     else:
         total = triton.cdiv(Lq, rows) + M
         counts = ((problem.options.cu_seqlens.diff() + rows - 1) // rows)[order]
-    run, tile = tables.expand(counts, total)
+    run, tile = ragged.expand(counts, total)
     sequence = torch.where(run < 0, -1, order[run.clamp(min=0)])
     prefixes = problem.prefixes
     first_row = torch.searchsorted(sorted_index, torch.arange(prefixes + 1, device=device).int())
-    bounds = tables.boundaries(counts)[first_row]
+    bounds = ragged.boundaries(counts)[first_row]
     return torch.stack([sequence, tile], 1).to(torch.int32), bounds
 
 
@@ -197,7 +198,7 @@ def dprefix_launches(
 ) -> list[launch.Launch]:
     """The launches that fill the (contiguous) prefix gradients that are not None, in order."""
     B, _, Hkv, Lq, _, P = problem.sizes
-    tile = tilings.choose("dprefix", problem, rows=Lq)
+    tile = tilings.choose_tile("dprefix", problem.work, Lq)
     own: dict[str, Any] = {}
     if problem.options.prefix_lengths is None and problem.options.cu_seqlens is None:
         key_tiles = triton.cdiv(P, tile.keys)
@@ -208,7 +209,7 @@ def dprefix_launches(
         if starts is None:
             starts = torch.tensor([0, P], dtype=torch.int32, device=problem.query.device)
         own["starts"] = starts
-        own["key_tiles"] = tables.ragged_tiles(starts, P, tile.keys)
+        own["key_tiles"] = ragged.tiles(starts, P, tile.keys)
         own["query_tiles"], own["bounds"] = query_tile_table(problem, tile.rows)
         key_tiles = own["key_tiles"].shape[0]
         row_tiles = own["query_tiles"].shape[0]
@@ -245,7 +246,7 @@ def dprefix_launches(
             (triton.cdiv(grad.numel(), REDUCE_BLOCK),),
             {"partial": partial, "grad": grad, "numel": grad.numel()},
             {"SPLITS": splits, "BLOCK": REDUCE_BLOCK},
-            tilings.Tile(rows=1, keys=REDUCE_BLOCK, warps=4, stages=1),
+            Tile(rows=1, keys=REDUCE_BLOCK, warps=4, stages=1),
         )
         for partial, grad in zip(sums, results, strict=True)
         if grad is not None

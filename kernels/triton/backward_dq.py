@@ -101,7 +101,8 @@ def prefix_attn_bwd_dq_kernel(
     s_dob, s_doh, s_dom,
     Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr, UNMASKED_LOOP: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M packed rows of one KV head of one sequence, as in the forward.
@@ -143,7 +144,7 @@ def prefix_attn_bwd_dq_kernel(
     p_k = pk + i_h * s_pkh + tl.cast(i_first, tl.int64) * s_pkn
     p_v = pv + i_h * s_pvh + tl.cast(i_first, tl.int64) * s_pvn
     n_any, n_low, n_whole = prefix_tiles(
-        rank, i_b, q_first, q_last, Lq, Lk, P, window, IN_WINDOW, APART, BLOCK_N
+        rank, i_b, q_first, q_last, Lq, Lk, P, window, IN_WINDOW, UNMASKED_LOOP, BLOCK_N
     )
     b_row = None
     p_bias = None
@@ -154,7 +155,7 @@ def prefix_attn_bwd_dq_kernel(
     o_low = None
     if IN_WINDOW:
         o_low = (P - window + 1 + ranks(rank, i_b, o_q, m_r, Lq, Lk))[:, None]
-    if APART:
+    if UNMASKED_LOOP:
         if IN_WINDOW:
             b_dq, b_dbias = dq_sweep(
                 b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, b_row,
@@ -178,7 +179,7 @@ def prefix_attn_bwd_dq_kernel(
         HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, dbias is not None, PRECISION,
     )  # fmt: skip
 
-    if not APART:
+    if not UNMASKED_LOOP:
         # Where registers are few the operands are loaded again: kept past the end of the first loop
         # they spill (RDNA, Triton 3.9). The barrier keeps the compiler from taking the first ones.
         tl.debug_barrier()
@@ -193,13 +194,13 @@ def prefix_attn_bwd_dq_kernel(
     if mask is not None:
         p_mask = mask + (i_b * s_mb + o_head * s_mh + o_token * s_mm)[:, None]
     n_any, n_low, n_whole, n_end = sequence_tiles(
-        q_first, q_last, Lq, Lk, window, CAUSAL, APART, BLOCK_N
+        q_first, q_last, Lq, Lk, window, CAUSAL, UNMASKED_LOOP, BLOCK_N
     )
     o_high = sequence_end(o_q[:, None], Lq, Lk, window, CAUSAL)
     o_low = None
     if window is not None:
         o_low = (o_q + Lk - Lq - window + 1)[:, None]
-    if APART:
+    if UNMASKED_LOOP:
         if window is not None:
             b_dq, b_dbias = dq_sweep(
                 b_dq, b_dbias, b_q, b_do, b_lse2, b_delta, None,
@@ -248,11 +249,11 @@ def dq_launch(
     And `grad_bias_rows` [B, Hq, Lq] fp32: the sums of each row's gradients of prefix scores.
     """
     _, _, Hkv, Lq, _, _ = problem.sizes
-    tile = tilings.choose("dq", problem, rows=problem.group * Lq)
+    tile = tilings.choose_tile("dq", problem.work, problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
     own = {
         "do": grad_out, "lse2": lse2, "delta": delta, "dq": grad_query, "dbias": grad_bias_rows,
         "tiles": table, "keep": problem.keep, **launch.strides(do=grad_out),
     }  # fmt: skip
-    constants = {"APART": tilings.whole_apart("dq", problem)}
+    constants = {"UNMASKED_LOOP": tilings.unmasked_loop("dq", problem.work)}
     return problem.launch(prefix_attn_bwd_dq_kernel, tiles * Hkv, tile, own, constants)

@@ -115,11 +115,12 @@ def clamp(x, high):
 @triton.jit
 def sequence_tiles(
     q_first, q_last, Lq, Lk, window,
-    CAUSAL: tl.constexpr, APART: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, UNMASKED_LOOP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Where the queries q_first .. q_last see sequence keys: (any, low, whole, end).
 
-    Some see keys in any .. end; all of them see the whole tiles low .. whole, none unless APART.
+    Some see keys in any .. end; all of them see the whole tiles low .. whole. There are none of
+    those without an UNMASKED_LOOP.
     """
     past = Lk - Lq
     if CAUSAL:
@@ -139,7 +140,7 @@ def sequence_tiles(
         all_low = clamp(q_last + past - window + 1, Lk)
         n_low = tl.maximum(tl.minimum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, n_whole), n_any)
         n_whole = tl.maximum(n_whole, n_low)
-    if not APART:
+    if not UNMASKED_LOOP:
         n_low = n_any
         n_whole = n_any
     return n_any, n_low, n_whole, n_end
@@ -171,11 +172,12 @@ def ranks(rank, i_b, o_q, m_q, Lq, Lk):
 @triton.jit
 def prefix_tiles(
     rank, i_b, q_first, q_last, Lq, Lk, P, window,
-    IN_WINDOW: tl.constexpr, APART: tl.constexpr, BLOCK_N: tl.constexpr,
+    IN_WINDOW: tl.constexpr, UNMASKED_LOOP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Where the queries q_first .. q_last see prefix keys: (any, low, whole).
 
-    Some see keys from `any` on; all of them see the whole tiles low .. whole, none unless APART.
+    Some see keys from `any` on; all of them see the whole tiles low .. whole. There are none of
+    those without an UNMASKED_LOOP.
     """
     n_any = 0
     n_low = 0
@@ -186,7 +188,7 @@ def prefix_tiles(
         n_any = clamp(P - window + 1 + r_first, P) // BLOCK_N * BLOCK_N
         n_low = tl.cdiv(clamp(P - window + 1 + r_last, P), BLOCK_N) * BLOCK_N
         n_low = tl.minimum(n_low, n_whole)
-    if not APART:
+    if not UNMASKED_LOOP:
         n_low = n_any
         n_whole = n_any
     return n_any, n_low, n_whole

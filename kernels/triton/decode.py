@@ -1,24 +1,55 @@
-"""Decode: few queries per sequence, in two launches: all tiles of keys at once, then a merge.
+"""Decode: few queries per sequence, in two launches. The first has all tiles, the second merges.
 
-The kernels are in :mod:`~fastprefix.kernels.decode_kernels`; their tiles, their splits and the
-tables that sort a batch by prefix are in :mod:`~fastprefix.kernels.decode_plan`.
+The kernels are in :mod:`~fastprefix.kernels.decode_kernels`, their tiles and splits in
+:mod:`~fastprefix.kernels.decode_grid`, and the tables that sort a batch by prefix in
+:mod:`~fastprefix.kernels.decode_tables`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import launch
+from . import decode_tables, launch
+from .decode_grid import MAX_QUERY_LENGTH, DecodeGrid, DecodeShape, grid_of, shape_of
 from .decode_kernels import prefix_attn_decode_kernel, prefix_attn_decode_merge_kernel
-from .decode_plan import MAX_QUERY_LENGTH, DecodePlan, Shape, decode_plan, shape_of
 from .problem import Problem, make_problem
+from .target import Target
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """A grid, and tables if the prefixes are packed. All layers of one shape can share a plan."""
+
+    shape: DecodeShape
+    target: Target
+    grid: DecodeGrid
+    tables: decode_tables.PrefixTables | None
+
+
+def decode_plan(
+    shape: DecodeShape,
+    target: Target,
+    prefix_index: Tensor | None,
+    prefix_lengths: Tensor | None,
+    *,
+    cached: bool = True,
+) -> DecodePlan:
+    """The plan of a shape; the tables of packed prefixes come from their cache if `cached`."""
+    grid = grid_of(shape, target)
+    tables = None
+    if prefix_index is not None and prefix_lengths is not None and grid.prefix.units:
+        get = decode_tables.CACHE.get if cached else decode_tables.build_tables
+        tables = get(prefix_index, prefix_lengths, grid.prefix)
+    return DecodePlan(shape, target, grid, tables)
 
 
 def obstacle(problem: Problem) -> str | None:
-    """What keeps a call from the two phases, argument first; None if they can do it."""
+    """Why decode cannot run a call, with the argument's name first; None if it can."""
     Lq, bias = problem.query.shape[2], problem.options.prefix_bias
     if Lq > MAX_QUERY_LENGTH:
         return f"query: got Lq = {Lq}, decode takes at most {MAX_QUERY_LENGTH}"
@@ -33,8 +64,8 @@ def obstacle(problem: Problem) -> str | None:
     return None
 
 
-def shape_of_problem(problem: Problem) -> Shape:
-    """What the plan of a call depends on."""
+def shape_of_problem(problem: Problem) -> DecodeShape:
+    """The shape of a call, on which its plan depends."""
     options = problem.options
     return shape_of(
         problem.query, problem.key, problem.value, problem.prefix_key, options.prefix_lengths,
@@ -50,41 +81,47 @@ def decode_launches(
     out: Tensor,
     lse: Tensor,
 ) -> list[launch.Launch]:
-    """The two launches that fill the contiguous `out` and `lse`; one if there are no keys at all.
+    """The launches that fill `out` and `lse`: two, or only the merge if there are no keys at all.
 
-    `part_out` [layout.partial_rows, Dv] and `part_lse` [layout.partial_rows] are fp32 scratch.
+    Args:
+        problem: the call.
+        plan: its plan.
+        part_out: [grid.partial_rows, Dv] in fp32, scratch space.
+        part_lse: [grid.partial_rows] in fp32, scratch space.
+        out: [B, Hq, Lq, Dv], contiguous.
+        lse: [B, Hq, Lq] in fp32, contiguous.
     """
-    shape, layout, cut = plan.shape, plan.layout, plan.layout.prefix
-    tables, tile = plan.tables, layout.tile
+    shape, grid, cut = plan.shape, plan.grid, plan.grid.prefix
+    tables, tile = plan.tables, grid.tile
     arguments = {
         "order": tables and tables.order, "units": tables and tables.units,
         "rows": tables and tables.rows,
         "part_out": part_out, "part_lse": part_lse, "out": out, "lse": lse,
         "B": shape.B, "window": shape.sliding_window,
         "n_units": cut.units, "n_splits": cut.splits, "split": cut.split,
-        "first_key": layout.first_key, "first_row": shape.Hkv * cut.units * cut.rows,
-        "n_sequence_splits": layout.sequence_splits, "sequence_split": layout.sequence_split,
+        "first_key": grid.first_key, "first_row": shape.Hkv * cut.units * cut.rows,
+        "n_sequence_splits": grid.sequence_splits, "sequence_split": grid.sequence_split,
     }  # fmt: skip
     constants = {
-        # A single query is the last: it sees all keys.
+        # A single query is the last one, which sees all keys.
         "CAUSAL": problem.options.is_causal and shape.Lq > 1,
         "FIXED": shape.batch_invariant,
-        "BLOCK_R": layout.sequence_rows,
+        "BLOCK_R": grid.sequence_rows,
     }
-    merged = {"BLOCK_M": tile.rows, "BLOCK_R": layout.merge_tile.rows}
-    attend = problem.launch(prefix_attn_decode_kernel, layout.programs, tile, arguments, constants)
+    merged = {"BLOCK_M": tile.rows, "BLOCK_R": grid.merge_tile.rows}
+    attend = problem.launch(prefix_attn_decode_kernel, grid.programs, tile, arguments, constants)
     merge = problem.launch(
-        prefix_attn_decode_merge_kernel, layout.merge_programs, layout.merge_tile, arguments, merged
+        prefix_attn_decode_merge_kernel, grid.merge_programs, grid.merge_tile, arguments, merged
     )
-    return [attend, merge] if layout.programs else [merge]
+    return [attend, merge] if grid.programs else [merge]
 
 
 def decode(problem: Problem, plan: DecodePlan | None = None) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a problem without an :func:`obstacle`.
 
     Args:
-        problem: checked.
-        plan: for this shape and these prefixes, instead of the cached one.
+        problem: a checked problem.
+        plan: a plan for this shape and these prefixes, instead of the cached one.
 
     Raises:
         ValueError: a plan for another shape.
@@ -95,7 +132,7 @@ def decode(problem: Problem, plan: DecodePlan | None = None) -> tuple[Tensor, Te
         plan = decode_plan(shape, problem.target, index, lengths)
     elif plan.shape != shape:
         raise ValueError(f"plan: got one for {plan.shape}, takes one for {shape}")
-    query, rows = problem.query, plan.layout.partial_rows
+    query, rows = problem.query, plan.grid.partial_rows
     device, single = query.device, torch.float32
     out = torch.empty((*query.shape[:3], shape.Dv), dtype=query.dtype, device=device)
     lse = torch.empty(query.shape[:3], dtype=single, device=device)
@@ -121,22 +158,23 @@ def decode_forward(
     Args:
         query: [B, Hq, Lq, D], fp32, bf16 or fp16; Lq from 1 to 16, D and Dv from 1 to 256. Any
             strides, here and below.
-        key: [B, Hkv, Lk, D], Hq a multiple of Hkv. Runs of padding at either end of a sequence
-            are not read.
+        key: [B, Hkv, Lk, D], Hq a multiple of Hkv. Padding at the beginning or the end of a
+            sequence is not read.
         value: [B, Hkv, Lk, Dv].
         prefix_key: [Hkv, P, D], one prefix for all rows or several end to end; P may be 0.
         prefix_value: [Hkv, P, Dv].
         options: see :class:`~fastprefix.options.Options`.
-        plan: from :func:`~fastprefix.kernels.decode_plan.decode_plan` for this shape and these
+        plan: a plan from :func:`~fastprefix.kernels.decode.decode_plan` for this shape and these
             prefixes, instead of the cached one.
 
     Returns:
         out [B, Hq, Lq, Dv] in the query's dtype and the log-sum-exp (natural log, sinks included)
-        [B, Hq, Lq] in float32. Rows that see nothing: zeros and -inf (the sink, if there is one).
+        [B, Hq, Lq] in float32. Rows that see nothing get zeros and -inf (or the sink, if there is
+        one).
 
     Raises:
-        ValueError: operands that do not fit together, what the two phases cannot do, or a plan for
-            other shapes.
+        ValueError: operands that do not fit together, a feature that decode does not have, or a
+            plan for other shapes.
     """
     problem = make_problem(query, key, value, prefix_key, prefix_value, options)
     reason = obstacle(problem)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import decode, decode_plan, launch, tilings
+from . import decode, decode_grid, launch, tilings
 from .blocks import (
     LN2,
     LOG2E,
@@ -107,9 +107,9 @@ def prefix_attn_fwd_kernel(
     s_pkh, s_pkn, s_pvh, s_pvn, s_pb, s_pn, s_mb, s_mh, s_mm, s_mn, s_bh, s_bm, s_bn,
     Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
-    PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr, APART: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
+    UNMASKED_LOOP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M packed rows of one KV head of one sequence."""
     # With a causal mask the last rows see the most keys: start them first.
@@ -141,7 +141,7 @@ def prefix_attn_fwd_kernel(
     p_k = pk + i_h * s_pkh + tl.cast(i_first, tl.int64) * s_pkn
     p_v = pv + i_h * s_pvh + tl.cast(i_first, tl.int64) * s_pvn
     n_any, n_low, n_whole = prefix_tiles(
-        rank, i_b, q_first, q_last, Lq, Lk, P, window, IN_WINDOW, APART, BLOCK_N
+        rank, i_b, q_first, q_last, Lq, Lk, P, window, IN_WINDOW, UNMASKED_LOOP, BLOCK_N
     )
     b_row = None
     p_bias = None
@@ -152,7 +152,7 @@ def prefix_attn_fwd_kernel(
     o_low = None
     if IN_WINDOW:
         o_low = (P - window + 1 + ranks(rank, i_b, o_q, m_r, Lq, Lk))[:, None]
-    if APART:
+    if UNMASKED_LOOP:
         if IN_WINDOW:
             b_acc, b_max, b_sum = fwd_sweep(
                 b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
@@ -183,13 +183,13 @@ def prefix_attn_fwd_kernel(
     if mask is not None:
         p_mask = mask + (i_b * s_mb + o_head * s_mh + o_token * s_mm)[:, None]
     n_any, n_low, n_whole, n_end = sequence_tiles(
-        q_first, q_last, Lq, Lk, window, CAUSAL, APART, BLOCK_N
+        q_first, q_last, Lq, Lk, window, CAUSAL, UNMASKED_LOOP, BLOCK_N
     )
     o_high = sequence_end(o_q[:, None], Lq, Lk, window, CAUSAL)
     o_low = None
     if window is not None:
         o_low = (o_q + Lk - Lq - window + 1)[:, None]
-    if APART:
+    if UNMASKED_LOOP:
         if window is not None:
             b_acc, b_max, b_sum = fwd_sweep(
                 b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
@@ -242,10 +242,10 @@ def prefix_attn_fwd_kernel(
 def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
     """The launch that fills the contiguous `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
     _, _, Hkv, Lq, _, _ = problem.sizes
-    tile = tilings.choose("forward", problem, rows=problem.group * Lq)
+    tile = tilings.choose_tile("forward", problem.work, problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
     own = {"out": out, "lse": lse, "tiles": table, "keep": problem.keep}
-    constants = {"APART": tilings.whole_apart("forward", problem)}
+    constants = {"UNMASKED_LOOP": tilings.unmasked_loop("forward", problem.work)}
     return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own, constants)
 
 
@@ -263,7 +263,7 @@ def decode_in_two_phases(problem: Problem) -> bool:
         if problem.options.batch_invariant and problem.options.key_padding_mask is not None:
             raise ValueError(f"batch_invariant: key_padding_mask for decode alone; {obstacle}")
         return False
-    return decode_plan.two_phase_pays(decode.shape_of_problem(problem), problem.target)
+    return decode_grid.two_phase_pays(decode.shape_of_problem(problem), problem.target)
 
 
 def launch_forward(
@@ -277,7 +277,7 @@ def launch_forward(
     """Softmax attention over [prefix ; sequence], a prefix shared by all rows that have it.
 
     A few queries per sequence run in two phases where that pays, see
-    :func:`~fastprefix.kernels.decode_plan.two_phase_pays`; everything else in one pass.
+    :func:`~fastprefix.kernels.decode_grid.two_phase_pays`; everything else in one pass.
 
     Args:
         query: [B, Hq, Lq, D], fp32, bf16 or fp16; D and Dv from 1 to 256. Any strides, here and

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tilings import Target, Tile, family_of_amd, family_of_capability
+from .target import Target, Tile, family_of_amd, family_of_capability
 from .tuning.store import load
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import launch, tables, tilings
+from . import launch, ragged, tilings
+from .target import Target, Tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Problem:
     prefix_key: Tensor
     prefix_value: Tensor
     options: Options
-    target: tilings.Target
+    target: Target
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -69,17 +70,30 @@ class Problem:
         return 1 if lengths is None else lengths.shape[0]
 
     @functools.cached_property
+    def work(self) -> tilings.Work:
+        """What the choice of a tile depends on."""
+        options, bias = self.options, self.options.prefix_bias
+        heavy = (
+            options.attn_mask is not None
+            or bool(options.dropout_p)
+            or (bias is not None and bias.dim() == 3)
+        )
+        full_tile = options.batch_invariant and options.cu_seqlens is not None
+        head_size = max(self.query.shape[-1], self.value.shape[-1])
+        return tilings.Work(self.target, head_size, self.query.dtype, heavy, full_tile)
+
+    @functools.cached_property
     def starts(self) -> Tensor | None:
         """[N + 1] int32: where each prefix begins, and where the last one ends."""
         lengths = self.options.prefix_lengths
-        return None if lengths is None else tables.boundaries(lengths)
+        return None if lengths is None else ragged.boundaries(lengths)
 
     @functools.cached_property
     def rank(self) -> Tensor | None:
         """[B, Lq] int32: the real tokens before each query, where the window needs them."""
         if not self.options.prefix_in_window or self.options.key_padding_mask is None:
             return None
-        return tables.query_ranks(self.options.key_padding_mask, self.query.shape[2])
+        return ragged.query_ranks(self.options.key_padding_mask, self.query.shape[2])
 
     def query_tiles(self, rows: int, group: int) -> tuple[Tensor | None, int]:
         """The tiles of packed rows: a table [tiles, 2] with cu_seqlens, and how many per KV head.
@@ -91,7 +105,7 @@ class Problem:
         length = self.query.shape[2]
         if self.options.cu_seqlens is None:
             return None, self.query.shape[0] * triton.cdiv(group * length, rows)
-        table = tables.ragged_tiles(self.options.cu_seqlens, length, rows, group)
+        table = ragged.tiles(self.options.cu_seqlens, length, rows, group)
         return table, table.shape[0]
 
     def arguments(self) -> dict[str, Any]:
@@ -142,7 +156,7 @@ class Problem:
         self,
         kernel: Any,
         programs: int,
-        tile: tilings.Tile,
+        tile: Tile,
         arguments: dict[str, Any],
         constants: dict[str, Any] | None = None,
     ) -> launch.Launch:

@@ -42,7 +42,7 @@ OPTIONS = {
 @pytest.mark.parametrize(("Lq", "Lk"), [(1, 90), (3, 40), (20, 20)])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_row_alone_is_the_row_in_a_batch(options, Lq, Lk):
-    """With a prefix of its own, packed with others or alone, and with none."""
+    """The row has its own prefix, packed with others or not, or has none."""
     dtype = torch.float32 if options else torch.bfloat16
     query, key, value, prefix_key, prefix_value = operands(Lq, Lk, sum(LENGTHS), dtype)
     packed = {"prefix_lengths": torch.tensor(LENGTHS), "prefix_index": INDEX}

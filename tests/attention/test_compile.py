@@ -8,6 +8,8 @@ import torch._inductor.config
 
 from fastprefix import prefix_attention
 from fastprefix.attention.selection import BACKENDS
+from fastprefix_testing import calls as feature_calls
+from fastprefix_testing.problems import Problem
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +37,11 @@ def solve(problem, function):
     grad_out = problem.grad_out
     B, Hq, Lq, D = grad_out.shape
     flat = grad_out.transpose(1, 2).reshape(B, Lq, Hq * D)
-    return type(problem)(problem.tensors, problem.options, flat).solve(function)
+    return problem.changed(grad_out=flat).solve(function)
 
 
 CALLS = {
-    "causal, padded": {"is_causal": True, "pad": "left", "Lk": 9},
+    "causal, padded": {"is_causal": True, "padding": "left", "Lk": 9},
     "bidirectional": {},
     "no prefix": {"P": None, "is_causal": True},
     "one query": {"Lq": 1, "Lk": 9, "is_causal": True},
@@ -47,16 +49,16 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_one_graph_with_equal_results(backend, call, make_problem):
+def test_one_graph_with_equal_results(backend, call):
     if backend == "reference" and call != CALLS["causal, padded"]:
         pytest.skip("plain PyTorch throughout: once is enough")
-    problem = make_problem(**call, Hq=2, Hkv=1)
+    problem = Problem(**call, Hq=2, Hkv=1).draw()
     function = block(backend)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(solve(problem, compiled), solve(problem, function))
 
 
-def test_dynamic_shapes_compile_once(make_problem):
+def test_dynamic_shapes_compile_once():
     """The lengths of a decoding loop and of ragged batches must not compile anew each step."""
     function = block("composed")
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -64,14 +66,14 @@ def test_dynamic_shapes_compile_once(make_problem):
     compilations = []
     # Sizes that are equal by chance would be compiled in as equal.
     for B, Lq, Lk, P in ((5, 3, 7, 11), (6, 8, 9, 12), (7, 5, 13, 15)):
-        problem = make_problem(B=B, Lq=Lq, Lk=Lk, P=P, is_causal=True, pad="left")
+        problem = Problem(B=B, Lq=Lq, Lk=Lk, P=P, is_causal=True, padding="left").draw()
         torch.testing.assert_close(solve(problem, compiled), solve(problem, function))
         compilations.append(counter.frame_count)
     assert compilations[0] == compilations[-1]
 
 
-def test_masks_and_value_head_sizes(masking_backend, make_problem):
-    problem = make_problem(attn_mask=torch.rand(2, 1, 7, 7) < 0.7, Dv=24, is_causal=True)
+def test_masks_and_value_head_sizes(masking_backend):
+    problem = Problem(Dv=24, is_causal=True).draw().changed(attn_mask=torch.rand(2, 1, 7, 7) < 0.7)
     function = block(masking_backend)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(solve(problem, compiled), solve(problem, function))
@@ -79,7 +81,7 @@ def test_masks_and_value_head_sizes(masking_backend, make_problem):
 
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_feature_in_one_graph(backend, packed, feature_calls):
+def test_every_feature_in_one_graph(backend, packed):
     features = set(BACKENDS[backend].features) - {"prefix_bias [Hq, Lq, P]", "dropout_p"}
     features -= {"attn_mask", "attn_mask gradient"} if packed else {"cu_seqlens"}
     call = feature_calls.build(
@@ -93,9 +95,9 @@ def test_every_feature_in_one_graph(backend, packed, feature_calls):
     torch.testing.assert_close(call.solve(compiled), call.by(backend))
 
 
-def test_dropout_under_the_compiler(make_problem):
+def test_dropout_under_the_compiler():
     """Drawn in the graph: the same from the same seed, another one in the next call."""
-    tensors = [x.requires_grad_() for x in make_problem().tensors.values()]
+    tensors = [x.requires_grad_() for x in Problem().draw().tensors.values()]
 
     def run(*tensors):
         return prefix_attention(*tensors, dropout_p=0.5)
@@ -112,13 +114,13 @@ def test_dropout_under_the_compiler(make_problem):
 
 
 @pytest.mark.parametrize("Lq", [1, 7])
-def test_inductor(Lq, make_problem):
+def test_inductor(Lq):
     """Inductor checks the strides that the fake ops promised against those it gets."""
-    problem = make_problem(is_causal=True, pad="left", Lq=Lq, Lk=9)
+    problem = Problem(is_causal=True, padding="left", Lq=Lq, Lk=9).draw()
 
-    # The operator alone: there is nothing for a C++ compiler to do, which would take a minute.
-    def run(*tensors, **options):
-        return prefix_attention(*tensors, **options, return_lse=True)
+    # Only the operator: with other work a C++ compiler would run, for a minute.
+    def run(**arguments):
+        return prefix_attention(**arguments, return_lse=True)
 
     compiled = torch.compile(run, fullgraph=True)
     # The cache on disk is blind to the code of fake ops.
@@ -127,8 +129,8 @@ def test_inductor(Lq, make_problem):
     torch.testing.assert_close(got, problem.solve(run))
 
 
-def test_errors_are_the_same_under_the_compiler(make_problem):
-    problem = make_problem(Lq=7, Lk=3)
+def test_errors_are_the_same_under_the_compiler():
+    problem = Problem(Lq=7, Lk=3).draw()
     compiled = torch.compile(block("auto"), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="Lk >= Lq"):
         compiled(*problem.tensors.values(), is_causal=True)

@@ -1,4 +1,4 @@
-"""Every feature alone and in any combination, forward and all gradients.
+"""Each feature by itself and in any combination, forward and all gradients.
 
 Reference is held to the contract row by row, and the other backends to reference.
 """
@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from fastprefix.attention.backends.composed import flash
 from fastprefix.attention.selection import BACKENDS, FEATURES
+from fastprefix_testing import calls as feature_calls
+from fastprefix_testing.calls import assert_as_reference
 
 HALF = [torch.bfloat16, torch.float16]
 # What reference can be asked for. How many bits two results share has tests of its own.
@@ -32,14 +34,14 @@ SIZES = {
 
 @pytest.mark.parametrize("feature", COMPARED)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_reference_is_the_contract(feature, sizes, feature_calls):
+def test_reference_is_the_contract(feature, sizes):
     call = feature_calls.build(features={feature}, D=8, **sizes)
     torch.testing.assert_close(call.by("reference"), call.by_rows(), rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=50, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_reference_is_the_contract_in_any_combination(data, feature_calls):
+def test_reference_is_the_contract_in_any_combination(data):
     drawn = data.draw(feature_calls.drawn("reference", longest=7))
     call = feature_calls.build(**drawn)
     torch.testing.assert_close(call.by("reference"), call.by_rows(), rtol=1e-9, atol=1e-9)
@@ -54,7 +56,7 @@ CASES = [
 
 @pytest.mark.parametrize("feature", COMPARED)
 @pytest.mark.parametrize(("backend", "dtype", "sizes"), CASES)
-def test_backends_are_reference(backend, dtype, sizes, feature, feature_calls, assert_as_reference):
+def test_backends_are_reference(backend, dtype, sizes, feature):
     if feature not in BACKENDS[backend].features:
         pytest.skip(f"{backend} cannot")
     call = feature_calls.build(features={feature}, dtype=dtype, **SIZES[sizes])
@@ -63,17 +65,15 @@ def test_backends_are_reference(backend, dtype, sizes, feature, feature_calls, a
 
 @pytest.mark.parametrize("feature", sorted(BACKENDS["composed"].features))
 @pytest.mark.parametrize("dtype", HALF)
-def test_composed_is_reference_in_half_precision_throughout(
-    dtype, feature, feature_calls, assert_as_reference, monkeypatch
-):
-    """As for long texts; the backward of short ones, as here, is float32 otherwise."""
+def test_composed_is_reference_in_half_precision_throughout(dtype, feature, monkeypatch):
+    """Long texts are computed so. The backward of a short text, as here, would be float32."""
     monkeypatch.setattr(flash, "_SHORT", 0)
     call = feature_calls.build(features={feature}, dtype=dtype, **SIZES["prefill"])
     assert_as_reference(call, "composed")
 
 
 @pytest.mark.parametrize("backend", HELD)
-def test_backends_are_reference_in_any_combination(backend, feature_calls, assert_as_reference):
+def test_backends_are_reference_in_any_combination(backend):
     dtypes = [torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16]
     dtypes = [dtype for dtype in dtypes if dtype in BACKENDS[backend].dtypes]
 

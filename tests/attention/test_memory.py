@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastprefix.attention.backends import composed
 from fastprefix.options import Options
+from fastprefix_testing.problems import Problem
 
 B, Hq, Hkv, P, D = 8, 4, 2, 256, 32
 EXPANDED = B * Hkv * P * D  # elements of a prefix copied once per row
@@ -31,18 +32,18 @@ class LargestBuffer(TorchDispatchMode):
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
-def problem(request, make_problem):
-    return make_problem(B=B, Hq=Hq, Hkv=Hkv, Lq=1, Lk=3, P=P, D=D, dtype=request.param)
+def problem(request):
+    return Problem(B=B, Hq=Hq, Hkv=Hkv, Lq=1, Lk=3, P=P, D=D, dtype=request.param).draw()
 
 
 CAUSAL = Options(is_causal=True, scale=0.2)
 ALL_FIVE = (True,) * 5 + (False,) * 2
 
 
-def test_the_concatenation_shows_in_the_count(problem, plain_attention):
+def test_the_concatenation_shows_in_the_count(problem):
     """The measurement itself: the oracle expands the prefix and must be caught at it."""
     with LargestBuffer() as largest:
-        problem.solve(plain_attention, wanted=())
+        problem.by_concatenation(wanted=())
     assert largest.elements >= EXPANDED
 
 
@@ -63,9 +64,11 @@ def test_backward_allocates_no_gradient_per_row(problem):
     assert largest.elements <= Hkv * P * D
 
 
-def test_keys_are_not_repeated_for_the_query_heads(make_problem):
+def test_keys_are_not_repeated_for_the_query_heads():
     """Hq / Hkv = 4 over a long cache: nothing as large as two copies of the keys."""
-    problem = make_problem(B=2, Hq=8, Hkv=2, Lq=1, Lk=512, P=4, D=D, pad="left", is_causal=True)
+    problem = Problem(
+        B=2, Hq=8, Hkv=2, Lq=1, Lk=512, P=4, D=D, padding="left", is_causal=True
+    ).draw()
     options = CAUSAL._replace(key_padding_mask=problem.options["key_padding_mask"])
     inputs, keys = problem.tensors.values(), problem.tensors["key"].numel()
     with LargestBuffer() as largest:

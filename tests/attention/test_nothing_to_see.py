@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastprefix_testing.calls import assert_as_concatenated
+from fastprefix_testing.problems import Problem
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
 
@@ -12,10 +15,10 @@ NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("P", [None, 0])
-def test_rows_that_see_nothing(backend, dtype, is_causal, P, make_problem):
+def test_rows_that_see_nothing(backend, dtype, is_causal, P):
     if backend == "triton" and dtype != torch.float32:
         pytest.skip("the interpreter is slow, and other cases of it remain")
-    problem = make_problem(B=3, P=P, is_causal=is_causal, dtype=dtype)
+    problem = Problem(B=3, P=P, is_causal=is_causal, dtype=dtype).draw()
     mask = torch.ones(3, 7, dtype=torch.bool)
     mask[1] = False
     problem.options["key_padding_mask"] = mask
@@ -28,9 +31,9 @@ def test_rows_that_see_nothing(backend, dtype, is_causal, P, make_problem):
     assert got["lse"][[0, 2]].isfinite().all()
 
 
-def test_left_padding_and_causality_blind_the_first_queries(backend, make_problem):
+def test_left_padding_and_causality_blind_the_first_queries(backend):
     """Queries at padded positions see nothing either: no key lies before them."""
-    problem = make_problem(B=1, P=None, is_causal=True)
+    problem = Problem(B=1, P=None, is_causal=True).draw()
     problem.options["key_padding_mask"] = torch.arange(7)[None, :] >= 3
     got = problem.by(backend)
     for name in ("out", "query"):
@@ -39,24 +42,24 @@ def test_left_padding_and_causality_blind_the_first_queries(backend, make_proble
     assert torch.equal(got["lse"].isfinite(), torch.arange(7).ge(3).expand(1, 4, 7))
 
 
-def test_rows_that_see_nothing_but_the_prefix(backend, make_problem, assert_accurate):
-    problem = make_problem(B=3, pad="one row", P=5)
+def test_rows_that_see_nothing_but_the_prefix(backend):
+    problem = Problem(B=3, padding="row", P=5).draw()
     got = problem.by(backend)
-    assert_accurate(problem, got)
+    assert_as_concatenated(problem, got)
     assert got["out"][0].any()
     assert not got["key"][0].any()
 
 
 @pytest.mark.parametrize("kind", ["bool", "-inf"])
 @pytest.mark.parametrize("pad", ["none", "left"])
-def test_rows_blinded_by_attn_mask(masking_backend, kind, pad, make_problem, assert_accurate):
+def test_rows_blinded_by_attn_mask(masking_backend, kind, pad):
     mask = torch.ones(7, 7, dtype=torch.bool)
     mask[2] = False
     if kind == "-inf":
         mask = torch.zeros(7, 7).masked_fill(~mask, float("-inf"))
-    problem = make_problem(P=0, attn_mask=mask, pad=pad)
+    problem = Problem(P=0, padding=pad).draw().changed(attn_mask=mask)
     got = problem.by(masking_backend)
-    assert_accurate(problem, got)
+    assert_as_concatenated(problem, got)
     assert not got["out"][:, :, 2].any()
     assert (got["lse"][:, :, 2] == float("-inf")).all()
 
@@ -75,34 +78,34 @@ EMPTY = {
 
 @pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
 @pytest.mark.parametrize("masked", [False, True])
-def test_empty_sizes(backend, shape, masked, make_problem, assert_accurate):
-    problem = make_problem(**shape)
+def test_empty_sizes(backend, shape, masked):
+    problem = Problem(**shape).draw()
     B, _, Lk, _ = problem.tensors["key"].shape
     if masked:
         problem.options["key_padding_mask"] = torch.ones(B, Lk, dtype=torch.bool)
-    assert_accurate(problem, problem.by(backend))
+    assert_as_concatenated(problem, problem.by(backend))
 
 
 @pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
-def test_empty_sizes_with_attn_mask(masking_backend, shape, make_problem, assert_accurate):
-    problem = make_problem(**shape)
+def test_empty_sizes_with_attn_mask(masking_backend, shape):
+    problem = Problem(**shape).draw()
     Lq, Lk = problem.tensors["query"].shape[2], problem.tensors["key"].shape[2]
     problem.options["attn_mask"] = torch.ones(Lq, Lk, dtype=torch.bool)
-    assert_accurate(problem, problem.by(masking_backend))
+    assert_as_concatenated(problem, problem.by(masking_backend))
 
 
-def test_no_prefix_is_an_empty_prefix(backend, make_problem):
-    none = make_problem(P=None, is_causal=True)
-    empty = make_problem(P=0, is_causal=True)
+def test_no_prefix_is_an_empty_prefix(backend):
+    none = Problem(P=None, is_causal=True).draw()
+    empty = Problem(P=0, is_causal=True).draw()
     empty.tensors.update({n: none.tensors[n] for n in ("query", "key", "value")})
     names = ("query", "key", "value")
-    empty = empty.__class__(empty.tensors, empty.options, none.grad_out)
+    empty = empty.changed(grad_out=none.grad_out)
     torch.testing.assert_close(none.by(backend, names), empty.by(backend, names))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_unseen_prefix_of_an_empty_batch_gets_zeros(backend, dtype, make_problem):
-    got = make_problem(B=0, dtype=dtype).by(backend)
+def test_an_unseen_prefix_of_an_empty_batch_gets_zeros(backend, dtype):
+    got = Problem(B=0, dtype=dtype).draw().by(backend)
     for name in ("prefix_key", "prefix_value"):
         assert got[name].shape == (2, 5, 16)
         assert not got[name].any()

@@ -15,6 +15,7 @@ from fastprefix import prefix_attention
 from fastprefix.attention.backends import composed
 from fastprefix.attention.backends.composed import parts
 from fastprefix.options import Options
+from fastprefix_testing import calls as feature_calls
 
 BACKENDS = ["reference", "composed"]
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -195,7 +196,7 @@ def test_a_bias_by_column_that_is_the_same_everywhere_is_one_by_head(backend):
 class TestComposed:
     """How the composed backend goes about it."""
 
-    def test_masks_that_are_cut_by_rows_change_nothing(self, feature_calls, monkeypatch):
+    def test_masks_that_are_cut_by_rows_change_nothing(self, monkeypatch):
         for features in ({"prefix_bias [Hq, Lq, P]"}, {"prefix_in_window", "packed prefixes"}):
             call = feature_calls.build(
                 features=features, B=5, pad="holes", past=3, lengths=(4, 6), window=9

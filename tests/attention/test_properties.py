@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 from typing import Any
@@ -11,6 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fastprefix_testing.calls import Call, assert_as_concatenated
+from fastprefix_testing.problems import Problem, laid_out
 
 NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -23,7 +25,7 @@ if importlib.util.find_spec("triton") is not None and os.environ["TRITON_INTERPR
 
 @st.composite
 def calls(draw: st.DrawFn, masks: bool = False) -> dict[str, Any]:
-    """Arguments of `make_problem`, a seed for its numbers, and a backend."""
+    """Fields of a problem, a seed for its numbers, and a backend."""
     backend = draw(st.sampled_from(BACKENDS))
     masks = masks and backend != "triton"
     longest, most = (7, 2) if backend == "triton" else (40, 3)
@@ -43,7 +45,7 @@ def calls(draw: st.DrawFn, masks: bool = False) -> dict[str, Any]:
         "P": draw(st.integers(0, 2 * longest)),
         "D": draw(st.integers(1, 33)),
         "is_causal": is_causal,
-        "pad": draw(st.sampled_from(["none", "left", "right", "holes", "one row"])),
+        "padding": draw(st.sampled_from(["none", "left", "right", "holes", "row"])),
         "scale": draw(st.sampled_from([None, 0.25, 1.0])),
     }
     if masks:
@@ -53,59 +55,50 @@ def calls(draw: st.DrawFn, masks: bool = False) -> dict[str, Any]:
     return call
 
 
-def build(make_problem: Any, call: dict[str, Any]) -> tuple[Any, str]:
+def build(call: dict[str, Any]) -> tuple[Call, str]:
     """The problem of a call, some of its tensors laid out as [B, L, H, D], and the backend."""
-    options = dict(call)
-    backend, strided = options.pop("backend"), options.pop("strided")
-    torch.manual_seed(options.pop("seed"))
-    kind, shape = options.pop("mask", ("none", []))
+    fields = dict(call)
+    backend, strided = fields.pop("backend"), fields.pop("strided")
+    seed = fields.pop("seed")
+    kind, shape = fields.pop("mask", ("none", []))
+    problem = Problem(**fields).draw(seed)
+    torch.manual_seed(seed)
     if kind == "bool":
-        options["attn_mask"] = torch.rand(shape) < 0.7
+        problem.options["attn_mask"] = torch.rand(shape) < 0.7
     elif kind == "additive":
-        options["attn_mask"] = torch.randn(shape)
-    problem = make_problem(**options)
+        problem.options["attn_mask"] = torch.randn(shape)
     for name in strided:
-        x = problem.tensors[name]
-        problem.tensors[name] = x.transpose(-3, -2).contiguous().transpose(-3, -2)
+        problem.tensors[name] = laid_out(problem.tensors[name], "transposed")
     return problem, backend
 
 
-def change(problem: Any, key_padding_mask: Tensor | None = None, **tensors: Tensor) -> Any:
-    """The problem with other tensors, and with another padding mask if given."""
-    options = dict(problem.options)
-    if key_padding_mask is not None:
-        options["key_padding_mask"] = key_padding_mask
-    grad_out = tensors.pop("grad_out", problem.grad_out)
-    return dataclasses.replace(
-        problem, tensors={**problem.tensors, **tensors}, options=options, grad_out=grad_out
-    )
-
-
-def real_tokens(problem: Any) -> Tensor:
+def real_tokens(problem: Call) -> Tensor:
     """The padding mask, written out if there is none."""
-    mask = problem.options["key_padding_mask"]
+    mask = problem.options.get("key_padding_mask")
     key = problem.tensors["key"]
     return torch.ones(key.shape[0], key.shape[2], dtype=torch.bool) if mask is None else mask
 
 
 @settings(max_examples=70)
 @given(call=calls(masks=True))
-def test_equals_the_concatenation(call, make_problem, assert_accurate):
-    problem, backend = build(make_problem, call)
-    assert_accurate(problem, problem.by(backend))
+def test_equals_the_concatenation(call):
+    problem, backend = build(call)
+    assert_as_concatenated(problem, problem.by(backend))
 
 
 @settings(max_examples=36)
 @given(call=calls())
-def test_a_row_does_not_depend_on_its_batch_mates(call, make_problem):
-    problem, backend = build(make_problem, call)
+def test_a_row_does_not_depend_on_its_batch_mates(call):
+    problem, backend = build(call)
     together = problem.by(backend)
     summed = {name: torch.zeros_like(together[name]) for name in ("prefix_key", "prefix_value")}
     for b in range(call["B"]):
         row = slice(b, b + 1)
         mine = {name: problem.tensors[name][row] for name in ("query", "key", "value")}
         mask = real_tokens(problem)[row]
-        alone = change(problem, mask, **mine, grad_out=problem.grad_out[row]).by(backend)
+        alone = problem.changed(key_padding_mask=mask, **mine, grad_out=problem.grad_out[row]).by(
+            backend
+        )
         for name in ("out", "lse", "query", "key", "value"):
             torch.testing.assert_close(together[name][row], alone[name], **CLOSE, msg=name)
         for name in summed:
@@ -116,9 +109,9 @@ def test_a_row_does_not_depend_on_its_batch_mates(call, make_problem):
 
 @settings(max_examples=36)
 @given(call=calls(), share=st.floats(0, 1))
-def test_prefix_tokens_may_as_well_be_ordinary_keys(call, share, make_problem):
+def test_prefix_tokens_may_as_well_be_ordinary_keys(call, share):
     """Split the prefix, and put its second half in front of every row's keys."""
-    problem, backend = build(make_problem, call)
+    problem, backend = build(call)
     B, P = call["B"], call["P"]
     kept = round(share * P)
     moved, mask = {}, real_tokens(problem)
@@ -128,7 +121,7 @@ def test_prefix_tokens_may_as_well_be_ordinary_keys(call, share, make_problem):
         moved[name] = torch.cat([tail, problem.tensors[name]], dim=2)
         moved[f"prefix_{name}"] = prefix[:, :kept]
     mask = torch.cat([torch.ones(B, P - kept, dtype=torch.bool), mask], dim=1)
-    whole, split = problem.by(backend), change(problem, mask, **moved).by(backend)
+    whole, split = problem.by(backend), problem.changed(key_padding_mask=mask, **moved).by(backend)
     for name in ("out", "lse", "query"):
         torch.testing.assert_close(split[name], whole[name], **CLOSE, msg=name)
     for name in ("key", "value"):
@@ -140,13 +133,13 @@ def test_prefix_tokens_may_as_well_be_ordinary_keys(call, share, make_problem):
 
 @settings(max_examples=36)
 @given(call=calls())
-def test_log_sum_exps_merge_prefix_and_sequence(call, make_problem):
-    problem, backend = build(make_problem, call)
+def test_log_sum_exps_merge_prefix_and_sequence(call):
+    problem, backend = build(call)
     none = {n: problem.tensors[n][:, :0] for n in ("prefix_key", "prefix_value")}
     no_keys = {n: problem.tensors[n][:, :, :0] for n in ("key", "value")}
     whole = problem.by(backend, wanted=())
-    sequence = change(problem, **none).by(backend, wanted=())
-    prefix = change(problem, real_tokens(problem)[:, :0], **no_keys)
+    sequence = problem.changed(**none).by(backend, wanted=())
+    prefix = problem.changed(key_padding_mask=real_tokens(problem)[:, :0], **no_keys)
     prefix.options["is_causal"] = False  # which takes a key per query
     prefix = prefix.by(backend, wanted=())
     lse = torch.logaddexp(sequence["lse"], prefix["lse"])
@@ -158,11 +151,11 @@ def test_log_sum_exps_merge_prefix_and_sequence(call, make_problem):
 
 @settings(max_examples=24)
 @given(call=calls(), seed=st.integers(0, 99))
-def test_the_order_of_prefix_tokens_does_not_matter(call, seed, make_problem):
-    problem, backend = build(make_problem, call)
+def test_the_order_of_prefix_tokens_does_not_matter(call, seed):
+    problem, backend = build(call)
     order = torch.randperm(call["P"], generator=torch.Generator().manual_seed(seed))
     shuffled = {n: problem.tensors[n][:, order] for n in ("prefix_key", "prefix_value")}
-    before, after = problem.by(backend), change(problem, **shuffled).by(backend)
+    before, after = problem.by(backend), problem.changed(**shuffled).by(backend)
     for name in ("out", "lse", "query", "key", "value"):
         torch.testing.assert_close(after[name], before[name], **CLOSE, msg=name)
     for name in shuffled:
@@ -171,11 +164,11 @@ def test_the_order_of_prefix_tokens_does_not_matter(call, seed, make_problem):
 
 @settings(max_examples=24)
 @given(call=calls())
-def test_padded_keys_may_hold_any_number(call, make_problem):
-    problem, backend = build(make_problem, call)
+def test_padded_keys_may_hold_any_number(call):
+    problem, backend = build(call)
     pads = ~real_tokens(problem)[:, None, :, None]
     other = {n: problem.tensors[n].masked_fill(pads, 77.0) for n in ("key", "value")}
-    before, after = problem.by(backend), change(problem, **other).by(backend)
+    before, after = problem.by(backend), problem.changed(**other).by(backend)
     torch.testing.assert_close(after, before, **CLOSE)
     for name in ("key", "value"):
         assert not (after[name] * pads).any(), f"{name}: a gradient where there is padding"
@@ -183,12 +176,12 @@ def test_padded_keys_may_hold_any_number(call, make_problem):
 
 @settings(max_examples=24)
 @given(call=calls())
-def test_the_future_does_not_leak(call, make_problem):
-    problem, backend = build(make_problem, {**call, "is_causal": True, "Lk": call["Lq"] + 3})
+def test_the_future_does_not_leak(call):
+    problem, backend = build({**call, "is_causal": True, "Lk": call["Lq"] + 3})
     newest = {n: problem.tensors[n].clone() for n in ("key", "value")}
     for x in newest.values():
         x[:, :, -1] += 5.0  # seen by the last query only
-    before, after = (p.by(backend, ()) for p in (problem, change(problem, **newest)))
+    before, after = (p.by(backend, ()) for p in (problem, problem.changed(**newest)))
     earlier = slice(0, call["Lq"] - 1)
     for name in ("out", "lse"):
         torch.testing.assert_close(after[name][:, :, earlier], before[name][:, :, earlier], **CLOSE)

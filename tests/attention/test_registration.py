@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastprefix import prefix_attention
 from fastprefix.options import OPTIONS, SCHEMA, Options
+from fastprefix_testing import calls as feature_calls
+from fastprefix_testing.problems import Problem
 
 # opcheck runs an op dozens of times, and the interpreter is slow: small problems.
 SMALL = {"Hq": 2, "Hkv": 1, "Lq": 3, "P": 4}
@@ -17,8 +19,8 @@ FIVE = ("query", "key", "value", "prefix_key", "prefix_value")
 CALLS = {
     "plain": SMALL,
     "causal": {**SMALL, "is_causal": True, "Lk": 5, "B": 1},
-    "padded": {**SMALL, "pad": "one row", "P": 0, "is_causal": True},
-    "decode": {**SMALL, "Lq": 1, "Lk": 4, "is_causal": True, "pad": "left"},
+    "padded": {**SMALL, "padding": "row", "P": 0, "is_causal": True},
+    "decode": {**SMALL, "Lq": 1, "Lk": 4, "is_causal": True, "padding": "left"},
     "empty batch": {**SMALL, "B": 0},
     "no keys": {**SMALL, "Lk": 0, "dtype": torch.bfloat16},
 }
@@ -31,8 +33,8 @@ def op_arguments(problem, backend):
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_opcheck_of_the_forward(fused_backend, call, make_problem):
-    problem = make_problem(**call)
+def test_opcheck_of_the_forward(fused_backend, call):
+    problem = Problem(**call).draw()
     for x in problem.tensors.values():
         x.requires_grad_()
     torch.library.opcheck(
@@ -41,8 +43,8 @@ def test_opcheck_of_the_forward(fused_backend, call, make_problem):
 
 
 @pytest.mark.parametrize("memory", ["sliced", "blhd", "last dimension strided"])
-def test_opcheck_of_the_forward_with_strides(memory, make_problem):
-    problem = make_problem()
+def test_opcheck_of_the_forward_with_strides(memory):
+    problem = Problem().draw()
     for name, x in problem.tensors.items():
         if memory == "sliced":
             x = torch.cat([x, x], -1)[..., : x.shape[-1]]
@@ -57,9 +59,9 @@ def test_opcheck_of_the_forward_with_strides(memory, make_problem):
 
 
 @pytest.mark.parametrize(("is_causal", "Dv", "kind"), [(False, 24, "bool"), (True, 16, "additive")])
-def test_opcheck_with_attn_mask(is_causal, Dv, kind, make_problem):
+def test_opcheck_with_attn_mask(is_causal, Dv, kind):
     mask = torch.randn(2, 1, 7, 7)
-    problem = make_problem(attn_mask=mask > 0 if kind == "bool" else mask, Dv=Dv)
+    problem = Problem(Dv=Dv).draw().changed(attn_mask=mask > 0 if kind == "bool" else mask)
     problem.options["is_causal"] = is_causal
     for x in problem.tensors.values():
         x.requires_grad_()
@@ -79,8 +81,8 @@ def check_backward(problem, backend, needs):
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_opcheck_of_the_backward(fused_backend, call, make_problem):
-    check_backward(make_problem(**call), fused_backend, [True] * 5 + [False] * 2)
+def test_opcheck_of_the_backward(fused_backend, call):
+    check_backward(Problem(**call).draw(), fused_backend, [True] * 5 + [False] * 2)
 
 
 FEATURES = {
@@ -98,7 +100,7 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("call", FEATURES.values(), ids=FEATURES)
-def test_opcheck_with_features(call, feature_calls):
+def test_opcheck_with_features(call):
     call = feature_calls.build(**{"dtype": torch.float32, **call}, D=8)
     tensors, options = dict(call.tensors), dict(call.options)
     five = [tensors.pop(name).requires_grad_() for name in FIVE]
@@ -119,13 +121,13 @@ def test_the_schema_has_the_fields_of_the_options():
     assert names == list(Options._fields)
 
 
-def test_the_op_is_left_out_where_nobody_looks_on(make_problem, monkeypatch):
+def test_the_op_is_left_out_where_nobody_looks_on(monkeypatch):
     """Its dispatch costs more than a small call; what it returns is the same."""
     from fastprefix.attention import op
 
     calls, real = [], op.prefix_attention_op
     monkeypatch.setattr(op, "prefix_attention_op", lambda *a: calls.append(1) or real(*a))
-    problem = make_problem(**SMALL, is_causal=True)
+    problem = Problem(**SMALL, is_causal=True).draw()
     tensors = list(problem.tensors.values())
     plain = prefix_attention(*tensors)
     assert not calls
@@ -142,8 +144,8 @@ def test_the_op_is_left_out_where_nobody_looks_on(make_problem, monkeypatch):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_dropout_is_drawn_again_by_checkpointing(use_reentrant, make_problem):
-    problem = make_problem(**SMALL)
+def test_dropout_is_drawn_again_by_checkpointing(use_reentrant):
+    problem = Problem(**SMALL).draw()
 
     def run(*tensors):
         return prefix_attention(*tensors, dropout_p=0.5)
@@ -159,14 +161,14 @@ def test_dropout_is_drawn_again_by_checkpointing(use_reentrant, make_problem):
 
 
 @pytest.mark.parametrize("wanted", range(5))
-def test_opcheck_of_a_single_gradient(wanted, make_problem):
+def test_opcheck_of_a_single_gradient(wanted):
     needs = [i == wanted for i in range(7)]
-    check_backward(make_problem(**SMALL, pad="left", is_causal=True), "composed", needs)
+    check_backward(Problem(**SMALL, padding="left", is_causal=True).draw(), "composed", needs)
 
 
-def test_fake_tensors_agree_in_strides_for_one_query(fused_backend, make_problem):
+def test_fake_tensors_agree_in_strides_for_one_query(fused_backend):
     """A compiler plans with the fake op's strides, and reads the real op's memory with them."""
-    problem = make_problem(Lq=1, Lk=4)
+    problem = Problem(Lq=1, Lk=4).draw()
     inputs = op_arguments(problem, fused_backend)
     real = torch.ops.fastprefix.prefix_attention(*inputs)
     mode = torch._subclasses.FakeTensorMode()
@@ -178,25 +180,25 @@ def test_fake_tensors_agree_in_strides_for_one_query(fused_backend, make_problem
         assert x.dtype == y.dtype
 
 
-def test_no_gradient_flows_through_the_log_sum_exp(backend, make_problem):
-    tensors = [x.requires_grad_() for x in make_problem().tensors.values()]
+def test_no_gradient_flows_through_the_log_sum_exp(backend):
+    tensors = [x.requires_grad_() for x in Problem().draw().tensors.values()]
     out, lse = prefix_attention(*tensors, return_lse=True, backend=backend)
     assert out.requires_grad
     assert not lse.requires_grad
 
 
-def test_log_sum_exp_in_a_loss_changes_no_gradient(backend, make_problem):
-    problem = make_problem(**SMALL)
+def test_log_sum_exp_in_a_loss_changes_no_gradient(backend):
+    problem = Problem(**SMALL).draw()
 
-    def run(*tensors, **options):
-        out, lse = prefix_attention(*tensors, **options, return_lse=True, backend=backend)
+    def run(**arguments):
+        out, lse = prefix_attention(**arguments, return_lse=True, backend=backend)
         return out + 0 * lse[..., None], lse
 
     torch.testing.assert_close(problem.solve(run), problem.by(backend))
 
 
-def test_no_graph_without_gradients(backend, make_problem):
-    problem = make_problem(**SMALL)
+def test_no_graph_without_gradients(backend):
+    problem = Problem(**SMALL).draw()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             got = prefix_attention(*problem.tensors.values(), backend=backend)
@@ -204,8 +206,8 @@ def test_no_graph_without_gradients(backend, make_problem):
         torch.testing.assert_close(got, problem.by(backend)["out"])
 
 
-def test_second_derivatives_are_refused_and_not_wrong(fused_backend, make_problem):
-    problem = make_problem()
+def test_second_derivatives_are_refused_and_not_wrong(fused_backend):
+    problem = Problem().draw()
     leaves = [x.requires_grad_() for x in problem.tensors.values()]
     out = prefix_attention(*leaves, backend=fused_backend)
     grads = torch.autograd.grad((out**2).sum(), leaves, create_graph=True)
@@ -214,8 +216,8 @@ def test_second_derivatives_are_refused_and_not_wrong(fused_backend, make_proble
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(backend, use_reentrant, make_problem):
-    problem = make_problem(**SMALL, is_causal=True, pad="left")
+def test_gradient_checkpointing(backend, use_reentrant):
+    problem = Problem(**SMALL, is_causal=True, padding="left").draw()
 
     def checkpointed(*tensors, **options):
         def run(*tensors):
@@ -231,9 +233,9 @@ def test_gradient_checkpointing(backend, use_reentrant, make_problem):
         torch.testing.assert_close(x.grad, expected[name], msg=name)
 
 
-def test_several_forwards_before_one_backward(backend, make_problem):
+def test_several_forwards_before_one_backward(backend):
     """One prefix in two calls (two micro-batches, a prompt's completions): gradients add up."""
-    first, second = make_problem(**SMALL), make_problem(**SMALL, is_causal=True)
+    first, second = Problem(**SMALL).draw(), Problem(**SMALL, is_causal=True).draw(seed=1)
     shared = {n: first.tensors[n] for n in ("prefix_key", "prefix_value")}
     second.tensors.update(shared)
     expected = [p.by(backend) for p in (first, second)]

@@ -7,6 +7,7 @@ import torch
 
 from fastprefix import prefix_attention
 from fastprefix.attention import selection
+from fastprefix_testing import calls as feature_calls
 
 
 def tensors(dtype=torch.float32, Dv=8, device="cpu"):
@@ -95,7 +96,7 @@ def test_composed_asked_for_by_name_never_falls_back(options):
 
 @pytest.mark.parametrize("name", selection.BACKENDS)
 @pytest.mark.parametrize("feature", selection.FEATURES)
-def test_a_backend_runs_what_the_table_says_and_refuses_the_rest(feature_calls, name, feature):
+def test_a_backend_runs_what_the_table_says_and_refuses_the_rest(name, feature):
     call = feature_calls.build(features={feature}, dtype=torch.float32, Dv=8)
     if feature in selection.BACKENDS[name].features:
         assert call.by(name)["out"].shape == call.grad_out.shape

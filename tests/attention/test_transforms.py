@@ -18,6 +18,7 @@ from torch.func import (
 )
 
 from fastprefix import prefix_attention
+from fastprefix_testing.problems import Problem
 
 SMALL = {"B": 1, "Hq": 2, "Hkv": 1, "Lq": 3, "P": 4, "D": 8, "is_causal": True}
 NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
@@ -31,9 +32,9 @@ def _fresh_compiler():
 
 
 @pytest.fixture
-def attend(make_problem):
+def attend():
     """The operator as a function of one of its tensors, by name and backend; and the tensor."""
-    problem = make_problem(**SMALL)
+    problem = Problem(**SMALL).draw()
     sinks, bias = torch.randn(2), torch.randn(2)
     tensors = {**problem.tensors, "sinks": sinks, "prefix_bias": bias}
 
@@ -119,8 +120,8 @@ def test_no_tangent_is_lost_whatever_it_is_of(transform, name, attend):
         FORWARD[transform](function, x, torch.randn_like(x))
 
 
-def test_nor_is_that_of_an_added_mask(make_problem):
-    tensors = make_problem(**SMALL).tensors
+def test_nor_is_that_of_an_added_mask():
+    tensors = Problem(**SMALL).draw().tensors
     mask = torch.randn(1, 1, 3, 3)
     with pytest.raises(NotImplementedError, match="takes 'reference'"):
         tangent_of(lambda mask: prefix_attention(**tensors, attn_mask=mask), mask, mask)

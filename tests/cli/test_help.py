@@ -17,7 +17,7 @@ from fastprefix.cli.convert import FORMATS
 from fastprefix.cli.inputs import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from fastprefix.formats.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from fastprefix.kernels.offline.cases import DTYPES, TARGETS
-from fastprefix.tuning.configs.prefix_config import Init
+from fastprefix.tuning.configs.prefix_config import PrefixInit
 
 NAMES = ["check", "convert", "demo", "generate", "info", "inspect", "train", "tune"]
 
@@ -99,7 +99,7 @@ def test_choices_are_the_librarys() -> None:
     def values(kind: type) -> list[str]:
         return [member.value for member in kind]  # type: ignore[attr-defined]
 
-    assert values(commands.Init) == [name for name in get_args(Init) if name != "prefix"]
+    assert values(commands.Init) == [name for name in get_args(PrefixInit) if name != "prefix"]
     assert values(commands.Format) == list(FORMATS)
     assert values(commands.KernelDType) == list(DTYPES)
     targets = [target.removeprefix("hip:").replace("cuda:", "sm_") for target in TARGETS]

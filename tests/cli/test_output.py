@@ -28,7 +28,7 @@ def plain(text: str) -> bool:
 
 
 def test_generated_texts_are_all_of_standard_output(tiny_folder: str) -> None:
-    """As they are: neither wrapped nor beside anything else."""
+    """They are neither wrapped nor mixed with anything else."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     expected = []

@@ -71,7 +71,7 @@ def flaws(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(flaws: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """To run commands in; none of them may change it."""
+    """A folder to run commands in. No command may change it."""
     monkeypatch.chdir(flaws)
     return flaws
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastprefix.encoders import build_encoder
+from fastprefix.encoders import EncoderOptions, build_encoder
 from fastprefix.kv import FlatLayout, LayerShape
 
 KINDS = {
@@ -24,7 +24,7 @@ P = 5
 
 @pytest.fixture
 def kinds():
-    """Arguments of build_encoder by kind."""
+    """The EncoderOptions of each kind."""
     return KINDS
 
 
@@ -53,9 +53,8 @@ def make(kind, shapes, lengths):
     """A function that makes an encoder."""
 
     def build(**options):
-        return build_encoder(
-            shapes, lengths, embedding_size=7, encoder_hidden_size=3, **KINDS[kind], **options
-        )
+        given = EncoderOptions(encoder_hidden_size=3, **KINDS[kind], **options)
+        return build_encoder(shapes, lengths, given, embedding_size=7)
 
     return build
 

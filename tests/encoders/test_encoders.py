@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from fastprefix.encoders import DirectEncoder, LSTMEncoder, MLPEncoder, SharedEncoder, build_encoder
+from fastprefix.encoders import (
+    DirectEncoder,
+    EncoderOptions,
+    LSTMEncoder,
+    MLPEncoder,
+    SharedEncoder,
+    build_encoder,
+)
 from fastprefix.kv import LayerShape, flat_width, to_flat
 
 SHAPES = (LayerShape(2, 4, 4), LayerShape(1, 6, 2))
@@ -216,15 +223,10 @@ def test_lengths_that_do_not_fit(lengths):
 
 @pytest.mark.parametrize("std", [0.5, 0.0])
 def test_random_start_has_its_standard_deviation(kinds, kind, std):
-    encoder = build_encoder(
-        (LayerShape(8, 16, 16),) * 4,
-        60,
-        embedding_size=32,
-        encoder_hidden_size=24,
-        init_std=std,
-        num_frozen_tokens=10,
-        **kinds[kind],
+    options = EncoderOptions(
+        encoder_hidden_size=24, init_std=std, num_frozen_tokens=10, **kinds[kind]
     )
+    encoder = build_encoder((LayerShape(8, 16, 16),) * 4, 60, options, embedding_size=32)
     flat = to_flat(encoder())
     assert flat[:10].std().item() == pytest.approx(std, rel=0.05)
     tokens = flat[10:]
@@ -261,5 +263,6 @@ def test_layers_that_are_not_trained_stay_what_they_are():
 
 
 def test_one_token(kinds, kind):
-    encoder = build_encoder(SHAPES[:1], 1, embedding_size=2, encoder_hidden_size=2, **kinds[kind])
+    options = EncoderOptions(encoder_hidden_size=2, **kinds[kind])
+    encoder = build_encoder(SHAPES[:1], 1, options, embedding_size=2)
     assert torch.isfinite(to_flat(encoder())).all()

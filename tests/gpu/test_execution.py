@@ -127,9 +127,9 @@ def test_tuning_finds_a_tile_no_slower_than_the_tables(cuda):
     from fastprefix.kernels import launch, tilings
     from fastprefix.kernels.tuning import tune
 
-    found = tune.tune(tune.Shape(length=512, prefix=256), "forward", cuda)
+    found = tune.tune(tune.TimedProblem(length=512, prefix=256), "forward", cuda)
     assert found.tried > 1
     assert found.best_ms <= found.table_ms
     assert found.table in [
-        row[1] for row in tilings.TABLE[launch.target_of(cuda).family]["forward"]
+        row[1] for row in tilings.TILES[launch.target_of(cuda).family]["forward"]
     ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import KVBudget, PrefixBank, use_prefix
 
 
-def test_rows_of_a_bank_are_each_what_they_are_alone(tiny, model, bare, tmp_path):
+def test_rows_of_a_bank_are_each_what_they_are_alone(model, bare, tmp_path):
     ids, mask = tiny.batch((5, 3, 4))
     kvs = {name: tiny.random_kv(model, 3 + i, seed=i) for i, name in enumerate("abc")}
     bank = PrefixBank(KVBudget(kvs["a"].nbytes, tmp_path))
@@ -32,7 +33,7 @@ def test_rows_of_a_bank_are_each_what_they_are_alone(tiny, model, bare, tmp_path
     torch.testing.assert_close(switched, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_only_what_rows_name_is_loaded(tiny, tmp_path):
+def test_only_what_rows_name_is_loaded(tmp_path):
     model = tiny.build()
     kvs = {name: tiny.random_kv(model, 3, seed=i) for i, name in enumerate("abc")}
     bank = PrefixBank(KVBudget(0, tmp_path))

@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 from transformers import DynamicCache
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, use_prefix
 from fastprefix.hf import patch_of
 
@@ -37,7 +38,7 @@ def build(name):
 
 @pytest.mark.parametrize("name", [*FROM_ZERO, *OTHERS])
 @torch.no_grad()
-def test_prompts_and_learned_prefixes_in_forwards(tiny, name):
+def test_prompts_and_learned_prefixes_in_forwards(name):
     model, bare = patch_model(build(name)), build(name)
     assert patch_of(model).groups == ("decoder", "decoder")
     front, (ids, mask) = tiny.prompt(7), tiny.batch((6, 3), "right")
@@ -58,7 +59,7 @@ def test_prompts_and_learned_prefixes_in_forwards(tiny, name):
 
 
 @pytest.mark.parametrize("name", FROM_ZERO)
-def test_prompts_in_generate(tiny, name):
+def test_prompts_in_generate(name):
     model, bare = patch_model(build(name)), build(name)
     front, (ids, mask) = tiny.prompt(7), tiny.batch((6, 3))
     with use_prefix(model, PrefixKV.prefill(model, front)):
@@ -67,7 +68,7 @@ def test_prompts_in_generate(tiny, name):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_prompts_are_refused_where_generate_counts_otherwise(tiny, name):
+def test_prompts_are_refused_where_generate_counts_otherwise(name):
     model = patch_model(build(name))
     with (
         use_prefix(model, PrefixKV.prefill(model, tiny.prompt(7))),

@@ -7,12 +7,13 @@ import threading
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import patch_model, unpatch_model, use_prefix
 from fastprefix.hf import is_patched
 
 
 @pytest.fixture
-def text(tiny):
+def text():
     return tiny.batch()
 
 
@@ -44,7 +45,7 @@ def maybe_patched(request, model):
     return patch_model(model) if request.param else model
 
 
-def test_a_block_within_a_block_replaces_the_prefix(tiny, maybe_patched, alone, logits):
+def test_a_block_within_a_block_replaces_the_prefix(maybe_patched, alone, logits):
     model = maybe_patched
     one, other = tiny.random_kv(model, 3, seed=1), tiny.random_kv(model, 5, seed=2)
     first, second = alone(model, one), alone(model, other)
@@ -56,7 +57,7 @@ def test_a_block_within_a_block_replaces_the_prefix(tiny, maybe_patched, alone, 
         assert torch.equal(logits(model), first)
 
 
-def test_an_exception_ends_the_block_and_goes_on(tiny, maybe_patched, bare, alone, logits):
+def test_an_exception_ends_the_block_and_goes_on(maybe_patched, bare, alone, logits):
     model, was = maybe_patched, is_patched(maybe_patched)
     outer, inner = tiny.random_kv(model, 3, seed=1), tiny.random_kv(model, 5, seed=2)
     expected = alone(model, outer)
@@ -70,7 +71,7 @@ def test_an_exception_ends_the_block_and_goes_on(tiny, maybe_patched, bare, alon
     torch.testing.assert_close(logits(model), logits(bare), rtol=1e-4, atol=1e-4)
 
 
-def test_a_refused_prefix_changes_nothing(tiny, maybe_patched, alone, logits):
+def test_a_refused_prefix_changes_nothing(maybe_patched, alone, logits):
     model, was = maybe_patched, is_patched(maybe_patched)
     kv = tiny.random_kv(model)
     expected = alone(model, kv)
@@ -83,14 +84,14 @@ def test_a_refused_prefix_changes_nothing(tiny, maybe_patched, alone, logits):
         assert torch.equal(logits(model), expected)
 
 
-def test_the_prefix_ends_with_the_block(tiny, model, alone, logits):
+def test_the_prefix_ends_with_the_block(model, alone, logits):
     patch_model(model)
     before = logits(model)
     alone(model, tiny.random_kv(model))
     assert torch.equal(logits(model), before)
 
 
-def test_two_threads_run_two_prefixes_on_one_model(tiny, model, alone, logits):
+def test_two_threads_run_two_prefixes_on_one_model(model, alone, logits):
     patch_model(model)
     prefixes = [tiny.random_kv(model, 3 + seed, seed=seed) for seed in range(2)]
     expected = [alone(model, kv) for kv in prefixes]
@@ -124,7 +125,7 @@ def test_two_threads_run_two_prefixes_on_one_model(tiny, model, alone, logits):
     assert torch.equal(plain[0], logits(model))
 
 
-def test_a_thread_in_no_block_is_refused_while_another_has_a_prefix(tiny, model, alone, logits):
+def test_a_thread_in_no_block_is_refused_while_another_has_a_prefix(model, alone, logits):
     """It may have been started for that block, as streamers have it: it would lose the prefix."""
     patch_model(model)
     kv = tiny.random_kv(model)
@@ -162,9 +163,7 @@ def test_a_thread_in_no_block_is_refused_while_another_has_a_prefix(tiny, model,
     assert all(torch.equal(one, plain) for one in found.values())
 
 
-def test_a_thread_keeps_its_prefix_when_another_ends_the_block_that_patched(
-    tiny, model, alone, logits
-):
+def test_a_thread_keeps_its_prefix_when_another_ends_the_block_that_patched(model, alone, logits):
     """The block that patches an unpatched model must not restore it under another's feet."""
     kv = tiny.random_kv(model)
     expected = alone(model, kv)
@@ -187,7 +186,7 @@ def test_a_thread_keeps_its_prefix_when_another_ends_the_block_that_patched(
     torch.testing.assert_close(got, expected)
 
 
-def test_two_models_in_nested_blocks(tiny, architecture, alone, logits):
+def test_two_models_in_nested_blocks(architecture, alone, logits):
     one, other = tiny.build(architecture, seed=1), tiny.build(architecture, seed=2)
     kv_one, kv_other = tiny.random_kv(one, 3, seed=1), tiny.random_kv(other, 5, seed=2)
     expected = alone(one, kv_one), alone(other, kv_other)
@@ -196,7 +195,7 @@ def test_two_models_in_nested_blocks(tiny, architecture, alone, logits):
         assert torch.equal(logits(other), expected[1])
 
 
-def test_two_models_that_share_a_configuration(tiny, architecture, alone, logits):
+def test_two_models_that_share_a_configuration(architecture, alone, logits):
     """A teacher and a student made from one config object: unpatching one leaves the other."""
     one = tiny.build(architecture)
     other = type(one)(one.config).eval()
@@ -211,7 +210,7 @@ def test_two_models_that_share_a_configuration(tiny, architecture, alone, logits
     assert other.config._attn_implementation == "sdpa"
 
 
-def test_another_attention_set_on_a_patched_model_is_not_silent(tiny, model, alone):
+def test_another_attention_set_on_a_patched_model_is_not_silent(model, alone):
     """Else the text would move behind a prefix that nobody attends to."""
     patch_model(model)
     kv = tiny.random_kv(model)
@@ -224,7 +223,7 @@ def test_another_attention_set_on_a_patched_model_is_not_silent(tiny, model, alo
     torch.testing.assert_close(got, expected)
 
 
-def test_a_copy_of_a_patched_model_works_by_itself(tiny, model, bare, alone, logits):
+def test_a_copy_of_a_patched_model_works_by_itself(model, bare, alone, logits):
     kv = tiny.random_kv(model)
     plain = logits(bare)
     patch_model(model)
@@ -238,7 +237,7 @@ def test_a_copy_of_a_patched_model_works_by_itself(tiny, model, bare, alone, log
     assert not any(module._forward_pre_hooks for module in twin.modules())
 
 
-def test_a_prefix_for_the_original_is_none_for_its_copy(tiny, model, logits):
+def test_a_prefix_for_the_original_is_none_for_its_copy(model, logits):
     patch_model(model)
     twin = copy.deepcopy(model)
     plain = logits(twin)

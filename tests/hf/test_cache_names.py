@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening, DynamicCache, EncoderDecoderCache
 
+import fastprefix_testing.models as tiny
 from fastprefix import (
     PrefixConfig,
     PrefixKV,
@@ -21,6 +22,7 @@ from fastprefix import (
 )
 from fastprefix.hf import patch_of
 from fastprefix.hf.versions import CACHE_NAMES, cache_name, cache_of
+from fastprefix_testing import zoo
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 WINDOWED = ("mistral", "gemma2")
@@ -50,7 +52,7 @@ def call(request):
     return run
 
 
-def build(tiny, architecture):
+def build(architecture):
     return tiny.windowed(architecture) if architecture in WINDOWED else tiny.build(architecture)
 
 
@@ -60,9 +62,9 @@ def architecture(request):
 
 
 @torch.no_grad()
-def test_chunks_without_a_mask(tiny, architecture, call):
-    """Positions come from the cache's length alone: it was once looked for by one name."""
-    model, bare = build(tiny, architecture), build(tiny, architecture)
+def test_chunks_without_a_mask(architecture, call):
+    """Positions come only from the cache's length, which was once looked for by one name."""
+    model, bare = build(architecture), build(architecture)
     front, text = tiny.prompt(9), tiny.prompt(11, seed=5)
     ids = text.expand(2, -1)
     whole = torch.cat([front, text], 1)
@@ -76,8 +78,8 @@ def test_chunks_without_a_mask(tiny, architecture, call):
 
 
 @torch.no_grad()
-def test_chunks_with_a_mask(tiny, architecture, call):
-    model, bare = build(tiny, architecture), build(tiny, architecture)
+def test_chunks_with_a_mask(architecture, call):
+    model, bare = build(architecture), build(architecture)
     front, (ids, mask) = tiny.prompt(9), tiny.batch((8, 5))
     expected = tiny.concatenated_logits(bare, front, ids, mask)
     kv, cache = PrefixKV.prefill(model, front), DynamicCache()
@@ -90,9 +92,9 @@ def test_chunks_with_a_mask(tiny, architecture, call):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
-def test_encoders_that_decode_go_on_behind_prefix_and_cache(tiny, name, call):
+def test_encoders_that_decode_go_on_behind_prefix_and_cache(name, call):
     """Their position embedding counts the cache, by a name that was changed as well."""
-    model, bare = (tiny.kind(name, is_decoder=True) for _ in range(2))
+    model, bare = (zoo.kind(name, is_decoder=True) for _ in range(2))
     patch_model(model)
     P = 4
     patch = patch_of(model)
@@ -108,12 +110,12 @@ def test_encoders_that_decode_go_on_behind_prefix_and_cache(tiny, name, call):
 
 
 @torch.no_grad()
-def test_a_decoder_behind_an_encoder(tiny, call):
-    model, bare = patch_model(tiny.kind("bart")), tiny.kind("bart")
+def test_a_decoder_behind_an_encoder(call):
+    model, bare = patch_model(zoo.kind("bart")), zoo.kind("bart")
     own = [layer for layer, group in enumerate(patch_of(model).groups) if group == "decoder"]
     whole = tiny.kv_of_shapes(patch_of(model).shapes, 4, position_offset=4)
     kv = whole.select(own).spread(own, patch_of(model).shapes)
-    inputs, _ = tiny.kind_inputs(model, "left")
+    inputs, _ = zoo.kind_inputs(model, "left")
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     decoded = inputs["decoder_input_ids"]
     filled = EncoderDecoderCache(tiny.expanded(whole.select(own), len(decoded)), DynamicCache())
@@ -128,7 +130,7 @@ def test_a_decoder_behind_an_encoder(tiny, call):
     torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=1e-9)
 
 
-def test_packed_sequences_refuse_a_filled_cache(tiny, call):
+def test_packed_sequences_refuse_a_filled_cache(call):
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
     rows = [{"input_ids": tiny.prompt(5)[0]}, {"input_ids": tiny.prompt(3)[0]}]
     packed, model, cache = collate(rows), tiny.build(), DynamicCache()
@@ -140,8 +142,8 @@ def test_packed_sequences_refuse_a_filled_cache(tiny, call):
 
 
 @torch.no_grad()
-def test_positions_that_start_anew_are_not_packed_where_a_cache_is(tiny, call):
-    """As in transformers: with a cache they are what they say."""
+def test_positions_that_start_anew_are_not_packed_where_a_cache_is(call):
+    """As in transformers, positions beside a cache are used as they are."""
     model = tiny.build()
     ids, positions = tiny.prompt(6), torch.tensor([[0, 1, 2, 0, 1, 2]])
     kv = tiny.random_kv(model)
@@ -153,7 +155,7 @@ def test_positions_that_start_anew_are_not_packed_where_a_cache_is(tiny, call):
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
-def test_a_prompt_refuses_a_filled_cache(tiny, name):
+def test_a_prompt_refuses_a_filled_cache(name):
     tuned = PromptTuningModel(tiny.build(), PromptConfig(num_virtual_tokens=4)).eval()
     cache, ids = DynamicCache(), tiny.prompt(3)
     tuned.base_model(ids, **{own_name(tuned.base_model): cache})
@@ -162,9 +164,9 @@ def test_a_prompt_refuses_a_filled_cache(tiny, name):
 
 
 @torch.no_grad()
-def test_chats_go_on_from_a_cache(tiny, architecture):
+def test_chats_go_on_from_a_cache(architecture):
     """generate() is given the cache of the turn before, by the name that this release has."""
-    model, bare = build(tiny, architecture), build(tiny, architecture)
+    model, bare = build(architecture), build(architecture)
     front, text, more = tiny.prompt(9), tiny.prompt(5, seed=5), tiny.prompt(4, seed=6)
     whole = torch.cat([front, text], 1)
     cache = DynamicCache()
@@ -189,8 +191,8 @@ def strict():
 
 
 @pytest.mark.usefixtures("strict")
-def test_nothing_of_ours_provokes_a_deprecation(tiny, architecture):
-    model = build(tiny, architecture)
+def test_nothing_of_ours_provokes_a_deprecation(architecture):
+    model = build(architecture)
     kv = PrefixKV.prefill(model, tiny.prompt())
     ids, mask = tiny.batch()
     with use_prefix(model, kv):
@@ -200,7 +202,7 @@ def test_nothing_of_ours_provokes_a_deprecation(tiny, architecture):
     tuned = PrefixTuningModel(model, PrefixConfig(num_virtual_tokens=4))
     tuned(ids, attention_mask=mask, labels=ids).loss.backward()
     tiny.generate(tuned, ids, mask)
-    prompted = PromptTuningModel(build(tiny, architecture), PromptConfig(num_virtual_tokens=4))
+    prompted = PromptTuningModel(build(architecture), PromptConfig(num_virtual_tokens=4))
     prompted(ids, attention_mask=mask, labels=ids).loss.backward()
     tiny.generate(prompted, ids, mask)
 

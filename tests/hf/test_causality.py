@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import patch_model, use_prefix
 
 
 @pytest.fixture(params=["prefix", "no prefix"])
-def logits(request, tiny, model):
+def logits(request, model):
     """A function from ids and mask to logits, of a patched model."""
     patch_model(model)
     kv = tiny.random_kv(model, requires_grad=False)
@@ -22,7 +23,7 @@ def logits(request, tiny, model):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_later_token_does_not_leak(tiny, logits, side):
+def test_a_later_token_does_not_leak(logits, side):
     ids, mask = tiny.batch((9, 6), side)
     before = logits(ids, mask)
     for j in range(ids.shape[1]):
@@ -35,7 +36,7 @@ def test_a_later_token_does_not_leak(tiny, logits, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_what_stands_under_padding_does_not_matter(tiny, logits, side):
+def test_what_stands_under_padding_does_not_matter(logits, side):
     ids, mask = tiny.batch((9, 6, 2), side)
     real = mask.bool()
     before = logits(ids, mask)[real]
@@ -43,7 +44,7 @@ def test_what_stands_under_padding_does_not_matter(tiny, logits, side):
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
 
 
-def test_other_rows_do_not_matter(tiny, logits):
+def test_other_rows_do_not_matter(logits):
     ids, mask = tiny.batch((9, 6, 2))
     changed = ids.clone()
     changed[1] = 77
@@ -51,7 +52,7 @@ def test_other_rows_do_not_matter(tiny, logits):
     torch.testing.assert_close(after[[0, 2]], before[[0, 2]], rtol=0, atol=1e-6)
 
 
-def test_padding_gives_no_nan(tiny, logits):
+def test_padding_gives_no_nan(logits):
     """Pads on the left see no text at all: without a prefix they see nothing."""
     ids, mask = tiny.batch((9, 1))
     assert torch.isfinite(logits(ids, mask)).all()

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, patch_model, use_prefix
 from fastprefix.hf import UnsupportedModelError, is_patched
 from fastprefix.hf.checking import check_prefix as checks
@@ -111,7 +112,7 @@ class Stateful(LlamaDecoderLayer):
         return hidden if isinstance(out, Tensor) else (hidden, *out[1:])
 
 
-def stranger(tiny, kind: type[nn.Module], dtype: torch.dtype = torch.float32):
+def stranger(kind: type[nn.Module], dtype: torch.dtype = torch.float32):
     model = tiny.build("llama").to(dtype)
     for layer in model.model.layers:
         if issubclass(kind, LlamaDecoderLayer):
@@ -121,14 +122,14 @@ def stranger(tiny, kind: type[nn.Module], dtype: torch.dtype = torch.float32):
     return model
 
 
-def use(model, tiny, **kwargs: Any) -> None:
+def use(model, **kwargs: Any) -> None:
     """All that a caller may do with a prompt."""
     kv = PrefixKV.prefill(model, tiny.prompt(), **kwargs)
     with use_prefix(model, kv, **kwargs):
         model(tiny.prompt(5, seed=2))
 
 
-def all_right(model, tiny) -> bool:
+def all_right(model) -> bool:
     front, ids = tiny.prompt(), tiny.prompt(5, seed=2)
     with torch.no_grad():
         want = model(torch.cat([front, ids], 1)).logits[:, front.shape[1] :]
@@ -147,33 +148,33 @@ def all_right(model, tiny) -> bool:
         (Stateful, "not all that it keeps of a prompt"),
     ],
 )
-def test_strangers_are_refused_by_what_they_do(tiny, kind, reason, dtype):
-    model = stranger(tiny, kind, dtype)
+def test_strangers_are_refused_by_what_they_do(kind, reason, dtype):
+    model = stranger(kind, dtype)
     with pytest.raises(UnsupportedModelError, match=reason):
-        use(model, tiny)
+        use(model)
     assert not is_patched(model)
     with pytest.raises(UnsupportedModelError, match=reason):  # and again, from memory
-        use(model, tiny)
+        use(model)
 
 
 @pytest.mark.parametrize("kind", [Twice, SaysBoth])
-def test_other_strangers_are_right(tiny, kind):
+def test_other_strangers_are_right(kind):
     """Attention called twice has two slots; masks are causal as they are made, not as is said."""
-    assert all_right(stranger(tiny, kind), tiny)
+    assert all_right(stranger(kind))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("range_", [0.02, 0.15])
-def test_the_same_layers_unchanged_are_not_refused(tiny, dtype, range_):
+def test_the_same_layers_unchanged_are_not_refused(dtype, range_):
     model = tiny.build("llama", initializer_range=range_).to(dtype)
     for layer in model.model.layers:
         layer.self_attn.__class__ = Attention
-    use(model, tiny)
+    use(model)
 
 
 @pytest.mark.parametrize("kind", [MaskOfValues, Stateful])
-def test_learned_prefixes_ask_for_keys_and_values_alone(tiny, kind):
-    model = stranger(tiny, kind)
+def test_learned_prefixes_ask_for_keys_and_values_alone(kind):
+    model = stranger(kind)
     config = PrefixConfig(num_virtual_tokens=4)
     if kind is Stateful:
         PrefixTuningModel(model, config)(tiny.prompt())
@@ -183,15 +184,15 @@ def test_learned_prefixes_ask_for_keys_and_values_alone(tiny, kind):
     assert not is_patched(model)
 
 
-def test_the_check_can_be_switched_off(tiny):
-    model = stranger(tiny, Stateful)
-    use(model, tiny, check=False)
-    assert not all_right_unchecked(model, tiny)
-    patch_model(stranger(tiny, BySdpa), check=False)
-    PrefixTuningModel(stranger(tiny, MaskOfValues), PrefixConfig(), check=False)
+def test_the_check_can_be_switched_off():
+    model = stranger(Stateful)
+    use(model, check=False)
+    assert not all_right_unchecked(model)
+    patch_model(stranger(BySdpa), check=False)
+    PrefixTuningModel(stranger(MaskOfValues), PrefixConfig(), check=False)
 
 
-def all_right_unchecked(model, tiny) -> bool:
+def all_right_unchecked(model) -> bool:
     front, ids = tiny.prompt(), tiny.prompt(5, seed=2)
     kv = PrefixKV.prefill(model, front, check=False)
     with torch.no_grad():
@@ -211,9 +212,9 @@ def forwards(model: nn.Module) -> list[int]:
     return count
 
 
-def test_a_model_is_checked_once(tiny):
+def test_a_model_is_checked_once():
     model = tiny.build("llama")
-    use(model, tiny)
+    use(model)
     count = forwards(model.model)
     patch_model(model)
     kv = PrefixKV.prefill(model, tiny.prompt())
@@ -223,28 +224,28 @@ def test_a_model_is_checked_once(tiny):
     assert count == [1]
 
 
-def test_a_changed_model_is_checked_again(tiny):
+def test_a_changed_model_is_checked_again():
     model = tiny.build("llama")
-    use(model, tiny)
-    model.model.layers[1].self_attn = stranger(tiny, BySdpa).model.layers[1].self_attn
+    use(model)
+    model.model.layers[1].self_attn = stranger(BySdpa).model.layers[1].self_attn
     model.model.layers[1].self_attn.config = model.config
     with pytest.raises(UnsupportedModelError, match="patched"):
-        use(model, tiny)
+        use(model)
 
 
-def test_the_check_leaves_no_trace(tiny):
+def test_the_check_leaves_no_trace():
     model = tiny.build("gpt2").train()
     torch.manual_seed(5)
     state = torch.get_rng_state()
     before = [(m.training, sorted(vars(m)), len(m._forward_hooks)) for m in model.modules()]
-    use(model, tiny)
+    use(model)
     after = [(m.training, sorted(vars(m)), len(m._forward_hooks)) for m in model.modules()]
     assert after == before
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_without_weights_is_skipped_with_a_line(tiny, caplog):
+def test_a_model_without_weights_is_skipped_with_a_line(caplog):
     config = tiny.build("llama").config
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -254,7 +255,7 @@ def test_a_model_without_weights_is_skipped_with_a_line(tiny, caplog):
 
 
 @pytest.mark.parametrize("wrong", ["position", "slot", "token"])
-def test_the_check_sees_what_it_is_for(tiny, monkeypatch, wrong):
+def test_the_check_sees_what_it_is_for(monkeypatch, wrong):
     """Even where weights are as small as a new model's."""
     model = tiny.build("llama", initializer_range=0.02)
     make = checks._shares
@@ -273,7 +274,7 @@ def test_the_check_sees_what_it_is_for(tiny, monkeypatch, wrong):
 
     monkeypatch.setattr(checks, "_shares", broken)
     with pytest.raises(UnsupportedModelError, match="with a prefix"):
-        use(model, tiny)
+        use(model)
 
 
 class ReadsMask(LlamaDecoderLayer):
@@ -287,6 +288,6 @@ class ReadsMask(LlamaDecoderLayer):
         return hidden if isinstance(out, Tensor) else (hidden, *out[1:])
 
 
-def test_what_reads_the_mask_besides_attention_is_seen(tiny):
+def test_what_reads_the_mask_besides_attention_is_seen():
     with pytest.raises(UnsupportedModelError, match="without a prefix"):
-        patch_model(stranger(tiny, ReadsMask))
+        patch_model(stranger(ReadsMask))

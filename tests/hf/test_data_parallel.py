@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.nn.parallel import replicate
 
+import fastprefix_testing.models as tiny
 from fastprefix import (
     PrefixConfig,
     PrefixTuningModel,
@@ -59,7 +60,7 @@ def parallel(monkeypatch):
     return run
 
 
-def batch(tiny):
+def batch():
     ids, mask = tiny.batch((6, 4, 5, 2))
     return {"input_ids": ids, "attention_mask": mask}
 
@@ -73,9 +74,9 @@ KINDS = {
 }
 
 
-def check(tiny, tuned, parallel):
+def check(tuned, parallel):
     """The same outputs and gradients as of all rows at once."""
-    inputs = batch(tiny)
+    inputs = batch()
     trained = [p for p in tuned.parameters() if p.requires_grad]
     assert trained
     found = []
@@ -93,7 +94,7 @@ def check(tiny, tuned, parallel):
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_prefix_tuning_trains_in_replicas(tiny, parallel, kind):
+def test_prefix_tuning_trains_in_replicas(parallel, kind):
     """A bare StopIteration before: replicas have no parameters."""
     config = PrefixConfig(num_virtual_tokens=4, init_std=1.0, task_type="CAUSAL_LM", **kind)
     tuned = PrefixTuningModel(tiny.build(), config)
@@ -102,23 +103,23 @@ def test_prefix_tuning_trains_in_replicas(tiny, parallel, kind):
             for name, parameter in tuned.named_parameters():
                 if "reweighting" in name:
                     parameter.add_(0.5)
-    check(tiny, tuned, parallel)
+    check(tuned, parallel)
 
 
 @pytest.mark.parametrize(
     "kind", [{}, {"encoder_reparameterization_type": "MLP"}], ids=["prompt", "p-tuning"]
 )
-def test_prompt_tuning_trains_in_replicas(tiny, parallel, kind):
+def test_prompt_tuning_trains_in_replicas(parallel, kind):
     config = PromptConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", **kind)
-    check(tiny, PromptTuningModel(tiny.build("gpt2"), config), parallel)
+    check(PromptTuningModel(tiny.build("gpt2"), config), parallel)
 
 
-def test_the_active_adapter_is_that_of_the_calling_thread(tiny, parallel):
+def test_the_active_adapter_is_that_of_the_calling_thread(parallel):
     """Replicas run in threads of their own; disable_adapter() holds for them as well."""
     config = PrefixConfig(num_virtual_tokens=4, init_std=1.0)
     tuned = PrefixTuningModel(tiny.build(), config)
     tuned.add_adapter("other", config)
-    inputs, found = batch(tiny), []
+    inputs, found = batch(), []
     with torch.no_grad():
         for name in ("default", "other"):
             tuned.set_adapter(name)
@@ -131,31 +132,31 @@ def test_the_active_adapter_is_that_of_the_calling_thread(tiny, parallel):
     assert not torch.equal(*found)
 
 
-def test_a_patched_model_runs_in_replicas(tiny, model, bare, parallel):
+def test_a_patched_model_runs_in_replicas(model, bare, parallel):
     patch_model(model)
     with torch.no_grad():
-        expected = bare(**batch(tiny)).logits
-        got = parallel(model, **batch(tiny))
+        expected = bare(**batch()).logits
+        got = parallel(model, **batch())
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("lasting", [False, True])
-def test_replicas_see_the_block_of_the_thread_that_called(tiny, model, parallel, lasting):
+def test_replicas_see_the_block_of_the_thread_that_called(model, parallel, lasting):
     if lasting:
         patch_model(model)
     kv = tiny.random_kv(model, requires_grad=True)
     found = []
     with use_prefix(model, kv):
         for run in (lambda **x: model(**x).logits, lambda **x: parallel(model, **x)):
-            run(**batch(tiny)).tanh().square().sum().backward()
+            run(**batch()).tanh().square().sum().backward()
             found.append(tiny.gradients(kv))
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
         with torch.no_grad(), use_prefix(model, None):
-            plain = parallel(model, **batch(tiny))
-            torch.testing.assert_close(plain, model(**batch(tiny)).logits, rtol=1e-4, atol=1e-4)
+            plain = parallel(model, **batch())
+            torch.testing.assert_close(plain, model(**batch()).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_replicas_are_refused_where_it_is_not_clear_whose_they_are(tiny, parallel):
+def test_replicas_are_refused_where_it_is_not_clear_whose_they_are(parallel):
     model = patch_model(tiny.build())
     opened, done = threading.Event(), threading.Event()
 
@@ -173,7 +174,7 @@ def test_replicas_are_refused_where_it_is_not_clear_whose_they_are(tiny, paralle
             use_prefix(model, tiny.random_kv(model)),
             pytest.raises(RuntimeError, match="open in another thread"),
         ):
-            parallel(model, **batch(tiny))
+            parallel(model, **batch())
     finally:
         done.set()
         thread.join(60)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, use_prefix
 from fastprefix.hf.patch.frequencies import frequency_thresholds
 from fastprefix.hf.patch.patch import patch_of
@@ -42,8 +43,8 @@ def build(kind):
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 @pytest.mark.parametrize(("front", "length"), [(8, 6), (10, 6), (10, 7), (20, 6)])
 @torch.no_grad()
-def test_prompts_are_right_or_refused(tiny, kind, front, length):
-    """On both sides of the threshold together, or not at all."""
+def test_prompts_are_right_or_refused(kind, front, length):
+    """Prompt and text are on one side of the threshold, or the call is refused."""
     model, bare = patch_model(build(kind)), build(kind)
     prompt, (ids, mask) = tiny.prompt(front), tiny.batch((length, 3))
     kv = PrefixKV.prefill(model, prompt)
@@ -59,7 +60,7 @@ def test_prompts_are_right_or_refused(tiny, kind, front, length):
 
 
 @torch.no_grad()
-def test_generating_beyond_the_threshold(tiny):
+def test_generating_beyond_the_threshold():
     model, bare = patch_model(build("longrope")), build("longrope")
     ids = tiny.prompt(5)
     with use_prefix(model, PrefixKV.prefill(model, tiny.prompt(20))):
@@ -76,7 +77,7 @@ def test_generating_beyond_the_threshold(tiny):
 
 
 @torch.no_grad()
-def test_only_prompts_that_a_row_has_count(tiny):
+def test_only_prompts_that_a_row_has_count():
     model = patch_model(build("longrope"))
     kv = {
         "short": PrefixKV.prefill(model, tiny.prompt(9)),

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.continuous_batching import PagedAttentionCache
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, use_prefix
 
 MODES = {
@@ -35,7 +36,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("lengths", [(7, 4, 1), (5, 5)], ids=["left padded", "no padding"])
-def test_ids_equal_the_concatenation(tiny, model, bare, mode, lengths):
+def test_ids_equal_the_concatenation(model, bare, mode, lengths):
     front, (ids, mask) = tiny.prompt(), tiny.batch(lengths)
     full, full_mask = tiny.concatenate(front, ids, mask)
     kv = PrefixKV.prefill(model, front)
@@ -49,7 +50,7 @@ def test_ids_equal_the_concatenation(tiny, model, bare, mode, lengths):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_ids_equal_whatever_the_attention_was_before(tiny, architecture, attention):
+def test_ids_equal_whatever_the_attention_was_before(architecture, attention):
     model, bare = (tiny.build(architecture, attn_implementation=attention) for _ in range(2))
     front, (ids, mask) = tiny.prompt(), tiny.batch()
     with use_prefix(model, PrefixKV.prefill(model, front)):
@@ -59,7 +60,7 @@ def test_ids_equal_whatever_the_attention_was_before(tiny, architecture, attenti
 
 
 @pytest.mark.parametrize("mode", ["greedy", "static cache"])
-def test_a_row_of_a_batch_gets_what_it_gets_alone(tiny, model, mode):
+def test_a_row_of_a_batch_gets_what_it_gets_alone(model, mode):
     ids, mask = tiny.batch()
     kv = PrefixKV.prefill(model, tiny.prompt())
     with use_prefix(model, kv):
@@ -69,7 +70,7 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(tiny, model, mode):
             assert torch.equal(tiny.generate(model, text, **MODES[mode]), together[row : row + 1])
 
 
-def test_prompt_lookup_gives_greedy_ids(tiny, model, bare):
+def test_prompt_lookup_gives_greedy_ids(model, bare):
     # a text that repeats itself, so that there is something to look up
     text = tiny.prompt(4).repeat(1, 3)
     front = tiny.prompt()
@@ -83,7 +84,7 @@ def test_prompt_lookup_gives_greedy_ids(tiny, model, bare):
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["its own prefix", "no prefix"])
-def test_assisted_gives_greedy_ids(tiny, model, bare, own):
+def test_assisted_gives_greedy_ids(model, bare, own):
     """An assistant with the prompt as its prefix saves as many steps as one that reads it."""
     assistant, reader = (tiny.build(model.config.model_type) for _ in range(2))
     front, text = tiny.prompt(), tiny.prompt(6, seed=5)
@@ -103,7 +104,7 @@ def test_assisted_gives_greedy_ids(tiny, model, bare, own):
     assert (steps[model] == steps[bare]) == own
 
 
-def test_an_early_exit_of_the_model_itself_assists(tiny):
+def test_an_early_exit_of_the_model_itself_assists():
     """The first layers guess, on the prefix's first layers."""
     model, bare = tiny.build(), tiny.build()
     front, text = tiny.prompt(), tiny.prompt(6, seed=5)
@@ -141,8 +142,8 @@ class Behind(CacheLayerMixin):
 
 
 @pytest.mark.parametrize("backend", ["fp8", "quanto"])
-def test_a_quantized_cache_holds_the_text_alone(tiny, model, bare, backend):
-    """So that the prefix is not rounded; the oracle keeps it in front of such a cache."""
+def test_a_quantized_cache_holds_the_text_alone(model, bare, backend):
+    """So the prefix is not rounded. The oracle keeps it in front of such a cache."""
     config = {"backend": backend}
     if backend == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
         pytest.skip("this release of transformers has no class of this kind")
@@ -170,7 +171,7 @@ def test_a_quantized_cache_holds_the_text_alone(tiny, model, bare, backend):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading a cache needs a CUDA device")
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
-def test_an_offloaded_cache(tiny, model, bare, implementation):
+def test_an_offloaded_cache(model, bare, implementation):
     model, bare = model.cuda(), bare.cuda()
     front, (ids, mask) = tiny.prompt(), tiny.batch()
     expected = tiny.generate(bare, *(x.cuda() for x in tiny.concatenate(front, ids, mask)))
@@ -192,8 +193,8 @@ class Ids(TextStreamer):
         self.found = torch.cat(self.found)
 
 
-def test_streaming(tiny, model, bare):
-    """In this thread, in one of its own with its own block, and in one that forgot the block."""
+def test_streaming(model, bare):
+    """In this thread, in a thread with its own block, and in a thread that forgot the block."""
     front, text = tiny.prompt(), tiny.prompt(6, seed=5)
     kv = PrefixKV.prefill(model, front)
     expected = tiny.generate(bare, torch.cat([front, text], 1))[0]
@@ -224,7 +225,7 @@ def test_streaming(tiny, model, bare):
                 assert "use_prefix" in errors[0]
 
 
-def test_continuous_batching_is_refused(tiny, model):
+def test_continuous_batching_is_refused(model):
     """Its cache is paged; never without the prefix, whenever it was started."""
     patch_model(model)
     with use_prefix(model, tiny.random_kv(model)):
@@ -237,8 +238,8 @@ def test_continuous_batching_is_refused(tiny, model):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
-def test_no_more_tokens_than_learned_positions(tiny, name):
-    """And as many as there are, behind the prefix."""
+def test_no_more_tokens_than_learned_positions(name):
+    """The model generates as many as there are behind the prefix."""
 
     def build():
         if name == "gpt2":
@@ -259,7 +260,7 @@ def test_no_more_tokens_than_learned_positions(tiny, name):
     assert torch.equal(got, tiny.generate(bare, *full, max_new_tokens=9))
 
 
-def test_rotary_positions_have_no_end(tiny):
+def test_rotary_positions_have_no_end():
     model = tiny.build(max_position_embeddings=16)
     with use_prefix(model, tiny.random_kv(model)):
         model(tiny.prompt(20))
@@ -267,7 +268,7 @@ def test_rotary_positions_have_no_end(tiny):
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 2)], ids=["no padding", "left padded"])
-def test_a_chat_of_three_turns_over_one_cache(tiny, model, bare, lengths, kind):
+def test_a_chat_of_three_turns_over_one_cache(model, bare, lengths, kind):
     front, (ids, mask) = tiny.prompt(), tiny.batch(lengths)
 
     def chat(m, ids, mask):
@@ -289,7 +290,7 @@ def test_a_chat_of_three_turns_over_one_cache(tiny, model, bare, lengths, kind):
     assert held == held_plain - kv.num_virtual_tokens, "the cache holds the text alone"
 
 
-def test_generate_from_inputs_embeds(tiny, model, bare):
+def test_generate_from_inputs_embeds(model, bare):
     front, (ids, mask) = tiny.prompt(), tiny.batch()
     with use_prefix(model, PrefixKV.prefill(model, front)):
         got = model.generate(
@@ -302,7 +303,7 @@ def test_generate_from_inputs_embeds(tiny, model, bare):
     assert torch.equal(got, tiny.generate(bare, *tiny.concatenate(front, ids, mask)))
 
 
-def test_second_block_with_another_prompt_forgets_the_first(tiny, model, bare):
+def test_second_block_with_another_prompt_forgets_the_first(model, bare):
     ids, mask = tiny.batch()
     patch_model(model)
     for seed in (1, 2, 1):
@@ -312,7 +313,7 @@ def test_second_block_with_another_prompt_forgets_the_first(tiny, model, bare):
         assert torch.equal(got, tiny.generate(bare, *tiny.concatenate(front, ids, mask)))
 
 
-def test_prefill_under_another_prefix_ignores_it(tiny, model):
+def test_prefill_under_another_prefix_ignores_it(model):
     front = tiny.prompt()
     alone = PrefixKV.prefill(model, front)
     with use_prefix(model, tiny.random_kv(model)):

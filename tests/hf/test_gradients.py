@@ -3,18 +3,19 @@
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import patch_model, use_prefix
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 
 
 @pytest.fixture
-def model(tiny, architecture):
+def model(architecture):
     return tiny.build(architecture, torch.float64).train()
 
 
 @pytest.fixture
-def loss(tiny, model):
+def loss(model):
     """The loss of a batch behind a prefix."""
     ids, mask = tiny.batch()
     labels = ids.masked_fill(~mask.bool(), -100)
@@ -30,7 +31,7 @@ def enable_checkpointing(model, use_reentrant=False):
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
 
 
-def test_checkpointing_changes_no_gradient(tiny, model, loss):
+def test_checkpointing_changes_no_gradient(model, loss):
     patch_model(model)
     kv = tiny.random_kv(model, requires_grad=True)
     loss(kv).backward()
@@ -41,8 +42,8 @@ def test_checkpointing_changes_no_gradient(tiny, model, loss):
     torch.testing.assert_close(tiny.gradients(kv), expected, **EXACT)
 
 
-def test_checkpointing_with_a_frozen_base(tiny, model, loss):
-    """No input of the first layer needs a gradient then: the prefix alone does."""
+def test_checkpointing_with_a_frozen_base(model, loss):
+    """No input of the first layer needs a gradient then; only the prefix does."""
     patch_model(model.requires_grad_(False))
     kv = tiny.random_kv(model, requires_grad=True)
     loss(kv).backward()
@@ -52,20 +53,20 @@ def test_checkpointing_with_a_frozen_base(tiny, model, loss):
     torch.testing.assert_close(tiny.gradients(kv), expected, **EXACT)
 
 
-def test_reentrant_checkpointing_is_refused(tiny, model, loss):
+def test_reentrant_checkpointing_is_refused(model, loss):
     patch_model(model)
     enable_checkpointing(model, use_reentrant=True)
     with pytest.raises(ValueError, match="use_reentrant"):
         loss(tiny.random_kv(model, requires_grad=True))
 
 
-def test_checkpointing_in_a_block_that_restores_the_model_is_refused(tiny, model, loss):
+def test_checkpointing_in_a_block_that_restores_the_model_is_refused(model, loss):
     enable_checkpointing(model)
     with pytest.raises(ValueError, match="patch_model"):
         loss(tiny.random_kv(model, requires_grad=True))
 
 
-def test_checkpointing_in_a_nested_block_that_restores_the_model_is_refused(tiny, model, loss):
+def test_checkpointing_in_a_nested_block_that_restores_the_model_is_refused(model, loss):
     """The inner block did not patch the model, yet it will not stay patched either."""
     enable_checkpointing(model)
     outer, inner = (tiny.random_kv(model, seed=seed, requires_grad=True) for seed in (0, 1))
@@ -73,7 +74,7 @@ def test_checkpointing_in_a_nested_block_that_restores_the_model_is_refused(tiny
         loss(inner)
 
 
-def test_checkpointing_does_not_matter_where_nothing_is_trained(tiny, model, loss):
+def test_checkpointing_does_not_matter_where_nothing_is_trained(model, loss):
     kv = tiny.random_kv(model)
     expected = loss(kv)
     enable_checkpointing(model, use_reentrant=True)
@@ -84,7 +85,7 @@ def test_checkpointing_does_not_matter_where_nothing_is_trained(tiny, model, los
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_backward_after_the_block(tiny, model, loss, checkpointing):
+def test_backward_after_the_block(model, loss, checkpointing):
     patch_model(model)
     kv = tiny.random_kv(model, requires_grad=True)
     ids, mask = tiny.batch()
@@ -100,7 +101,7 @@ def test_backward_after_the_block(tiny, model, loss, checkpointing):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_two_forwards_with_two_prefixes_before_one_backward(tiny, model, loss, checkpointing):
+def test_two_forwards_with_two_prefixes_before_one_backward(model, loss, checkpointing):
     patch_model(model)
     prefixes = [tiny.random_kv(model, length, seed=length, requires_grad=True) for length in (3, 5)]
     expected = []
@@ -116,7 +117,7 @@ def test_two_forwards_with_two_prefixes_before_one_backward(tiny, model, loss, c
         torch.testing.assert_close(tiny.gradients(kv), gradient, **EXACT)
 
 
-def test_gradients_are_sums_over_rows(tiny, model):
+def test_gradients_are_sums_over_rows(model):
     patch_model(model)
     kv = tiny.random_kv(model, requires_grad=True)
     ids, mask = tiny.batch()
@@ -128,7 +129,7 @@ def test_gradients_are_sums_over_rows(tiny, model):
     torch.testing.assert_close(tiny.gradients(kv), together, rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_against_finite_differences(tiny):
+def test_gradients_against_finite_differences():
     """GPT-2 only: the others' norms round to float32 whatever the model's dtype."""
     model = patch_model(tiny.build("gpt2", torch.float64))
     kv = tiny.random_kv(model, requires_grad=True)
@@ -151,7 +152,7 @@ def test_gradients_against_finite_differences(tiny):
         assert (gradient * direction).sum().item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
-def test_a_leaf_in_another_dtype_gets_its_gradient(tiny, model, loss):
+def test_a_leaf_in_another_dtype_gets_its_gradient(model, loss):
     """A float32 prefix trains a float64 model, or a bfloat16 one: the cast is in the graph."""
     patch_model(model)
     kv = tiny.random_kv(model, requires_grad=True)
@@ -166,8 +167,8 @@ def test_a_leaf_in_another_dtype_gets_its_gradient(tiny, model, loss):
         torch.testing.assert_close(got, want.float(), rtol=1e-3, atol=1e-5)
 
 
-def test_checkpointing_every_other_layer(tiny, model, loss):
-    """As transformers offers it, and its Trainer passes on."""
+def test_checkpointing_every_other_layer(model, loss):
+    """This is an option of transformers, and its Trainer passes it on."""
     patch_model(model)
     kv = tiny.random_kv(model, requires_grad=True)
     loss(kv).backward()

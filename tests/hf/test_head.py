@@ -3,10 +3,11 @@
 import torch
 from torch.profiler import profile
 
+import fastprefix_testing.models as tiny
 from fastprefix import use_prefix
 
 
-def test_last_token_logits_take_no_batched_product(tiny) -> None:
+def test_last_token_logits_take_no_batched_product() -> None:
     model = tiny.build("llama").requires_grad_(False)
     kv = tiny.random_kv(model)
     ids, mask = tiny.batch((7, 7, 7))

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
+import fastprefix_testing.models as tiny
 from fastprefix import (
     PrefixBank,
     PrefixConfig,
@@ -77,7 +78,7 @@ HYBRIDS = {
     "falcon_h1": (
         "FalconH1Config", {**_BASE, **_MAMBA, "mamba_d_ssm": 64, "num_hidden_layers": 2},
     ),
-    # goes on from its state by single tokens alone
+    # goes on from its state only by single tokens
     "jamba": (
         "JambaConfig",
         {**_NO_HEAD, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
@@ -202,7 +203,7 @@ def answer_alone(model, prompt, text, **options):
     return greedy(model, torch.cat([prompt, text])[None], **options)
 
 
-def padded(tiny, side="left"):
+def padded(side="left"):
     return tiny.pad(TEXTS, side)
 
 
@@ -236,9 +237,9 @@ def test_forwards_equal_one_sequence_also_the_second_time(name):
 
 @pytest.mark.parametrize("name", HYBRIDS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_on_either_side_is_skipped(tiny, name, side):
+def test_padding_on_either_side_is_skipped(name, side):
     model = build(name)
-    text, mask = padded(tiny, side)
+    text, mask = padded(side)
     with torch.no_grad(), use_prefix(model, PrefixKV.prefill(model, PROMPT)):
         got = model(text, attention_mask=mask).logits
     for row, one in enumerate(TEXTS):
@@ -246,10 +247,10 @@ def test_padding_on_either_side_is_skipped(tiny, name, side):
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_generate_from_a_padded_batch(tiny, name):
+def test_generate_from_a_padded_batch(name):
     model = build(name)
     wanted = torch.cat([answer_alone(model, PROMPT[0], text) for text in TEXTS])
-    text, mask = padded(tiny)
+    text, mask = padded()
     with use_prefix(model, PrefixKV.prefill(model, PROMPT)):
         assert torch.equal(greedy(model, TEXTS[0][None]), wanted[:1])
         assert torch.equal(greedy(model, text, mask), wanted)
@@ -257,7 +258,7 @@ def test_generate_from_a_padded_batch(tiny, name):
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_rows_of_a_bank_and_rows_without_a_prompt(tiny, name, tmp_path):
+def test_rows_of_a_bank_and_rows_without_a_prompt(name, tmp_path):
     model = build(name)
     other = ids(1, 4, 6)
     bank = PrefixBank()
@@ -266,7 +267,7 @@ def test_rows_of_a_bank_and_rows_without_a_prompt(tiny, name, tmp_path):
     bank.save(tmp_path)
     bank = PrefixBank.load(tmp_path)
     fronts = [other[0], PROMPT[0][:0], PROMPT[0]]
-    text, mask = padded(tiny)
+    text, mask = padded()
     with torch.no_grad(), use_prefix(model, bank, rows=["short", None, "long"]):
         got = model(text, attention_mask=mask).logits
         answers = greedy(model, text, mask)
@@ -276,7 +277,7 @@ def test_rows_of_a_bank_and_rows_without_a_prompt(tiny, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "granite", "lfm2", "minimax", "zaya"])
-def test_gradients_reach_the_text(tiny, name):
+def test_gradients_reach_the_text(name):
     model = build(name)
     embed = model.get_input_embeddings()
     text, mask = tiny.pad(TEXTS[:2], "left")  # a single token overwrites the state
@@ -304,7 +305,7 @@ def test_training_is_refused_where_tokens_go_one_by_one():
         model(TEXTS[0][None])
 
 
-def test_a_prompt_and_a_learned_prefix_in_one_batch(tiny):
+def test_a_prompt_and_a_learned_prefix_in_one_batch():
     """The learned one has no state: its row's layers start as they do by themselves."""
     model = build("qwen3_5")
     prompt = PrefixKV.prefill(model, PROMPT)
@@ -332,7 +333,7 @@ def test_save_and_load(name, tmp_path):
 
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
-def test_beams(tiny, name, options):
+def test_beams(name, options):
     model = build(name)
     text, mask = tiny.pad(TEXTS[:2], "left")
     wanted = [answer_alone(model, PROMPT[0], one, **options) for one in TEXTS[:2]]
@@ -341,9 +342,9 @@ def test_beams(tiny, name, options):
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "granite", "lfm2", "falcon_h1"])
-def test_a_static_cache(tiny, name):
+def test_a_static_cache(name):
     model = build(name)
-    text, mask = padded(tiny)
+    text, mask = padded()
     wanted = torch.cat([answer_alone(model, PROMPT[0], one) for one in TEXTS])
     with use_prefix(model, PrefixKV.prefill(model, PROMPT)):
         assert torch.equal(greedy(model, text, mask, cache_implementation="static"), wanted)
@@ -364,11 +365,11 @@ def test_a_chat_goes_on_over_one_cache(name):
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "granite", "jamba", "minimax"])
-def test_bfloat16(tiny, name):
+def test_bfloat16(name):
     """About as far from float32 as the model itself is in bfloat16; a lost state is 20 % off."""
     model, exact = build(name, torch.bfloat16), build(name)
     kv = PrefixKV.prefill(model, PROMPT)
-    text, mask = padded(tiny)
+    text, mask = padded()
     with torch.no_grad(), use_prefix(model, kv):
         got = model(text, attention_mask=mask).logits.float()
         answers = greedy(model, text, mask)

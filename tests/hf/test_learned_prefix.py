@@ -5,30 +5,31 @@ from functools import partial
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, use_prefix
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 
 
 @pytest.fixture
-def model(tiny, architecture):
+def model(architecture):
     return tiny.build(architecture, torch.float64)
 
 
 @pytest.fixture
-def bare(tiny, architecture):
+def bare(architecture):
     return tiny.build(architecture, torch.float64)
 
 
 @pytest.fixture(params=["left", "right", "none"])
-def text(request, tiny):
+def text(request):
     if request.param == "none":
         return tiny.batch((6, 6, 6))
     return tiny.batch(side=request.param)
 
 
 @pytest.mark.parametrize("position_offset", [None, 0, 11])
-def test_logits(tiny, model, bare, text, position_offset):
+def test_logits(model, bare, text, position_offset):
     ids, mask = text
     kv = tiny.random_kv(model, position_offset=position_offset)
     expected = tiny.expanded_forward(bare, kv, ids, mask).logits
@@ -37,7 +38,7 @@ def test_logits(tiny, model, bare, text, position_offset):
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **EXACT)
 
 
-def test_loss_and_gradients(tiny, model, bare, text):
+def test_loss_and_gradients(model, bare, text):
     ids, mask = text
     labels = ids.masked_fill(~mask.bool(), -100)
     labels[0, :2] = -100  # and some of the text counts for nothing
@@ -56,7 +57,7 @@ def test_loss_and_gradients(tiny, model, bare, text):
         torch.testing.assert_close(ours[name].grad, parameter.grad, **EXACT, msg=name)
 
 
-def test_layers_may_have_prefixes_of_different_lengths(tiny, model, bare, text):
+def test_layers_may_have_prefixes_of_different_lengths(model, bare, text):
     """The oracle hides the rest of the prefix by each layer's own attention mask."""
     ids, mask = text
     kv, lengths = tiny.random_kv(model, 4), (2, 4, 0)

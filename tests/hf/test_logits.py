@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, use_prefix
 
 EXACT = {"rtol": 0, "atol": 1e-9}
@@ -13,12 +14,12 @@ LENGTHS = [(7, 4, 1), (5, 5, 5)]
 
 
 @pytest.fixture
-def model(tiny, architecture):
+def model(architecture):
     return tiny.build(architecture, torch.float64)
 
 
 @pytest.fixture
-def bare(tiny, architecture):
+def bare(architecture):
     return tiny.build(architecture, torch.float64)
 
 
@@ -30,7 +31,7 @@ def maybe_patched(request, model):
 @pytest.mark.parametrize("explicit", [True, False], ids=["position_ids", "no position_ids"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=["padded", "full"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits_equal_the_concatenation(tiny, model, bare, side, lengths, explicit):
+def test_logits_equal_the_concatenation(model, bare, side, lengths, explicit):
     front, (ids, mask) = tiny.prompt(), tiny.batch(lengths, side)
     expected = tiny.concatenated_logits(bare, front, ids, mask, side)
     options = {"position_ids": tiny.positions(mask)} if explicit else {}
@@ -42,14 +43,14 @@ def test_logits_equal_the_concatenation(tiny, model, bare, side, lengths, explic
     torch.testing.assert_close(got[real], expected[real], **EXACT)
 
 
-def test_logits_without_mask(tiny, maybe_patched, bare):
+def test_logits_without_mask(maybe_patched, bare):
     front, (ids, mask) = tiny.prompt(), tiny.batch((6, 6))
     with use_prefix(maybe_patched, PrefixKV.prefill(maybe_patched, front)):
         got = maybe_patched(ids).logits
     torch.testing.assert_close(got, tiny.concatenated_logits(bare, front, ids, mask), **EXACT)
 
 
-def test_float_and_bool_masks_mean_the_same(tiny, model, bare):
+def test_float_and_bool_masks_mean_the_same(model, bare):
     ids, mask = tiny.batch()
     with use_prefix(model, PrefixKV.prefill(model, tiny.prompt())):
         expected = model(ids, attention_mask=mask).logits
@@ -59,7 +60,7 @@ def test_float_and_bool_masks_mean_the_same(tiny, model, bare):
             )
 
 
-def test_a_row_of_a_batch_gets_what_it_gets_alone(tiny, model):
+def test_a_row_of_a_batch_gets_what_it_gets_alone(model):
     ids, mask = tiny.batch()
     with use_prefix(model, PrefixKV.prefill(model, tiny.prompt())):
         together = model(ids, attention_mask=mask).logits
@@ -69,7 +70,7 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(tiny, model):
             torch.testing.assert_close(together[row][real], alone, **EXACT)
 
 
-def test_inputs_embeds(tiny, model, bare):
+def test_inputs_embeds(model, bare):
     front, (ids, mask) = tiny.prompt(), tiny.batch(side="right")
     expected = tiny.concatenated_logits(bare, front, ids, mask, "right")
     with use_prefix(model, PrefixKV.prefill(model, front)):
@@ -78,7 +79,7 @@ def test_inputs_embeds(tiny, model, bare):
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **EXACT)
 
 
-def test_arguments_by_position(tiny, model):
+def test_arguments_by_position(model):
     ids, mask = tiny.batch()
     between = list(inspect.signature(model.forward).parameters).index("attention_mask") - 1
     with use_prefix(model, PrefixKV.prefill(model, tiny.prompt())):
@@ -86,7 +87,7 @@ def test_arguments_by_position(tiny, model):
         assert torch.equal(model(ids, *[None] * between, mask).logits, expected)
 
 
-def test_text_in_two_chunks_with_a_cache(tiny, model, bare):
+def test_text_in_two_chunks_with_a_cache(model, bare):
     """The second chunk's positions follow the mask, or the cache where there is no mask."""
     front, (ids, mask) = tiny.prompt(), tiny.batch((8, 5))
     expected = tiny.concatenated_logits(bare, front, ids, mask)[:, -3:]
@@ -102,7 +103,7 @@ def test_text_in_two_chunks_with_a_cache(tiny, model, bare):
         torch.testing.assert_close(got, expected[:1], **EXACT)
 
 
-def test_decoder_called_alone_has_the_prefix_once(tiny, model, bare):
+def test_decoder_called_alone_has_the_prefix_once(model, bare):
     front, (ids, _) = tiny.prompt(), tiny.batch((6, 6))
     full = torch.cat([front.expand(2, -1), ids], dim=1)
     expected = bare.base_model(full).last_hidden_state[:, front.shape[1] :]
@@ -111,7 +112,7 @@ def test_decoder_called_alone_has_the_prefix_once(tiny, model, bare):
     torch.testing.assert_close(got, expected, **EXACT)
 
 
-def test_prefill_gives_what_the_cache_holds(tiny, model, bare):
+def test_prefill_gives_what_the_cache_holds(model, bare):
     front = tiny.prompt()
     cache = bare(front, use_cache=True).past_key_values
     kv = PrefixKV.prefill(model, front)
@@ -122,7 +123,7 @@ def test_prefill_gives_what_the_cache_holds(tiny, model, bare):
         torch.testing.assert_close(kv.values[layer], held.values[0], **EXACT)
 
 
-def test_prefill_leaves_the_model_as_it_was(tiny, model):
+def test_prefill_leaves_the_model_as_it_was(model):
     model.train()
     list(model.modules())[3].eval()
     before = [module.training for module in model.modules()]
@@ -144,6 +145,6 @@ def test_prefill_leaves_the_model_as_it_was(tiny, model):
     ],
     ids=["empty", "two rows", "3-D", "no tokens", "float", "scalar"],
 )
-def test_prefill_refuses_anything_but_one_prompt(tiny, wrong):
+def test_prefill_refuses_anything_but_one_prompt(wrong):
     with pytest.raises(ValueError, match="input_ids"):
         PrefixKV.prefill(tiny.build(), wrong)

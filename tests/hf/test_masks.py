@@ -10,6 +10,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, use_prefix
 from fastprefix.hf.layer.masks import prefix_attention_mask
 
@@ -67,7 +68,7 @@ def test_anything_else_is_the_mask_of_sdpa(case, padding):
 
 
 def test_a_padding_mask_longer_than_the_keys_is_not_taken_as_it_is():
-    """As with a static cache, whose mask the user gives for the text seen so far."""
+    """A static cache leads to this: the user gives a mask for the text seen so far."""
     longer = torch.cat([PADDED, ALL], dim=1)
     found = mask_of(padding=longer)
     assert found.dim() == 4
@@ -86,7 +87,7 @@ def blocks(dtype, rows=2, length=6):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-def test_custom_mask_without_a_prefix(tiny, model, bare, dtype):
+def test_custom_mask_without_a_prefix(model, bare, dtype):
     ids, _ = tiny.batch((6, 6))
     mask = blocks(dtype)
     expected = bare(ids, attention_mask=mask).logits
@@ -97,7 +98,7 @@ def test_custom_mask_without_a_prefix(tiny, model, bare, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize("explicit", [True, False], ids=["position_ids", "no position_ids"])
-def test_custom_mask_with_a_prefix_covers_the_text_alone(tiny, model, bare, dtype, explicit):
+def test_custom_mask_with_a_prefix_covers_the_text_alone(model, bare, dtype, explicit):
     front, (ids, _) = tiny.prompt(), tiny.batch((6, 6))
     mask, P = blocks(dtype), front.shape[1]
     whole = torch.ones(P + 6, P + 6, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
@@ -125,7 +126,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("heads", [1, 4])
-def test_prefix_lm_by_a_custom_mask_and_a_cache(tiny, form, heads):
+def test_prefix_lm_by_a_custom_mask_and_a_cache(form, heads):
     """The text's first tokens see each other in both directions; the rest comes in a second call.
 
     The head of each row sees another number of them, where the mask has heads.
@@ -151,7 +152,7 @@ def test_prefix_lm_by_a_custom_mask_and_a_cache(tiny, form, heads):
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
 
 
-def gemma3(tiny):
+def gemma3():
     """Gemma 3 as it takes images, whose tokens see each other in both directions."""
     text = {**tiny.GROUPED, "sliding_window": 64, "query_pre_attn_scalar": 16}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -172,9 +173,9 @@ def gemma3(tiny):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_prefix_lm_by_token_types(tiny, side):
+def test_prefix_lm_by_token_types(side):
     """The model's own mask, which is causal but for tokens of type 1."""
-    model, bare = gemma3(tiny), gemma3(tiny)
+    model, bare = gemma3(), gemma3()
     front, (ids, mask) = tiny.prompt(5), tiny.batch((9, 7), side)
     types = torch.zeros_like(ids)
     types[:, 3:6] = 1
@@ -204,13 +205,13 @@ def test_prefix_lm_by_token_types(tiny, side):
     ],
     ids=["prefix columns", "integers"],
 )
-def test_other_custom_masks_are_refused(tiny, mask, error):
+def test_other_custom_masks_are_refused(mask, error):
     model = tiny.build()
     with use_prefix(model, tiny.random_kv(model)), pytest.raises(error, match="attn_mask: got"):
         model(tiny.prompt(4), attention_mask=mask)
 
 
-def test_a_custom_mask_of_a_single_query_is_not_taken_for_padding(tiny, model, bare):
+def test_a_custom_mask_of_a_single_query_is_not_taken_for_padding(model, bare):
     """[B, 1, 1, Lk] with one query: causality adds nothing, so both readings must agree."""
     ids = tiny.prompt(1)
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)

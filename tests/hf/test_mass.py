@@ -3,14 +3,16 @@
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV
 from fastprefix.hf import is_patched, patch_of
 from fastprefix.hf.mass import attention_mass
 from fastprefix.hf.patch.patching import patched
+from fastprefix_testing import zoo
 
 
 @pytest.fixture
-def eager(tiny, architecture):
+def eager(architecture):
     """The same weights with an attention that returns its weights."""
     model = tiny.build(architecture)
     model.set_attn_implementation("eager")
@@ -18,7 +20,7 @@ def eager(tiny, architecture):
 
 
 @pytest.mark.parametrize("side", ["left", "right", None])
-def test_equals_the_weights_of_eager_attention(tiny, model, eager, side):
+def test_equals_the_weights_of_eager_attention(model, eager, side):
     kv = tiny.random_kv(model, 5)
     ids, mask = tiny.batch(side=side or "left")
     out = tiny.expanded_forward(eager, kv, ids, mask, output_attentions=True)
@@ -33,7 +35,7 @@ def test_equals_the_weights_of_eager_attention(tiny, model, eager, side):
         assert got[slot].max() < 1
 
 
-def test_layers_without_a_prefix_have_none(tiny, model):
+def test_layers_without_a_prefix_have_none(model):
     kv = tiny.random_kv(model, 5)
     keys, values = (list(tensors) for tensors in (kv.keys, kv.values))
     keys[1], values[1] = keys[1][:, :0], values[1][:, :0]
@@ -42,7 +44,7 @@ def test_layers_without_a_prefix_have_none(tiny, model):
     assert mass[0].all()
 
 
-def test_leaves_outputs_alone(tiny, model):
+def test_leaves_outputs_alone(model):
     kv, ids = tiny.random_kv(model, 5), tiny.prompt()
     before = model(ids).logits
     attention_mass(model, kv, input_ids=ids)
@@ -50,10 +52,10 @@ def test_leaves_outputs_alone(tiny, model):
 
 
 @pytest.mark.parametrize("name", ["bert", "albert", "t5", "bart"])
-def test_encoders_and_encoder_decoders(tiny, name):
+def test_encoders_and_encoder_decoders(name):
     """A mean over real tokens, each row by itself as in a padded batch; and a rough bound."""
-    model = tiny.kind(name)
-    inputs, _ = tiny.kind_inputs(model)
+    model = zoo.kind(name)
+    inputs, _ = zoo.kind_inputs(model)
     with patched(model):
         shapes, groups = patch_of(model).shapes, patch_of(model).groups
     kv = tiny.kv_of_shapes(shapes).detach()

@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import MistralConfig, set_seed
 
+import fastprefix_testing.models as tiny
 from fastprefix import PackedPrefixKV, PrefixKV, patch_model, use_prefix
 from fastprefix.hf import patch_of
+from fastprefix_testing import zoo
 
 ROWS = ["a", None, "b", "a"]
 LENGTHS = (7, 4, 1, 5)
@@ -13,7 +15,7 @@ EXACT = {"rtol": 0, "atol": 1e-9}
 LOGITS = {"rtol": 1e-3, "atol": 1e-4}
 
 
-def prefixes(tiny, model, **options):
+def prefixes(model, **options):
     """Two of different lengths; the text stands elsewhere behind each than their lengths say."""
     return {
         "a": tiny.random_kv(model, 3, seed=1, position_offset=8, **options),
@@ -22,7 +24,7 @@ def prefixes(tiny, model, **options):
     }
 
 
-def alone(tiny, bare, kv, text, **kwargs):
+def alone(bare, kv, text, **kwargs):
     """A text of one row on a bare model, its prefix in the cache."""
     mask = torch.ones_like(text)
     if kv is None:
@@ -31,21 +33,21 @@ def alone(tiny, bare, kv, text, **kwargs):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits_and_gradients_are_those_of_each_row_alone(tiny, architecture, side):
+def test_logits_and_gradients_are_those_of_each_row_alone(architecture, side):
     model, bare = (tiny.build(architecture, torch.float64) for _ in range(2))
     ids, mask = tiny.batch(LENGTHS, side)
     found = []
-    ours = prefixes(tiny, model, requires_grad=True)
+    ours = prefixes(model, requires_grad=True)
     with use_prefix(model, ours, ROWS):
         logits = model(ids, attention_mask=mask).logits
     logits[mask.bool()].softmax(-1).square().sum().backward()
-    theirs = prefixes(tiny, bare, requires_grad=True)
+    theirs = prefixes(bare, requires_grad=True)
     for row, name in enumerate(ROWS):
         real = mask[row].bool()
         if name is None:  # without position_ids the bare model counts GPT-2's pads
             expected = bare(ids, attention_mask=mask).logits[row][real]
         else:
-            expected = alone(tiny, bare, theirs[name], ids[row][real][None]).logits[0]
+            expected = alone(bare, theirs[name], ids[row][real][None]).logits[0]
         torch.testing.assert_close(logits[row][real], expected, rtol=1e-5, atol=1e-5)
         expected.softmax(-1).square().sum().backward()
     for name in ("a", "b"):
@@ -57,9 +59,9 @@ def test_logits_and_gradients_are_those_of_each_row_alone(tiny, architecture, si
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "gpt_neox"])
-def test_a_row_without_a_prefix_does_not_depend_on_the_others(tiny, name, side):
+def test_a_row_without_a_prefix_does_not_depend_on_the_others(name, side):
     """It stands where the bare model puts it, which counts pads (GPT-2) or does not (OPT)."""
-    model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
+    model, bare = patch_model(zoo.kind(name)), zoo.kind(name)
     ids, mask = tiny.batch(LENGTHS, "right" if side == "right" else "left")
     if side == "holes":
         mask[:, 3] = 0
@@ -87,9 +89,9 @@ def test_a_row_without_a_prefix_does_not_depend_on_the_others(tiny, name, side):
                 torch.testing.assert_close(got[row][real], alike[row][real], **EXACT)
 
 
-def test_rows_with_position_ids_or_embeddings(tiny, model):
+def test_rows_with_position_ids_or_embeddings(model):
     ids, mask = tiny.batch(LENGTHS)
-    kv = PackedPrefixKV.pack(prefixes(tiny, model))
+    kv = PackedPrefixKV.pack(prefixes(model))
     with use_prefix(model, kv, ROWS):
         expected = model(ids, attention_mask=mask).logits
         positions = tiny.positions(mask)
@@ -104,7 +106,7 @@ def test_rows_with_position_ids_or_embeddings(tiny, model):
     assert torch.equal(whole, ones)
 
 
-def rows_alone(tiny, bare, fronts, ids, mask, **options):
+def rows_alone(bare, fronts, ids, mask, **options):
     """New ids of each row alone, its prompt in front of it as text."""
     found = []
     for row, name in enumerate(ROWS):
@@ -124,20 +126,20 @@ GREEDY = {
 
 
 @pytest.mark.parametrize("mode", GREEDY)
-def test_generated_ids_are_those_of_each_row_alone(tiny, model, bare, mode):
+def test_generated_ids_are_those_of_each_row_alone(model, bare, mode):
     fronts = {"a": tiny.prompt(9, seed=1), "b": tiny.prompt(4, seed=2)}
     ids, mask = tiny.batch(LENGTHS)
     kv = {name: PrefixKV.prefill(model, front) for name, front in fronts.items()}
     with use_prefix(model, kv, ROWS):
         got = tiny.generate(model, ids, mask, **GREEDY[mode])
-    assert torch.equal(got, rows_alone(tiny, bare, fronts, ids, mask, **GREEDY[mode]))
+    assert torch.equal(got, rows_alone(bare, fronts, ids, mask, **GREEDY[mode]))
     if mode == "greedy":
         for wrong in (["b", None, "a", "a"], ["a", "a", "b", "a"]):
             with use_prefix(model, kv, wrong):
                 assert not torch.equal(tiny.generate(model, ids, mask), got)
 
 
-def test_sampled_ids_are_those_of_the_concatenation(tiny, model, bare):
+def test_sampled_ids_are_those_of_the_concatenation(model, bare):
     """num_return_sequences repeats each row; the same seed draws the same in both batches."""
     fronts = {"a": tiny.prompt(9, seed=1), "b": tiny.prompt(4, seed=2)}
     ids, mask = tiny.batch(LENGTHS)
@@ -156,28 +158,28 @@ def test_sampled_ids_are_those_of_the_concatenation(tiny, model, bare):
     assert len(set(map(tuple, got[:3].tolist()))) > 1
 
 
-def mistral(tiny, window, **changes):
+def mistral(window, **changes):
     fields = {**tiny.GROUPED, "sliding_window": window, **changes}
     return tiny.from_config(MistralConfig(**fields))
 
 
 @pytest.mark.parametrize("mode", GREEDY)
-def test_prompts_slide_out_of_a_window_row_by_row(tiny, mode):
+def test_prompts_slide_out_of_a_window_row_by_row(mode):
     """Prompts shorter and longer than the window, until all are out of it."""
-    model, bare = mistral(tiny, 8), mistral(tiny, 8)
+    model, bare = mistral(8), mistral(8)
     fronts = {"a": tiny.prompt(12, seed=1), "b": tiny.prompt(3, seed=2)}
     ids, mask = tiny.batch(LENGTHS)
     kv = {name: PrefixKV.prefill(model, front) for name, front in fronts.items()}
     options = {**GREEDY[mode], "max_new_tokens": 12}
     with use_prefix(model, kv, ROWS):
         got = tiny.generate(model, ids, mask, **options)
-    assert torch.equal(got, rows_alone(tiny, bare, fronts, ids, mask, **options))
+    assert torch.equal(got, rows_alone(bare, fronts, ids, mask, **options))
 
 
-def test_learned_prefixes_stay_in_sight_of_a_window(tiny):
-    model, bare = mistral(tiny, 4), mistral(tiny, 4)
+def test_learned_prefixes_stay_in_sight_of_a_window():
+    model, bare = mistral(4), mistral(4)
     ids, mask = tiny.batch((9, 9, 9, 9))
-    kv = prefixes(tiny, model)
+    kv = prefixes(model)
     with use_prefix(model, kv, ROWS):
         got = model(ids, attention_mask=mask).logits
     near = torch.ones(9, 9, dtype=torch.bool).tril().triu(-3)
@@ -195,10 +197,10 @@ def test_learned_prefixes_stay_in_sight_of_a_window(tiny):
         torch.testing.assert_close(got[row : row + 1], expected, **LOGITS)
 
 
-def test_prompts_and_learned_prefixes_mix_but_in_a_window(tiny, model):
+def test_prompts_and_learned_prefixes_mix_but_in_a_window(model):
     """A window treats them differently, and a call of the operator can not."""
     ids, mask = tiny.batch((4, 2))
-    for one in (model, mistral(tiny, 64), mistral(tiny, 8)):
+    for one in (model, mistral(64), mistral(8)):
         learned, prompt = tiny.random_kv(one, 5), PrefixKV.prefill(one, tiny.prompt(5))
         texts = [ids[row][mask[row].bool()][None] for row in range(2)]
         expected = []
@@ -214,7 +216,7 @@ def test_prompts_and_learned_prefixes_mix_but_in_a_window(tiny, model):
         torch.testing.assert_close(got, torch.stack(expected), **LOGITS)
 
 
-def test_prefixes_of_other_dtypes_are_converted_together(tiny, model):
+def test_prefixes_of_other_dtypes_are_converted_together(model):
     ids, mask = tiny.batch((4, 4))
     kv = {"a": tiny.random_kv(model, 3), "b": tiny.random_kv(model, 4).to(dtype=torch.float64)}
     with use_prefix(model, kv, ["a", "b"]):
@@ -225,11 +227,11 @@ def test_prefixes_of_other_dtypes_are_converted_together(tiny, model):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(tiny, reentrant):
+def test_gradient_checkpointing(reentrant):
     """Two forwards with other rows before one backward; the reentrant variant stays refused."""
     model = patch_model(tiny.build("llama", torch.float64).train().requires_grad_(False))
     ids, mask = tiny.batch(LENGTHS)
-    kv = prefixes(tiny, model, requires_grad=True)
+    kv = prefixes(model, requires_grad=True)
 
     def run():
         total = 0
@@ -248,8 +250,8 @@ def test_gradient_checkpointing(tiny, reentrant):
         torch.testing.assert_close(run(), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_compiled_whole(tiny):
-    model = patch_model(mistral(tiny, 8, num_hidden_layers=1))
+def test_compiled_whole():
+    model = patch_model(mistral(8, num_hidden_layers=1))
     ids, mask = tiny.batch(LENGTHS)
     kv = {name: PrefixKV.prefill(model, tiny.prompt(P)) for name, P in (("a", 5), ("b", 3))}
     options = {"attention_mask": mask, "use_cache": False}
@@ -261,7 +263,7 @@ def test_compiled_whole(tiny):
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **LOGITS)
 
 
-def test_rows_that_do_not_fit(tiny, model):
+def test_rows_that_do_not_fit(model):
     ids, mask = tiny.batch((4, 3, 2))
     kv = {"a": tiny.random_kv(model, 3), "b": tiny.random_kv(model, 4)}
     for rows in (["a", "b"], ["a", "b", None, "a"], ["a"] * 6):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, use_prefix
 
 
 @pytest.fixture
-def ids(tiny, model):
+def ids(model):
     """What the model says to a text behind a prompt."""
     text, mask = tiny.batch()
 
@@ -18,7 +19,7 @@ def ids(tiny, model):
     return say
 
 
-def test_prompt_decides_what_is_generated(tiny, model, ids):
+def test_prompt_decides_what_is_generated(model, ids):
     one = ids(PrefixKV.prefill(model, tiny.prompt(seed=1)))
     other = ids(PrefixKV.prefill(model, tiny.prompt(seed=2)))
     assert (one != other).float().mean() > 0.5
@@ -27,7 +28,7 @@ def test_prompt_decides_what_is_generated(tiny, model, ids):
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_every_layer_of_the_prefix_counts(tiny, model, ids, layer):
+def test_every_layer_of_the_prefix_counts(model, ids, layer):
     kv = PrefixKV.prefill(model, tiny.prompt())
     keys, values = list(kv.keys), list(kv.values)
     keys[layer], values[layer] = keys[layer][:, :0], values[layer][:, :0]
@@ -35,12 +36,12 @@ def test_every_layer_of_the_prefix_counts(tiny, model, ids, layer):
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_positions_count(tiny, model, ids, shift):
+def test_positions_count(model, ids, shift):
     kv = PrefixKV.prefill(model, tiny.prompt())
     moved = PrefixKV(kv.keys, kv.values, kv.position_offset + shift)
     assert not torch.equal(ids(kv), ids(moved))
 
 
-def test_every_row_says_something_else(tiny, model, ids):
+def test_every_row_says_something_else(model, ids):
     said = ids(PrefixKV.prefill(model, tiny.prompt()))
     assert len({tuple(row.tolist()) for row in said}) == len(said)

@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import AutoModelForCausalLM
 
+import fastprefix_testing.models as tiny
 from fastprefix import (
     PrefixConfig,
     PrefixKV,
@@ -46,7 +47,7 @@ def architecture(request):
 
 
 @pytest.fixture(params=WAYS.values(), ids=WAYS)
-def offloaded(request, tiny, architecture, tmp_path):
+def offloaded(request, architecture, tmp_path):
     """A model whose weights, or some of them, are on the meta device between calls."""
     model = tiny.build(architecture)
     request.param(model, str(tmp_path))
@@ -54,7 +55,7 @@ def offloaded(request, tiny, architecture, tmp_path):
     return model
 
 
-def run(tiny, model):
+def run(model):
     ids, mask = tiny.batch()
     with torch.no_grad():
         logits = model(ids, attention_mask=mask).logits
@@ -62,30 +63,30 @@ def run(tiny, model):
 
 
 @pytest.mark.parametrize("lasting", [False, True])
-def test_prompts_and_blocks(tiny, offloaded, bare, lasting):
+def test_prompts_and_blocks(offloaded, bare, lasting):
     """It was "Cannot copy out of meta tensor", or "its weights are on the meta device"."""
-    before = run(tiny, offloaded)
+    before = run(offloaded)
     if lasting:
         patch_model(offloaded)
     kv, expected = PrefixKV.prefill(offloaded, tiny.prompt()), PrefixKV.prefill(bare, tiny.prompt())
     assert all(torch.equal(*pair) for pair in zip(kv.keys, expected.keys, strict=True))
     with use_prefix(offloaded, kv), use_prefix(bare, kv):
-        torch.testing.assert_close(run(tiny, offloaded), run(tiny, bare))
+        torch.testing.assert_close(run(offloaded), run(bare))
     names = {"a": kv, "b": tiny.random_kv(bare)}
     rows = ["a", None, "b"]
     with use_prefix(offloaded, names, rows), use_prefix(bare, names, rows):
-        torch.testing.assert_close(run(tiny, offloaded), run(tiny, bare))
-    torch.testing.assert_close(run(tiny, offloaded), before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run(offloaded), run(bare))
+    torch.testing.assert_close(run(offloaded), before, rtol=1e-4, atol=1e-4)
 
 
-def test_a_wrong_prefix_is_still_found(tiny, offloaded, caplog):
+def test_a_wrong_prefix_is_still_found(offloaded, caplog):
     """The checks of a patched model run: all weights are there while it does."""
     patch_model(offloaded)
     assert not caplog.records
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
-def test_tuned_models_train_generate_and_are_saved(tiny, offloaded, bare, tmp_path, kind):
+def test_tuned_models_train_generate_and_are_saved(offloaded, bare, tmp_path, kind):
     config = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM", "init": "vocab"}
     ids, mask = tiny.batch()
     found = []
@@ -115,7 +116,7 @@ def test_tuned_models_train_generate_and_are_saved(tiny, offloaded, bare, tmp_pa
     torch.testing.assert_close(*found)
 
 
-def test_heads_that_are_offloaded_are_not_trained_in_silence(tiny, architecture):
+def test_heads_that_are_offloaded_are_not_trained_in_silence(architecture):
     """Their weights are made anew in each call: a gradient, or a file's numbers, would be lost."""
     model = tiny.build(architecture)
     cpu_offload(model, CPU)
@@ -127,16 +128,16 @@ def test_heads_that_are_offloaded_are_not_trained_in_silence(tiny, architecture)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
-def test_loaded_with_a_device_map(tiny, tmp_path, device_map):
+def test_loaded_with_a_device_map(tmp_path, device_map):
     bare = tiny.build()
     bare.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
     kv = tiny.random_kv(bare)
     with use_prefix(model, kv), use_prefix(bare, kv):
-        torch.testing.assert_close(run(tiny, model), run(tiny, bare))
+        torch.testing.assert_close(run(model), run(bare))
 
 
-def test_loaded_onto_the_disk(tiny, tmp_path):
+def test_loaded_onto_the_disk(tmp_path):
     bare = tiny.build()
     bare.save_pretrained(tmp_path / "model")
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
@@ -146,4 +147,4 @@ def test_loaded_onto_the_disk(tiny, tmp_path):
     )
     kv = tiny.random_kv(bare)
     with use_prefix(model, kv), use_prefix(bare, kv):
-        torch.testing.assert_close(run(tiny, model), run(tiny, bare))
+        torch.testing.assert_close(run(model), run(bare))

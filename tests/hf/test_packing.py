@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening, DynamicCache
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, use_prefix
 from fastprefix.hf.layer import masks
 
@@ -18,7 +19,7 @@ EXACT = {"rtol": 1e-3, "atol": 1e-3}
 
 
 @pytest.fixture
-def texts(tiny):
+def texts():
     return [tiny.prompt(length, seed=10 + length)[0] for length in LENGTHS]
 
 
@@ -48,7 +49,7 @@ def no_mask_is_made(monkeypatch):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_each_sequence_has_a_prefix_of_its_own(tiny, model, bare, texts, flatten, name):
+def test_each_sequence_has_a_prefix_of_its_own(model, bare, texts, flatten, name):
     """Rows by name count packed sequences, and each one's positions start behind its prefix."""
     kvs = {
         "a": tiny.random_kv(model, 3, seed=1, position_offset=7),
@@ -67,7 +68,7 @@ def test_each_sequence_has_a_prefix_of_its_own(tiny, model, bare, texts, flatten
             torch.testing.assert_close(got, expected[0], **EXACT)
 
 
-def test_names_count_the_packed_sequences(tiny, flatten):
+def test_names_count_the_packed_sequences(flatten):
     model = patch_model(tiny.build())
     kvs = {"a": tiny.random_kv(model, 3)}
     with (
@@ -85,7 +86,7 @@ def apart(bare, front, texts):
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.usefixtures("no_mask_is_made")
-def test_logits_equal_separate_runs(tiny, model, bare, texts, flatten, options):
+def test_logits_equal_separate_runs(model, bare, texts, flatten, options):
     front = tiny.prompt()
     with use_prefix(model, PrefixKV.prefill(model, front)):
         got = model(**flatten(**OPTIONS[options])).logits[0]
@@ -95,7 +96,7 @@ def test_logits_equal_separate_runs(tiny, model, bare, texts, flatten, options):
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt_oss", "qwen2"])
 @pytest.mark.parametrize("P", [3, 12])
 @pytest.mark.usefixtures("no_mask_is_made")
-def test_a_prompt_slides_out_of_each_sequence(tiny, texts, flatten, name, P):
+def test_a_prompt_slides_out_of_each_sequence(texts, flatten, name, P):
     model, bare = tiny.windowed(name), tiny.windowed(name)
     front = tiny.prompt(P)
     with use_prefix(model, PrefixKV.prefill(model, front)):
@@ -105,7 +106,7 @@ def test_a_prompt_slides_out_of_each_sequence(tiny, texts, flatten, name, P):
 
 @pytest.mark.parametrize("options", ["position_ids", "cu_seq_lens"])
 def test_gradients_of_a_learned_prefix_are_sums_over_sequences(
-    tiny, architecture, texts, flatten, options
+    architecture, texts, flatten, options
 ):
     model, bare = (tiny.build(architecture, torch.float64) for _ in range(2))
     kv = tiny.random_kv(model, requires_grad=True)
@@ -121,7 +122,7 @@ def test_gradients_of_a_learned_prefix_are_sums_over_sequences(
     torch.testing.assert_close(tiny.gradients(kv), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_decoder_alone(tiny, model, bare, texts, flatten):
+def test_the_decoder_alone(model, bare, texts, flatten):
     front = tiny.prompt()
     P = front.shape[1]
     whole = [torch.cat([front[0], text])[None] for text in texts]
@@ -131,7 +132,7 @@ def test_the_decoder_alone(tiny, model, bare, texts, flatten):
     torch.testing.assert_close(got, expected, **EXACT)
 
 
-def test_inputs_embeds(tiny, model, bare, texts, flatten):
+def test_inputs_embeds(model, bare, texts, flatten):
     front, batch = tiny.prompt(), flatten(**OPTIONS["cu_seq_lens"])
     embeds = model.get_input_embeddings()(batch.pop("input_ids"))
     with use_prefix(model, PrefixKV.prefill(model, front)):
@@ -140,7 +141,7 @@ def test_inputs_embeds(tiny, model, bare, texts, flatten):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_several_rows_keep_transformers_masks(tiny, texts, flatten, name):
+def test_several_rows_keep_transformers_masks(texts, flatten, name):
     """The operator takes one packed row; with more transformers' masks keep sequences apart."""
     build = tiny.windowed if name == "mistral" else tiny.build
     model, bare, front = build(name), build(name), tiny.prompt(5)
@@ -153,7 +154,7 @@ def test_several_rows_keep_transformers_masks(tiny, texts, flatten, name):
     torch.testing.assert_close(got, expected, **EXACT)
 
 
-def test_positions_with_gaps_are_left_to_transformers(tiny, model, bare):
+def test_positions_with_gaps_are_left_to_transformers(model, bare):
     """Not packed: it takes a gap for a new sequence without a cache, and for none with one."""
     front, (ids, _) = tiny.prompt(), tiny.batch((6, 6))
     positions = torch.tensor([[0, 1, 2, 5, 6, 7]]).expand(2, -1)
@@ -166,7 +167,7 @@ def test_positions_with_gaps_are_left_to_transformers(tiny, model, bare):
     torch.testing.assert_close(got, expected, **EXACT)
 
 
-def test_compiled_by_offsets(tiny, texts, flatten):
+def test_compiled_by_offsets(texts, flatten):
     model, bare = tiny.build(num_hidden_layers=1), tiny.build(num_hidden_layers=1)
     front, batch = tiny.prompt(), flatten(**OPTIONS["cu_seq_lens"])
     batch = {name: batch[name] for name in ("input_ids", "cu_seq_lens_q", "cu_seq_lens_k")}
@@ -176,7 +177,7 @@ def test_compiled_by_offsets(tiny, texts, flatten):
     torch.testing.assert_close(got, apart(bare, front, texts), **EXACT)
 
 
-def test_packed_prefix_tuning_learns_as_padded_does(tiny, texts, flatten):
+def test_packed_prefix_tuning_learns_as_padded_does(texts, flatten):
     """Labels of the collator: the first token of each sequence is no target."""
     model = patch_model(tiny.build(dtype=torch.float64))
     ids, mask = tiny.pad(texts, "right")
@@ -203,7 +204,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_go_with_packed_sequences(tiny, flatten, case):
+def test_what_does_not_go_with_packed_sequences(flatten, case):
     changes, message = WRONG[case]
     batch = {**flatten(**OPTIONS["cu_seq_lens"]), **changes}
     if case == "not all tokens":
@@ -213,7 +214,7 @@ def test_what_does_not_go_with_packed_sequences(tiny, flatten, case):
         model(**batch)
 
 
-def test_a_filled_cache_is_refused(tiny, flatten):
+def test_a_filled_cache_is_refused(flatten):
     model, cache = tiny.build(), DynamicCache()
     with use_prefix(model, tiny.random_kv(model)):
         model(tiny.prompt(), past_key_values=cache)
@@ -221,8 +222,8 @@ def test_a_filled_cache_is_refused(tiny, flatten):
             model(**flatten(**OPTIONS["cu_seq_lens"]), past_key_values=cache)
 
 
-def test_layers_that_see_chunks_are_refused(tiny, flatten):
-    """Where the chunks lie is not in the offsets, nor does a prompt's text stand in them."""
+def test_layers_that_see_chunks_are_refused(flatten):
+    """The offsets do not say where chunks begin, and a prompt's text is in none of them."""
     model = patch_model(tiny.build())
     model.config.layer_types = ["chunked_attention"] * 3
     with (
@@ -237,8 +238,8 @@ def test_layers_that_see_chunks_are_refused(tiny, flatten):
         pass
 
 
-def test_a_prompt_for_a_model_with_a_state_is_refused(tiny, monkeypatch):
-    """As state-space layers have it: they would not have seen the prompt."""
+def test_a_prompt_for_a_model_with_a_state_is_refused(monkeypatch):
+    """State-space layers would not have seen the prompt."""
     model = tiny.build()
     kv = PrefixKV.prefill(model, tiny.prompt())
     monkeypatch.setattr(type(model), "_is_stateful", True)

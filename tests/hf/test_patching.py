@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, unpatch_model, use_prefix
 from fastprefix.hf import is_patched, patch_of
 from fastprefix.kv import LayerShape
@@ -28,7 +29,7 @@ def state_of(model):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_unpatching_restores_everything(tiny, architecture, attention):
+def test_unpatching_restores_everything(architecture, attention):
     model = tiny.build(architecture, attn_implementation=attention).train()
     model.base_model.eval()
     ids, mask = tiny.batch()
@@ -51,13 +52,13 @@ def test_unpatching_restores_everything(tiny, architecture, attention):
     assert all(torch.equal(model.state_dict()[name], weights[name]) for name in weights)
 
 
-def test_patching_adds_no_weights(tiny, model, bare):
+def test_patching_adds_no_weights(model, bare):
     patch_model(model)
     assert model.state_dict().keys() == bare.state_dict().keys()
     assert [n for n, _ in model.named_buffers()] == [n for n, _ in bare.named_buffers()]
 
 
-def test_patching_twice_only_sets_the_backend(tiny, model):
+def test_patching_twice_only_sets_the_backend(model):
     ids, mask = tiny.batch()
     kv = tiny.random_kv(model)
     before = state_of(model)
@@ -72,7 +73,7 @@ def test_patching_twice_only_sets_the_backend(tiny, model):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_without_a_prefix_a_patched_model_is_the_bare_one(tiny, model, bare, side):
+def test_without_a_prefix_a_patched_model_is_the_bare_one(model, bare, side):
     ids, mask = tiny.batch(side=side)
     patch_model(model)
     options = {"attention_mask": mask, "position_ids": tiny.positions(mask)}
@@ -82,14 +83,14 @@ def test_without_a_prefix_a_patched_model_is_the_bare_one(tiny, model, bare, sid
         assert torch.equal(tiny.generate(model, ids, mask), tiny.generate(bare, ids, mask))
 
 
-def test_an_empty_prefix_is_none(tiny, model, bare):
+def test_an_empty_prefix_is_none(model, bare):
     ids, mask = tiny.batch()
     with use_prefix(model, tiny.random_kv(model, 0)):
         got = tiny.generate(model, ids, mask)
     assert torch.equal(got, tiny.generate(bare, ids, mask))
 
 
-def test_backends_agree(tiny, architecture):
+def test_backends_agree(architecture):
     model = tiny.build(architecture, torch.float64)
     ids, mask = tiny.batch()
     kv = tiny.random_kv(model)
@@ -102,7 +103,7 @@ def test_backends_agree(tiny, architecture):
     assert torch.equal(found[1], found[2]), "auto is composed on the CPU"
 
 
-def test_the_named_backend_is_the_one_that_runs(tiny, model, monkeypatch):
+def test_the_named_backend_is_the_one_that_runs(model, monkeypatch):
     from fastprefix.attention.backends import reference
 
     calls = []
@@ -118,26 +119,26 @@ def test_the_named_backend_is_the_one_that_runs(tiny, model, monkeypatch):
         assert len(calls) == expected
 
 
-def test_unknown_backend_is_refused_and_nothing_patched(tiny, model):
+def test_unknown_backend_is_refused_and_nothing_patched(model):
     before = state_of(model)
     with pytest.raises(ValueError, match=r"'quick'.*'composed'"):
         patch_model(model, backend="quick")
     assert state_of(model) == before
 
 
-def test_layer_shapes_are_those_of_the_key_value_heads(tiny, architecture, model):
+def test_layer_shapes_are_those_of_the_key_value_heads(architecture, model):
     shapes = patch_of(patch_model(model)).shapes
     heads = 4 if architecture == "gpt2" else 2
     assert shapes == (LayerShape(heads, 16, 16),) * 3
 
 
 @pytest.mark.parametrize("function", [unpatch_model, patch_of])
-def test_what_needs_a_patched_model_says_so(tiny, function):
+def test_what_needs_a_patched_model_says_so(function):
     with pytest.raises(ValueError, match="patch_model"):
         function(tiny.build())
 
 
-def test_a_patched_model_saves_a_plain_one(tiny, model, bare, tmp_path):
+def test_a_patched_model_saves_a_plain_one(model, bare, tmp_path):
     ids, mask = tiny.batch()
     patch_model(model).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -147,7 +148,7 @@ def test_a_patched_model_saves_a_plain_one(tiny, model, bare, tmp_path):
     )
 
 
-def test_a_patched_model_pickles(tiny, model, bare):
+def test_a_patched_model_pickles(model, bare):
     try:
         torch.save(bare, io.BytesIO())
     except AttributeError as error:  # some layers of transformers 5.20

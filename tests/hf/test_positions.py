@@ -1,12 +1,14 @@
-"""Where texts stand behind a prefix: as when the prefix lies in the cache, which is PEFT's way."""
+"""The positions of a text behind a prefix. They are those of PEFT, whose prefix is in the cache."""
 
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, use_prefix
 from fastprefix.hf import patch_of
 from fastprefix.hf.prefill.recorded import text_keys_values
+from fastprefix_testing import zoo
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 P = 5
@@ -23,11 +25,11 @@ def cached(kv, layers, rows):
 @pytest.mark.parametrize("given", ["input_ids", "inputs_embeds", "position_ids"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
-def test_encoders_as_with_the_prefix_in_a_cache(tiny, name, side, given):
-    model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
+def test_encoders_as_with_the_prefix_in_a_cache(name, side, given):
+    model, bare = patch_model(zoo.kind(name)), zoo.kind(name)
     patch = patch_of(model)
     kv = tiny.kv_of_shapes(patch.shapes, P, position_offset=patch.default_offset(P))
-    inputs, real = tiny.kind_inputs(model, side)
+    inputs, real = zoo.kind_inputs(model, side)
     mask = inputs["attention_mask"]
     told = {}
     if given == "inputs_embeds":
@@ -49,14 +51,14 @@ def test_encoders_as_with_the_prefix_in_a_cache(tiny, name, side, given):
 
 
 @pytest.mark.parametrize("name", ["bart", "whisper"])
-def test_a_decoder_with_its_prefix_in_a_cache(tiny, name):
-    """As PEFT trains BART: a prefix in the decoder's own attention, which moves its text."""
-    model, bare = patch_model(tiny.kind(name)), tiny.kind(name)
+def test_a_decoder_with_its_prefix_in_a_cache(name):
+    """PEFT trains BART so: the prefix is in the decoder's own attention and moves its text."""
+    model, bare = patch_model(zoo.kind(name)), zoo.kind(name)
     groups = patch_of(model).groups
     own = [layer for layer, group in enumerate(groups) if group == "decoder"]
     whole = tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P)
     kv = whole.select(own).spread(own, patch_of(model).shapes)
-    inputs, real = tiny.kind_inputs(model, "left")
+    inputs, real = zoo.kind_inputs(model, "left")
     told = dict(inputs)
     if "decoder_attention_mask" in told:
         mask = told["decoder_attention_mask"]
@@ -71,10 +73,10 @@ def test_a_decoder_with_its_prefix_in_a_cache(tiny, name):
     assert not torch.allclose(got[real], still[real], atol=1e-3)
 
 
-def test_the_offset_does_not_outlive_its_call(tiny):
+def test_the_offset_does_not_outlive_its_call():
     """The embedding is told by the call at hand: one run by itself keeps its own positions."""
-    model = patch_model(tiny.kind("bert"))
-    inputs, _ = tiny.kind_inputs(model)
+    model = patch_model(zoo.kind("bert"))
+    inputs, _ = zoo.kind_inputs(model)
     kv = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=P)
     before = model.bert.embeddings(inputs["input_ids"])
     with use_prefix(model, kv):
@@ -83,9 +85,9 @@ def test_the_offset_does_not_outlive_its_call(tiny):
     assert torch.equal(model.bert.embeddings(inputs["input_ids"]), before)
 
 
-def test_the_offset_of_a_call_that_failed_is_forgotten(tiny):
-    model = patch_model(tiny.kind("bert"))
-    inputs, _ = tiny.kind_inputs(model)
+def test_the_offset_of_a_call_that_failed_is_forgotten():
+    model = patch_model(zoo.kind("bert"))
+    inputs, _ = zoo.kind_inputs(model)
     kv = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=P)
     before, start = model(**inputs).logits, text_keys_values(model, inputs["input_ids"][:1])
     with use_prefix(model, kv), pytest.raises(ValueError, match="exactly one of input_ids"):
@@ -96,10 +98,10 @@ def test_the_offset_of_a_call_that_failed_is_forgotten(tiny):
 
 
 @pytest.mark.parametrize("name", ["distilbert", "albert", "modernbert"])
-def test_encoders_without_a_cache_move_explicit_positions_alone(tiny, name):
-    model = patch_model(tiny.kind(name))
+def test_encoders_without_a_cache_move_explicit_positions_alone(name):
+    model = patch_model(zoo.kind(name))
     assert patch_of(model).default_offset(P) == 0
-    inputs, real = tiny.kind_inputs(model)
+    inputs, real = zoo.kind_inputs(model)
     moved = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=3)
     still = PrefixKV(moved.keys, moved.values, 0)
     if name == "modernbert":  # whose positions are rotary, so that only distances matter
@@ -122,8 +124,8 @@ def test_encoders_without_a_cache_move_explicit_positions_alone(tiny, name):
 
 
 @pytest.mark.parametrize("name", ["t5 encoder", "vit"])
-def test_models_that_cannot_be_told_take_no_offset(tiny, name):
-    model = patch_model(tiny.kind(name))
+def test_models_that_cannot_be_told_take_no_offset(name):
+    model = patch_model(zoo.kind(name))
     kv = tiny.kv_of_shapes(patch_of(model).shapes, position_offset=2)
     with (
         pytest.raises(ValueError, match=r"position_offset: got 2, takes 0"),
@@ -133,9 +135,9 @@ def test_models_that_cannot_be_told_take_no_offset(tiny, name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "roberta", "electra", "bart"])
-def test_a_text_that_does_not_fit_behind_the_prefix(tiny, name):
+def test_a_text_that_does_not_fit_behind_the_prefix(name):
     """48 positions, of which RoBERTa uses those from 1: no index error, and no last one lost."""
-    model = patch_model(tiny.kind(name))
+    model = patch_model(zoo.kind(name))
     room = 48 - P - (name == "roberta")
     field = "decoder_input_ids" if name == "bart" else "input_ids"
     kv = tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P).detach()
@@ -147,8 +149,8 @@ def test_a_text_that_does_not_fit_behind_the_prefix(tiny, name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "roberta"])
-def test_padding_needs_no_room(tiny, name):
-    model = patch_model(tiny.kind(name))
+def test_padding_needs_no_room(name):
+    model = patch_model(zoo.kind(name))
     ids, mask = tiny.batch((42, 7), "left")
     ids, mask = (torch.nn.functional.pad(x, (6, 0)) for x in (ids, mask))
     kv = tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P).detach()
@@ -158,8 +160,8 @@ def test_padding_needs_no_room(tiny, name):
     torch.testing.assert_close(padded, alone, **EXACT)
 
 
-def test_generating_past_the_last_position(tiny):
-    model = patch_model(tiny.kind("gpt2"))
+def test_generating_past_the_last_position():
+    model = patch_model(zoo.kind("gpt2"))
     kv = tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P).detach()
     with use_prefix(model, kv):
         assert tiny.generate(model, tiny.prompt(40), max_new_tokens=4).shape[1] == 4

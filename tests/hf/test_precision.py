@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, use_prefix
 
 
@@ -12,7 +13,7 @@ def error(got, exact):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_models_are_as_exact_as_without_fastprefix(tiny, architecture, dtype):
+def test_half_models_are_as_exact_as_without_fastprefix(architecture, dtype):
     """Both against the same weights in float64: no worse than twice the bare model's error."""
     model, bare = (tiny.build(architecture, dtype) for _ in range(2))
     exact = tiny.build(architecture, dtype).double()
@@ -27,7 +28,7 @@ def test_half_models_are_as_exact_as_without_fastprefix(tiny, architecture, dtyp
     assert error(got, expected) <= 2 * error(plain, expected) + 1e-3
 
 
-def test_prompts_prefilled_under_autocast(tiny, architecture):
+def test_prompts_prefilled_under_autocast(architecture):
     """They are in the dtype that attention computes in, and as exact as the bare model."""
     model, exact = tiny.build(architecture), tiny.build(architecture, torch.float64)
     front, (ids, mask) = tiny.prompt(), tiny.batch((6, 6))
@@ -42,14 +43,14 @@ def test_prompts_prefilled_under_autocast(tiny, architecture):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_models_generate(tiny, architecture, dtype):
+def test_half_models_generate(architecture, dtype):
     model = tiny.build(architecture, dtype)
     ids, mask = tiny.batch()
     with use_prefix(model, PrefixKV.prefill(model, tiny.prompt())):
         assert tiny.generate(model, ids, mask).shape == (3, 8)
 
 
-def test_a_float32_prefix_suits_a_bfloat16_model(tiny, architecture):
+def test_a_float32_prefix_suits_a_bfloat16_model(architecture):
     model = tiny.build(architecture, torch.bfloat16)
     ids, mask = tiny.batch()
     kv = PrefixKV.prefill(model, tiny.prompt())
@@ -60,7 +61,7 @@ def test_a_float32_prefix_suits_a_bfloat16_model(tiny, architecture):
     assert torch.equal(*found)
 
 
-def test_autocast_is_as_exact_as_without_fastprefix(tiny, architecture, model, bare):
+def test_autocast_is_as_exact_as_without_fastprefix(architecture, model, bare):
     front, (ids, mask) = tiny.prompt(), tiny.batch((6, 6))
     expected = tiny.concatenated_logits(bare.double(), front, ids, mask)
     bare = tiny.build(architecture)
@@ -73,7 +74,7 @@ def test_autocast_is_as_exact_as_without_fastprefix(tiny, architecture, model, b
     assert error(got, expected) <= 2 * error(plain, expected) + 1e-3
 
 
-def test_autocast_trains_a_float32_prefix(tiny, model):
+def test_autocast_trains_a_float32_prefix(model):
     patch_model(model)
     kv = tiny.random_kv(model, requires_grad=True)
     ids, mask = tiny.batch()
@@ -89,7 +90,7 @@ def test_autocast_trains_a_float32_prefix(tiny, model):
 
 
 @pytest.mark.parametrize(("architecture", "side"), [("llama", "left"), ("gpt2", "right")])
-def test_compiled_without_graph_breaks_equals_eager(tiny, model, side):
+def test_compiled_without_graph_breaks_equals_eager(model, side):
     torch._dynamo.reset()
     patch_model(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -103,7 +104,7 @@ def test_compiled_without_graph_breaks_equals_eager(tiny, model, side):
 
 
 @pytest.mark.parametrize("architecture", ["llama"])
-def test_compiled_training_gives_the_eager_gradient(tiny, model):
+def test_compiled_training_gives_the_eager_gradient(model):
     torch._dynamo.reset()
     patch_model(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -118,7 +119,7 @@ def test_compiled_training_gives_the_eager_gradient(tiny, model):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_loaded_in_half_precision(tiny, model, tmp_path):
+def test_a_model_loaded_in_half_precision(model, tmp_path):
     model.save_pretrained(tmp_path)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert PrefixKV.prefill(half, tiny.prompt()).dtype == torch.bfloat16

@@ -18,6 +18,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, UnsupportedModelError, patch_model, use_prefix
 from fastprefix.hf import patch_of
 
@@ -78,7 +79,7 @@ def test_models_that_cannot_take_a_prefix(name):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_model_that_chooses_keys_beside_the_mask(tiny):
+def test_a_model_that_chooses_keys_beside_the_mask():
     make = getattr(transformers, "DeepseekV32Config", None)
     if make is None:
         pytest.skip("this transformers has no DeepSeek-V3.2")
@@ -93,14 +94,14 @@ def test_a_model_that_chooses_keys_beside_the_mask(tiny):
 
 
 @pytest.mark.parametrize("given", [torch.zeros(2), 3, 0.5])
-def test_unknown_arguments_of_the_attention_are_refused(tiny, model, given):
+def test_unknown_arguments_of_the_attention_are_refused(model, given):
     ids, mask = tiny.batch()
     with pytest.raises(NotImplementedError, match="hands its attention chosen, got"):
         patch_model(model)(ids, attention_mask=mask, chosen=given)
 
 
 @pytest.mark.parametrize("given", [None, True, False, 0, "eager"])
-def test_what_decides_nothing_passes(tiny, model, given):
+def test_what_decides_nothing_passes(model, given):
     ids, mask = tiny.batch()
     expected = patch_model(model)(ids, attention_mask=mask).logits
     count = torch.tensor(3)
@@ -122,7 +123,7 @@ def test_an_example_says_what_a_model_runs_on():
     assert patch_of(model).groups == ("encoder",)
 
 
-def test_a_model_with_an_attention_of_its_own_stays_usable(tiny):
+def test_a_model_with_an_attention_of_its_own_stays_usable():
     config = BloomConfig(vocab_size=tiny.VOCAB, hidden_size=32, n_layer=1, n_head=2)
     model = tiny.from_config(config)
     ids, mask = tiny.batch()
@@ -142,7 +143,7 @@ def test_a_model_with_an_attention_of_its_own_stays_usable(tiny):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_prefix_for_another_model_is_refused(tiny, model):
+def test_a_prefix_for_another_model_is_refused(model):
     kv = tiny.random_kv(model)
     key, value = kv.keys[0], kv.values[0]
     wrong = {
@@ -159,12 +160,12 @@ def test_a_prefix_for_another_model_is_refused(tiny, model):
 
 
 @pytest.mark.parametrize("thing", [(), {"keys": 1}, torch.zeros(3)])
-def test_what_is_no_prefix_is_refused(tiny, model, thing):
+def test_what_is_no_prefix_is_refused(model, thing):
     with pytest.raises(TypeError, match="kv: got"), use_prefix(model, thing):
         pass
 
 
-def test_a_prompt_in_a_window_with_a_custom_mask_is_refused(tiny):
+def test_a_prompt_in_a_window_with_a_custom_mask_is_refused():
     model = patch_model(tiny.from_config(MistralConfig(**{**tiny.GROUPED, "sliding_window": 8})))
     ids, _ = tiny.batch((6, 6))
     sees = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()

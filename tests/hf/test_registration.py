@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 import fastprefix.hf.layer.attention
 import fastprefix.hf.versions
+import fastprefix_testing.models as tiny
 from fastprefix import (
     PrefixConfig,
     PrefixKV,
@@ -24,6 +25,7 @@ from fastprefix import (
 )
 from fastprefix.after_import import after_import
 from fastprefix.hf import is_patched, patch_of
+from fastprefix_testing import zoo
 
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
 PADDED = ["llama", "gemma2", "gpt2", "bert", "modernbert", "t5", "bart", "bigbird_pegasus"]
@@ -97,7 +99,7 @@ WITHOUT_TRANSFORMERS = """
 
 
 @pytest.mark.usefixtures("picklable")
-def test_fastprefix_may_be_imported_first(tiny, tmp_path):
+def test_fastprefix_may_be_imported_first(tmp_path):
     model = tiny.build("llama", attn_implementation="fastprefix")
     ids = tiny.prompt()
     with open(tmp_path / "model.pickle", "wb") as file:
@@ -142,11 +144,11 @@ def logits(model, inputs, real):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", PADDED)
-def test_a_model_of_that_name_alone_computes_what_it_did(tiny, name, side):
+def test_a_model_of_that_name_alone_computes_what_it_did(name, side):
     """Whatever its modules say of themselves: those of one here say that they are not causal."""
     # eager gives NaN for rows of pads in float64, where sdpa has no caps
-    model = tiny.kind(name, torch.float32 if name == "gemma2" else torch.float64)
-    inputs, real = tiny.kind_inputs(model, side)
+    model = zoo.kind(name, torch.float32 if name == "gemma2" else torch.float64)
+    inputs, real = zoo.kind_inputs(model, side)
     unpadded = {
         key: x[:, :3] for key, x in inputs.items() if key in ("input_ids", "decoder_input_ids")
     }
@@ -158,7 +160,7 @@ def test_a_model_of_that_name_alone_computes_what_it_did(tiny, name, side):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_generate_by_that_name_alone(tiny, architecture, autocast):
+def test_generate_by_that_name_alone(architecture, autocast):
     bare = tiny.build(architecture)
     model = tiny.build(architecture, attn_implementation="fastprefix")
     ids, mask = tiny.batch()
@@ -169,7 +171,7 @@ def test_generate_by_that_name_alone(tiny, architecture, autocast):
         assert torch.equal(tiny.generate(model, ids, mask), tiny.generate(bare, ids, mask))
 
 
-def test_from_pretrained_takes_the_name(tiny, tmp_path):
+def test_from_pretrained_takes_the_name(tmp_path):
     tiny.build("llama").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="fastprefix")
     assert model.config._attn_implementation == "fastprefix"
@@ -178,7 +180,7 @@ def test_from_pretrained_takes_the_name(tiny, tmp_path):
     torch.testing.assert_close(model.eval()(ids).logits, want, **EXACT)
 
 
-def test_prefixes_on_a_model_of_that_name(tiny, architecture):
+def test_prefixes_on_a_model_of_that_name(architecture):
     model = tiny.build(architecture, attn_implementation="fastprefix")
     bare = tiny.build(architecture)
     ids, mask = tiny.batch()
@@ -204,7 +206,7 @@ def test_prefixes_on_a_model_of_that_name(tiny, architecture):
     torch.testing.assert_close(again, plain, **EXACT)
 
 
-def test_patching_such_a_model_is_not_held_to_itself(tiny, monkeypatch):
+def test_patching_such_a_model_is_not_held_to_itself(monkeypatch):
     right = fastprefix.hf.layer.attention.attend
     monkeypatch.setattr(fastprefix.hf.layer.attention, "attend", lambda call: 1.1 * right(call))
     with pytest.raises(UnsupportedModelError, match="computes something else"):
@@ -212,7 +214,7 @@ def test_patching_such_a_model_is_not_held_to_itself(tiny, monkeypatch):
 
 
 @pytest.mark.usefixtures("picklable")
-def test_patched_models_keep_compact_masks(tiny):
+def test_patched_models_keep_compact_masks():
     """A copy and a model from a file are patched too."""
     import copy
 
@@ -258,10 +260,10 @@ def answer(model, inputs):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "bart"])
-def test_output_attentions_is_answered_as_sdpa_does(tiny, name, caplog):
+def test_output_attentions_is_answered_as_sdpa_does(name, caplog):
     logging.warning_once.cache_clear()
-    model = tiny.kind(name)
-    inputs, _ = tiny.kind_inputs(model, "right")
+    model = zoo.kind(name)
+    inputs, _ = zoo.kind_inputs(model, "right")
     model.set_attn_implementation("sdpa")
     want = answer(model, inputs)
     assert want[0]
@@ -281,7 +283,7 @@ def test_output_attentions_is_answered_as_sdpa_does(tiny, name, caplog):
     assert answer(model, inputs) == want
 
 
-def test_weights_asked_for_in_the_config_are_not_left_out_quietly(tiny, caplog):
+def test_weights_asked_for_in_the_config_are_not_left_out_quietly(caplog):
     logging.warning_once.cache_clear()
     model = tiny.build("llama", attn_implementation="eager")
     model.config.output_attentions = True
@@ -289,7 +291,7 @@ def test_weights_asked_for_in_the_config_are_not_left_out_quietly(tiny, caplog):
     assert "returns none of them, as with sdpa" in caplog.text
 
 
-def test_generate_with_output_attentions(tiny, model):
+def test_generate_with_output_attentions(model):
     patch_model(model)
     ids, mask = tiny.batch()
     more = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}

@@ -1,10 +1,11 @@
-"""A bias or a gate for each head; the oracle is ``tiny.concatenating``, an attention of its own."""
+"""A bias or a gate for each head, against ``textbook.concatenating``, an attention of its own."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, prefix_attention, use_prefix
 from fastprefix.hf import patch_of
 from fastprefix.hf.layer.call import Call
@@ -14,6 +15,7 @@ from fastprefix.hf.patch.sharding import Sharding
 from fastprefix.hf.versions import enable_checkpointing
 from fastprefix.kv import PackedPrefixKV, Reweighting
 from fastprefix.options import Options
+from fastprefix_testing import textbook, zoo
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}  # of the biases and gates, and so of their gradients
@@ -22,8 +24,8 @@ KINDS = ["bias", "gate"]
 PLACED = ("llama", "gemma2", "mistral", "gpt_oss")  # pads push no text away
 
 
-def frozen(tiny, name, **changes):
-    return tiny.kind(name, **changes).requires_grad_(False)
+def frozen(name, **changes):
+    return zoo.kind(name, **changes).requires_grad_(False)
 
 
 def weighted(logits, real):
@@ -31,7 +33,7 @@ def weighted(logits, real):
     return (kept * torch.linspace(-1, 1, kept.numel(), dtype=kept.dtype).view_as(kept)).sum()
 
 
-def ours(tiny, model, kind, length=5, seed=0, **options):
+def ours(model, kind, length=5, seed=0, **options):
     kv = tiny.kv_of_shapes(patch_of(model).shapes, length, **options)
     return tiny.reweighted(model, kv, kind, seed=seed)
 
@@ -43,13 +45,13 @@ def constant(model, kv, kind, number):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "albert", "t5", "gemma2", "gpt_oss"])
-def test_logits_and_gradients(tiny, name, kind):
-    model, bare = patch_model(frozen(tiny, name)), frozen(tiny, name)
-    inputs, real = tiny.kind_inputs(model, "left" if name in PLACED else "right")
-    kv, told = ours(tiny, model, kind), dict(inputs)
+def test_logits_and_gradients(name, kind):
+    model, bare = patch_model(frozen(name)), frozen(name)
+    inputs, real = zoo.kind_inputs(model, "left" if name in PLACED else "right")
+    kv, told = ours(model, kind), dict(inputs)
     if name in PLACED:
         told["position_ids"] = tiny.positions(inputs["attention_mask"])
-    expected = tiny.concatenating(bare, kv, told)(**told).logits
+    expected = textbook.concatenating(bare, kv, told)(**told).logits
     gradients = torch.autograd.grad(weighted(expected, real), kv.tensors)
     assert all(gradient.abs().max() > 1e-6 for gradient in gradients)
     with use_prefix(model, replace(kv, reweighting=None)):
@@ -65,9 +67,9 @@ def test_logits_and_gradients(tiny, name, kind):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "gemma2"])
-def test_nothing_of_the_prefix_is_the_bare_model(tiny, name):
-    model = patch_model(frozen(tiny, name, dtype=torch.float32))
-    inputs, real = tiny.kind_inputs(model)
+def test_nothing_of_the_prefix_is_the_bare_model(name):
+    model = patch_model(frozen(name, dtype=torch.float32))
+    inputs, real = zoo.kind_inputs(model)
     plain = tiny.kv_of_shapes(patch_of(model).shapes, dtype=torch.float32).detach()
 
     def run(kv):
@@ -119,11 +121,11 @@ def test_a_trained_bias_beside_trained_distances():
     torch.testing.assert_close(torch.autograd.grad(attend(call), leaves, grad), wanted, **EXACT)
 
 
-def test_a_trained_bias_in_a_decoder_that_counts_distances(tiny):
-    """By the difference that a step makes; the bias of distances is trained as well."""
-    model = patch_model(tiny.kind("t5"))
-    inputs, real = tiny.kind_inputs(model)
-    kv = ours(tiny, model, "bias", position_offset=5)
+def test_a_trained_bias_in_a_decoder_that_counts_distances():
+    """The difference that a step makes judges it. The bias of distances is trained as well."""
+    model = patch_model(zoo.kind("t5"))
+    inputs, real = zoo.kind_inputs(model)
+    kv = ours(model, "bias", position_offset=5)
 
     def loss():
         with use_prefix(model, kv):
@@ -147,22 +149,22 @@ def test_a_trained_bias_in_a_decoder_that_counts_distances(tiny):
 ROWS = ["bias", None, "gate", "plain", "other bias", "other gate"]
 
 
-def of_rows(tiny, model):
+def of_rows(model):
     """Prefixes of all kinds, by the names in ROWS."""
     named = {}
     for seed, name in enumerate(filter(None, ROWS)):
         kind = name.split()[-1]
-        kv = ours(tiny, model, None if kind == "plain" else kind, 3 + seed, seed=seed)
+        kv = ours(model, None if kind == "plain" else kind, 3 + seed, seed=seed)
         named[name] = replace(kv, position_offset=seed)
     return named
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_rows_of_a_mixed_batch(tiny, name, repeats):
-    model = patch_model(frozen(tiny, name))
+def test_rows_of_a_mixed_batch(name, repeats):
+    model = patch_model(frozen(name))
     ids, mask = (x.repeat_interleave(repeats, 0) for x in tiny.batch((7, 4, 1, 5, 6, 3)))
-    kv = of_rows(tiny, model)
+    kv = of_rows(model)
     leaves = [tensor for one in kv.values() for tensor in one.tensors]
     with use_prefix(model, kv, ROWS):
         logits = model(ids, attention_mask=mask, position_ids=tiny.positions(mask)).logits
@@ -171,13 +173,13 @@ def test_rows_of_a_mixed_batch(tiny, name, repeats):
     for row, prefix in enumerate(name for name in ROWS for _ in range(repeats)):
         text = ids[row][mask[row].bool()][None]
         one = kv[prefix] if prefix else None
-        bare = frozen(tiny, name)
+        bare = frozen(name)
         inputs = {"input_ids": text}
         if one is not None:
             inputs["position_ids"] = torch.arange(text.shape[1])[None] + one.position_offset
-            bare = tiny.concatenating(bare, one, inputs)
+            bare = textbook.concatenating(bare, one, inputs)
         else:
-            bare = tiny.textbook(bare)
+            bare = textbook.textbook(bare)
         rows.append(bare(**inputs).logits[0])
     expected = torch.cat(rows)
     kept = torch.linspace(-1, 1, expected.numel(), dtype=expected.dtype).view_as(expected)
@@ -188,14 +190,14 @@ def test_rows_of_a_mixed_batch(tiny, name, repeats):
         torch.testing.assert_close(got, want, **(EXACT if got.dtype is torch.float64 else FLOAT32))
 
 
-def test_packed_sequences(tiny):
+def test_packed_sequences():
     """Gates differ from sequence to sequence; biases are refused where they do."""
-    model = patch_model(frozen(tiny, "llama"))
+    model = patch_model(frozen("llama"))
     texts = [tiny.prompt(length, seed=length) for length in (4, 3, 5)]
     ids = torch.cat(texts, 1)
     offsets = torch.tensor([0, 4, 7, 12], dtype=torch.int32)
     packed = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
-    kv = of_rows(tiny, model)
+    kv = of_rows(model)
 
     def check(rows):
         with torch.no_grad():
@@ -216,10 +218,10 @@ def test_packed_sequences(tiny):
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_a_prompt_with_a_bias_slides(tiny, cache, several):
+def test_a_prompt_with_a_bias_slides(cache, several):
     """Windows of 4 over a prompt of 6; a static cache copies the prompt's end into its keys."""
-    model = patch_model(tiny.kind("mistral").requires_grad_(False))
-    bare = tiny.textbook(tiny.kind("mistral"))
+    model = patch_model(zoo.kind("mistral").requires_grad_(False))
+    bare = textbook.textbook(zoo.kind("mistral"))
     window = model.config.sliding_window
     front, text = tiny.prompt(6), tiny.prompt(2, seed=3)
     bias = torch.linspace(-2, 3, patch_of(model).query_heads[0])
@@ -254,9 +256,9 @@ def test_a_prompt_with_a_bias_slides(tiny, cache, several):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generates_what_it_says_in_one_forward(tiny, kind, cache):
-    model = patch_model(frozen(tiny, "llama"))
-    kv, ids = ours(tiny, model, kind, position_offset=2), tiny.prompt(5)
+def test_generates_what_it_says_in_one_forward(kind, cache):
+    model = patch_model(frozen("llama"))
+    kv, ids = ours(model, kind, position_offset=2), tiny.prompt(5)
     with torch.no_grad(), use_prefix(model, kv):
         new = tiny.generate(model, ids, cache_implementation=cache)
         whole = model(torch.cat([ids, new], 1)).logits
@@ -267,14 +269,14 @@ def test_generates_what_it_says_in_one_forward(tiny, kind, cache):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "rows"])
-def test_checkpointing_and_compiling(tiny, kind):
-    model = patch_model(frozen(tiny, "llama", num_hidden_layers=1))
-    inputs, real = tiny.kind_inputs(model)
+def test_checkpointing_and_compiling(kind):
+    model = patch_model(frozen("llama", num_hidden_layers=1))
+    inputs, real = zoo.kind_inputs(model)
     if kind == "rows":
-        rows, kv = ["bias", "other bias"], of_rows(tiny, model)
+        rows, kv = ["bias", "other bias"], of_rows(model)
         leaves = [tensor for name in rows for tensor in kv[name].tensors]
     else:
-        rows, kv = None, ours(tiny, model, kind)
+        rows, kv = None, ours(model, kind)
         leaves = kv.tensors
 
     def run(forward):
@@ -290,11 +292,11 @@ def test_checkpointing_and_compiling(tiny, kind):
     torch.testing.assert_close(run(model), expected, **FLOAT32)
 
 
-def test_mass(tiny):
-    """Of a bias by the weights it multiplies; of a gate its tanh."""
-    model = patch_model(frozen(tiny, "gpt2"))
-    inputs, _ = tiny.kind_inputs(model)
-    kv = ours(tiny, model, None).detach()
+def test_mass():
+    """The mass of a bias is what it multiplies weights by, and that of a gate is its tanh."""
+    model = patch_model(frozen("gpt2"))
+    inputs, _ = zoo.kind_inputs(model)
+    kv = ours(model, None).detach()
     before = attention_mass(model, kv, **inputs)[0]
     bias = tiny.reweighted(model, kv, "bias")
     row = {
@@ -332,8 +334,8 @@ def test_every_backend_attends_a_prefix_alone(backend, queries):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_refuses_what_does_not_fit(tiny):
-    model = patch_model(frozen(tiny, "llama"))
+def test_refuses_what_does_not_fit():
+    model = patch_model(frozen("llama"))
     kv = tiny.kv_of_shapes(patch_of(model).shapes).detach()
     Hkv, Hq = kv.shapes[0].num_heads, patch_of(model).query_heads[0]
     wrong = replace(kv, reweighting=Reweighting("gate", (torch.zeros(Hq + Hkv),) * kv.num_layers))
@@ -346,7 +348,7 @@ def test_refuses_what_does_not_fit(tiny):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_gets_its_query_heads(tiny, kind, packed):
+def test_a_rank_gets_its_query_heads(kind, packed):
     """The second of two ranks; in the last layer they share one key/value head (MQA)."""
     heads = ((2, 4, 4), (2, 4, 4), (0, 1, 1))
     sharding = Sharding(None, heads, ((4, 8, 8), (0, 0, 0), (4, 8, 8)))

@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, use_prefix
 from fastprefix.hf import patch_of
 
@@ -36,8 +37,8 @@ def build(name):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", MODELS)
-def test_padded_batches(tiny, name, side):
-    """Patched alone, with a learned prefix, with a prompt; whole and for the last tokens."""
+def test_padded_batches(name, side):
+    """Only patched, with a learned prefix, with a prompt; the whole text and its last tokens."""
     model, bare = patch_model(build(name)), build(name)
     ids, mask = tiny.batch((9, 6, 1), side)
     real, front = mask.bool(), tiny.prompt(7)
@@ -63,7 +64,7 @@ def test_padded_batches(tiny, name, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", MODELS)
-def test_training_a_learned_prefix_on_padded_batches(tiny, name, side):
+def test_training_a_learned_prefix_on_padded_batches(name, side):
     """Rows of a batch are what they are alone, gradients too."""
     model = patch_model(build(name).requires_grad_(False).train())
     ids, mask = tiny.batch((9, 6, 1), side)

@@ -9,9 +9,11 @@ import json
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, patch_model
 from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
 from fastprefix.hf import patch_of
+from fastprefix_testing import zoo
 
 P = 5
 # one number and size of heads in all layers: PEFT's format holds no others
@@ -25,9 +27,9 @@ GEMMA4 = {
 }  # fmt: skip
 
 
-def build(tiny, name):
+def build(name):
     if name == "gemma3n":
-        return tiny.kind(name, sliding_window=16)
+        return zoo.kind(name, sliding_window=16)
     import transformers
 
     with torch.random.fork_rng(devices=[]):
@@ -42,30 +44,30 @@ def build(tiny, name):
 NAMES = ["gemma3n", "gemma4"]
 
 
-def behind(tiny, bare, kv, ids):
+def behind(bare, kv, ids):
     """What transformers makes of a prefix in its cache, which is what PEFT hands it."""
     with torch.no_grad():
         return tiny.expanded_forward(bare, kv, ids, torch.ones_like(ids)).logits
 
 
-def prefix(tiny, model):
+def prefix(model):
     kv = tiny.kv_of_shapes(patch_of(model).shapes, P, position_offset=P)
     return kv.detach()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_which_layers_share(tiny, name):
-    assert patch_of(patch_model(build(tiny, name))).sources == (0, 1, 0, 1)
-    assert patch_of(patch_model(tiny.kind("llama"))).sources == (0, 1)
-    assert patch_of(patch_model(tiny.kind("albert"))).sources == tuple(range(8))
+def test_which_layers_share(name):
+    assert patch_of(patch_model(build(name))).sources == (0, 1, 0, 1)
+    assert patch_of(patch_model(zoo.kind("llama"))).sources == (0, 1)
+    assert patch_of(patch_model(zoo.kind("albert"))).sources == tuple(range(8))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", NAMES)
-def test_padded_texts(tiny, name, side, kept):
+def test_padded_texts(name, side, kept):
     """Gemma 4 takes rows of its masks, where no more than the last logits are wanted."""
-    model, bare = patch_model(build(tiny, name)), build(tiny, name)
+    model, bare = patch_model(build(name)), build(name)
     ids, mask = tiny.batch((7, 4), side)
     options = {"attention_mask": mask, "logits_to_keep": kept}
     real = mask[:, -kept:].bool()
@@ -75,12 +77,12 @@ def test_padded_texts(tiny, name, side, kept):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_peft_saved_is_what_we_load(tiny, name, tmp_path):
-    """And saved again it is a file of PEFT's, with the same logits there."""
-    base, bare, ids = build(tiny, name), build(tiny, name), tiny.prompt(7)
-    theirs = prefix(tiny, patch_model(build(tiny, name)))
+def test_what_peft_saved_is_what_we_load(name, tmp_path):
+    """Saved again, it is a file of PEFT's that gives the same logits there."""
+    base, bare, ids = build(name), build(name), tiny.prompt(7)
+    theirs = prefix(patch_model(build(name)))
     save_adapter(tmp_path / "theirs", theirs, {})  # layer by layer, as PEFT writes it
-    expected = behind(tiny, bare, theirs, ids)
+    expected = behind(bare, theirs, ids)
     tuned = PrefixTuningModel.from_pretrained(base, tmp_path / "theirs").double().eval()
     with torch.no_grad():
         got = tuned(ids).logits
@@ -91,34 +93,34 @@ def test_what_peft_saved_is_what_we_load(tiny, name, tmp_path):
         "PREFIX_TUNING"
     )
     again = load_adapter(tmp_path / "ours").kv
-    torch.testing.assert_close(behind(tiny, bare, again, ids), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(behind(bare, again, ids), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_other_prefixes_go_into_a_file_that_peft_refuses(tiny, name, tmp_path):
+def test_other_prefixes_go_into_a_file_that_peft_refuses(name, tmp_path):
     config = PrefixConfig(num_virtual_tokens=P, init_std=0.7)
-    tuned, ids = PrefixTuningModel(build(tiny, name), config).double().eval(), tiny.prompt(7)
+    tuned, ids = PrefixTuningModel(build(name), config).double().eval(), tiny.prompt(7)
     tuned.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "FASTPREFIX_KV"
     assert "layer 2 sees the text's keys of layer 0" in saved["not_peft"]
-    again = PrefixTuningModel.from_pretrained(build(tiny, name), tmp_path).double().eval()
+    again = PrefixTuningModel.from_pretrained(build(name), tmp_path).double().eval()
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, tuned(ids).logits, rtol=0, atol=1e-9)
 
 
-def test_a_start_from_peft_is_what_peft_sees(tiny, tmp_path):
-    theirs = prefix(tiny, patch_model(build(tiny, "gemma3n")))
+def test_a_start_from_peft_is_what_peft_sees(tmp_path):
+    theirs = prefix(patch_model(build("gemma3n")))
     save_adapter(tmp_path, theirs, {})
     config = PrefixConfig(num_virtual_tokens=P, init="prefix", init_prefix=str(tmp_path))
-    kv = PrefixTuningModel(build(tiny, "gemma3n"), config).export()
+    kv = PrefixTuningModel(build("gemma3n"), config).export()
     torch.testing.assert_close(kv.keys[2], kv.keys[0], rtol=0, atol=0)
     torch.testing.assert_close(kv.values[3], kv.values[1], rtol=0, atol=0)
 
 
-def test_the_same_keys_with_other_values(tiny, tmp_path):
+def test_the_same_keys_with_other_values(tmp_path):
     """DiffLlama: of one layer in PEFT's cache fastprefix makes two."""
-    model = tiny.kind("diffllama")
+    model = zoo.kind("diffllama")
     tuned = PrefixTuningModel(model, PrefixConfig(num_virtual_tokens=P))
     assert patch_of(model).sources == (0, -1, 2, -1)
     tuned.save_pretrained(tmp_path)

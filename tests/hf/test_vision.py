@@ -205,7 +205,7 @@ def behind_copies(model: Any, kv: PrefixKV, given: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_patched_models_see_as_before(name):
-    """Also where an image comes after a probe of text, and nothing but the text has slots."""
+    """An image may come after a probe that had only text, and only the text has slots."""
     model, bare = build(name), build(name)
     given = inputs(name, 2)
     with torch.no_grad():
@@ -344,7 +344,7 @@ def test_a_prompt_that_would_see_the_text():
 
 
 def test_a_model_that_sees_both_sides_where_it_has_no_mask():
-    """With sdpa PaliGemma is causal where a row is padded, and else is not."""
+    """With sdpa PaliGemma is causal only if a row is padded."""
     model = build("paligemma")
     model.set_attn_implementation("sdpa")
     with pytest.raises(UnsupportedModelError, match="without a prefix"):
@@ -352,7 +352,7 @@ def test_a_model_that_sees_both_sides_where_it_has_no_mask():
 
 
 def test_cross_attention_to_an_image_is_refused():
-    """Mllama's language model has layers that run for an image alone."""
+    """Mllama's language model has layers that run only for an image."""
     fields = {
         "text_config": {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1],
                         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},

@@ -7,21 +7,22 @@ layers without a window keep it whole.
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, patch_model, use_prefix
 
 NAMES = ["mistral", "gemma2", "gemma3", "gpt_oss", "qwen2"]
 
 
-def pair(tiny, name, **changes):
+def pair(name, **changes):
     """A model to patch, and the same weights untouched."""
     return tiny.windowed(name, **changes), tiny.windowed(name, **changes)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("P", [3, 12])
-def test_generated_tokens_are_those_of_the_concatenation(tiny, name, P):
+def test_generated_tokens_are_those_of_the_concatenation(name, P):
     """Left-padded rows of different lengths, until the prompt is out of every window."""
-    model, bare = pair(tiny, name)
+    model, bare = pair(name)
     front, (ids, mask) = tiny.prompt(P), tiny.batch((6, 3, 1))
     expected = tiny.generate(bare, *tiny.concatenate(front, ids, mask), max_new_tokens=14)
     with use_prefix(model, PrefixKV.prefill(model, front)):
@@ -34,9 +35,9 @@ def test_generated_tokens_are_those_of_the_concatenation(tiny, name, P):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("way", ["lookup", "assisted", "beams"])
-def test_other_ways_to_generate(tiny, name, way):
+def test_other_ways_to_generate(name, way):
     """Some of them take tokens back, out of windows that have moved on."""
-    model, bare = pair(tiny, name)
+    model, bare = pair(name)
     front, text = tiny.prompt(5), tiny.prompt(4, seed=7).repeat(1, 2)
     options = {  # the assistant has other weights and guesses wrong
         "lookup": {"prompt_lookup_num_tokens": 3},
@@ -52,8 +53,8 @@ def test_other_ways_to_generate(tiny, name, way):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits_are_those_of_the_concatenation(tiny, name, side):
-    model, bare = pair(tiny, name)
+def test_logits_are_those_of_the_concatenation(name, side):
+    model, bare = pair(name)
     front, (ids, mask) = tiny.prompt(5), tiny.batch((20, 14), side=side)
     expected = tiny.concatenated_logits(bare, front, ids, mask, side)
     if side == "left":
@@ -65,9 +66,9 @@ def test_logits_are_those_of_the_concatenation(tiny, name, side):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_that_arrives_in_pieces(tiny, name):
+def test_text_that_arrives_in_pieces(name):
     """A second turn on the cache of the first, whose windows have forgotten its beginning."""
-    model, bare = pair(tiny, name)
+    model, bare = pair(name)
     front, text = tiny.prompt(5), tiny.prompt(23, seed=7)
     expected = bare(torch.cat([front, text], 1)).logits[:, 5:]
     found, cache = [], None
@@ -80,9 +81,9 @@ def test_text_that_arrives_in_pieces(tiny, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_static_cache_generates_what_the_concatenation_does(tiny, name):
+def test_a_static_cache_generates_what_the_concatenation_does(name):
     """Its layers' keys do not end at the newest token: their masks say how far the prompt slid."""
-    model, bare = pair(tiny, name)
+    model, bare = pair(name)
     front, (ids, mask) = tiny.prompt(12), tiny.batch((6, 3, 1))
     expected = tiny.generate(bare, *tiny.concatenate(front, ids, mask), max_new_tokens=14)
     with use_prefix(model, PrefixKV.prefill(model, front)):
@@ -90,9 +91,9 @@ def test_a_static_cache_generates_what_the_concatenation_does(tiny, name):
     assert torch.equal(got, expected)
 
 
-def test_packed_sequences_behind_a_prompt(tiny):
+def test_packed_sequences_behind_a_prompt():
     """Positions that start anew: transformers keeps the sequences apart, each behind the prompt."""
-    model, bare = pair(tiny, "mistral")
+    model, bare = pair("mistral")
     front, texts = tiny.prompt(5), [tiny.prompt(4, seed=11), tiny.prompt(9, seed=12)]
     expected = [bare(torch.cat([front, text], 1)).logits[:, 5:] for text in texts]
     positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
@@ -102,8 +103,8 @@ def test_packed_sequences_behind_a_prompt(tiny):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_a_prefix_the_model_computes_what_it_did(tiny, name):
-    model, bare = pair(tiny, name)
+def test_without_a_prefix_the_model_computes_what_it_did(name):
+    model, bare = pair(name)
     ids, mask = tiny.batch((20, 14))
     options = {"attention_mask": mask, "position_ids": tiny.positions(mask)}
     got, expected = patch_model(model)(ids, **options).logits, bare(ids, **options).logits
@@ -111,8 +112,8 @@ def test_without_a_prefix_the_model_computes_what_it_did(tiny, name):
     torch.testing.assert_close(got[real], expected[real], rtol=1e-3, atol=1e-3)
 
 
-def test_a_window_wider_than_prompt_and_text_is_none(tiny):
-    model, bare = pair(tiny, "mistral", window=64)
+def test_a_window_wider_than_prompt_and_text_is_none():
+    model, bare = pair("mistral", window=64)
     front, (ids, mask) = tiny.prompt(5), tiny.batch((20, 14))
     with use_prefix(model, PrefixKV.prefill(model, front)):
         got = tiny.generate(model, ids, mask)
@@ -120,10 +121,10 @@ def test_a_window_wider_than_prompt_and_text_is_none(tiny):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
-def test_a_learned_prefix_stays_in_sight_of_a_window(tiny, name):
-    """No text, so it does not slide out: the window concerns the sequence alone."""
+def test_a_learned_prefix_stays_in_sight_of_a_window(name):
+    """It is no text, so it does not slide out: the window concerns only the sequence."""
     changes = {"layer_types": ["sliding_attention"] * 3} if name == "gpt_oss" else {}
-    model, bare = pair(tiny, name, **changes)
+    model, bare = pair(name, **changes)
     kv, (ids, mask) = tiny.random_kv(model, 4), tiny.batch((20, 20))
     near = torch.ones(20, 20, dtype=torch.bool).tril().triu(1 - tiny.WINDOW)
     sees = torch.cat([torch.ones(20, 4, dtype=torch.bool), near], 1).expand(2, 1, -1, -1)
@@ -135,8 +136,8 @@ def test_a_learned_prefix_stays_in_sight_of_a_window(tiny, name):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_gradients_of_sinks_and_prefix_are_those_of_the_copied_prefix(tiny):
-    model, bare = pair(tiny, "gpt_oss", window=256)
+def test_gradients_of_sinks_and_prefix_are_those_of_the_copied_prefix():
+    model, bare = pair("gpt_oss", window=256)
     ids, mask = tiny.batch((12, 7))
     found = []
     for side in (model, bare):
@@ -157,7 +158,7 @@ def test_gradients_of_sinks_and_prefix_are_those_of_the_copied_prefix(tiny):
 @pytest.mark.parametrize(
     ("architecture", "option"), [("gpt2", "attn_pdrop"), ("llama", "attention_dropout")]
 )
-def test_attention_dropout_in_training(tiny, architecture, option):
+def test_attention_dropout_in_training(architecture, option):
     """Drawn anew in each step, the same from the same seed, and none in evaluation."""
     model = patch_model(tiny.build(architecture, **{option: 0.3}))
     ids, mask = tiny.batch()
@@ -178,9 +179,9 @@ def test_attention_dropout_in_training(tiny, architecture, option):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
-def test_compiled_whole(tiny, name):
+def test_compiled_whole(name):
     """No graph break, and the window's arithmetic is the same."""
-    model, _ = pair(tiny, name)
+    model, _ = pair(name)
     ids, mask = tiny.batch((12, 7))
     options = {"attention_mask": mask, "use_cache": False}
     kv = PrefixKV.prefill(model, tiny.prompt(5))

@@ -18,15 +18,16 @@ import torch
 from triton._C.libtriton import ir, native_specialize_impl
 from triton.compiler.compiler import make_backend
 
-from fastprefix.kernels import decode, launch, tilings
+from fastprefix.kernels import decode, launch
 from fastprefix.kernels.backward import launch_backward
 from fastprefix.kernels.forward import launch_forward
 from fastprefix.kernels.offline.cases import gpu_target
 from fastprefix.kernels.offline.report import source
+from fastprefix.kernels.target import Target, family_of_capability
 from fastprefix.options import Options
 
 TARGET = gpu_target("cuda:90")
-FAMILY = tilings.family_of_capability(9, 0)
+FAMILY = family_of_capability(9, 0)
 BACKEND = make_backend(TARGET)
 OPTIONS = BACKEND.parse_options({"num_warps": 4, "num_stages": 2})
 
@@ -105,7 +106,7 @@ def launches_of(draw: random.Random) -> tuple[list[launch.Launch], str]:
     inputs += [new(Hkv, P, D, dtype=dtype), new(Hkv, P, Dv, dtype=dtype)]
     told = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     shapes = [tuple(x.shape) for x in inputs]
-    with launch.collected(tilings.Target(FAMILY, draw.choice((1, 8, 108)))) as steps:
+    with launch.collected(Target(FAMILY, draw.choice((1, 8, 108)))) as steps:
         if decoding:
             decode.decode_forward(*inputs, Options(**options))
         else:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastprefix.kernels import launch, launch_backward, launch_forward
 from fastprefix.options import Options
+from fastprefix_testing.launchers import interpreted, launched, operands
+from fastprefix_testing.problems import tiles
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"
-)
+pytestmark = interpreted
 
 SHAPES = [
     {"Lq": 33, "Lk": 47, "P": 31, "D": 24, "padding": "holes"},
@@ -36,64 +35,58 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_output_element_is_written_and_nothing_else(problem, run, poisoned, shape):
-    case = problem(**shape, layout="islands")
-    inputs, grad_out, options = case.operands()
-    buffers = [x._base for x in (*inputs, grad_out)]
+def test_every_output_element_is_written_and_nothing_else(poisoned, shape):
+    call = tiles(**shape, layout="islands").draw()
+    buffers = [x._base for x in (*call.tensors.values(), call.grad_out)]
     before = [x.clone() for x in buffers]
-    results = [x for x in run(case, inputs, grad_out, options) if x is not None]
-    for result in results:
-        assert not result.isnan().any()
-    assert len(poisoned()) >= len(results)
+    found = launched(call)
+    for name, result in found.items():
+        assert not result.isnan().any(), name
+    assert len(poisoned()) >= len(found)
     for buffer, copy in zip(buffers, before, strict=True):
         assert torch.equal(buffer.nan_to_num(7.0), copy.nan_to_num(7.0))
 
 
-def test_mask_neighbours_are_not_read(problem, run):
-    case = problem(Hq=2, Hkv=1, Lq=20, Lk=45, P=3, D=16, padding="holes")
-    inputs, grad_out, options = case.operands()
-    mask = options.pop("key_padding_mask")
+def test_mask_neighbours_are_not_read():
+    call = tiles(Hq=2, Hkv=1, Lq=20, Lk=45, P=3, D=16, padding="holes").draw()
+    mask = call.options["key_padding_mask"]
+    B, Lk = mask.shape
     results = []
     for sea in (False, True):
-        around = torch.full((case.B + 2, case.Lk + 70), sea)
-        view = around[1:-1, 3 : 3 + case.Lk]
-        masked = options | {"key_padding_mask": view.copy_(mask)}
-        results.append(run(case, inputs, grad_out, masked))
-    for a, b in zip(*results, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
+        around = torch.full((B + 2, Lk + 70), sea)
+        view = around[1:-1, 3 : 3 + Lk]
+        results.append(launched(call.changed(key_padding_mask=view.copy_(mask))))
+    for name, result in results[0].items():
+        assert torch.equal(result, results[1][name]), name
 
 
-def test_gradients_that_are_not_needed_are_not_computed(problem, run):
-    from fastprefix.kernels import launch_backward
-
-    case = problem(B=1, Hq=2, Hkv=1, Lq=20, Lk=33, P=33, D=16)
-    inputs, grad_out, options = case.operands()
-    out, lse, *grads = run(case, inputs, grad_out, options)
+def test_gradients_that_are_not_needed_are_not_computed():
+    call = tiles(B=1, Hq=2, Hkv=1, Lq=20, Lk=33, P=33, D=16).draw()
+    inputs, options = operands(call)
+    found = launched(call)
+    out, lse = found.pop("out"), found.pop("lse")
     for wanted in range(5):
         needs = tuple(i == wanted for i in range(7))
-        some = launch_backward(grad_out, *inputs, out, lse, Options(**options), needs)
-        for i, (x, y) in enumerate(zip(some, grads, strict=True)):
-            assert torch.equal(x, y) if i == wanted else x is None
+        some = launch_backward(call.grad_out, *inputs, out, lse, Options(**options), needs)
+        assert torch.equal(some[wanted], list(found.values())[wanted])
+        assert [x is not None for x in some] == list(needs)
 
 
-def test_prefix_gradient_is_deterministic(problem, run):
-    case = problem(B=3, Hq=2, Hkv=1, Lq=40, Lk=20, P=33, D=16, is_causal=False)
-    operands = case.operands()
-    first, second = (run(case, *operands) for _ in range(2))
-    for x, y in zip(first[:7], second[:7], strict=True):
-        assert torch.equal(x, y)
+def test_prefix_gradient_is_deterministic():
+    call = tiles(B=3, Hq=2, Hkv=1, Lq=40, Lk=20, P=33, D=16, is_causal=False).draw()
+    first, second = launched(call), launched(call)
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
 
 
-def test_no_buffer_grows_with_batch_times_prefix(problem, run):
-    from fastprefix.kernels import launch
-
+def test_no_buffer_grows_with_batch_times_prefix():
     seen = []
     for B in (2, 8):
-        case = problem(B=B, Hq=2, Hkv=1, Lq=40, Lk=20, P=130, D=16)
-        operands = case.operands()
+        call = tiles(B=B, Hq=2, Hkv=1, Lq=40, Lk=20, P=130, D=16).draw()
         # the launchers allocate, the kernels need not run
-        with launch.collected(launch.target_of(operands[1].device)) as steps, Allocations() as made:
-            run(case, *operands)
+        target = launch.target_of(call.grad_out.device)
+        with launch.collected(target) as steps, Allocations() as made:
+            launched(call)
         assert steps
         own = {(B, 2, 40, 16), (B, 2, 40), (B, 1, 20, 16), (0,)}
         seen.append({shape for shape in made.shapes if shape not in own})
@@ -114,8 +107,6 @@ def test_no_buffer_grows_with_batch_times_prefix(problem, run):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_operands_that_do_not_fit_are_refused(change, message):
-    from fastprefix.kernels import launch_forward
-
     operands = {
         "query": torch.zeros(2, 4, 5, 8),
         "key": torch.zeros(2, 2, 7, 8),

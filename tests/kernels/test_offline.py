@@ -158,8 +158,13 @@ def test_names_of_loops_follow_the_features(features, count, first):
 
 
 def test_names_of_loops_where_whole_tiles_have_none_of_their_own():
-    assert loop_names("prefix_attn_bwd_dq_kernel", (), 2, apart=False) == ["prefix", "sequence"]
-    assert loop_names("prefix_attn_bwd_dkv_kernel", ("softcap",), 1, apart=False) == ["rows"]
+    assert loop_names("prefix_attn_bwd_dq_kernel", (), 2, unmasked_loop=False) == [
+        "prefix",
+        "sequence",
+    ]
+    assert loop_names("prefix_attn_bwd_dkv_kernel", ("softcap",), 1, unmasked_loop=False) == [
+        "rows"
+    ]
 
 
 def test_every_feature_of_the_launchers_can_be_compiled():

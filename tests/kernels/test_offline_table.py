@@ -1,7 +1,7 @@
 """The kernels, compiled for six GPUs that are not here.
 
 What the machine code must not do (spill, overflow shared memory, leave the matrix units idle), and
-what its loops cost against the best known Triton kernels: every row of the launch tables that a
+what its loops cost against the best known Triton kernels: every row of the tile table that a
 target can pick, and every feature. `make kernels` compiles the full product of head sizes, dtypes
 and features.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from fastprefix.kernels import decode_plan, tilings
+from fastprefix.kernels import tilings
 from fastprefix.kernels.offline.cases import FEATURES, launch_target
 
 SHARED_LIMIT = {
@@ -44,7 +44,7 @@ LOOPS = {
     "prefix_attn_bwd_dkv_kernel": ["rows, masked", "rows"],
     "prefix_attn_bwd_dprefix_kernel": ["rows"],
 }
-# On RDNA tiles that need no test have no loop of their own in the backward.
+# On RDNA the backward has no loop of its own for tiles that need no test.
 RDNA_LOOPS = LOOPS | {
     "prefix_attn_bwd_dq_kernel": ["prefix", "sequence"],
     "prefix_attn_bwd_dkv_kernel": ["rows"],
@@ -91,9 +91,8 @@ def main_path(found: Found) -> Found:
 def rows_of(target: str) -> Iterator[tuple[str, str, int, tuple[int, ...]]]:
     """(kernel, dtype, largest head, tile) of every row that a target can pick."""
     family = launch_target(target).family
-    tables = tilings.TABLE[family] | {"decode": decode_plan.TABLE[family]}
-    for kernel, step in PASSES.items():
-        for largest, half, single in tables[step]:
+    for kernel, pass_name in PASSES.items():
+        for largest, half, single in tilings.TILES[family][pass_name]:
             yield kernel, "bf16", largest, half
             yield kernel, "fp32", largest, single
 

@@ -7,16 +7,21 @@ import pytest
 import torch
 
 from fastprefix.kernels import (
+    decode,
+    decode_grid,
     launch,
     launch_backward,
     launch_forward,
     tilings,
 )
+from fastprefix.kernels.target import SHARED_MEMORY
 from fastprefix.kernels.tuning import store, tune
 from fastprefix.options import Options
 
 CPU = torch.device("cpu")
-SHAPE = tune.Shape(16, torch.float32, batch=1, kv_heads=1, group=1, length=24, prefix=20)
+SHAPE = tune.TimedProblem(
+    16, torch.float32, batch=1, kv_heads=1, group=1, length=24, prefix=20, decode_batch=20
+)
 HOPPER = tilings.Target("hopper", 132)
 
 
@@ -30,7 +35,7 @@ def told(times):
     return lambda launches, device: times(launches[0].tile)
 
 
-@pytest.mark.parametrize("step", tune.STEPS)
+@pytest.mark.parametrize("step", tilings.PASSES)
 def test_the_fastest_tile_is_found_and_runs_right(step):
     """All tiles really run; one that is best from all sides is where the search ends."""
     best = tilings.Tile(16, 64, 4, 2)
@@ -41,7 +46,7 @@ def test_the_fastest_tile_is_found_and_runs_right(step):
 
     found = tune.tune(SHAPE, step, CPU, timer=told(times))
     assert found.best == best
-    assert found.table == tilings.TABLE["interpreter"][step][0][2]
+    assert found.table == tilings.TILES["interpreter"][step][0][2]
     assert found.best_ms == 1.0 < found.table_ms
     assert found.tried >= 5
     assert found.name == f"{step} 256 32"
@@ -53,7 +58,7 @@ def test_nothing_faster_leaves_the_tables_tile():
 
 
 def test_a_tile_with_other_results_is_not_taken(monkeypatch):
-    """As from a miscompiled kernel, however fast."""
+    """A miscompiled kernel could be the fastest."""
     run = launch.Launch.run
 
     def broken(self):
@@ -103,7 +108,7 @@ def test_calls_with_halved_tiles_keep_the_tables():
     tuned = {"forward 64 16": tilings.Tile(64, 32, 2, 4)}
     with launch.collected(replace(HOPPER, tuned=tuned)) as launches:
         launch_forward(q, q, q, q[0, :, :128], q[0, :, :128], Options(False, 1.0, attn_mask=mask))
-    table = tilings.TABLE["hopper"]["forward"][0][1]
+    table = tilings.TILES["hopper"]["forward"][0][1]
     assert launches[0].tile == table._replace(rows=table.rows // 2)
 
 
@@ -117,14 +122,14 @@ def test_neighbours_stay_within_what_kernels_take():
 
 
 def test_tuned_tiles_are_what_launches_take():
-    """For their own row alone, and with all that a launch does to the table's tile."""
+    """They change only their own row, and a launch treats them as it treats the table's tiles."""
     q = torch.empty(1, 1, 4096, 64, device="meta", dtype=torch.bfloat16)
     k, p = q, q[0, :, :128]
     tuned = {"forward 64 16": tilings.Tile(64, 32, 2, 4)}
     for dtype, length, tile in (
         (torch.bfloat16, 4096, tuned["forward 64 16"]),
         (torch.bfloat16, 20, tilings.Tile(32, 32, 2, 4)),
-        (torch.float32, 4096, tilings.TABLE["hopper"]["forward"][0][2]),
+        (torch.float32, 4096, tilings.TILES["hopper"]["forward"][0][2]),
     ):
         q, k, p = (x.to(dtype) for x in (q, k, p))
         with launch.collected(replace(HOPPER, tuned=tuned)) as launches:
@@ -146,7 +151,7 @@ def test_the_whole_operator_with_tuned_tiles(monkeypatch):
         return [out, lse, *grads[:5]]
 
     plain = both()
-    tuned = {f"{step} 256 32": tilings.Tile(16, 64, 2, 3) for step in tune.STEPS}
+    tuned = {f"{step} 256 32": tilings.Tile(16, 64, 2, 3) for step in tilings.PASSES}
     target = replace(launch.target_of(CPU), tuned=tuned)
     monkeypatch.setattr(launch, "_device_target", lambda device: target)
     for a, b in zip(both(), plain, strict=True):
@@ -204,7 +209,73 @@ def test_a_cache_that_cannot_be_made_holds_nothing(tmp_path, monkeypatch):
 
 
 def test_steps_and_sizes_that_do_not_exist():
-    with pytest.raises(ValueError, match="step: got 'middle'"):
+    with pytest.raises(ValueError, match="pass_name: got 'middle'"):
         tune.tune(SHAPE, "middle", CPU)
     with pytest.raises(ValueError, match="256"):
         tune.tune(replace(SHAPE, head_size=300), "forward", CPU)
+
+
+def decode_problem(**changes):
+    base = decode_grid.DecodeShape(
+        B=64, Hq=8, Hkv=2, Lq=1, Lk=512, P=2048, N=None, D=64, Dv=64,
+        dtype=torch.bfloat16, sliding_window=None, batch_invariant=False,
+    )  # fmt: skip
+    return base._replace(**changes)
+
+
+def test_tuned_tiles_are_what_decode_takes():
+    """Also on a device whose grids are already cached with the tile of the table."""
+    table = tilings.TILES["hopper"]["decode"][0][1]
+    tuned = replace(HOPPER, tuned={"decode 64 16": tilings.Tile(32, 32, 2, 4)})
+    for _ in range(2):
+        assert decode_grid.grid_of(decode_problem(), HOPPER).tile == table
+        assert decode_grid.grid_of(decode_problem(), tuned).tile == (32, 32, 2, 4)
+    few = decode_problem(B=2)
+    assert decode_grid.grid_of(few, tuned).tile == (16, 32, 2, 4)
+    fixed = few._replace(batch_invariant=True)
+    assert decode_grid.grid_of(fixed, tuned).tile == (32, 32, 2, 4)
+    other = decode_problem(dtype=torch.float32)
+    assert decode_grid.grid_of(other, tuned).tile == tilings.TILES["hopper"]["decode"][0][2]
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("keys", [16, 64, 256])
+def test_a_decoding_step_with_a_tuned_tile(monkeypatch, keys, batch_invariant):
+    """It agrees with that of the table's tile, also where a tile is longer than a split."""
+    torch.manual_seed(0)
+    sizes = (5, 4, 2), (5, 2, 150), (5, 2, 150), (2, 170), (2, 170)
+    operands = [torch.randn(*size, 16) for size in sizes]
+    options = Options(
+        is_causal=True, scale=0.25, batch_invariant=batch_invariant, sliding_window=70,
+        prefix_index=torch.tensor([0, 1, -1, 2, 0], dtype=torch.int32),
+        prefix_lengths=torch.tensor([100, 30, 40], dtype=torch.int32),
+    )  # fmt: skip
+    plain = decode.decode_forward(*operands, options)
+    tuned = {"decode 256 32": tilings.Tile(16, keys, 2, 3)}
+    target = replace(launch.target_of(CPU), tuned=tuned)
+    monkeypatch.setattr(launch, "_device_target", lambda device: target)
+    again = decode.decode_forward(*operands, options)
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_that_are_launched_alike_are_timed_once():
+    """With 20 sequences a tile of 64 rows becomes one of 32; noise would choose between them."""
+    timed = []
+
+    def timer(launches, device):
+        timed.append(launches[0].tile)
+        return 1.0
+
+    found = tune.tune(SHAPE, "decode", CPU, timer=timer)
+    assert found.table.rows == 32
+    assert {tile.rows for tile in timed} == {16, 32}
+    assert len(set(timed)) == len(timed)
+
+
+def test_families_have_rows_for_every_pass_and_head_size():
+    for family, passes in tilings.TILES.items():
+        assert tuple(passes) == tilings.PASSES, family
+        assert family in SHARED_MEMORY
+        for name in passes:
+            for head_size in (1, 64, 65, 128, 129, 256):
+                assert tilings.row(name, family, head_size, torch.float16)[1]

@@ -19,7 +19,7 @@ def make(seed: int = 0, heads: int = 2, P: int = 3) -> PrefixKV:
 
 @pytest.fixture(params=["free", "budget"])
 def bank(request, tmp_path) -> PrefixBank:
-    """With and without a budget, which holds one prefix at a time."""
+    """A bank with a budget of one prefix, and one without a budget."""
     budget = KVBudget(make().nbytes, tmp_path / "home") if request.param == "budget" else None
     return PrefixBank(budget)
 

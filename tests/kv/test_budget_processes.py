@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastprefix import files
+from fastprefix.files import partial_folders
 from fastprefix.kv import KVBudget, PrefixBank, PrefixKV
+from fastprefix_testing import interruptions
 
 
 def make(number: int, P: int = 4) -> PrefixKV:
@@ -150,7 +151,7 @@ def test_a_bank_whose_prefixes_go_away(tmp_path):
 def test_opening_a_folder_leaves_what_another_is_writing(tmp_path):
     """The partial file of a living process is not a leftover."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    theirs = tmp_path / f".fastprefix-{files._HOST}-{child.pid}-{'1' * 32}.partial"
+    theirs = tmp_path / f".fastprefix-{partial_folders._HOST}-{child.pid}-{'1' * 32}.partial"
     theirs.mkdir()
     KVBudget(ONE, tmp_path)
     assert theirs.exists()
@@ -165,7 +166,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", ["a", "new"], ids=["replaced", "new"])
-def test_a_put_that_is_killed_anywhere(ram_path, interruptions, name):
+def test_a_put_that_is_killed_anywhere(ram_path, name):
     tmp_path = ram_path
     folder = tmp_path / "folder"
     KVBudget(9 * ONE, folder).put("a", make(1), priority=1)
@@ -203,7 +204,7 @@ def test_a_put_that_is_killed_anywhere(ram_path, interruptions, name):
 
 
 @pytest.mark.parametrize("how", ["tmpfs", "limit"])
-def test_a_put_without_room(tmp_path, interruptions, how):
+def test_a_put_without_room(tmp_path, how):
     if how == "tmpfs" and not interruptions.can_mount(tmp_path):
         pytest.skip("no disk of one's own here")
     folder = tmp_path / "prefixes"

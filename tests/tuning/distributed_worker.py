@@ -1,12 +1,11 @@
 """One of the two processes of ``test_distributed.py``: runs every scenario, writes what it found.
 
-    RANK=0 ... python distributed_worker.py FOLDER [SCENARIO...]
+    RANK=0 ... PYTHONPATH=tests/support python distributed_worker.py FOLDER [SCENARIO...]
 
 FOLDER holds a checkpoint of each tiny model; the processes meet through a file in it, so that no
 port can be taken. A scenario's dict of tensors, or its traceback, goes to FOLDER/SCENARIO.RANK.pt.
 """
 
-import importlib.util
 import os
 import sys
 import traceback
@@ -25,13 +24,11 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, patch_model, use_prefix
 
 RANK, FOLDER = int(os.environ["RANK"]), Path(sys.argv[1])
 logging.disable_progress_bar()
-spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "models.py")
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 SCENARIOS = {}
 
@@ -67,7 +64,7 @@ def full(tensor):
 
 
 def gradients(module):
-    """By name, without the wrappers' prefixes."""
+    """The gradients by name, without the prefixes that wrappers add to names."""
     found = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -136,7 +133,7 @@ def fsdp_sharded():
 
 @scenario
 def fsdp_replicated_encoder():
-    """The base alone is sharded; whoever leaves the encoder out averages its gradients."""
+    """Only the base is sharded. The encoder's gradients must then be averaged by hand."""
     tuned = make(load())
     for layer in tuned.base_model.model.layers:
         fully_shard(layer)
@@ -151,7 +148,7 @@ def fsdp_replicated_encoder():
 
 @scenario
 def accelerate_fsdp2():
-    """As accelerate prepares for GPUs; on CPUs it would quietly take DDP."""
+    """As accelerate prepares a model for GPUs. On CPUs it would use DDP without saying so."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel
 from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
 
@@ -15,7 +16,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @pytest.fixture
-def folder(tiny, tmp_path):
+def folder(tmp_path):
     """An adapter for the tiny Llama."""
     config = PrefixConfig(num_virtual_tokens=P, init_std=1.0)
     PrefixTuningModel(tiny.build(), config).save_pretrained(tmp_path / "adapter")
@@ -29,7 +30,7 @@ def edit(folder, **fields):
 
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("position_offset", [None, 0, 9])
-def test_round_trip(tiny, architecture, tmp_path, projection, position_offset):
+def test_round_trip(architecture, tmp_path, projection, position_offset):
     config = PrefixConfig(
         num_virtual_tokens=P,
         prefix_projection=projection,
@@ -52,7 +53,7 @@ def test_round_trip(tiny, architecture, tmp_path, projection, position_offset):
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
-def test_is_trainable(tiny, folder, is_trainable):
+def test_is_trainable(folder, is_trainable):
     loaded = PrefixTuningModel.from_pretrained(tiny.build(), folder, is_trainable=is_trainable)
     assert loaded.training == is_trainable
     trainable = [name for name, p in loaded.named_parameters() if p.requires_grad]
@@ -61,8 +62,8 @@ def test_is_trainable(tiny, folder, is_trainable):
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "CARTRIDGE"])
-def test_frozen_tokens_stay_frozen(tiny, tmp_path, peft_type, gated):
-    """Also where a format of ours holds what PEFT's cannot, and after a second saving."""
+def test_frozen_tokens_stay_frozen(tmp_path, peft_type, gated):
+    """This holds in our format too, which holds what PEFT's cannot, and after a second saving."""
     config = PrefixConfig(P, num_frozen_tokens=2, peft_type=peft_type, gated=gated)
     tuned = PrefixTuningModel(tiny.build(), config)
     for i in range(2):
@@ -75,7 +76,7 @@ def test_frozen_tokens_stay_frozen(tiny, tmp_path, peft_type, gated):
         assert tuned.encoder.embedding.shape[0] == P - 2
 
 
-def test_bfloat16_adapters_load(tiny, folder):
+def test_bfloat16_adapters_load(folder):
     weights = load_file(folder / WEIGHTS)
     save_file({n: t.bfloat16() for n, t in weights.items()}, folder / WEIGHTS)
     kv = PrefixTuningModel.from_pretrained(tiny.build(), folder).export()
@@ -83,13 +84,13 @@ def test_bfloat16_adapters_load(tiny, folder):
 
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
-def test_missing_file(tiny, folder, file):
+def test_missing_file(folder, file):
     (folder / file).unlink()
     with pytest.raises(FileNotFoundError, match=file):
         PrefixTuningModel.from_pretrained(tiny.build(), folder)
 
 
-def test_missing_folder(tiny, tmp_path):
+def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         PrefixTuningModel.from_pretrained(tiny.build(), tmp_path / "nowhere")
 
@@ -100,31 +101,31 @@ def test_adapter_for_another_model(model, folder):
         PrefixTuningModel.from_pretrained(model, folder)
 
 
-def test_adapter_for_fewer_layers(tiny, folder):
+def test_adapter_for_fewer_layers(folder):
     with pytest.raises(ValueError, match=rf"{CONFIG}: got num_layers 3, takes 2"):
         PrefixTuningModel.from_pretrained(tiny.build(num_hidden_layers=2), folder)
 
 
-def test_adapter_for_another_head_size(tiny, folder):
+def test_adapter_for_another_head_size(folder):
     with pytest.raises(ValueError, match=rf"{CONFIG}: got token_dim 32, takes 16"):
         PrefixTuningModel.from_pretrained(tiny.build(head_dim=8), folder)
 
 
-def test_config_that_says_nothing_of_the_model_leaves_it_to_the_weights(tiny, folder):
+def test_config_that_says_nothing_of_the_model_leaves_it_to_the_weights(folder):
     edit(folder, num_layers=None, num_attention_heads=None, token_dim=None)
     PrefixTuningModel.from_pretrained(tiny.build(), folder)
     with pytest.raises(ValueError, match=WEIGHTS):
         PrefixTuningModel.from_pretrained(tiny.build(num_hidden_layers=2), folder)
 
 
-def test_weights_of_another_length_than_the_config(tiny, folder):
+def test_weights_of_another_length_than_the_config(folder):
     edit(folder, num_virtual_tokens=P + 1)
     with pytest.raises(ValueError, match=f"num_virtual_tokens {P + 1}"):
         PrefixTuningModel.from_pretrained(tiny.build(), folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none(tiny, folder, value):
+def test_numbers_that_are_none(folder, value):
     weights = load_file(folder / WEIGHTS)
     weights["prompt_embeddings"][2, 3] = value
     save_file(weights, folder / WEIGHTS)
@@ -132,7 +133,7 @@ def test_numbers_that_are_none(tiny, folder, value):
         PrefixTuningModel.from_pretrained(tiny.build(), folder)
 
 
-def test_a_lora_adapter(tiny, tmp_path):
+def test_a_lora_adapter(tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     peft.get_peft_model(tiny.build(), config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{CONFIG}.*LORA.*'PREFIX_TUNING'"):
@@ -140,27 +141,27 @@ def test_a_lora_adapter(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "not JSON"])
-def test_config_that_is_not_json(tiny, folder, text):
+def test_config_that_is_not_json(folder, text):
     (folder / CONFIG).write_text(text)
     with pytest.raises(ValueError, match=CONFIG):
         PrefixTuningModel.from_pretrained(tiny.build(), folder)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"PREFIX_TUNING"'])
-def test_config_that_is_not_an_object(tiny, folder, text):
+def test_config_that_is_not_an_object(folder, text):
     (folder / CONFIG).write_text(text)
     with pytest.raises(ValueError, match=CONFIG):
         PrefixTuningModel.from_pretrained(tiny.build(), folder)
 
 
-def test_config_that_is_not_text(tiny, folder):
+def test_config_that_is_not_text(folder):
     (folder / CONFIG).write_bytes(b"\xff\xfe\x00{")
     with pytest.raises(ValueError, match=CONFIG):
         PrefixTuningModel.from_pretrained(tiny.build(), folder)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])
-def test_weights_cut_short(tiny, folder, keep):
+def test_weights_cut_short(folder, keep):
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:keep])
     with pytest.raises(ValueError, match=WEIGHTS):
@@ -179,13 +180,13 @@ def test_weights_cut_short(tiny, folder, keep):
     ],
     ids=["other name", "more", "other width", "flat", "a number", "integers"],
 )
-def test_weights_that_are_no_prefix(tiny, folder, tensors):
+def test_weights_that_are_no_prefix(folder, tensors):
     save_file(tensors, folder / WEIGHTS)
     with pytest.raises(ValueError, match=WEIGHTS):
         PrefixTuningModel.from_pretrained(tiny.build(), folder)
 
 
-def test_a_refused_adapter_leaves_the_model_as_it_was(tiny, folder):
+def test_a_refused_adapter_leaves_the_model_as_it_was(folder):
     (folder / WEIGHTS).unlink()
     model = tiny.build()
     with pytest.raises(FileNotFoundError):

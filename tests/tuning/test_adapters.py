@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel
 from fastprefix.kv import to_flat
 
@@ -42,7 +43,7 @@ def tuned(model):
 
 
 @pytest.fixture
-def batch(tiny):
+def batch():
     ids, mask = tiny.batch(LENGTHS)
     return {"input_ids": ids, "attention_mask": mask}
 
@@ -55,26 +56,26 @@ def trained(tuned):
     }
 
 
-def expected_logits(tiny, bare, kv, batch):
+def expected_logits(bare, kv, batch):
     ids, mask = batch.values()
     if kv is None:
         return bare(ids, attention_mask=mask, position_ids=tiny.positions(mask)).logits
     return tiny.expanded_forward(bare, kv, ids, mask).logits
 
 
-def assert_logits(tiny, tuned, bare, kv, batch):
-    got, expected = tuned(**batch).logits, expected_logits(tiny, bare, kv, batch)
+def assert_logits(tuned, bare, kv, batch):
+    got, expected = tuned(**batch).logits, expected_logits(bare, kv, batch)
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(got[real], expected[real], **CLOSE)
 
 
-def test_the_active_adapter_is_the_one_that_runs(tiny, tuned, bare, batch):
+def test_the_active_adapter_is_the_one_that_runs(tuned, bare, batch):
     for name in ("default", "b", "default"):
         tuned.set_adapter(name)
         assert tuned.active_adapter == name
         assert tuned.encoder is tuned.encoders[name]
         assert tuned.prefix_config is tuned.prefix_configs[name]
-        assert_logits(tiny, tuned, bare, tuned.export(name), batch)
+        assert_logits(tuned, bare, tuned.export(name), batch)
         assert torch.equal(to_flat(tuned.export()), to_flat(tuned.export(name)))
 
 
@@ -124,7 +125,7 @@ def test_delete_adapter(tuned):
     assert trained(tuned) == set(), "what was for inference stays so"
 
 
-def test_disabled_the_model_is_its_base(tiny, tuned, bare, batch):
+def test_disabled_the_model_is_its_base(tuned, bare, batch):
     ids, mask = batch.values()
     with tuned.disable_adapter():
         with tuned.disable_adapter():
@@ -141,10 +142,10 @@ def test_disabled_the_model_is_its_base(tiny, tuned, bare, batch):
     assert torch.equal(ids_got, tiny.generate(bare, ids, mask))
     with pytest.raises(RuntimeError), tuned.disable_adapter():
         raise RuntimeError
-    assert_logits(tiny, tuned, bare, tuned.export(), batch)
+    assert_logits(tuned, bare, tuned.export(), batch)
 
 
-def test_each_row_has_its_own_prefix(tiny, tuned, bare, batch):
+def test_each_row_has_its_own_prefix(tuned, bare, batch):
     ids, mask = batch.values()
     got = tuned(**batch, position_ids=tiny.positions(mask), prefix_names=ROWS).logits
     new = tiny.generate(tuned, ids, mask, prefix_names=ROWS, num_beams=2, num_return_sequences=2)
@@ -152,7 +153,7 @@ def test_each_row_has_its_own_prefix(tiny, tuned, bare, batch):
         real = mask[row].bool()
         text = {"input_ids": ids[row][real][None], "attention_mask": mask[row][real][None]}
         kv = tuned.export(name) if name else None
-        expected = expected_logits(tiny, bare, kv, text)[0]
+        expected = expected_logits(bare, kv, text)[0]
         torch.testing.assert_close(got[row][real], expected, **CLOSE)
         if name is None:
             alone = tiny.generate(bare, *text.values(), num_beams=2, num_return_sequences=2)
@@ -162,7 +163,7 @@ def test_each_row_has_its_own_prefix(tiny, tuned, bare, batch):
         assert torch.equal(new[2 * row : 2 * row + 2], alone)
 
 
-def test_rows_without_any_prefix_are_the_base(tiny, tuned, bare, batch):
+def test_rows_without_any_prefix_are_the_base(tuned, bare, batch):
     ids, mask = batch.values()
     positions = tiny.positions(mask)
     got = tuned(**batch, position_ids=positions, prefix_names=[None] * 4).logits
@@ -173,8 +174,8 @@ def test_rows_without_any_prefix_are_the_base(tiny, tuned, bare, batch):
 
 
 @pytest.mark.parametrize("frozen", [None, "default"])
-def test_gradients_of_all_that_are_named(tiny, tuned, bare, batch, frozen):
-    """In one forward, those of each row alone with its prefix in a bare model's cache."""
+def test_gradients_of_all_that_are_named(tuned, bare, batch, frozen):
+    """One forward gives the gradients of each row alone, its prefix in a bare model's cache."""
     ids, mask = batch.values()
     tuned.set_requires_grad(["default", "b"])
     if frozen:
@@ -197,7 +198,7 @@ def test_gradients_of_all_that_are_named(tiny, tuned, bare, batch, frozen):
 
 
 @pytest.mark.parametrize("architecture", ["llama"])
-def test_each_packed_sequence_has_its_own_prefix(tiny, tuned, bare):
+def test_each_packed_sequence_has_its_own_prefix(tuned, bare):
     lengths, names = [4, 6, 3], ["b", None, "default"]
     ids = torch.randint(3, tiny.VOCAB, (1, sum(lengths)))
     packed = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
@@ -205,7 +206,7 @@ def test_each_packed_sequence_has_its_own_prefix(tiny, tuned, bare):
     for logits, text, name in zip(got, ids[0].split(lengths), names, strict=True):
         row = {"input_ids": text[None], "attention_mask": torch.ones_like(text)[None]}
         kv = tuned.export(name) if name else None
-        torch.testing.assert_close(logits, expected_logits(tiny, bare, kv, row)[0], **CLOSE)
+        torch.testing.assert_close(logits, expected_logits(bare, kv, row)[0], **CLOSE)
     with pytest.raises(ValueError, match="got 2 names, takes one for each"):
         tuned(ids, **packed, prefix_names=names[:2])
     with pytest.raises(ValueError, match="prefix_names: got 'c'"):
@@ -245,7 +246,7 @@ def test_unknown_names(tuned, tmp_path):
             call()
 
 
-def test_peft_loads_all_that_we_save(tiny, model, bare, tmp_path):
+def test_peft_loads_all_that_we_save(model, bare, tmp_path):
     tuned = PrefixTuningModel(model, config(4)).eval()
     tuned.add_adapter("b", config(6, prefix_projection=True, encoder_hidden_size=8))
     tuned.save_pretrained(tmp_path)
@@ -260,7 +261,7 @@ def test_peft_loads_all_that_we_save(tiny, model, bare, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["llama"])
-def test_adapters_come_back_under_any_name(tiny, tuned, batch, tmp_path):
+def test_adapters_come_back_under_any_name(tuned, batch, tmp_path):
     tuned.save_pretrained(tmp_path / "all")
     tuned.save_pretrained(tmp_path / "one", selected_adapters=["b"])
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"README.md", "b"}
@@ -278,7 +279,7 @@ def test_adapters_come_back_under_any_name(tiny, tuned, batch, tmp_path):
         again.load_adapter(tmp_path / "all", "second")
 
 
-def test_checkpoints_hold_all_adapters(tiny, architecture, tuned, batch):
+def test_checkpoints_hold_all_adapters(architecture, tuned, batch):
     again = PrefixTuningModel(tiny.build(architecture), config(4, position_offset=9)).eval()
     again.add_adapter("b", config(6, prefix_projection=True, encoder_hidden_size=8))
     expected = tuned(**batch, prefix_names=ROWS).logits
@@ -290,14 +291,11 @@ def test_checkpoints_hold_all_adapters(tiny, architecture, tuned, batch):
 class Items(torch.utils.data.Dataset):
     """Texts, each for the adapter of its task."""
 
-    def __init__(self, tiny):
-        self.tiny = tiny
-
     def __len__(self):
         return 8
 
     def __getitem__(self, item):
-        ids = (torch.arange(5) * 7 + item) % self.tiny.VOCAB
+        ids = (torch.arange(5) * 7 + item) % tiny.VOCAB
         return {"input_ids": ids, "labels": ids, "prefix_names": "default" if item % 2 else "b"}
 
 
@@ -307,14 +305,14 @@ def collate(items):
 
 
 @pytest.mark.parametrize("architecture", ["llama"])
-def test_a_trainer_trains_two_tasks_at_once(tiny, tuned, tmp_path):
+def test_a_trainer_trains_two_tasks_at_once(tuned, tmp_path):
     tuned.set_requires_grad(["default", "b"])
     before = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
     arguments = TrainingArguments(
         str(tmp_path), report_to=[], use_cpu=True, max_steps=4, per_device_train_batch_size=4,
         learning_rate=3e-2, logging_steps=1, save_steps=4, disable_tqdm=True,
     )  # fmt: skip
-    trainer = Trainer(tuned, arguments, train_dataset=Items(tiny), data_collator=collate)
+    trainer = Trainer(tuned, arguments, train_dataset=Items(), data_collator=collate)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -363,7 +361,7 @@ def build(make, tuned_config):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_rows_of_an_encoder_are_what_each_is_alone(tiny, name):
+def test_rows_of_an_encoder_are_what_each_is_alone(name):
     tuned = build(ENCODERS[name], config(4, task_type="FEATURE_EXTRACTION"))
     ids, mask = tiny.batch(LENGTHS, "right")
     got = tuned(ids, mask, prefix_names=ROWS).logits
@@ -386,8 +384,8 @@ def test_rows_of_an_encoder_are_what_each_is_alone(tiny, name):
 
 
 @pytest.mark.parametrize("name", SEQ_2_SEQ)
-def test_rows_of_an_encoder_decoder_are_what_each_is_alone(tiny, name):
-    """In all three groups of layers; beams repeat the decoder's rows and not the encoder's."""
+def test_rows_of_an_encoder_decoder_are_what_each_is_alone(name):
+    """All three groups of layers have prefixes. Beams repeat only the rows of the decoder."""
     tuned = build(SEQ_2_SEQ[name], config(4, task_type="SEQ_2_SEQ_LM"))
     ids, mask = tiny.batch(LENGTHS, "right")
     options = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 6, "min_new_tokens": 6}
@@ -405,7 +403,7 @@ def test_rows_of_an_encoder_decoder_are_what_each_is_alone(tiny, name):
         assert torch.equal(new[2 * row : 2 * row + 2], alone)
 
 
-def test_rows_that_a_decoder_cannot_place_are_refused(tiny):
+def test_rows_that_a_decoder_cannot_place_are_refused():
     """BART's positions are told one number for the whole batch."""
     tuned = build(SEQ_2_SEQ["bart"], config(4, task_type="SEQ_2_SEQ_LM", position_offset=3))
     ids, mask = tiny.batch(LENGTHS, "right")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel
 
 
@@ -12,7 +13,7 @@ def error(got, exact):
 
 @pytest.mark.parametrize(("architecture", "projection"), [("llama", True), ("gpt2", False)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_loss_and_gradients(tiny, architecture, projection, dtype):
+def test_loss_and_gradients(architecture, projection, dtype):
     """Both against float64: no worse than twice the bare model's error."""
     config = PrefixConfig(num_virtual_tokens=5, prefix_projection=projection, init_std=1.0)
     tuned = PrefixTuningModel(tiny.build(architecture), config)

@@ -13,6 +13,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel
 
 P = 4
@@ -23,7 +24,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
-def gemma2(tiny):
+def gemma2():
     """A window in the first layer, caps in both."""
     fields = {"num_hidden_layers": 2, "sliding_window": 4, "attn_logit_softcapping": 2.0}
     config = Gemma2Config(**{**tiny.GROUPED, **fields})
@@ -31,7 +32,7 @@ def gemma2(tiny):
     return tiny.from_config(config), "CAUSAL_LM"
 
 
-def bert(tiny):
+def bert():
     config = BertConfig(
         vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
         intermediate_size=48, initializer_range=0.15, hidden_dropout_prob=0.0,
@@ -40,7 +41,7 @@ def bert(tiny):
     return BertForMaskedLM(config), "FEATURE_EXTRACTION"
 
 
-def t5(tiny):
+def t5():
     config = T5Config(
         vocab_size=tiny.VOCAB, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2,
         decoder_start_token_id=0, dropout_rate=0.0, initializer_factor=0.3,
@@ -48,7 +49,7 @@ def t5(tiny):
     return T5ForConditionalGeneration(config), "SEQ_2_SEQ_LM"
 
 
-def solve(tiny, run, tuned, side):
+def solve(run, tuned, side):
     """Loss, and the gradient of each parameter of the encoder."""
     ids, mask = tiny.batch((7, 4, 2), side)
     labels = ids.masked_fill(mask == 0, -100)
@@ -61,14 +62,14 @@ def solve(tiny, run, tuned, side):
 
 
 @pytest.mark.parametrize("build", [gemma2, bert, t5])
-def test_a_training_step_is_one_graph(tiny, build):
+def test_a_training_step_is_one_graph(build):
     torch.manual_seed(0)
-    model, task = build(tiny)
+    model, task = build()
     ids = tiny.batch((4,))[0]
     tiny.skip_unless_one_graph(model, input_ids=ids, labels=ids)
     config = PrefixConfig(num_virtual_tokens=P, task_type=task, init_std=1.0)
     tuned = PrefixTuningModel(model, config).train()
     side = "right" if task == "CAUSAL_LM" else "left"
-    expected = solve(tiny, tuned, tuned, side)
+    expected = solve(tuned, tuned, side)
     compiled = torch.compile(tuned, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(solve(tiny, compiled, tuned, side), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(solve(compiled, tuned, side), expected, rtol=1e-4, atol=1e-6)

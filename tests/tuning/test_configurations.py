@@ -9,6 +9,7 @@ import torch
 from peft import TaskType
 from transformers import BertConfig, BertForSequenceClassification
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 
 CONFIG = "adapter_config.json"
@@ -171,7 +172,7 @@ def test_bad_files_are_named(tmp_path):
         PrefixConfig().save_pretrained(tmp_path / CONFIG)
 
 
-def test_an_adapter_s_folder_tells_its_configuration(tiny, tmp_path):
+def test_an_adapter_s_folder_tells_its_configuration(tmp_path):
     config = PrefixConfig(6, num_frozen_tokens=2, task_type="CAUSAL_LM")
     PrefixTuningModel(tiny.build("llama"), config).save_pretrained(tmp_path)
     found = PrefixConfig.from_pretrained(tmp_path)
@@ -181,7 +182,7 @@ def test_an_adapter_s_folder_tells_its_configuration(tiny, tmp_path):
     assert again.prefix_config.num_frozen_tokens == 2
 
 
-def test_models_take_peft_s_objects(tiny):
+def test_models_take_peft_s_objects():
     theirs = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
     tuned = PrefixTuningModel(tiny.build("llama"), peft.PrefixTuningConfig(**theirs))
     tuned.add_adapter("long", peft.CartridgeConfig(num_virtual_tokens=7))
@@ -200,7 +201,7 @@ def test_models_take_peft_s_objects(tiny):
         PrefixTuningModel(tiny.build("llama"), 20)
 
 
-def test_a_text_of_peft_s_comes_with_its_tokenizer(tiny, monkeypatch):
+def test_a_text_of_peft_s_comes_with_its_tokenizer(monkeypatch):
     asked = []
 
     def load(name, **options):
@@ -253,7 +254,7 @@ def test_inference_mode_trains_nothing(kind):
         assert frozen.encoder.embedding.requires_grad, "as in PEFT"
 
 
-def test_inference_mode_leaves_a_lora_inside_the_base_alone(tiny):
+def test_inference_mode_leaves_a_lora_inside_the_base_alone():
     inside = peft.get_peft_model(tiny.build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     tuned = PrefixTuningModel(inside, PrefixConfig(4, inference_mode=True))
     trained = {name for name, p in tuned.named_parameters() if p.requires_grad}

@@ -178,7 +178,7 @@ def test_files_of_before_still_load(tmp_path, kind):
 )
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING"])
 def test_crafted_configurations(tmp_path, kind, fields, said):
-    """Of PEFT's files, whose weights do not tell what belongs there; nothing large is made."""
+    """PEFT's weights do not say what belongs there. The sizes in the file are not trusted."""
     save(tmp_path, kind)
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {"format": "pt"})
     config = json.loads((tmp_path / CONFIG).read_text())

@@ -13,17 +13,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Olmo2Config, Trainer, TrainingArguments
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel
+from fastprefix_testing import textbook
 
 P = 5
 WORKER = Path(__file__).with_name("distributed_worker.py")
+SUPPORT = str(Path(__file__).parents[1] / "support")
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
-VOCAB = 102  # transformers before 5.20 splits the head between ranks of equal size alone
+VOCAB = 102  # transformers before 5.20 splits the head only into equal parts
 GATHERED = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
+def folder(tmp_path_factory):
     """What both processes wrote; they are killed when they take too long."""
     folder = tmp_path_factory.mktemp("distributed")
     fields = {name: value for name, value in tiny.GROUPED.items() if name != "head_dim"}
@@ -37,6 +40,7 @@ def folder(tiny, tmp_path_factory):
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([SUPPORT, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "HF_HUB_OFFLINE": "1",
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",  # accelerate asks for these two, and needs neither
@@ -89,7 +93,7 @@ def make(folder):
 
 
 @pytest.fixture
-def expected(tiny, folder):
+def expected(folder):
     """Gradients by name on all rows at once, the prefix in a bare model's cache."""
 
     def solve(tuned, name="llama"):
@@ -124,7 +128,7 @@ def test_other_wrappers_give_the_gradients_of_the_whole_batch(found, make, expec
 
 
 def test_accelerate_prepares_fsdp2(found, make, expected):
-    """And the checkpoint it gathers is the whole adapter, alone."""
+    """The checkpoint that it gathers is the whole adapter and nothing else."""
     gradients = expected(make())
     for result in found("accelerate_fsdp2"):
         torch.testing.assert_close(result["gradients"], gradients, **CLOSE)
@@ -136,7 +140,7 @@ def test_accelerate_prepares_fsdp2(found, make, expected):
 
 
 @pytest.mark.parametrize("projection", [False, True])
-def test_a_sharded_encoder_exports_and_generates_as_a_whole_one(tiny, found, make, projection):
+def test_a_sharded_encoder_exports_and_generates_as_a_whole_one(found, make, projection):
     tuned = make(projection).eval()
     kv = tuned.export()
     ids = tiny.generate(tuned, tiny.batch((7, 4, 4, 7))[0][:1])
@@ -147,7 +151,7 @@ def test_a_sharded_encoder_exports_and_generates_as_a_whole_one(tiny, found, mak
 
 
 @pytest.mark.parametrize("projection", [False, True])
-def test_a_sharded_encoder_is_saved_by_one_process(tiny, folder, found, make, projection):
+def test_a_sharded_encoder_is_saved_by_one_process(folder, found, make, projection):
     both = found("fsdp_sharded")
     assert [result[f"saved={projection}"] for result in both] == [True, False]
     loaded = PrefixTuningModel.from_pretrained(tiny.build(), folder / f"saved {projection} 0")
@@ -156,7 +160,7 @@ def test_a_sharded_encoder_is_saved_by_one_process(tiny, folder, found, make, pr
         torch.testing.assert_close(got, expected)
 
 
-def test_trainer_under_ddp_equals_one_process_with_both_batches(tiny, found, make, tmp_path):
+def test_trainer_under_ddp_equals_one_process_with_both_batches(found, make, tmp_path):
     ids, mask = tiny.batch((7, 3, 4, 6, 2, 7, 5, 5))
     labels = ids.masked_fill(mask == 0, -100)
     data = [
@@ -181,7 +185,7 @@ def test_trainer_under_ddp_equals_one_process_with_both_batches(tiny, found, mak
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("name", ["llama", "olmo2"], ids=["sharded heads", "gathered heads"])
 def test_tensor_parallel_gradients(found, make, expected, name, projection):
-    """Of the whole prefix, on every rank, though ranks drew different ones."""
+    """Every rank has the gradient of the whole prefix, although ranks drew different prefixes."""
     first, second = found(f"tp_{name}")
     parameters = first[f"parameters={projection}"]
     torch.testing.assert_close(second[f"parameters={projection}"], parameters, rtol=0, atol=0)
@@ -195,7 +199,7 @@ def test_tensor_parallel_gradients(found, make, expected, name, projection):
 
 @pytest.mark.parametrize("kind", ["bias", "gate"])
 @pytest.mark.parametrize("name", ["llama", "olmo2"])
-def test_tensor_parallel_query_heads(tiny, folder, found, name, kind):
+def test_tensor_parallel_query_heads(folder, found, name, kind):
     """Each rank has the numbers of its own query heads, and all get the gradient of all."""
     results = found(f"tp_{name}")
     model, bare = (AutoModelForCausalLM.from_pretrained(folder / name) for _ in range(2))
@@ -206,7 +210,7 @@ def test_tensor_parallel_query_heads(tiny, folder, found, name, kind):
     ids, mask = tiny.batch((7, 4, 4, 7))
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": tiny.positions(mask)}
     labels = ids.masked_fill(inputs["position_ids"] == 0, -100)
-    tiny.concatenating(bare.eval(), kv, inputs)(**inputs, labels=labels).loss.backward()
+    textbook.concatenating(bare.eval(), kv, inputs)(**inputs, labels=labels).loss.backward()
     gradients = {f"encoders.default.{n}": p.grad for n, p in tuned.encoder.named_parameters()}
     assert len(gradients) == 2
     for result in results:
@@ -214,7 +218,7 @@ def test_tensor_parallel_query_heads(tiny, folder, found, name, kind):
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo2"])
-def test_tensor_parallel_prompts(tiny, folder, found, name):
+def test_tensor_parallel_prompts(folder, found, name):
     """A prompt's keys and values are those of all heads; generation equals the concatenation."""
     bare = AutoModelForCausalLM.from_pretrained(folder / name).eval()
     front, (ids, mask) = tiny.prompt(), tiny.batch()

@@ -5,6 +5,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, use_prefix
 
 P = 6
@@ -53,7 +54,7 @@ def plain(bare):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradients(tiny, model, plain, encoder, layout):
+def test_loss_and_gradients(model, plain, encoder, layout):
     fields, lengths = LAYOUTS[layout]
     config = PrefixConfig(P, init_std=1.0, **encoder, **fields)
     tuned = PrefixTuningModel(model.double(), config).double()
@@ -77,7 +78,7 @@ def test_loss_and_gradients(tiny, model, plain, encoder, layout):
 
 @pytest.mark.parametrize("architecture", ["llama"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_export_drops_the_encoder_and_gives_the_same_prefix(tiny, model, bare, encoder, layout):
+def test_export_drops_the_encoder_and_gives_the_same_prefix(model, bare, encoder, layout):
     fields, _ = LAYOUTS[layout]
     config = PrefixConfig(P, init_std=1.0, dropout=0.3, **encoder, **fields)
     tuned = PrefixTuningModel(model, config).eval()

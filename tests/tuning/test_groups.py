@@ -5,17 +5,19 @@ import json
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, patch_model, use_prefix
 from fastprefix.formats.peft_prefixes import load_adapter
 from fastprefix.hf import patch_of
+from fastprefix_testing import textbook, zoo
 
 GROUPS = [None, ("encoder",), ("decoder",), ("cross",), ("encoder", "cross")]
 
 
 @pytest.mark.parametrize("projection", [False, True], ids=["direct", "MLP"])
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
-def test_only_the_chosen_groups_are_trained(tiny, groups, projection):
-    model = tiny.kind("t5", torch.float32)
+def test_only_the_chosen_groups_are_trained(groups, projection):
+    model = zoo.kind("t5", torch.float32)
     config = PrefixConfig(
         num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM", groups=groups, prefix_projection=projection
     )
@@ -30,7 +32,7 @@ def test_only_the_chosen_groups_are_trained(tiny, groups, projection):
         width = sum(shape.width for shape, yes in zip(kv.shapes, chosen, strict=True) if yes)
         assert tuned.encoder.embedding.shape == (3, width)
 
-    inputs, _ = tiny.kind_inputs(model)
+    inputs, _ = zoo.kind_inputs(model)
     labels = inputs.pop("decoder_input_ids")
     tuned.train()
     before = tuned(**inputs, labels=labels).loss
@@ -41,22 +43,22 @@ def test_only_the_chosen_groups_are_trained(tiny, groups, projection):
     assert tuned(**inputs, labels=labels).loss < before
 
 
-def test_layers_without_a_prefix_run_without_one(tiny):
+def test_layers_without_a_prefix_run_without_one():
     """The same logits as with a prefix for all layers, of which the oracle hides the others."""
-    model, bare = patch_model(tiny.kind("bart")), tiny.kind("bart")
-    inputs, real = tiny.kind_inputs(model)
+    model, bare = patch_model(zoo.kind("bart")), zoo.kind("bart")
+    inputs, real = zoo.kind_inputs(model)
     shapes = patch_of(model).shapes
     chosen = [layer for layer, group in enumerate(patch_of(model).groups) if group == "cross"]
     kv = tiny.kv_of_shapes(shapes).detach().select(chosen).spread(chosen, shapes)
-    expected = tiny.concatenating(bare, kv, inputs)(**inputs).logits
+    expected = textbook.concatenating(bare, kv, inputs)(**inputs).logits
     with use_prefix(model, kv):
         got = model(**inputs).logits
     torch.testing.assert_close(got[real], expected[real], rtol=0, atol=1e-9)
     assert kv.num_virtual_tokens == 5
 
 
-def test_a_prefix_with_gaps_is_saved_and_loaded(tiny, tmp_path):
-    shapes = patch_of(patch_model(tiny.kind("t5"))).shapes
+def test_a_prefix_with_gaps_is_saved_and_loaded(tmp_path):
+    shapes = patch_of(patch_model(zoo.kind("t5"))).shapes
     kv = tiny.kv_of_shapes(shapes).detach().select([1, 4]).spread([1, 4], shapes)
     kv.save(tmp_path / "kv.safetensors")
     loaded = PrefixKV.load(tmp_path / "kv.safetensors")
@@ -66,8 +68,8 @@ def test_a_prefix_with_gaps_is_saved_and_loaded(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("layers", [[0], [0, 0], [0, 5], [-1, 0]])
-def test_layers_that_do_not_exist(tiny, layers):
-    shapes = patch_of(patch_model(tiny.kind("bert"))).shapes
+def test_layers_that_do_not_exist(layers):
+    shapes = patch_of(patch_model(zoo.kind("bert"))).shapes
     with pytest.raises(ValueError, match="layers: got"):
         tiny.kv_of_shapes(shapes).spread(layers, shapes)
 
@@ -78,8 +80,8 @@ def test_groups_that_do_not_exist(groups):
         PrefixConfig(groups=groups)
 
 
-def test_groups_that_the_model_does_not_have(tiny):
-    model = tiny.kind("bert")
+def test_groups_that_the_model_does_not_have():
+    model = zoo.kind("bert")
     config = PrefixConfig(task_type="FEATURE_EXTRACTION", groups=("encoder", "cross"))
     with pytest.raises(ValueError, match=r"groups: got .*takes some of \('encoder',\)"):
         PrefixTuningModel(model, config)
@@ -88,9 +90,9 @@ def test_groups_that_the_model_does_not_have(tiny):
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
-def test_a_start_from_text(tiny, name):
+def test_a_start_from_text(name):
     """All groups start from what the bare model's own layers make of the text."""
-    model, bare = tiny.kind(name, torch.float32), tiny.kind(name, torch.float32)
+    model, bare = zoo.kind(name, torch.float32), zoo.kind(name, torch.float32)
     task = "SEQ_2_SEQ_LM" if name == "t5" else "FEATURE_EXTRACTION"
     torch.manual_seed(3)
     tuned = PrefixTuningModel(
@@ -110,57 +112,57 @@ def test_a_start_from_text(tiny, name):
     torch.testing.assert_close(kv.keys[0], expected.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_images_have_no_text_to_start_from(tiny):
+def test_images_have_no_text_to_start_from():
     config = PrefixConfig(task_type="FEATURE_EXTRACTION", init="vocab")
     with pytest.raises(ValueError, match="pixel_values"):
-        PrefixTuningModel(tiny.kind("vit", torch.float32), config)
+        PrefixTuningModel(zoo.kind("vit", torch.float32), config)
 
 
-def test_an_encoder_is_saved_in_pefts_format(tiny, tmp_path):
-    model, config = tiny.kind("bert", torch.float32), PrefixConfig(task_type="FEATURE_EXTRACTION")
+def test_an_encoder_is_saved_in_pefts_format(tmp_path):
+    model, config = zoo.kind("bert", torch.float32), PrefixConfig(task_type="FEATURE_EXTRACTION")
     tuned = PrefixTuningModel(model, config)
     tuned.save_pretrained(tmp_path)
-    loaded = PrefixTuningModel.from_pretrained(tiny.kind("bert", torch.float32), tmp_path)
-    inputs, _ = tiny.kind_inputs(model)
+    loaded = PrefixTuningModel.from_pretrained(zoo.kind("bert", torch.float32), tmp_path)
+    inputs, _ = zoo.kind_inputs(model)
     with torch.no_grad():
         assert torch.equal(tuned.eval()(**inputs).logits, loaded(**inputs).logits)
 
 
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
-def test_groups_are_saved_and_loaded(tiny, groups, tmp_path):
-    """In a file of their own, since PEFT's format has a place for none of these."""
+def test_groups_are_saved_and_loaded(groups, tmp_path):
+    """They have a file of their own, since PEFT's format has no place for them."""
     config = PrefixConfig(
         num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM", groups=groups, init_std=1.0
     )
-    tuned = PrefixTuningModel(tiny.kind("t5", torch.float32), config).eval()
+    tuned = PrefixTuningModel(zoo.kind("t5", torch.float32), config).eval()
     tuned.save_pretrained(tmp_path)
     assert load_adapter(tmp_path).config["not_peft"]
-    loaded = PrefixTuningModel.from_pretrained(tiny.kind("t5", torch.float32), tmp_path)
+    loaded = PrefixTuningModel.from_pretrained(zoo.kind("t5", torch.float32), tmp_path)
     assert loaded.encoder.layout == tuned.encoder.layout
-    inputs, _ = tiny.kind_inputs(tuned.base_model)
+    inputs, _ = zoo.kind_inputs(tuned.base_model)
     with torch.no_grad():
         assert torch.equal(tuned(**inputs).logits, loaded(**inputs).logits)
 
 
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
-def test_training_starts_from_a_saved_prefix(tiny, tmp_path, groups):
-    """Also from PEFT's format, which holds a decoder's prefix alone."""
+def test_training_starts_from_a_saved_prefix(tmp_path, groups):
+    """This includes PEFT's format, which holds only a decoder's prefix."""
     config = {"num_virtual_tokens": 3, "task_type": "SEQ_2_SEQ_LM", "groups": groups}
     if groups == ("decoder",):
         config["position_offset"] = 3  # as PEFT's
-    saved = PrefixTuningModel(tiny.kind("t5", torch.float32), PrefixConfig(**config))
+    saved = PrefixTuningModel(zoo.kind("t5", torch.float32), PrefixConfig(**config))
     saved.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (written["peft_type"] == "PREFIX_TUNING") == (groups == ("decoder",))
     start = PrefixConfig(**config, init="prefix", init_prefix=str(tmp_path))
-    tuned = PrefixTuningModel(tiny.kind("t5", torch.float32), start)
+    tuned = PrefixTuningModel(zoo.kind("t5", torch.float32), start)
     for got, want in zip(tuned.export().tensors, saved.export().tensors, strict=True):
         assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert"])
-def test_a_prefix_that_slides_is_refused_before_anything_changes(tiny, kind):
-    model = tiny.kind(kind, torch.float32)
+def test_a_prefix_that_slides_is_refused_before_anything_changes(kind):
+    model = zoo.kind(kind, torch.float32)
     with pytest.raises(ValueError, match="prefix_in_window: got True"):
         PrefixTuningModel(model, PrefixConfig(3, prefix_in_window=True))
     assert all(p.requires_grad for p in model.parameters())

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel
 from fastprefix.encoders import resize
 from fastprefix.kv import to_flat
+from fastprefix_testing import zoo
 
 
 class Letters:
@@ -48,7 +50,7 @@ def test_shorter_text_is_repeated(start, bare):
     assert_same(start(P), PrefixKV.from_text(bare, Letters(), (3 * TEXT)[:P]))
 
 
-def test_text_start_of_a_projection_trains(tiny, model):
+def test_text_start_of_a_projection_trains(model):
     """Its last layer starts at zero, which must not stop the gradient for good."""
     config = PrefixConfig(9, init="text", init_text=TEXT, prefix_projection=True)
     tuned = PrefixTuningModel(model, config, Letters())
@@ -103,7 +105,7 @@ def test_orthogonal(model, projection):
 
 
 @pytest.mark.parametrize("projection", [False, True])
-def test_start_from_files_of_another_prefix(tiny, model, projection, tmp_path):
+def test_start_from_files_of_another_prefix(model, projection, tmp_path):
     kv = tiny.random_kv(model, 5)
     kv.save(tmp_path / "kv.safetensors")
     PrefixTuningModel(tiny.from_config(model.config), PrefixConfig(5)).save_pretrained(tmp_path)
@@ -128,7 +130,7 @@ def test_start_from_files_of_another_prefix(tiny, model, projection, tmp_path):
                 assert torch.equal(got[:, known], want[:, known])
 
 
-def test_prefix_of_another_model_is_refused_before_anything_changes(tiny, model, tmp_path):
+def test_prefix_of_another_model_is_refused_before_anything_changes(model, tmp_path):
     file = str(tmp_path / "kv.safetensors")
     key = torch.zeros(2, 5, 3)
     PrefixKV([key], [key.clone()], 5).save(file)
@@ -221,10 +223,10 @@ def test_config_takes_lists_of_integers(value):
             PrefixConfig(**{field: value})
 
 
-def first_layer_alone(tiny, name, layer):
+def first_layer_alone(name, layer):
     """The same weights in a model whose only layer is that layer of the whole model."""
-    whole = tiny.kind(name, torch.float32)
-    one = tiny.kind(name, torch.float32)
+    whole = zoo.kind(name, torch.float32)
+    one = zoo.kind(name, torch.float32)
     others = {"gpt2": "transformer.h", "opt": "model.decoder.layers", "bert": "bert.encoder.layer"}
     stack = others.get(name, "model.layers")
     layers = one.get_submodule(stack)
@@ -237,13 +239,13 @@ def hooks(model):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "bert"])
-def test_embeddings_as_though_each_layer_were_the_first(tiny, name):
+def test_embeddings_as_though_each_layer_were_the_first(name):
     config = PrefixConfig(len(TEXT), init="embeddings", init_text=TEXT, position_offset=0)
-    model = tiny.kind(name, torch.float32)
+    model = zoo.kind(name, torch.float32)
     kv = PrefixTuningModel(model, config, Letters()).export()
     plain = PrefixConfig(len(TEXT), init="text", init_text=TEXT, position_offset=0)
     for layer in range(2):
-        one = first_layer_alone(tiny, name, layer)
+        one = first_layer_alone(name, layer)
         text = PrefixTuningModel(one, plain, Letters()).export()
         assert hooks(model) == hooks(one)
         torch.testing.assert_close(kv.keys[layer], text.keys[0])
@@ -251,7 +253,7 @@ def test_embeddings_as_though_each_layer_were_the_first(tiny, name):
     assert not torch.allclose(kv.values[1], text.values[1], atol=1e-2), "of the layers below it"
 
 
-def test_embeddings_of_an_encoder_decoder_are_refused(tiny):
+def test_embeddings_of_an_encoder_decoder_are_refused():
     config = PrefixConfig(4, init="embeddings", init_text=TEXT)
     with pytest.raises(ValueError, match="of an encoder-decoder has no embeddings"):
-        PrefixTuningModel(tiny.kind("t5"), config, Letters())
+        PrefixTuningModel(zoo.kind("t5"), config, Letters())

@@ -18,10 +18,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTrainer, PrefixTuningModel
 from fastprefix.cli.convert import run_conversion
 from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
 from fastprefix.tuning.trainer import PrefixTrainingArguments
+from fastprefix_testing import interruptions
 
 # How far apart the moments of the kills are, where there are many.
 EVERY = 3
@@ -45,7 +47,7 @@ def restored(folder: Path, template: Path) -> None:
 
 
 @pytest.fixture
-def savers(tiny):
+def savers():
     """Functions that save, by what: each other's files differ in number, kind and length."""
 
     def of(config: PrefixConfig, **options: Any) -> Any:
@@ -61,7 +63,7 @@ def savers(tiny):
 
 
 @pytest.mark.parametrize("pair", [("PEFT's", "ours"), ("ours", "PEFT's"), ("PEFT's", "bin")])
-def test_save_pretrained_is_killed(ram_path, savers, interruptions, pair):
+def test_save_pretrained_is_killed(ram_path, savers, pair):
     old, new = (savers[what] for what in pair)
     folder, template = ram_path / "adapter", ram_path / "template"
     new(folder)
@@ -89,7 +91,7 @@ def test_save_pretrained_is_killed(ram_path, savers, interruptions, pair):
     assert not list(folder.rglob(".fastprefix-*")), "what the killed ones left is gone"
 
 
-def test_the_first_save_is_killed(ram_path, savers, interruptions):
+def test_the_first_save_is_killed(ram_path, savers):
     """There is the whole adapter, or none."""
     folder = ram_path / "adapter"
     steps = interruptions.steps_of(lambda: savers["ours"](folder))
@@ -109,7 +111,7 @@ def test_the_first_save_is_killed(ram_path, savers, interruptions):
 
 
 @pytest.fixture(params=["tmpfs", "limit"])
-def how(request, tmp_path, interruptions):
+def how(request, tmp_path):
     if request.param == "tmpfs" and not interruptions.can_mount(tmp_path):
         pytest.skip("no disk of one's own here")
     return request.param
@@ -119,7 +121,7 @@ REASONS = ("No space left on device", "File too large")
 
 
 @pytest.mark.parametrize("pair", [("PEFT's", "ours"), ("ours", "PEFT's"), ("PEFT's", "bin")])
-def test_save_pretrained_without_room(tmp_path, savers, interruptions, how, pair):
+def test_save_pretrained_without_room(tmp_path, savers, how, pair):
     old, new = (savers[what] for what in pair)
     new(tmp_path / "new")
     old(tmp_path / "old")
@@ -148,7 +150,7 @@ def test_save_pretrained_without_room(tmp_path, savers, interruptions, how, pair
     assert outcomes == {False, True}
 
 
-def test_a_file_without_room(tmp_path, interruptions, how):
+def test_a_file_without_room(tmp_path, how):
     def make(number: float) -> PrefixKV:
         x = torch.full((2, 8, 16), number)
         return PrefixKV([x], [x], 8)
@@ -219,7 +221,7 @@ def targets(folder: Path, to: str) -> None:
 
 
 @pytest.mark.parametrize("to", ["fastprefix", "CARTRIDGE"])
-def test_convert_is_killed(ram_path, interruptions, to):
+def test_convert_is_killed(ram_path, to):
     folder, template = ram_path / "files", ram_path / "template"
     sources(template)
     targets(template, to)
@@ -235,7 +237,7 @@ def test_convert_is_killed(ram_path, interruptions, to):
 
 
 @pytest.mark.parametrize("to", ["fastprefix", "CARTRIDGE"])
-def test_convert_without_room(tmp_path, interruptions, how, to):
+def test_convert_without_room(tmp_path, how, to):
     def before(disk: Path) -> None:
         sources(disk)
         targets(disk, to)
@@ -254,7 +256,7 @@ def test_convert_without_room(tmp_path, interruptions, how, to):
 
 
 @pytest.fixture
-def trainer(tiny, ram_path):
+def trainer(ram_path):
     """A trainer that has made its first step, and a checkpoint of it."""
     tuned = PrefixTuningModel(tiny.build(), PrefixConfig(4))
     ids = (torch.arange(4)[:, None] % 3 + torch.arange(6) * 7 + 1) % tiny.VOCAB
@@ -294,7 +296,7 @@ def files_of(folder: Path) -> dict[str, int]:
     }
 
 
-def test_a_checkpoint_is_killed(trainer, ram_path, interruptions):
+def test_a_checkpoint_is_killed(trainer, ram_path):
     out, template = ram_path / "out", ram_path / "template"
     shutil.copytree(out, template)
     first = files_of(out / "checkpoint-1")
@@ -321,7 +323,7 @@ def test_a_checkpoint_is_killed(trainer, ram_path, interruptions):
     assert not list(out.glob(".fastprefix-*")), "what was left over is gone"
 
 
-def test_a_checkpoint_without_room(trainer, tmp_path, interruptions, how):
+def test_a_checkpoint_without_room(trainer, tmp_path, how):
     outcomes = set()
     for i, room in enumerate((0, 2000, 8192, 40_000, 600_000)):
         disk = tmp_path / f"disk {i}"
@@ -353,8 +355,8 @@ def test_a_checkpoint_without_room(trainer, tmp_path, interruptions, how):
     assert outcomes == {False, True}
 
 
-def test_old_checkpoints_go_and_the_best_is_known(tiny, tmp_path):
-    """As transformers' Trainer does, which looks for both in the folder it writes to."""
+def test_old_checkpoints_go_and_the_best_is_known(tmp_path):
+    """The Trainer of transformers looks for both in the folder that it writes to."""
     tuned = PrefixTuningModel(tiny.build(), PrefixConfig(4))
     ids = (torch.arange(4)[:, None] % 3 + torch.arange(6) * 7 + 1) % tiny.VOCAB
     rows = [{"input_ids": row, "labels": row} for row in ids]

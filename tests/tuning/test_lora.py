@@ -10,6 +10,7 @@ from peft.functional import set_adapter
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, unpatch_model
 from fastprefix.tuning.peft_base import find_base_adapter
 
@@ -63,7 +64,7 @@ WAYS = {way.__name__: way for way in (wrapped, added_before, added_after)}
 
 @pytest.fixture(params=WAYS)
 def tuned(request, model, lora, theirs):
-    """With the weights of `theirs` in its LoRA."""
+    """A model whose LoRA has the weights of `theirs`."""
     tuned = WAYS[request.param](model, lora).train()
     state = theirs.get_base_model().state_dict()
     tuned.base_model.load_state_dict(state)
@@ -71,14 +72,12 @@ def tuned(request, model, lora, theirs):
 
 
 @pytest.fixture
-def inputs(tiny):
+def inputs():
     ids, mask = tiny.batch()
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def test_loss_and_gradients_are_those_of_peft_with_the_prefix_in_its_cache(
-    tiny, tuned, theirs, inputs
-):
+def test_loss_and_gradients_are_those_of_peft_with_the_prefix_in_its_cache(tuned, theirs, inputs):
     ids, mask, labels = inputs.values()
     tuned(**inputs).loss.backward()
     kv = tuned.encoder()
@@ -110,7 +109,7 @@ def test_both_train_and_the_base_does_not(tuned, inputs):
         assert torch.equal(tensor, before[name]) == ("lora_" not in name), name
 
 
-def test_one_call_saves_both_and_one_loads_both(tiny, architecture, tuned, inputs, tmp_path):
+def test_one_call_saves_both_and_one_loads_both(architecture, tuned, inputs, tmp_path):
     tuned.eval().add_adapter("b", CONFIG)
     tuned.save_pretrained(tmp_path)
     for folder, name in ((tmp_path, "default"), (tmp_path / "b", "b")):
@@ -125,7 +124,7 @@ def test_one_call_saves_both_and_one_loads_both(tiny, architecture, tuned, input
     assert torch.equal(again(**inputs).logits, tuned(**inputs).logits)
 
 
-def test_loaded_to_be_trained_both_are(tiny, architecture, tuned, tmp_path):
+def test_loaded_to_be_trained_both_are(architecture, tuned, tmp_path):
     tuned.save_pretrained(tmp_path)
     again = PrefixTuningModel.from_pretrained(tiny.build(architecture), tmp_path, is_trainable=True)
     expected = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
@@ -134,7 +133,7 @@ def test_loaded_to_be_trained_both_are(tiny, architecture, tuned, tmp_path):
     assert again.training
 
 
-def test_peft_loads_each_alone(tiny, architecture, tuned, theirs, inputs, tmp_path):
+def test_peft_loads_each_alone(architecture, tuned, theirs, inputs, tmp_path):
     tuned.eval().save_pretrained(tmp_path)
     ids, mask, _ = inputs.values()
     alone = peft.PeftModel.from_pretrained(tiny.build(architecture), tmp_path / "base_model")
@@ -148,7 +147,7 @@ def test_peft_loads_each_alone(tiny, architecture, tuned, theirs, inputs, tmp_pa
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
 
 
-def test_checkpoints_hold_both_and_not_the_base(tiny, architecture, tuned, lora, inputs):
+def test_checkpoints_hold_both_and_not_the_base(architecture, tuned, lora, inputs):
     state = tuned.state_dict()
     trained = {name for name, p in tuned.named_parameters() if p.requires_grad}
     assert state.keys() == {*trained, "_extra_state"}
@@ -174,7 +173,7 @@ def test_without_the_prefix_the_lora_stays(tuned, theirs, inputs):
     assert torch.equal(tuned.base_model(ids, attention_mask=mask).logits, expected)
 
 
-def test_rows_with_prefixes_of_their_own(tiny, tuned, theirs, inputs):
+def test_rows_with_prefixes_of_their_own(tuned, theirs, inputs):
     tuned.eval().add_adapter("b", PrefixConfig(num_virtual_tokens=2, init_std=1.0))
     theirs.eval()
     ids, mask, _ = inputs.values()
@@ -202,7 +201,7 @@ class Items(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("architecture", ["llama"])
-def test_a_trainer_resumes_both_and_checkpoints_activations(tiny, lora, theirs, tmp_path):
+def test_a_trainer_resumes_both_and_checkpoints_activations(lora, theirs, tmp_path):
     def make(**options):
         torch.manual_seed(0)
         arguments = TrainingArguments(
@@ -225,7 +224,7 @@ def test_a_trainer_resumes_both_and_checkpoints_activations(tiny, lora, theirs, 
 
 
 @pytest.fixture
-def folder(tiny, lora, tmp_path):
+def folder(lora, tmp_path):
     wrapped(tiny.build("llama"), lora).save_pretrained(tmp_path)
     return tmp_path
 
@@ -234,7 +233,7 @@ ONE = pytest.mark.parametrize("architecture", ["llama"])
 
 
 @ONE
-def test_a_prefix_without_its_lora_is_refused(tiny, folder):
+def test_a_prefix_without_its_lora_is_refused(folder):
     """Loaded beside other prefixes, it would silently run on a base that it was not trained on."""
     tuned = PrefixTuningModel(tiny.build(), CONFIG)
     with pytest.raises(ValueError, match="from_pretrained"):
@@ -243,7 +242,7 @@ def test_a_prefix_without_its_lora_is_refused(tiny, folder):
 
 
 @ONE
-def test_a_prefix_beside_another_lora_is_refused(tiny, folder, lora):
+def test_a_prefix_beside_another_lora_is_refused(folder, lora):
     """The base has one, and of the same shapes, but not the numbers that it was trained with."""
     model = tiny.build()
     torch.manual_seed(8)
@@ -255,7 +254,7 @@ def test_a_prefix_beside_another_lora_is_refused(tiny, folder, lora):
 
 
 @ONE
-def test_a_second_lora_is_refused(tiny, folder, lora):
+def test_a_second_lora_is_refused(folder, lora):
     model = tiny.build()
     peft.inject_adapter_in_model(lora, model, "mine")
     with pytest.raises(ValueError, match=r"PEFT adapters \['mine'\] inside"):
@@ -263,13 +262,13 @@ def test_a_second_lora_is_refused(tiny, folder, lora):
 
 
 @ONE
-def test_a_lora_that_was_there_before_is_not_left_for_a_model_without(tiny, folder):
+def test_a_lora_that_was_there_before_is_not_left_for_a_model_without(folder):
     with pytest.raises(ValueError, match=r"base_model holds an adapter.*another folder"):
         PrefixTuningModel(tiny.build(), CONFIG).save_pretrained(folder)
 
 
 @ONE
-def test_several_active_loras_cannot_be_saved(tiny, lora, tmp_path):
+def test_several_active_loras_cannot_be_saved(lora, tmp_path):
     model = tiny.build()
     peft.inject_adapter_in_model(lora, model, "one")
     peft.inject_adapter_in_model(lora, model, "two")
@@ -286,8 +285,8 @@ def test_several_active_loras_cannot_be_saved(tiny, lora, tmp_path):
 
 @ONE
 @pytest.mark.peft
-def test_a_lora_that_transformers_put_in_is_one_of_peft(tiny, lora, inputs, tmp_path):
-    """And one that we loaded takes transformers' own switches."""
+def test_a_lora_that_transformers_put_in_is_one_of_peft(lora, inputs, tmp_path):
+    """A LoRA that we loaded follows transformers' own switches."""
     model = tiny.build()
     model.add_adapter(lora)
     tuned = PrefixTuningModel(model, CONFIG).eval()
@@ -301,7 +300,7 @@ def test_a_lora_that_transformers_put_in_is_one_of_peft(tiny, lora, inputs, tmp_
     assert (again(**inputs).logits - expected).abs().max() > 1e-3
 
 
-def test_a_prompt_of_peft_is_refused(tiny):
+def test_a_prompt_of_peft_is_refused():
     """Its inside would run without it."""
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = tiny.build()
@@ -311,7 +310,7 @@ def test_a_prompt_of_peft_is_refused(tiny):
 
 @ONE
 @pytest.mark.parametrize("damage", ["missing", "cut", "nan", "shape", "name", "config"])
-def test_damaged_lora_files_are_named_and_the_model_left(tiny, folder, damage):
+def test_damaged_lora_files_are_named_and_the_model_left(folder, damage):
     file = folder / "base_model" / "adapter_model.safetensors"
     weights = load_file(file)
     first = next(iter(weights))

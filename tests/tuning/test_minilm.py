@@ -86,7 +86,7 @@ def test_a_classifier_of_news(minilm, news, tmp_path):
         name: torch.tensor([row[name] for row in news[1][:8]])
         for name in ("input_ids", "attention_mask", "token_type_ids")
     }
-    with torch.no_grad():  # the head alone is not what was trained
+    with torch.no_grad():  # the head by itself is not what was trained
         assert not torch.allclose(
             loaded.base_model(**batch).logits, loaded(**batch).logits, atol=0.1
         )

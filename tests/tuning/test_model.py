@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel, use_prefix
 from fastprefix.encoders import DirectEncoder, MLPEncoder
 
@@ -22,7 +23,7 @@ def tuned(model, config):
 
 
 @pytest.fixture
-def inputs(tiny):
+def inputs():
     ids, mask = tiny.batch()
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
@@ -60,7 +61,7 @@ def test_only_the_encoder_gets_gradients(tuned, inputs):
             assert parameter.grad is None, name
 
 
-def test_loss_and_gradients_equal_those_of_an_expanded_prefix(tiny, tuned, bare, inputs):
+def test_loss_and_gradients_equal_those_of_an_expanded_prefix(tuned, bare, inputs):
     ids, mask, labels = inputs.values()
     tuned(**inputs).loss.backward()
     ours = [p.grad.clone() for p in tuned.encoder.parameters()]
@@ -72,7 +73,7 @@ def test_loss_and_gradients_equal_those_of_an_expanded_prefix(tiny, tuned, bare,
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_export_is_what_the_forward_used(tiny, tuned, bare, inputs):
+def test_export_is_what_the_forward_used(tuned, bare, inputs):
     tuned.eval()
     exported = tuned.export()
     assert not exported.requires_grad
@@ -83,14 +84,14 @@ def test_export_is_what_the_forward_used(tiny, tuned, bare, inputs):
         assert torch.equal(bare(ids, attention_mask=mask).logits, got)
 
 
-def test_generate_equals_use_prefix(tiny, tuned, bare, inputs):
+def test_generate_equals_use_prefix(tuned, bare, inputs):
     ids, mask, _ = inputs.values()
     got = tiny.generate(tuned, ids, mask)
     with use_prefix(bare, tuned.export()):
         assert torch.equal(tiny.generate(bare, ids, mask), got)
 
 
-def test_forward_takes_what_the_base_takes(tiny, tuned, inputs):
+def test_forward_takes_what_the_base_takes(tuned, inputs):
     ids, mask, _ = inputs.values()
     expected = tuned(ids, mask).logits
     same = tuned(input_ids=ids, attention_mask=mask, position_ids=tiny.positions(mask)).logits
@@ -108,7 +109,7 @@ def test_state_dict_holds_the_encoder_alone(tuned, inputs):
     assert wrapped.state_dict().keys() == {f"inner.{name}" for name in state}
 
 
-def test_load_state_dict_round_trips(tiny, architecture, tuned, config, inputs):
+def test_load_state_dict_round_trips(architecture, tuned, config, inputs):
     steps(tuned, inputs, 2)
     other = PrefixTuningModel(tiny.build(architecture), config)
     assert not torch.equal(other(**inputs).logits, tuned(**inputs).logits)
@@ -140,7 +141,7 @@ def test_same_line_as_peft_prints(tuned, capsys):
     )
 
 
-def test_dropout_is_for_training_only(tiny, architecture, inputs):
+def test_dropout_is_for_training_only(architecture, inputs):
     config = PrefixConfig(num_virtual_tokens=P, dropout=0.5, init_std=1.0)
     tuned = PrefixTuningModel(tiny.build(architecture), config).train()
     assert not torch.equal(tuned(**inputs).logits, tuned(**inputs).logits)
@@ -151,7 +152,7 @@ def test_dropout_is_for_training_only(tiny, architecture, inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_encoder_stays_float32_whatever_the_base_is(tiny, architecture, config, inputs, dtype):
+def test_the_encoder_stays_float32_whatever_the_base_is(architecture, config, inputs, dtype):
     tuned = PrefixTuningModel(tiny.build(architecture, dtype), config)
     assert tuned.dtype == dtype
     losses = steps(tuned, inputs)
@@ -159,7 +160,7 @@ def test_the_encoder_stays_float32_whatever_the_base_is(tiny, architecture, conf
     assert losses[-1] < losses[0]
 
 
-def test_sizes_of_the_encoders(tiny, model):
+def test_sizes_of_the_encoders(model):
     direct = PrefixTuningModel(model, PrefixConfig(num_virtual_tokens=P)).encoder
     assert isinstance(direct, DirectEncoder)
     assert direct.embedding.shape[0] == P
@@ -171,7 +172,7 @@ def test_sizes_of_the_encoders(tiny, model):
     assert mlp.transform[2].weight.shape == (direct.embedding.shape[1], 5)
 
 
-def test_position_offset_zero_keeps_the_positions_of_the_text(tiny, model, bare, inputs):
+def test_position_offset_zero_keeps_the_positions_of_the_text(model, bare, inputs):
     tuned = PrefixTuningModel(
         model, PrefixConfig(num_virtual_tokens=P, position_offset=0, init_std=1.0)
     ).eval()
@@ -191,7 +192,7 @@ def test_position_offset_zero_keeps_the_positions_of_the_text(tiny, model, bare,
     [{"num_virtual_tokens": 1}, {"prefix_bias": "learned"}, {"gated": True}],
     ids=["one token", "bias", "gate"],
 )
-def test_what_was_exported_stays_while_training_goes_on(tiny, options):
+def test_what_was_exported_stays_while_training_goes_on(options):
     tuned = PrefixTuningModel(tiny.build(), PrefixConfig(**{"num_virtual_tokens": 4, **options}))
     kv = tuned.export()
     before = [tensor.clone() for tensor in kv.tensors]

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel
 from fastprefix.kv import to_flat
 
@@ -44,7 +45,7 @@ def theirs(architecture, projection, bare):
     return made
 
 
-def test_peft_loads_what_we_save(tiny, model, bare, config, tmp_path):
+def test_peft_loads_what_we_save(model, bare, config, tmp_path):
     tuned = PrefixTuningModel(model, config).eval()
     tuned.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(bare, tmp_path).eval()
@@ -56,7 +57,7 @@ def test_peft_loads_what_we_save(tiny, model, bare, config, tmp_path):
 
 
 @pytest.mark.peft
-def test_peft_generates_as_we_do(tiny, model, bare, config, tmp_path):
+def test_peft_generates_as_we_do(model, bare, config, tmp_path):
     tuned = PrefixTuningModel(model, config).eval()
     tuned.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(bare, tmp_path).eval()
@@ -66,7 +67,7 @@ def test_peft_generates_as_we_do(tiny, model, bare, config, tmp_path):
     assert torch.equal(loaded.generate(input_ids=text, attention_mask=whole, **options), ours)
 
 
-def test_we_load_what_peft_saves(tiny, theirs, model, tmp_path):
+def test_we_load_what_peft_saves(theirs, model, tmp_path):
     theirs.save_pretrained(tmp_path)
     tuned = PrefixTuningModel.from_pretrained(model, tmp_path)
     ids, mask = tiny.batch(side="right")
@@ -82,7 +83,7 @@ def test_we_load_what_peft_saves(tiny, theirs, model, tmp_path):
 
 
 @pytest.mark.parametrize("projection", [False])  # PEFT saves no network to compare with
-def test_gradients_equal_those_of_peft(tiny, theirs, model, tmp_path):
+def test_gradients_equal_those_of_peft(theirs, model, tmp_path):
     theirs.save_pretrained(tmp_path)
     tuned = PrefixTuningModel.from_pretrained(model, tmp_path, is_trainable=True)
     ids, mask = tiny.batch(side="right")

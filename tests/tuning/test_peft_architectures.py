@@ -6,66 +6,42 @@ import warnings
 import peft
 import pytest
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    GptOssConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Olmo2Config,
-    OPTConfig,
-    Phi3Config,
-    Qwen3Config,
-)
+from transformers import MistralConfig
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel
 from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
 from fastprefix.kv import to_flat
+from fastprefix_testing import zoo
 
 P = 4
 CLOSE = {"rtol": 0, "atol": 2e-5}
-WINDOW = 6  # less than prefix and text together
-# head_dim is left to hidden_size / num_attention_heads, which PEFT relies on in some of these
-_GROUPED = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-_PLAIN = {k: v for k, v in _GROUPED.items() if k not in ("num_key_value_heads",)}
-_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+# What PEFT needs to be otherwise than in the zoo: in some it takes a head to be as wide as
+# hidden_size / num_attention_heads.
 ARCHITECTURES = {
-    "llama": (LlamaConfig, _GROUPED),
-    "mistral": (MistralConfig, {**_GROUPED, "sliding_window": WINDOW}),
-    "mixtral": (MixtralConfig, {**_GROUPED, **_EXPERTS}),
-    "qwen3": (Qwen3Config, {**_GROUPED, "head_dim": 16}),
-    "gemma2": (Gemma2Config, {**_GROUPED, "head_dim": 16, "sliding_window": WINDOW}),
-    "gemma3": (Gemma3TextConfig, {**_GROUPED, "head_dim": 16, "sliding_window": WINDOW}),
-    "phi3": (Phi3Config, _GROUPED),
-    "olmo2": (Olmo2Config, _GROUPED),
-    "gpt_oss": (
-        GptOssConfig,
-        {**_GROUPED, **_EXPERTS, "head_dim": 16, "sliding_window": WINDOW},
-    ),
-    "opt": (
-        OPTConfig,
-        {**_PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
-    ),
-    "gpt_neox": (GPTNeoXConfig, _PLAIN),
+    "llama": {"head_dim": 8},
+    "mistral": {"head_dim": 8},
+    "mixtral": {"head_dim": 8},
+    "qwen3": {},
+    "gemma2": {},
+    "gemma3": {},
+    "phi3": {},
+    "olmo2": {"head_dim": 8},
+    "gpt_oss": {},
+    "opt": {},
+    "gpt_neox": {},
 }
 KINDS = {"PREFIX_TUNING": peft.PrefixTuningConfig, "CARTRIDGE": peft.CartridgeConfig}
 
 
+def base(name):
+    """A model of the zoo, with the same weights each time."""
+    return zoo.kind(name, torch.float32, **ARCHITECTURES[name])
+
+
 @pytest.fixture(params=ARCHITECTURES)
-def build(tiny, request):
-    make, fields = ARCHITECTURES[request.param]
-    common = {k: v for k, v in tiny.GROUPED.items() if k not in _GROUPED and k != "head_dim"}
-    config = make(**{**common, **fields, "use_cache": True})
-    return lambda: tiny.from_config(config)
+def build(request):
+    return lambda: base(request.param)
 
 
 @pytest.fixture(params=KINDS)
@@ -85,7 +61,7 @@ def logits(model, ids, mask):
     return model(input_ids=ids, attention_mask=mask).logits
 
 
-def test_both_ways(tiny, build, kind, tmp_path):
+def test_both_ways(build, kind, tmp_path):
     theirs = peft.get_peft_model(build(), KINDS[kind](task_type="CAUSAL_LM", num_virtual_tokens=P))
     loud(theirs).save_pretrained(tmp_path / "theirs")
     ours = PrefixTuningModel.from_pretrained(build(), tmp_path / "theirs")
@@ -105,11 +81,10 @@ def test_both_ways(tiny, build, kind, tmp_path):
 
 
 @pytest.mark.peft
-def test_a_classifier_comes_with_its_head(tiny, kind, tmp_path):
-    def build(seed=0):
-        torch.manual_seed(seed)
-        config = LlamaConfig(vocab_size=101, pad_token_id=0, num_labels=3, **_GROUPED)
-        return AutoModelForSequenceClassification.from_config(config).eval()
+def test_a_classifier_comes_with_its_head(kind, tmp_path):
+    def build():
+        make = "LlamaForSequenceClassification"
+        return zoo.kind("llama", torch.float32, make, head_dim=8, num_labels=3)
 
     theirs = peft.get_peft_model(build(), KINDS[kind](task_type="SEQ_CLS", num_virtual_tokens=P))
     with torch.no_grad():
@@ -131,7 +106,7 @@ def test_a_classifier_comes_with_its_head(tiny, kind, tmp_path):
     "task_type",
     ["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"],
 )
-def test_task_types_round_trip(tiny, kind, task_type, tmp_path):
+def test_task_types_round_trip(kind, task_type, tmp_path):
     kv = tiny.random_kv(tiny.build(), P)
     save_adapter(tmp_path, kv, {"task_type": task_type}, kind=kind)
     assert load_adapter(tmp_path).config["task_type"] == task_type
@@ -142,7 +117,7 @@ def test_task_types_round_trip(tiny, kind, task_type, tmp_path):
     assert peft.PeftConfig.from_pretrained(tmp_path / "again").peft_type == kind
 
 
-def test_a_cartridge_of_ours_is_one_of_theirs(tiny, tmp_path):
+def test_a_cartridge_of_ours_is_one_of_theirs(tmp_path):
     """A prompt's own keys and values, which PEFT takes a cartridge to start from."""
     bare, model = tiny.build("gpt2"), tiny.build("gpt2")
     front, (ids, mask) = tiny.prompt(P), tiny.batch((5, 5))
@@ -152,7 +127,7 @@ def test_a_cartridge_of_ours_is_one_of_theirs(tiny, tmp_path):
     torch.testing.assert_close(logits(theirs, ids, mask), expected, **CLOSE)
 
 
-def test_frozen_tokens_of_a_cartridge_stay_frozen(tiny, tmp_path):
+def test_frozen_tokens_of_a_cartridge_stay_frozen(tmp_path):
     kv = tiny.random_kv(tiny.build(), P)
     save_adapter(tmp_path, kv, {"num_frozen_tokens": 1}, kind="CARTRIDGE")
     tuned = PrefixTuningModel.from_pretrained(tiny.build(), tmp_path, is_trainable=True)
@@ -168,7 +143,7 @@ def test_frozen_tokens_of_a_cartridge_stay_frozen(tiny, tmp_path):
     assert again.encoder.num_frozen_tokens == 1
 
 
-def test_learned_prefixes_stay_visible_in_windows_unless_told_otherwise(tiny):
+def test_learned_prefixes_stay_visible_in_windows_unless_told_otherwise():
     config = MistralConfig(**{**tiny.GROUPED, "sliding_window": 3})
     ids, mask = tiny.batch((9,))
     got = []
@@ -180,9 +155,8 @@ def test_learned_prefixes_stay_visible_in_windows_unless_told_otherwise(tiny):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "llama", "qwen3"])
-def test_warns_where_peft_would_let_a_prefix_slide(tiny, name, tmp_path):
-    make, fields = ARCHITECTURES[name]
-    model = tiny.from_config(make(**{**tiny.GROUPED, **fields}))
+def test_warns_where_peft_would_let_a_prefix_slide(name, tmp_path):
+    model = base(name)
     for slides in (False, True):
         tuned = PrefixTuningModel(model, PrefixConfig(prefix_in_window=slides))
         with warnings.catch_warnings(record=True) as caught:

@@ -18,7 +18,7 @@ PROMPTS = ("prompt", "p_tuning")
 
 
 def gradients(tuned, inputs):
-    """Of what is trained, by name; and none left behind."""
+    """The gradients of what is trained, by name. None stays behind."""
     tuned.zero_grad()
     tuned(**inputs).loss.backward()
     found = {n: p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
@@ -358,7 +358,7 @@ def test_generates_from_embeddings(cell):
     assert torch.equal(cell.generate(tuned, inputs_embeds=embeds, **text), expected)
 
 
-# Each row its own adapter, which PEFT does for LoRA alone
+# Each row has its own adapter, which PEFT does only for LoRA
 
 
 @pytest.mark.peft_fails(AssertionError, reason="adapter_names are dropped without a word")

@@ -315,7 +315,7 @@ def test_the_other_library_loads_it(cell, other, safe, tmp_path):
 @pytest.mark.only("fastprefix")
 @pytest.mark.cells(models=SEQ2SEQ, methods=PREFIXES)
 def test_a_prefix_of_an_encoder_is_nothing_that_peft_would_misread(cell, other, tmp_path):
-    """PEFT has prefixes of a decoder alone: ``groups=["decoder"], position_offset=P`` here."""
+    """PEFT has only a decoder's prefixes: ``groups=["decoder"], position_offset=P`` here."""
     cell.make().save_pretrained(tmp_path)
     with pytest.raises(KeyError, match="FASTPREFIX"):
         other.load(tmp_path)

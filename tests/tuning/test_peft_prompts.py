@@ -23,6 +23,7 @@ from transformers import (
     T5Config,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import PromptConfig, PromptTuningModel
 from fastprefix.formats.peft_prompts import load_prompt, save_prompt
 
@@ -125,7 +126,7 @@ def same(ours, theirs, mask, task_type):
         torch.testing.assert_close(got, expected, **CLOSE)
 
 
-def inputs(tiny, task_type):
+def inputs(task_type):
     causal_classifier = task_type == "SEQ_CLS"  # PEFT's reads padding on the right
     ids, mask = tiny.batch((6, 6) if causal_classifier else (6, 3, 2), side="right")
     ids = ids.clamp(min=2)
@@ -133,7 +134,7 @@ def inputs(tiny, task_type):
     return ids, mask, more
 
 
-def test_both_ways(tiny, task, kind, tmp_path):
+def test_both_ways(task, kind, tmp_path):
     make, config, task_type = task
     theirs = peft.get_peft_model(
         build(make, config), KINDS[kind](task_type=task_type, num_virtual_tokens=P)
@@ -144,7 +145,7 @@ def test_both_ways(tiny, task, kind, tmp_path):
                 parameter.normal_(0, 0.5)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = PromptTuningModel.from_pretrained(build(make, config), tmp_path / "theirs")
-    batch = inputs(tiny, task_type)
+    batch = inputs(task_type)
     expected = outputs(theirs, *batch)
     same(outputs(ours, *batch), expected, batch[1], task_type)
     plain = outputs(build(make, config), *batch)
@@ -159,7 +160,7 @@ def test_both_ways(tiny, task, kind, tmp_path):
 
 
 @pytest.mark.parametrize("network", ["MLP", "LSTM"])
-def test_a_network_of_ours_is_dropped_as_theirs(tiny, network, tmp_path):
+def test_a_network_of_ours_is_dropped_as_theirs(network, tmp_path):
     fields = {"encoder_reparameterization_type": network, "encoder_hidden_size": 8}
     ours = PromptTuningModel(tiny.build(), PromptConfig(num_virtual_tokens=P, **fields)).eval()
     ours.save_pretrained(tmp_path)
@@ -173,7 +174,7 @@ def test_a_network_of_ours_is_dropped_as_theirs(tiny, network, tmp_path):
 
 
 @pytest.mark.peft
-def test_generates_as_peft_does(tiny, tmp_path):
+def test_generates_as_peft_does(tmp_path):
     ours = PromptTuningModel(tiny.build(), PromptConfig(num_virtual_tokens=P, init_std=1.0)).eval()
     ours.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(tiny.build(), tmp_path).eval()
@@ -181,7 +182,7 @@ def test_generates_as_peft_does(tiny, tmp_path):
     assert torch.equal(tiny.generate(ours, ids, mask), tiny.generate(theirs, ids, mask))
 
 
-def test_gradients_are_those_of_peft(tiny, tmp_path):
+def test_gradients_are_those_of_peft(tmp_path):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
     theirs = peft.get_peft_model(tiny.build(), config)
     theirs.save_pretrained(tmp_path)
@@ -196,7 +197,7 @@ def test_gradients_are_those_of_peft(tiny, tmp_path):
     assert not PromptTuningModel.from_pretrained(tiny.build(), tmp_path).training
 
 
-def test_an_infix_is_nothing_that_peft_would_misread(tiny, tmp_path):
+def test_an_infix_is_nothing_that_peft_would_misread(tmp_path):
     config = PromptConfig(num_virtual_tokens=P, placement="infix", init_std=1.0)
     ours = PromptTuningModel(tiny.build(), config).eval()
     ours.save_pretrained(tmp_path)
@@ -219,7 +220,7 @@ def test_task_types_round_trip(tmp_path, name, task_type):
     assert (config.task_type, config.peft_type) == (task_type, name)
 
 
-def test_mistakes_name_the_file(tiny, tmp_path):
+def test_mistakes_name_the_file(tmp_path):
     save_prompt(tmp_path, torch.zeros(P, 8), {})
     with pytest.raises(ValueError, match=r"adapter_model.*8 wide, takes 64"):
         PromptTuningModel.from_pretrained(tiny.build(), tmp_path)

@@ -19,6 +19,7 @@ from transformers import (
     T5Config,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel
 from fastprefix.formats.peft_prefixes import load_adapter
 
@@ -123,7 +124,7 @@ def same(got, expected, mask=None):
 @pytest.mark.parametrize("task_type", _TASKS)
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "CARTRIDGE"])
-def test_encoders_both_ways(tiny, name, task_type, kind, tmp_path):
+def test_encoders_both_ways(name, task_type, kind, tmp_path):
     make, config = _TASKS[task_type], ENCODERS[name]
     configure = {"PREFIX_TUNING": peft.PrefixTuningConfig, "CARTRIDGE": peft.CartridgeConfig}[kind]
     theirs = loud(
@@ -143,7 +144,7 @@ def test_encoders_both_ways(tiny, name, task_type, kind, tmp_path):
     same(again(input_ids=ids, attention_mask=mask), expected, mask)
 
 
-def inputs(tiny):
+def inputs():
     ids, mask = tiny.batch((6, 3), side="right")
     return {
         "input_ids": ids,
@@ -153,12 +154,12 @@ def inputs(tiny):
 
 
 @pytest.mark.peft
-def test_encoder_decoders_as_peft_feeds_them(tiny, pair, tmp_path):
+def test_encoder_decoders_as_peft_feeds_them(pair, tmp_path):
     """PEFT gives the decoder's own attention layers a prefix, some of them the same one."""
     config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
     theirs = loud(peft.get_peft_model(build(AutoModelForSeq2SeqLM, pair), config))
     theirs.save_pretrained(tmp_path / "theirs")
-    batch = inputs(tiny)
+    batch = inputs()
     expected = theirs(**batch)
     ours = PrefixTuningModel.from_pretrained(
         build(AutoModelForSeq2SeqLM, pair), tmp_path / "theirs"
@@ -179,7 +180,7 @@ def test_encoder_decoders_as_peft_feeds_them(tiny, pair, tmp_path):
 
 
 @pytest.mark.parametrize("config", [bart(2, 3), bart(2, 4), t5(2, 3), t5(1, 4)])
-def test_decoders_deeper_than_the_encoder_go_to_peft_too(tiny, config, tmp_path):
+def test_decoders_deeper_than_the_encoder_go_to_peft_too(config, tmp_path):
     """Which PEFT itself cannot make: its prefixes have the encoder's depth."""
     prefix = PrefixConfig(
         num_virtual_tokens=P,
@@ -190,7 +191,7 @@ def test_decoders_deeper_than_the_encoder_go_to_peft_too(tiny, config, tmp_path)
     )
     ours = PrefixTuningModel(build(AutoModelForSeq2SeqLM, config), prefix).eval()
     ours.save_pretrained(tmp_path)
-    batch = inputs(tiny)
+    batch = inputs()
     theirs = peft.PeftModel.from_pretrained(build(AutoModelForSeq2SeqLM, config), tmp_path).eval()
     same(theirs(**batch), ours(**batch))
     made = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
@@ -201,7 +202,7 @@ def test_decoders_deeper_than_the_encoder_go_to_peft_too(tiny, config, tmp_path)
 
 
 @pytest.mark.parametrize("config", [bart(2, 2), t5(2, 2)], ids=["bart", "t5"])
-def test_richer_prefixes_keep_a_file_of_their_own(tiny, config, tmp_path):
+def test_richer_prefixes_keep_a_file_of_their_own(config, tmp_path):
     prefix = PrefixConfig(num_virtual_tokens=P, task_type="SEQ_2_SEQ_LM", init_std=0.7)
     ours = PrefixTuningModel(build(AutoModelForSeq2SeqLM, config), prefix).eval()
     ours.save_pretrained(tmp_path)
@@ -211,7 +212,7 @@ def test_richer_prefixes_keep_a_file_of_their_own(tiny, config, tmp_path):
         load_adapter(tmp_path).config["not_peft"]
         == "it has a prefix in the cross and encoder layers"
     )
-    batch = inputs(tiny)
+    batch = inputs()
     again = PrefixTuningModel.from_pretrained(build(AutoModelForSeq2SeqLM, config), tmp_path)
     assert torch.equal(again(**batch).logits, ours(**batch).logits)
     assert again.prefix_config.task_type == "SEQ_2_SEQ_LM"
@@ -219,7 +220,7 @@ def test_richer_prefixes_keep_a_file_of_their_own(tiny, config, tmp_path):
         assert torch.equal(got, expected)
 
 
-def test_adapters_of_the_wrong_kind_of_model_are_refused(tiny, tmp_path):
+def test_adapters_of_the_wrong_kind_of_model_are_refused(tmp_path):
     config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
     base = build(AutoModelForSeq2SeqLM, bart(2, 2))
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "pair")

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTrainer, PrefixTuningModel
 from fastprefix.tuning.trainer import (
     PrefixSeq2SeqTrainer,
@@ -20,7 +21,7 @@ KINDS = {
 
 
 @pytest.fixture(params=KINDS)
-def make(request, tiny, tmp_path):
+def make(request, tmp_path):
     """A function that makes a trainer."""
     trainer, arguments = KINDS[request.param]
 
@@ -62,7 +63,7 @@ def test_given_values_stand(make):
     assert trainer.args.lr_scheduler_type == "cosine"
 
 
-def test_makes_its_own_arguments(tiny, tmp_path, monkeypatch):
+def test_makes_its_own_arguments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for trainer, arguments in KINDS.values():
         made = trainer(PrefixTuningModel(tiny.build(), PrefixConfig(4)))
@@ -70,7 +71,7 @@ def test_makes_its_own_arguments(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("projection", [False, True])
-def test_saves_the_adapter_alone(tiny, make, projection, tmp_path):
+def test_saves_the_adapter_alone(make, projection, tmp_path):
     trainer = make({"prefix_projection": projection})
     trainer.train()
     trainer.save_model(tmp_path / "adapter")
@@ -99,7 +100,7 @@ def test_checkpoints_hold_the_adapter_and_the_encoder(make, projection):
         torch.testing.assert_close(resumed.model.state_dict()[name], tensor, msg=name)
 
 
-def test_leaves_the_base_as_it_was(tiny, make):
+def test_leaves_the_base_as_it_was(make):
     trainer = make()
     trainer.train()
     assert trainer.model.config.use_cache is True
@@ -107,7 +108,7 @@ def test_leaves_the_base_as_it_was(tiny, make):
         assert torch.equal(trainer.model.base_model.state_dict()[name], tensor), name
 
 
-def test_trains_as_transformers_own_trainer_does(tiny, make):
+def test_trains_as_transformers_own_trainer_does(make):
     ours = make()
     ours.train()
     other = make()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import BloomConfig, GenerationConfig, T5Config, T5ForConditionalGeneration
 
+import fastprefix_testing.models as tiny
 from fastprefix import PromptConfig, PromptTuningModel
 
 P = 3
@@ -21,7 +22,7 @@ def trained(model):
 
 
 @pytest.fixture
-def tuned(tiny):
+def tuned():
     """Two prompts, the second of a network."""
     torch.manual_seed(2)
     result = PromptTuningModel(tiny.build(), config()).eval()
@@ -30,7 +31,7 @@ def tuned(tiny):
 
 
 @pytest.fixture
-def bare(tiny):
+def bare():
     return tiny.build()
 
 
@@ -41,7 +42,7 @@ def alone(bare, prompt, ids, mask):
         yield bare(inputs_embeds=torch.cat([prompt[None], text], 1)).logits[0, len(prompt) :]
 
 
-def test_the_active_prompt_is_the_one_that_runs(tiny, tuned, bare):
+def test_the_active_prompt_is_the_one_that_runs(tuned, bare):
     ids, mask = tiny.batch()
     assert (tuned.active_adapter, list(tuned.prompt_configs)) == ("default", ["default", "b"])
     assert trained(tuned) == {"default"}
@@ -66,7 +67,7 @@ def test_the_active_prompt_is_the_one_that_runs(tiny, tuned, bare):
     assert trained(tuned) == set(), "what was for inference stays so"
 
 
-def test_disabled_the_model_is_its_base(tiny, tuned, bare):
+def test_disabled_the_model_is_its_base(tuned, bare):
     ids, mask = tiny.batch()
     with tuned.disable_adapter():
         logits = tuned(ids, attention_mask=mask, labels=ids).loss
@@ -79,8 +80,8 @@ def test_disabled_the_model_is_its_base(tiny, tuned, bare):
     assert not torch.equal(new, tiny.generate(tuned, ids, mask)), "and back"
 
 
-def test_an_infix_can_be_disabled(tiny, bare):
-    """As a reference model in preference tuning, which is given the same inputs."""
+def test_an_infix_can_be_disabled(bare):
+    """Preference tuning uses this as its reference model, with the same inputs."""
     tuned = PromptTuningModel(tiny.build(), config(placement="infix")).eval()
     ids, mask = tiny.batch()
     with tuned.disable_adapter():
@@ -88,7 +89,7 @@ def test_an_infix_can_be_disabled(tiny, bare):
     assert torch.equal(got, bare(ids, attention_mask=mask).logits)
 
 
-def test_prompts_come_back_under_any_name(tiny, tuned, tmp_path):
+def test_prompts_come_back_under_any_name(tuned, tmp_path):
     ids, mask = tiny.batch()
     tuned.save_pretrained(tmp_path / "all")
     tuned.save_pretrained(tmp_path / "one", selected_adapters=["b"])
@@ -114,7 +115,7 @@ def test_prompts_come_back_under_any_name(tiny, tuned, tmp_path):
             call("x")
 
 
-def test_checkpoints_hold_all_prompts(tiny, tuned):
+def test_checkpoints_hold_all_prompts(tuned):
     torch.manual_seed(9)
     again = PromptTuningModel(tiny.build(), config()).eval()
     again.add_adapter("b", config(P + 2, encoder_reparameterization_type="MLP"))
@@ -124,7 +125,7 @@ def test_checkpoints_hold_all_prompts(tiny, tuned):
 
 
 @pytest.mark.peft
-def test_peft_loads_all_that_we_save(tiny, tuned, tmp_path):
+def test_peft_loads_all_that_we_save(tuned, tmp_path):
     """Each kind by itself: PEFT has no two kinds of prompts in one model."""
     ids, mask = tiny.batch(side="right")
     tuned.save_pretrained(tmp_path)
@@ -137,7 +138,7 @@ def test_peft_loads_all_that_we_save(tiny, tuned, tmp_path):
 
 
 @pytest.mark.peft
-def test_each_is_saved_with_the_lora_inside(tiny, tmp_path):
+def test_each_is_saved_with_the_lora_inside(tmp_path):
     def inside():
         torch.manual_seed(5)
         lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
@@ -158,7 +159,7 @@ def test_each_is_saved_with_the_lora_inside(tiny, tmp_path):
         plain.load_adapter(tmp_path / "b", "b")
 
 
-def test_one_prompt_for_all_rows(tiny, tuned):
+def test_one_prompt_for_all_rows(tuned):
     ids, _ = tiny.batch((4, 4))
     for call in (tuned, tuned.generate):
         with pytest.raises(ValueError, match="prefix_names: got names, takes None: all rows"):
@@ -166,7 +167,7 @@ def test_one_prompt_for_all_rows(tiny, tuned):
     tuned(input_ids=ids, prefix_names=None)
 
 
-def bloom(tiny):
+def bloom():
     """Cannot be patched, so that it is fed the prompt."""
     fields = {k: v for k, v in tiny.GROUPED.items() if k in ("vocab_size", "initializer_range")}
     return tiny.from_config(
@@ -175,16 +176,16 @@ def bloom(tiny):
 
 
 BASES = {
-    "shared copy": (lambda tiny: tiny.build(), {}),
-    "infix": (lambda tiny: tiny.build(), {"placement": "infix"}),
+    "shared copy": (tiny.build, {}),
+    "infix": (tiny.build, {"placement": "infix"}),
     "fed": (bloom, {}),
 }
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_generate_from_embeddings(tiny, kind):
+def test_generate_from_embeddings(kind):
     build, fields = BASES[kind]
-    tuned = PromptTuningModel(build(tiny), config(**fields)).eval()
+    tuned = PromptTuningModel(build(), config(**fields)).eval()
     ids, mask = tiny.batch()
     L = ids.shape[1]
     embeds = tuned.get_input_embeddings()(ids)
@@ -204,7 +205,7 @@ def test_generate_from_embeddings(tiny, kind):
     )
 
 
-def test_embeddings_have_one_copy_of_the_prompt(tiny, tuned):
+def test_embeddings_have_one_copy_of_the_prompt(tuned):
     ids, mask = tiny.batch()
     out = tuned.generate(
         inputs_embeds=tuned.get_input_embeddings()(ids),
@@ -216,7 +217,7 @@ def test_embeddings_have_one_copy_of_the_prompt(tiny, tuned):
     assert out.past_key_values.get_seq_length() == ids.shape[1] + 2
 
 
-def test_an_encoder_decoder_generates_from_embeddings(tiny):
+def test_an_encoder_decoder_generates_from_embeddings():
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     special = {"pad_token_id": 0, "eos_token_id": None, "decoder_start_token_id": 0}
     torch.manual_seed(0)
@@ -233,8 +234,8 @@ def test_an_encoder_decoder_generates_from_embeddings(tiny):
         tuned.generate(ids, inputs_embeds=embeds, **options)
 
 
-def test_least_lengths_count_the_text(tiny):
-    """As if there were no prompt, where transformers would count that."""
+def test_least_lengths_count_the_text():
+    """Plain transformers would count the prompt's tokens as well."""
     tuned = PromptTuningModel(tiny.build(), config(placement="infix")).eval()
     ids, mask = tiny.batch()
     free = tuned.generate(ids, attention_mask=mask, max_new_tokens=6, pad_token_id=tiny.PAD)
@@ -258,14 +259,14 @@ def test_least_lengths_count_the_text(tiny):
         (("ids",), {"infix_positions": "ids"}, "infix_positions: got Tensor, takes None"),
     ],
 )
-def test_what_generate_refuses(tiny, tuned, args, kwargs, said):
+def test_what_generate_refuses(tuned, args, kwargs, said):
     ids, mask = tiny.batch((3, 3))
     given = {"ids": ids, "mask": mask}
     with pytest.raises(ValueError, match=said):
         tuned.generate(*map(given.get, args), **{k: given[v] for k, v in kwargs.items()})
 
 
-def test_a_head_of_a_language_model_generates(tiny):
+def test_a_head_of_a_language_model_generates():
     untied = {"tie_word_embeddings": False}
     tuned = PromptTuningModel(tiny.build(**untied), config(modules_to_save=["lm_head"])).eval()
     plain = PromptTuningModel(tiny.build(**untied), config()).eval()

@@ -4,12 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel
 
 pytest.importorskip("torchao", reason="int8 weights come from torchao")
 
 
-def test_a_training_step(tiny, tmp_path):
+def test_a_training_step(tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig
 
     tiny.build().save_pretrained(tmp_path)

@@ -4,11 +4,12 @@ import peft
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 
 
 def add_reference(tuned):
-    """As trl's trainers do it for a PeftModel."""
+    """Adds a reference adapter as trl's trainers do for a PeftModel."""
     tuned.add_adapter("ref", tuned.peft_config["default"])
     for name, parameter in tuned.named_parameters():
         if ".default." in name:
@@ -36,7 +37,7 @@ def tokenizer(_):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_what_the_adapter_was_whatever_trains_it(tiny, kind):
+def test_it_is_what_the_adapter_was_whatever_trains_it(kind):
     config = PrefixConfig(num_virtual_tokens=4, **KINDS[kind])
     tuned = PrefixTuningModel(tiny.build("llama"), config, tokenizer)
     generator = torch.Generator().manual_seed(2)
@@ -59,7 +60,7 @@ def test_it_is_what_the_adapter_was_whatever_trains_it(tiny, kind):
 
 
 @pytest.mark.parametrize("kind", [{}, {"encoder_reparameterization_type": "MLP"}])
-def test_of_a_prompt_too(tiny, kind):
+def test_of_a_prompt_too(kind):
     """Without the tokenizer that its text needed."""
     config = PromptConfig(num_virtual_tokens=4, init="text", init_text="any", **kind)
     tuned = PromptTuningModel(tiny.build("llama"), config, tokenizer)
@@ -72,7 +73,7 @@ def test_of_a_prompt_too(tiny, kind):
     assert not torch.equal(tuned.export_embeddings(), before)
 
 
-def test_any_other_configuration_or_name_starts_anew(tiny):
+def test_any_other_configuration_or_name_starts_anew():
     config = PrefixConfig(num_virtual_tokens=4)
     tuned = PrefixTuningModel(tiny.build("llama"), config)
     tuned.add_adapter("other", config)
@@ -84,7 +85,7 @@ def test_any_other_configuration_or_name_starts_anew(tiny):
         tuned.add_adapter("ref", tuned.peft_config["default"])
 
 
-def test_a_lora_inside_is_refused(tiny):
+def test_a_lora_inside_is_refused():
     """It would be trained, and be part of the reference."""
     inside = peft.get_peft_model(tiny.build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     tuned = PrefixTuningModel(inside, PrefixConfig(num_virtual_tokens=4))

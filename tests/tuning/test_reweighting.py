@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, use_prefix
 from fastprefix.hf.patch.patch import patch_of
 from fastprefix.tuning.accounting import count_parameters
@@ -41,7 +42,7 @@ def loss(tuned):
 
 @pytest.mark.parametrize("kind", LEARNED)
 @pytest.mark.parametrize("name", ENCODERS)
-def test_trained_beside_every_encoder(tiny, tmp_path, name, kind):
+def test_trained_beside_every_encoder(tmp_path, name, kind):
     bare = tiny.build()
     tuned = PrefixTuningModel(tiny.build(), config(**ENCODERS[name], **LEARNED[kind]))
     lengths = ENCODERS[name].get("layer_lengths", [4] * 3)
@@ -83,7 +84,7 @@ def test_trained_beside_every_encoder(tiny, tmp_path, name, kind):
     assert "encoders.default.reweighting.numbers" in state
 
 
-def test_a_fixed_bias(tiny, tmp_path):
+def test_a_fixed_bias(tmp_path):
     """-log 2 for two copies of each token is one copy; it is no parameter."""
     plain = PrefixTuningModel(tiny.build(), config(position_offset=0)).eval()
     half = -torch.tensor(2.0).log().item()
@@ -104,7 +105,7 @@ def test_a_fixed_bias(tiny, tmp_path):
     assert torch.equal(loaded(ids, mask).logits, tuned(ids, mask).logits)
 
 
-def test_named_adapters_in_one_batch(tiny, tmp_path):
+def test_named_adapters_in_one_batch(tmp_path):
     tuned = PrefixTuningModel(tiny.build(), config(prefix_bias="learned"))
     tuned.add_adapter("gated", config(3, gated=True))
     tuned.add_adapter("plain", config(5))
@@ -138,7 +139,7 @@ def test_named_adapters_in_one_batch(tiny, tmp_path):
     torch.testing.assert_close(again, mixed)
 
 
-def test_survives_growth(tiny):
+def test_survives_growth():
     tuned = PrefixTuningModel(tiny.build(), config(gated=True))
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], 0.05)
     for step in range(4):
@@ -154,7 +155,7 @@ def test_survives_growth(tiny):
     assert numbers(tuned).all()
 
 
-def test_layers_that_are_not_trained_yet(tiny):
+def test_layers_that_are_not_trained_yet():
     tuned = PrefixTuningModel(tiny.build(), config(prefix_bias="learned"))
     tuned.encoder.trained_slots = frozenset({2})
     loss(tuned).backward()
@@ -186,7 +187,7 @@ def test_prompts_have_none():
         PromptConfig(gated=True)
 
 
-def test_a_start_from_a_reweighted_prefix_is_refused(tiny, tmp_path):
+def test_a_start_from_a_reweighted_prefix_is_refused(tmp_path):
     tuned = PrefixTuningModel(tiny.build(), config(gated=True))
     tuned.export().save(tmp_path / "kv.safetensors")
     start = config(init="prefix", init_prefix=str(tmp_path / "kv.safetensors"))

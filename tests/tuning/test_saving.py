@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 
 P = 4
@@ -34,20 +35,20 @@ def kind(request):
     return request.param
 
 
-def build(tiny, kind):
+def build(kind):
     wrapper, config = KINDS[kind]
     torch.manual_seed(3)
     return wrapper(tiny.build("llama"), config).eval()
 
 
 @pytest.fixture
-def tuned(tiny, kind):
-    return build(tiny, kind)
+def tuned(kind):
+    return build(kind)
 
 
 @pytest.fixture
-def prefixed(tiny):
-    return build(tiny, "PREFIX_TUNING")
+def prefixed():
+    return build("PREFIX_TUNING")
 
 
 def names(folder):
@@ -104,7 +105,7 @@ def test_adapters_as_second_argument_still(prefixed, tmp_path):
     assert names(tmp_path) == {"b", CARD}
 
 
-def test_bin_files_come_back(tiny, tuned, tmp_path):
+def test_bin_files_come_back(tuned, tmp_path):
     tuned.save_pretrained(tmp_path)
     tuned.save_pretrained(tmp_path, safe_serialization=False)
     assert names(tmp_path) == {CONFIG, BIN, CARD}, "the older file, which PEFT would read, is gone"
@@ -132,7 +133,7 @@ def test_bin_files_with_heads(tmp_path):
 
 
 @pytest.mark.peft
-def test_peft_reads_our_bin_files(tiny, tuned, tmp_path):
+def test_peft_reads_our_bin_files(tuned, tmp_path):
     tuned.save_pretrained(tmp_path, safe_serialization=False)
     theirs = peft.PeftModel.from_pretrained(tiny.build("llama"), tmp_path).eval()
     ids, mask = tiny.batch(side="right")
@@ -142,7 +143,7 @@ def test_peft_reads_our_bin_files(tiny, tuned, tmp_path):
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
 
 
-def test_we_read_peft_s_bin_files(tiny, kind, tmp_path):
+def test_we_read_peft_s_bin_files(kind, tmp_path):
     torch.manual_seed(0)
     config = peft.get_peft_config(
         {"peft_type": kind, "num_virtual_tokens": P, "task_type": "CAUSAL_LM"}
@@ -167,7 +168,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("harm", ["code", "code in zip", "cut", "list", "empty"])
-def test_bad_bin_files_are_refused_and_run_nothing(tiny, prefixed, tmp_path, harm):
+def test_bad_bin_files_are_refused_and_run_nothing(prefixed, tmp_path, harm):
     folder, mark = tmp_path / "adapter", tmp_path / "ran"
     prefixed.save_pretrained(folder, safe_serialization=False)
     file, bomb = folder / BIN, Bomb()
@@ -187,7 +188,7 @@ def test_bad_bin_files_are_refused_and_run_nothing(tiny, prefixed, tmp_path, har
     assert not mark.exists()
 
 
-def test_a_card_says_how_to_load_it(tiny, prefixed, tmp_path):
+def test_a_card_says_how_to_load_it(prefixed, tmp_path):
     prefixed.base_model.name_or_path = "some/llama"
     prefixed.base_model.add_model_tags(["mine"])
     prefixed.add_adapter("b", PrefixConfig(3))
@@ -207,7 +208,7 @@ def test_a_card_says_how_to_load_it(tiny, prefixed, tmp_path):
     assert list(scope["tuned"].peft_config) == ["default", "b"]
 
 
-def test_a_card_of_an_adapter_in_a_sub_folder_alone(tiny, prefixed, tmp_path):
+def test_a_card_of_an_adapter_in_a_sub_folder_alone(prefixed, tmp_path):
     prefixed.add_adapter("b", PrefixConfig(3))
     prefixed.add_adapter("c", PrefixConfig(2))
     prefixed.set_adapter("b")
@@ -220,15 +221,15 @@ def test_a_card_of_an_adapter_in_a_sub_folder_alone(tiny, prefixed, tmp_path):
     assert [x.num_virtual_tokens for x in scope["tuned"].peft_config.values()] == [3, 2]
 
 
-def test_a_base_from_a_folder_is_not_named(tiny, prefixed, tmp_path):
+def test_a_base_from_a_folder_is_not_named(prefixed, tmp_path):
     prefixed.base_model.name_or_path = str(tmp_path)
     prefixed.save_pretrained(tmp_path / "out")
     assert ModelCard.load(tmp_path / "out" / CARD).data.base_model is None
 
 
-def test_formats_of_ours_are_not_called_peft_s(tiny, tmp_path):
+def test_formats_of_ours_are_not_called_peft_s(tmp_path):
     gated = PrefixTuningModel(tiny.build("llama"), PrefixConfig(P, gated=True))
-    plain = build(tiny, "PREFIX_TUNING")
+    plain = build("PREFIX_TUNING")
     for tuned, library in ((gated, "fastprefix"), (plain, "peft"), (gated, "fastprefix")):
         tuned.save_pretrained(tmp_path)
         assert ModelCard.load(tmp_path / CARD).data.library_name == library
@@ -293,7 +294,7 @@ def uploaded(tmp_path, monkeypatch):
     return calls, remote
 
 
-def test_push_to_hub_uploads_the_adapter_alone(tiny, tuned, uploaded):
+def test_push_to_hub_uploads_the_adapter_alone(tuned, uploaded):
     calls, remote = uploaded
     commit = tuned.push_to_hub("adapter", private=True, token="secret", tags=["mine"])
     assert commit == "commit"
@@ -328,7 +329,7 @@ def test_push_to_hub_keeps_the_card_that_is_there(prefixed, uploaded):
         prefixed.push_to_hub("me/adapter", privat=True)
 
 
-def test_downloads_get_what_the_caller_named(tiny, prefixed, tmp_path, monkeypatch):
+def test_downloads_get_what_the_caller_named(prefixed, tmp_path, monkeypatch):
     prefixed.save_pretrained(tmp_path / "sub")
     asked = []
 
@@ -348,14 +349,14 @@ def test_downloads_get_what_the_caller_named(tiny, prefixed, tmp_path, monkeypat
         assert torch.equal(loaded.export(name).keys[0], prefixed.export().keys[0])
 
 
-def test_sub_folders_of_a_folder(tiny, tuned, tmp_path):
+def test_sub_folders_of_a_folder(tuned, tmp_path):
     tuned.save_pretrained(tmp_path / "a" / "b")
     type(tuned).from_pretrained(tiny.build("llama"), tmp_path, subfolder="a/b")
     with pytest.raises(FileNotFoundError, match=r"c: no adapter_config\.json in this folder"):
         type(tuned).from_pretrained(tiny.build("llama"), tmp_path, subfolder="c")
 
 
-def test_arguments_of_peft_s_from_pretrained(tiny, tuned, kind, tmp_path):
+def test_arguments_of_peft_s_from_pretrained(tuned, kind, tmp_path):
     tuned.save_pretrained(tmp_path)
     options = {"torch_device": "cpu", "low_cpu_mem_usage": True}
     config = peft.PeftConfig.from_pretrained(str(tmp_path))
@@ -372,7 +373,7 @@ def test_arguments_of_peft_s_from_pretrained(tiny, tuned, kind, tmp_path):
     assert not positional.active_peft_config.inference_mode
 
 
-def test_from_pretrained_refuses_what_it_cannot_honour(tiny, prefixed, tmp_path):
+def test_from_pretrained_refuses_what_it_cannot_honour(prefixed, tmp_path):
     prefixed.save_pretrained(tmp_path)
 
     def load(**options):
@@ -408,7 +409,10 @@ def test_weights_are_whole_or_as_they_were(prefixed, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise OSError("no space left on device")
 
-    for name, safe in (("fastprefix.files.save_file", True), ("torch.save", False)):
+    for name, safe in (
+        ("fastprefix.files.safetensors_files.save_file", True),
+        ("torch.save", False),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(name, broken)
             with pytest.raises(OSError, match="no space"):

@@ -14,11 +14,12 @@ from transformers import (
     TrainingArguments,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel
 
 
 def build(kind):
-    """With loud weights: without the prefix other tokens come out."""
+    """A model with weights so large that other tokens come out without the prefix."""
     model = plain(kind)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -46,7 +47,7 @@ def plain(kind, vocabulary=101):
     return BartForConditionalGeneration(config)
 
 
-def rows(tiny, decoder=True):
+def rows(decoder=True):
     made = []
     for row in range(4):
         text = tiny.prompt(4 + row % 3, seed=row)[0].tolist()
@@ -77,7 +78,7 @@ def collate(features):
     return {**batch, "labels": torch.tensor(labels)}
 
 
-def trainer(tiny, model, folder, kind="t5", collator=collate):
+def trainer(model, folder, kind="t5", collator=collate):
     decoder = kind != "llama"
     make, arguments = (Trainer, TrainingArguments)
     more = {}
@@ -88,7 +89,7 @@ def trainer(tiny, model, folder, kind="t5", collator=collate):
         str(folder), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=3, logging_steps=1,
         learning_rate=0.05, save_strategy="no", seed=3, per_device_train_batch_size=2, **more,
     )  # fmt: skip
-    data = rows(tiny, decoder)
+    data = rows(decoder)
     return make(model, given, train_dataset=data, eval_dataset=data, data_collator=collator)
 
 
@@ -97,17 +98,17 @@ def logged(one, name):
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_predictions_are_what_generate_gives(tiny, tmp_path, kind):
+def test_predictions_are_what_generate_gives(tmp_path, kind):
     config = PrefixConfig(num_virtual_tokens=4, task_type="SEQ_2_SEQ_LM", init_std=1.0)
     tuned = PrefixTuningModel(build(kind), config)
     collator = DataCollatorForSeq2Seq(Pads(), model=tuned)  # asks for the decoder's inputs
-    one = trainer(tiny, tuned, tmp_path, collator=collator)
+    one = trainer(tuned, tmp_path, collator=collator)
     before = one.evaluate()["eval_loss"]
     one.train()
     assert one.evaluate()["eval_loss"] < before
-    batch = collate(rows(tiny))
+    batch = collate(rows())
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    found = torch.tensor(one.predict(rows(tiny)).predictions)
+    found = torch.tensor(one.predict(rows()).predictions)
     want = tuned.eval().generate(**inputs, max_length=6)
     assert torch.equal(found[:, : want.shape[1]], want)
     assert not torch.equal(tuned.base_model.generate(**inputs, max_length=6), want)
@@ -115,7 +116,7 @@ def test_predictions_are_what_generate_gives(tiny, tmp_path, kind):
 
 @pytest.mark.peft
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_losses_and_predictions_are_pefts(tiny, tmp_path, kind):
+def test_losses_and_predictions_are_pefts(tmp_path, kind):
     """The same adapter, which PEFT made.
 
     That of an encoder-decoder is not trained: PEFT gives several layers the same numbers, which for
@@ -135,10 +136,10 @@ def test_losses_and_predictions_are_pefts(tiny, tmp_path, kind):
             parameter.normal_(0.0, 1.0)
     theirs.save_pretrained(tmp_path / "adapter")
     ours = PrefixTuningModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
-    want, got = (trainer(tiny, model, tmp_path, kind) for model in (theirs, ours))
+    want, got = (trainer(model, tmp_path, kind) for model in (theirs, ours))
     if kind == "t5":
         losses = [one.evaluate()["eval_loss"] for one in (want, got)]
-        expected, found = (one.predict(rows(tiny)).predictions.tolist() for one in (want, got))
+        expected, found = (one.predict(rows()).predictions.tolist() for one in (want, got))
         assert found == expected
     else:
         for one in (want, got):

@@ -17,6 +17,7 @@ from transformers import (
     pipeline,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 
 KINDS = {"prefix": (PrefixTuningModel, PrefixConfig), "prompt": (PromptTuningModel, PromptConfig)}
@@ -53,7 +54,7 @@ def classifier():
     return BertForSequenceClassification(BertConfig(**sizes, **sure, **loud))
 
 
-def test_adapters_are_named_as_in_peft(tiny, wrap):
+def test_adapters_are_named_as_in_peft(wrap):
     base = tiny.build("llama")
     tuned = wrap(base)
     assert tuned.get_base_model() is base
@@ -64,7 +65,7 @@ def test_adapters_are_named_as_in_peft(tiny, wrap):
     assert tuned.active_adapter == "default"
 
 
-def test_the_active_adapter_of_several(tiny):
+def test_the_active_adapter_of_several():
     tuned = PrefixTuningModel(tiny.build("llama"), PrefixConfig(num_virtual_tokens=4))
     other = PrefixConfig(num_virtual_tokens=3)
     tuned.add_adapter("other", other)
@@ -97,7 +98,7 @@ SHARED = (
 OWN = ["generate_batch", "disable_adapters", "enable_adapters", "merge_and_unload"]
 
 
-def test_what_callers_ask_of_a_transformers_model_is_the_base_s(tiny, wrap):
+def test_what_callers_ask_of_a_transformers_model_is_the_base_s(wrap):
     base = tiny.build("llama")
     tuned = wrap(base)
     for name in ("quantization_method", "hf_device_map", "is_loaded_in_8bit"):
@@ -106,7 +107,7 @@ def test_what_callers_ask_of_a_transformers_model_is_the_base_s(tiny, wrap):
         assert getattr(tuned, name) == getattr(base, name), name
 
 
-def test_what_a_loader_hangs_on_the_base_shows(tiny, wrap):
+def test_what_a_loader_hangs_on_the_base_shows(wrap):
     base = tiny.build("llama")
     tuned = wrap(base)
     base.hf_device_map = {"": 0}
@@ -115,28 +116,28 @@ def test_what_a_loader_hangs_on_the_base_shows(tiny, wrap):
     assert tuned.is_loaded_in_8bit
 
 
-def test_modules_of_the_base_show(tiny, wrap):
+def test_modules_of_the_base_show(wrap):
     base = tiny.build("llama")
     tuned = wrap(base)
     assert tuned.lm_head is base.lm_head
     assert tuned.get_submodule("model.layers.0") is base.model.layers[0]
 
 
-def test_a_loss_function_that_is_set_is_used(tiny, wrap):
+def test_a_loss_function_that_is_set_is_used(wrap):
     tuned = wrap(tiny.build("llama"))
     tuned.loss_function = lambda logits, labels, **_: logits.new_tensor(7.0)
     ids = torch.randint(3, tiny.VOCAB, (2, 5))
     assert tuned(input_ids=ids, labels=ids).loss.item() == 7.0
 
 
-def test_what_would_leave_out_the_prefix_is_not_the_base_s(tiny, wrap):
+def test_what_would_leave_out_the_prefix_is_not_the_base_s(wrap):
     tuned = wrap(tiny.build("llama"))
     for name in OWN:
         with pytest.raises(AttributeError, match=name):
             getattr(tuned, name)
 
 
-def test_accelerate_s_hooks_stay_where_they_were_put(tiny, wrap):
+def test_accelerate_s_hooks_stay_where_they_were_put(wrap):
     base = tiny.build("llama")
     tuned = wrap(base)
     ids = torch.randint(3, tiny.VOCAB, (2, 5))
@@ -151,7 +152,7 @@ def test_accelerate_s_hooks_stay_where_they_were_put(tiny, wrap):
         assert torch.equal(tuned(input_ids=ids).logits, expected)
 
 
-def test_copies_and_missing_attributes(tiny, wrap):
+def test_copies_and_missing_attributes(wrap):
     tuned = wrap(tiny.build("llama"))
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = tuned.no_such_thing
@@ -163,7 +164,7 @@ def test_copies_and_missing_attributes(tiny, wrap):
         _ = type(tuned).__new__(type(tuned)).base_model
 
 
-def test_a_tuned_model_in_front_of_another_is_refused(tiny, wrap):
+def test_a_tuned_model_in_front_of_another_is_refused(wrap):
     tuned = wrap(tiny.build("llama"))
     with pytest.raises(ValueError, match=rf"model: got a {type(tuned).__name__} with P"):
         PrefixTuningModel(tuned, PrefixConfig())
@@ -178,7 +179,7 @@ def errors(monkeypatch):
     return found
 
 
-def test_text_generation_pipeline(tiny, wrap, errors):
+def test_text_generation_pipeline(wrap, errors):
     tokenizer, base = words(), tiny.build("llama")
     texts = ["a5 a9 a20", "a30 a31 a7 a8 a40"]
     options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
@@ -214,7 +215,7 @@ def test_text_classification_pipeline(wrap, errors):
     assert errors == []
 
 
-def test_the_trainer_takes_a_prefix_on_a_quantised_base(tiny, wrap, tmp_path):
+def test_the_trainer_takes_a_prefix_on_a_quantised_base(wrap, tmp_path):
     base = tiny.build("llama")
     base.is_quantized = True
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)

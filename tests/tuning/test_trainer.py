@@ -14,13 +14,14 @@ from transformers import (
     TrainingArguments,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, use_prefix
 
 
 class Texts(torch.utils.data.Dataset):
     """Padded rows that repeat a few tokens, so that there is something to learn."""
 
-    def __init__(self, tiny, count=8):
+    def __init__(self, count=8):
         rows = [(torch.arange(4 + row % 3) * 7 + 1) % tiny.VOCAB for row in range(count)]
         self.ids, self.mask = tiny.pad(rows, "right")
 
@@ -34,7 +35,7 @@ class Texts(torch.utils.data.Dataset):
 
 
 @pytest.fixture
-def make(tiny, architecture, tmp_path):
+def make(architecture, tmp_path):
     """A Trainer of a new model; everything but the options given is the same each time."""
 
     def build(prefix=(), **options):
@@ -57,8 +58,8 @@ def make(tiny, architecture, tmp_path):
         return Trainer(
             PrefixTuningModel(tiny.build(architecture), config),
             arguments,
-            train_dataset=Texts(tiny),
-            eval_dataset=Texts(tiny, 5),
+            train_dataset=Texts(),
+            eval_dataset=Texts(5),
         )
 
     return build
@@ -149,7 +150,7 @@ def test_a_checkpoint_holds_the_encoder_and_its_optimizer_alone(make):
 
 @pytest.mark.parametrize("architecture", ["llama"])
 def test_reentrant_checkpointing_is_refused(make):
-    """By whichever name it is asked for."""
+    """It has two names, and both are refused."""
     trainer = make(
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
     )
@@ -168,7 +169,7 @@ def test_reentrant_checkpointing_is_refused(make):
             tuned(**batch)
 
 
-def test_seq2seq_trainer_generates(tiny, tmp_path):
+def test_seq2seq_trainer_generates(tmp_path):
     """It trains, evaluates by generating, and what it generates sees the prefix."""
     config = T5Config(
         vocab_size=tiny.VOCAB, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2,
@@ -181,8 +182,7 @@ def test_seq2seq_trainer_generates(tiny, tmp_path):
         PrefixConfig(num_virtual_tokens=4, task_type="SEQ_2_SEQ_LM", init_std=1.0),
     )
     data = [
-        {name: value for name, value in Texts(tiny)[row].items() if name != "row"}
-        for row in range(8)
+        {name: value for name, value in Texts()[row].items() if name != "row"} for row in range(8)
     ]
     arguments = Seq2SeqTrainingArguments(
         str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=6,

@@ -12,6 +12,7 @@ from transformers import (
     Trainer,
 )
 
+import fastprefix_testing.models as tiny
 from fastprefix import (
     PrefixConfig,
     PrefixTrainer,
@@ -85,8 +86,8 @@ def test_question_answering_is_trained_and_evaluated(wrap, tmp_path):
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, PrefixTrainer])
-def test_the_logged_loss_is_the_models(wrap, tiny, tmp_path, trainer_class):
-    """Also where the first token has a label, which a prompt predicts and a prefix does not."""
+def test_the_logged_loss_is_the_models(wrap, tmp_path, trainer_class):
+    """A first token may have a label: a prompt predicts that token, a prefix does not."""
     tuned = wrap(tiny.build())
     ids = torch.randint(0, tiny.VOCAB, (8, 4))
     rows = [{"input_ids": row, "labels": row} for row in ids]
@@ -101,7 +102,7 @@ def test_the_logged_loss_is_the_models(wrap, tiny, tmp_path, trainer_class):
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, PrefixTrainer])
-def test_a_smoothed_loss_is_the_next_tokens(wrap, tiny, tmp_path, trainer_class):
+def test_a_smoothed_loss_is_the_next_tokens(wrap, tmp_path, trainer_class):
     tuned = wrap(tiny.build()).eval()
     ids = torch.randint(0, tiny.VOCAB, (4, 6))
     trainer = trainer_class(tuned, arguments(tmp_path, label_smoothing_factor=1e-9))
@@ -135,7 +136,7 @@ def test_seq2seq_arguments_may_name_a_generation_config(wrap, tmp_path):
     assert trainer.predict(rows).predictions.shape[0] == 4
 
 
-def test_noise_on_the_embeddings(wrap, tiny, tmp_path):
+def test_noise_on_the_embeddings(wrap, tmp_path):
     """neftune_noise_alpha hooks the module that embeds tokens."""
     tuned = wrap(tiny.build())
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, tiny.VOCAB, (4, 6))]

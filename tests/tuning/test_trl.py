@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import log_softmax, logsigmoid
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 from fastprefix.integrations import trl as integration
 
@@ -29,7 +30,7 @@ def _quiet():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny):
+def tokenizer():
     special = ["<pad>", "<eos>", "<unk>"]
     words = special + [f"w{number}" for number in range(tiny.VOCAB - len(special))]
     made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
@@ -39,7 +40,7 @@ def tokenizer(tiny):
     )
 
 
-def small(tiny):
+def small():
     return tiny.build("llama", num_hidden_layers=2)
 
 
@@ -62,9 +63,9 @@ def loud(tuned):
     return tuned
 
 
-def prefixed(tiny, **options):
+def prefixed(**options):
     config = PrefixConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", **options)
-    return loud(PrefixTuningModel(small(tiny), config))
+    return loud(PrefixTuningModel(small(), config))
 
 
 def texts(kind, rows):
@@ -130,7 +131,7 @@ def loop(tuned, loss_of):
 
 
 def log_probs(model, tokenizer, prompts, completions):
-    """Of each completion and its end, [rows]; and how many tokens all of them have."""
+    """The log-probability [rows] of each completion with its end, and the number of tokens."""
     sums, count = [], 0
     for prompt, completion in zip(prompts, completions, strict=True):
         front = tokenizer(prompt)["input_ids"]
@@ -151,8 +152,8 @@ def assert_losses(logs, want, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_sft_is_the_plain_loop(tiny, tokenizer, tmp_path, gradient_checkpointing):
-    tuned = prefixed(tiny)
+def test_sft_is_the_plain_loop(tokenizer, tmp_path, gradient_checkpointing):
+    tuned = prefixed()
     other, data = copy.deepcopy(tuned), texts("sft", 4)
 
     def loss_of(model):
@@ -168,9 +169,9 @@ def test_sft_is_the_plain_loop(tiny, tokenizer, tmp_path, gradient_checkpointing
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_head_beside_the_prefix_is_trained_too(tiny, tokenizer, tmp_path):
+def test_a_head_beside_the_prefix_is_trained_too(tokenizer, tmp_path):
     """The trainer computes with the weight of the head, and does not call it."""
-    tuned = prefixed(tiny, modules_to_save=["lm_head"])
+    tuned = prefixed(modules_to_save=["lm_head"])
     other, data = copy.deepcopy(tuned), texts("sft", 4)
 
     def loss_of(model):
@@ -180,12 +181,12 @@ def test_a_head_beside_the_prefix_is_trained_too(tiny, tokenizer, tmp_path):
     assert_losses(run("sft", tuned, tokenizer, tmp_path), loop(other, loss_of))
     for name, head in tuned.heads().items():
         torch.testing.assert_close(head, other.heads()[name], rtol=1e-3, atol=1e-4)
-        assert not torch.equal(head, small(tiny).state_dict()[name])
+        assert not torch.equal(head, small().state_dict()[name])
 
 
-def test_dpo_compares_with_the_prefix_as_it_was(tiny, tokenizer, tmp_path):
+def test_dpo_compares_with_the_prefix_as_it_was(tokenizer, tmp_path):
     """PEFT's rule: neither with the base nor with the prefix that is being trained."""
-    tuned = prefixed(tiny)
+    tuned = prefixed()
     other, reference = copy.deepcopy(tuned), copy.deepcopy(tuned)
     data = texts("dpo", 4)
 
@@ -207,8 +208,8 @@ def test_dpo_compares_with_the_prefix_as_it_was(tiny, tokenizer, tmp_path):
         assert torch.equal(got, was)
 
 
-def test_dpo_takes_a_reference_of_ones_own(tiny, tokenizer, tmp_path):
-    tuned, bare = prefixed(tiny), small(tiny)
+def test_dpo_takes_a_reference_of_ones_own(tokenizer, tmp_path):
+    tuned, bare = prefixed(), small()
     data = texts("dpo", 4)
 
     def loss_of(model):
@@ -221,12 +222,12 @@ def test_dpo_takes_a_reference_of_ones_own(tiny, tokenizer, tmp_path):
 
     want = loop(copy.deepcopy(tuned), loss_of)
     assert want[0] != pytest.approx(0.6931472, rel=1e-3)
-    logs = run("dpo", tuned, tokenizer, tmp_path, ref_model=small(tiny))
+    logs = run("dpo", tuned, tokenizer, tmp_path, ref_model=small())
     assert_losses(logs, want)
 
 
-def test_grpo_generates_with_the_prefix_and_compares_with_it(tiny, tokenizer, tmp_path):
-    tuned = prefixed(tiny)
+def test_grpo_generates_with_the_prefix_and_compares_with_it(tokenizer, tmp_path):
+    tuned = prefixed()
     initial, seen = copy.deepcopy(tuned), []
 
     def rewards(prompts, completion_ids, **_):
@@ -253,7 +254,7 @@ def test_grpo_generates_with_the_prefix_and_compares_with_it(tiny, tokenizer, tm
 
 
 def test_reward_is_the_plain_loop(tokenizer, tmp_path):
-    """With the head on top, which is trained beside the prefix."""
+    """The head on top is trained beside the prefix."""
     config = PrefixConfig(num_virtual_tokens=4, task_type="SEQ_CLS")
     tuned = loud(PrefixTuningModel(classifier(), config))
     other, data = copy.deepcopy(tuned), texts("reward", 4)
@@ -278,12 +279,12 @@ def test_reward_is_the_plain_loop(tokenizer, tmp_path):
 
 @pytest.mark.peft
 @pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "reward"])
-def test_losses_are_pefts(tiny, tokenizer, tmp_path, kind):
+def test_losses_are_pefts(tokenizer, tmp_path, kind):
     """The same adapter, which PEFT made, and all that trl logs of its training."""
     import peft
 
     def base():
-        return classifier() if kind == "reward" else small(tiny)
+        return classifier() if kind == "reward" else small()
 
     def rewards(completion_ids, **_):
         return [float(sum(ids) % 7) for ids in completion_ids]
@@ -310,8 +311,8 @@ def test_losses_are_pefts(tiny, tokenizer, tmp_path, kind):
     assert len({float(log["grad_norm"]) for log in want}) == STEPS
 
 
-def test_a_reference_has_a_copy_of_the_heads(tiny, tokenizer, tmp_path):
-    tuned = prefixed(tiny, modules_to_save=["lm_head"])
+def test_a_reference_has_a_copy_of_the_heads(tokenizer, tmp_path):
+    tuned = prefixed(modules_to_save=["lm_head"])
     before = {name: tensor.clone() for name, tensor in tuned.heads().items()}
     trainer = make("dpo", tuned, tokenizer, tmp_path)
     trainer.train()
@@ -321,14 +322,14 @@ def test_a_reference_has_a_copy_of_the_heads(tiny, tokenizer, tmp_path):
         assert not torch.equal(tuned.heads("default")[name], tensor)
 
 
-def test_a_configuration_of_pefts_besides_is_refused(tiny, tokenizer, tmp_path):
+def test_a_configuration_of_pefts_besides_is_refused(tokenizer, tmp_path):
     """The trainers' own refusal of a second adapter holds for a tuned model, too."""
     import peft
 
     config = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False)
     with pytest.raises(ValueError, match="together with a `peft_config`"):
         trl.SFTTrainer(
-            prefixed(tiny),
+            prefixed(),
             config,
             train_dataset=datasets.Dataset.from_dict(texts("sft", 4)),
             processing_class=tokenizer,
@@ -336,11 +337,11 @@ def test_a_configuration_of_pefts_besides_is_refused(tiny, tokenizer, tmp_path):
         )
 
 
-def test_sft_trains_a_prompt(tiny, tokenizer, tmp_path):
-    """Of embeddings, for which trl keeps the last columns of what it computes."""
+def test_sft_trains_a_prompt(tokenizer, tmp_path):
+    """The prompt consists of embeddings. trl keeps the last columns of what the model returns."""
     torch.manual_seed(3)
     config = PromptConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
-    tuned = PromptTuningModel(small(tiny), config)
+    tuned = PromptTuningModel(small(), config)
     other, data = copy.deepcopy(tuned), texts("sft", 4)
 
     def loss_of(model):
@@ -359,13 +360,13 @@ def test_sft_trains_a_prompt(tiny, tokenizer, tmp_path):
     assert_losses(logs, want)
 
 
-def test_only_trl_is_told(tiny):
+def test_only_trl_is_told():
     import accelerate.utils
 
-    assert not accelerate.utils.is_peft_model(prefixed(tiny))
+    assert not accelerate.utils.is_peft_model(prefixed())
 
 
-def test_modules_of_trl_that_are_here_and_that_come(tiny, monkeypatch):
+def test_modules_of_trl_that_are_here_and_that_come(monkeypatch):
     import accelerate.utils
 
     class Wrapped(torch.nn.Module):
@@ -376,7 +377,7 @@ def test_modules_of_trl_that_are_here_and_that_come(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, here.__name__, here)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     integration.register()
-    tuned = prefixed(tiny)
+    tuned = prefixed()
     for module in (here, sys.modules["trl.trainer.dpo_trainer"]):
         assert module.is_peft_model(tuned)
         assert module.is_peft_model(torch.nn.DataParallel(tuned))

@@ -75,7 +75,7 @@ def activate(
     if isinstance(kv, PackedPrefixKV):
         if rows is None:
             raise ValueError("rows: got None with several prefixes, takes a name for each row")
-        index, prefix_ids = kv.index(rows).to(device), kv.numbers(rows)
+        index, prefix_ids = kv.index(rows).to(device), kv.prefix_ids(rows)
     elif rows is not None:
         raise ValueError("rows: got names with one PrefixKV, takes several by name as kv")
     _check_fits(model, patch, kv)

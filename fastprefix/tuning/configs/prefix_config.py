@@ -17,12 +17,12 @@ from fastprefix.arguments import (
     methods_refuse_unknown_arguments,
     shown,
 )
-from fastprefix.encoders.build import Reparameterization
-from fastprefix.encoders.init import Resize
+from fastprefix.encoders.networks import Reparameterization
+from fastprefix.encoders.starting_prefixes import Resize
 from fastprefix.kv import Group
 from fastprefix.tuning.configs.tuning_config import TuningConfig
 
-Init = Literal["random", "orthogonal", "zero", "text", "embeddings", "vocab", "prefix"]
+PrefixInit = Literal["random", "orthogonal", "zero", "text", "embeddings", "vocab", "prefix"]
 # Fields of both peft_types. PEFT has the first for cartridges only, and the second not at all.
 _OF_BOTH_TYPES = ("num_frozen_tokens", "prefix_in_window")
 
@@ -108,7 +108,7 @@ class PrefixConfig(TuningConfig):
     position_offset: int | None = None
     groups: Sequence[Group] | None = None
     dropout: float = 0.0
-    init: Init = "random"
+    init: PrefixInit = "random"
     init_text: str | None = None
     init_prefix: str | None = None
     init_resize: Resize = "pad"
@@ -142,7 +142,7 @@ class PrefixConfig(TuningConfig):
         self._check_layers()
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, takes 0 <= dropout < 1")
-        self._check_choice("init", get_args(Init))
+        self._check_choice("init", get_args(PrefixInit))
         if (self.init in ("text", "embeddings")) != bool(self.init_text):
             raise ValueError(
                 f"init_text: got {self.init_text!r} with init={self.init!r}, takes a text with "

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from fastprefix.arguments import check_number, methods_refuse_unknown_arguments
+from fastprefix.encoders.networks import Reparameterization
 from fastprefix.formats.peft_prompts import INFIX_KIND
 from fastprefix.tuning.configs.tuning_config import TuningConfig
 
-Init = Literal["random", "text", "vocab"]
-Reparameterization = Literal["MLP", "LSTM"]
+PromptInit = Literal["random", "text", "vocab"]
 Placement = Literal["prefix", "infix"]
 
 
@@ -18,7 +18,7 @@ _NETWORK = (
     *("encoder_reparameterization_type", "encoder_hidden_size"),
     *("encoder_num_layers", "encoder_dropout"),
 )
-_INITS: dict[str, Init] = {"RANDOM": "random", "TEXT": "text", "SAMPLE_VOCAB": "vocab"}
+_INITS: dict[str, PromptInit] = {"RANDOM": "random", "TEXT": "text", "SAMPLE_VOCAB": "vocab"}
 
 
 @methods_refuse_unknown_arguments
@@ -61,7 +61,7 @@ class PromptConfig(TuningConfig):
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
     modules_to_save: list[str] | None = None
-    init: Init = "random"
+    init: PromptInit = "random"
     init_text: str | None = None
     init_std: float | None = None
     inference_mode: bool = False
@@ -111,7 +111,7 @@ class PromptConfig(TuningConfig):
         network = (*get_args(Reparameterization), None)
         self._check_choice("placement", get_args(Placement))
         self._check_choice("encoder_reparameterization_type", network)
-        self._check_choice("init", get_args(Init))
+        self._check_choice("init", get_args(PromptInit))
         if self.encoder_reparameterization_type != "LSTM" and (
             self.encoder_num_layers != 2 or self.encoder_dropout != 0.0
         ):

@@ -1,7 +1,7 @@
 """What is compiled for GPUs that are not there: targets, problems, and the launches they make.
 
-The launchers run as they are, on tensors without storage, and their launches are collected instead
-of enqueued: what is compiled offline is what runs there.
+The real launchers run, on tensors without storage. Their launches are collected, not enqueued. So
+what is compiled offline is what would run on the GPU.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from fastprefix.options import Options
 from .. import launch, tilings
 from ..backward import launch_backward
 from ..forward import launch_forward
+from ..target import Target, family_of_amd, family_of_capability
 
 TARGETS = (
     "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100"
 )  # fmt: skip
 HEAD_SIZES = (16, 32, 64, 72, 80, 96, 112, 128, 192, 256)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Multiprocessors assumed for every target; they decide into how many parts reductions are cut.
+# We assume this many multiprocessors for every target. They decide how reductions are split.
 MULTIPROCESSORS = 108
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem to compile all the passes for.
+    """One problem, for which all passes are compiled.
 
     Attributes:
         target: one of TARGETS.
@@ -41,7 +42,7 @@ class Case:
         dtype: one of DTYPES.
         features: names out of FEATURES.
         value_head_size: Dv, D if None.
-        is_causal: of the sequence part.
+        is_causal: whether the sequence part is causal.
         batch, kv_heads, group, query_length, length, prefix: B, Hkv, Hq / Hkv, Lq, Lk, P. With
             "cu_seqlens", `batch` sequences share the `length` tokens.
     """
@@ -65,7 +66,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-# Keyword arguments that a feature adds to both launchers. To compile a new feature, add its line.
+# The options that each feature sets. To compile a new feature, add its line.
 FEATURES: dict[str, Callable[[Case], dict[str, Any]]] = {
     "padding": lambda c: {"key_padding_mask": _empty(c.batch, c.length, dtype=torch.bool)},
     "attn_mask": lambda c: {"attn_mask": _empty(c.batch, 1, c.query_length, c.length)},
@@ -89,8 +90,8 @@ FEATURES: dict[str, Callable[[Case], dict[str, Any]]] = {
     "negative_scale": lambda c: {"scale": -0.125},
     "batch_invariant": lambda c: {"batch_invariant": True},
 }
-# All of them at least once, in kernels that are as few as can be: two kinds of masks exclude each
-# other, and cu_seqlens both.
+# All features at least once, in as few kernels as possible. The two kinds of masks exclude each
+# other, and cu_seqlens excludes both.
 MEETINGS: tuple[tuple[str, ...], ...] = (
     ("attn_mask", "prefix_bias", "sliding_window", "padding", "sinks", "negative_scale"),
     ("bool_mask", "prefix_bias_columns", "prefix_in_window", "softcap"),
@@ -100,18 +101,18 @@ DECODE_MEETINGS: tuple[tuple[str, ...], ...] = (
     ("padding", "sliding_window", "softcap", "sinks", "prefix_bias"),
     ("padding", "sliding_window", "packed", "batch_invariant"),
 )
-# Queries that fill a tile of 32 rows, and heads that allow few keys: most of a feature's code
-# stands in every score, so with whole tiles the features would take longer to compile than all the
-# rows of the tables.
+# Queries that fill a tile of 32 rows, and a head size whose tiles have few keys. Most features add
+# code to every score. With larger tiles they would take longer to compile than all rows of the tile
+# table.
 SHORT: dict[str, Any] = {
     "query_length": 32, "length": 32, "group": 1, "head_size": 128, "value_head_size": 64
 }  # fmt: skip
-# A step of decoding, whose odd lengths nothing may specialise on.
+# A step of decoding. Its lengths are odd, so that no kernel is specialised for multiples of 16.
 DECODE: dict[str, Any] = {"batch": 33, "query_length": 1, "length": 2047, "prefix": 4097}
 
 
 def parse_target(name: str) -> str:
-    """The entry of TARGETS for "sm_90", "gfx942" or itself.
+    """The entry of TARGETS for a name: "sm_90", "gfx942", or the entry itself.
 
     Raises:
         ValueError: an architecture that is not in TARGETS.
@@ -125,7 +126,7 @@ def parse_target(name: str) -> str:
 
 
 def check_case(case: Case) -> None:
-    """Raise ValueError, naming the field, for a case that no launcher takes."""
+    """Raise ValueError, with the name of the field, for a case that no launcher accepts."""
     for name, known in (("target", TARGETS), ("dtype", DTYPES)):
         if getattr(case, name) not in known:
             raise ValueError(
@@ -144,19 +145,19 @@ def check_case(case: Case) -> None:
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """Triton's target for "cuda:90" or "hip:gfx942"."""
+    """Triton's own target for an entry of TARGETS."""
     backend, arch = name.split(":")
     if backend == "cuda":
         return GPUTarget("cuda", int(arch), 32)
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
-def launch_target(name: str) -> tilings.Target:
-    """The entry of the launch table for the same name."""
+def launch_target(name: str) -> Target:
+    """Our target of a launch for an entry of TARGETS."""
     backend, arch = name.split(":")
     if backend == "cuda":
-        return tilings.Target(tilings.family_of_capability(*divmod(int(arch), 10)), MULTIPROCESSORS)
-    return tilings.Target(tilings.family_of_amd(arch), MULTIPROCESSORS)
+        return Target(family_of_capability(*divmod(int(arch), 10)), MULTIPROCESSORS)
+    return Target(family_of_amd(arch), MULTIPROCESSORS)
 
 
 def launches(case: Case) -> list[launch.Launch]:
@@ -194,8 +195,8 @@ class Job:
     Attributes:
         case: the problem.
         kernel: only kernels whose name contains this.
-        code: read the disassembly, for hot loops and spill instructions; it takes as long as a
-            fifth of the compilation.
+        code: whether to read the disassembly, for hot loops and spill instructions. This takes a
+            fifth of the time of the compilation.
     """
 
     case: Case
@@ -204,7 +205,7 @@ class Job:
 
 
 def is_main(case: Case) -> bool:
-    """Whether the kernels of a case must not spill and are read to the last instruction."""
+    """Whether a case is on the main path: its kernels must not spill, and are disassembled."""
     return case.dtype == "bf16" and case.head_size in (64, 128) and not case.features
 
 
@@ -216,12 +217,13 @@ def plain_jobs(target: str, head_size: int, dtype: str) -> list[Job]:
 
 
 def table_jobs(target: str) -> list[Job]:
-    """Every kernel at every row of the launch tables that a target can pick, and every feature.
+    """Every kernel at every row of the tile table that a target can pick, and every feature.
 
-    A call picks a row by the block of its head size and by whether it is fp32; the largest head of
-    a block needs most. Features at one head size, whose value is smaller.
+    A call picks a row by the block of its head size and by whether it is fp32. Each block is
+    compiled with its largest head, which needs most. Features are compiled at one head size, with
+    smaller values.
     """
-    passes = tilings.TABLE[launch_target(target).family]
+    passes = tilings.TILES[launch_target(target).family]
     blocks = sorted({largest for rows in passes.values() for largest, _, _ in rows})
     jobs = []
     for dtype, block in itertools.product(("bf16", "fp32"), blocks):
@@ -236,7 +238,7 @@ def table_jobs(target: str) -> list[Job]:
 
 
 def main_jobs(target: str) -> list[Job]:
-    """Of :func:`table_jobs`, what most models run: bf16 at head sizes 64 and 128, no features."""
+    """The jobs of :func:`table_jobs` that most models run: bf16, D 64 and 128, no features."""
     return [
         job
         for job in table_jobs(target)
@@ -245,7 +247,7 @@ def main_jobs(target: str) -> list[Job]:
 
 
 def full_jobs() -> list[Job]:
-    """The tables of every target, all its head sizes and dtypes, and each feature alone at D 64."""
+    """For every target: its tiles, all head sizes and dtypes, and each single feature at D 64."""
     jobs = []
     for target in TARGETS:
         jobs += table_jobs(target)
@@ -255,6 +257,6 @@ def full_jobs() -> list[Job]:
             case = Case(target, 64, "bf16", (feature,))
             if feature == "batch_invariant":
                 case = dataclasses.replace(case, **DECODE)
-            # sm_90 has asynchronous products, which a feature may serialise
+            # sm_90 has asynchronous products. A feature may serialise them, and the code shows it.
             jobs.append(Job(case, code=target == "cuda:90"))
     return list(dict.fromkeys(jobs))

@@ -1,7 +1,7 @@
-"""What the machine code of a kernel does per loop, read from its disassembly. Pure functions.
+"""What each loop of a kernel does, read from the disassembly of its machine code.
 
-Nothing here is a timing: a loop is judged by the warp-instructions that it issues per matrix-unit
-operation, which ranks code generation and predicts no run time.
+Nothing here is a timing. A loop is judged by the warp-instructions that it issues per FLOP of the
+matrix units. This figure compares code generation; it does not predict a run time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 # Matrix-unit instructions of each vendor, and accesses to spilled registers.
 MATRIX = re.compile(r"(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b|v_(mfma|wmma|smfmac)_")
 SPILL = re.compile(r"(LDL|STL)\b|scratch_(load|store)_")
-# A wait for asynchronous matrix instructions (HGMMA, sm_90). Where ptxas serialises them (its
-# message C7515) one stands behind each.
+# A wait for asynchronous matrix instructions (HGMMA, sm_90). If ptxas serialises them (its message
+# C7515), there is a wait after each.
 WAIT = re.compile(r"WARPGROUP\.DEPBAR\b")
 
 _SASS_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z]\S*)\s*(.*?)\s*;")
@@ -32,8 +32,8 @@ class Instruction:
         address: its byte address (NVIDIA) or its number (AMD).
         name: opcode with modifiers.
         operands: the rest of the line.
-        target: where it jumps to, or None.
-        ends: control never goes on to the next instruction.
+        target: the address that it jumps to, or None.
+        ends: whether control never continues with the next instruction.
     """
 
     address: int
@@ -49,16 +49,16 @@ class Loop:
 
     Attributes:
         start: address of its first instruction.
-        instructions: instructions that a warp issues in every iteration. Where the matrix
-            instructions stand behind a condition (sm_100, where one warp issues them for all),
-            every instruction of the loop.
-        conditional: the loop's other instructions.
-        matrix_instructions: how many of the instructions feed the matrix units.
+        instructions: instructions that a warp issues in every iteration. If the matrix
+            instructions are conditional, all instructions of the loop (on sm_100 one warp issues
+            them for all warps).
+        conditional: the other instructions of the loop.
+        matrix_instructions: how many of `instructions` feed the matrix units.
         spill_instructions: how many of them move spilled registers.
         matrix_waits: how many of them wait for HGMMA.
-        shapes: matrix instructions by shape, {"HGMMA.64x128x16": 16}.
+        shapes: number of matrix instructions by shape, {"HGMMA.64x128x16": 16}.
         flops: FLOP of the matrix instructions of all warps of the program in one iteration.
-        per_kiloflop: warp-instructions per 1000 of these.
+        per_kiloflop: warp-instructions per 1000 FLOP.
     """
 
     start: int
@@ -126,7 +126,12 @@ def parse_amdgcn(text: str) -> list[Instruction]:
 
 
 def hot_loops(code: Sequence[Instruction], warps: int) -> list[Loop]:
-    """The innermost loops with matrix instructions, by address; `warps` of the program run them."""
+    """The innermost loops with matrix instructions, by address.
+
+    Args:
+        code: the instructions of a kernel.
+        warps: warps of a program.
+    """
     blocks, successors = _flow(code)
     matrix = {b for b, (start, end) in enumerate(blocks) if any(map(is_matrix, code[start:end]))}
     dominators = _dominators(successors)
@@ -155,10 +160,10 @@ def is_spill(instruction: Instruction) -> bool:
 
 
 def matrix_shape(code: Sequence[Instruction], index: int) -> tuple[str, int, float]:
-    """Name with shape, FLOP, and the share of it that falls to one warp of a matrix instruction.
+    """The name with the shape, the FLOP, and one warp's share of a matrix instruction.
 
-    The share is 1 where a warp works alone, 1/4 in a warp group; 0 says that one warp issues the
-    instruction for the whole program (then the FLOP are the program's).
+    The share is 1 if a warp executes the instruction alone, and 1/4 if a group of 4 warps does. It
+    is 0 if one warp issues the instruction for the whole program.
 
     Raises:
         ValueError: a matrix instruction that this function does not know.
@@ -188,7 +193,7 @@ def matrix_shape(code: Sequence[Instruction], index: int) -> tuple[str, int, flo
 
 
 def _immediate(code: Sequence[Instruction], index: int, register: str) -> int:
-    """The constant that a register holds at an instruction: the last move before it."""
+    """The constant that a register holds at an instruction, from the last move before it."""
     for i in range(index - 1, -1, -1):
         if re.match(rf"{register}\b", code[i].operands):
             value = re.fullmatch(rf"{register}, 0x([0-9a-f]+)", code[i].operands)
@@ -199,7 +204,7 @@ def _immediate(code: Sequence[Instruction], index: int, register: str) -> int:
 
 
 def _length(blocks: Sequence[tuple[int, int]], chosen: set[int]) -> int:
-    """Instructions in the chosen blocks."""
+    """How many instructions the chosen blocks have."""
     return sum(blocks[b][1] - blocks[b][0] for b in chosen)
 
 
@@ -237,7 +242,7 @@ def _loop(
 
 
 def _flow(code: Sequence[Instruction]) -> tuple[list[tuple[int, int]], list[list[int]]]:
-    """Basic blocks as ranges of indices, and the successors of each."""
+    """The basic blocks as ranges of indices, and the successors of each block."""
     index = {instruction.address: i for i, instruction in enumerate(code)}
     leaders = {0}
     for i, instruction in enumerate(code):
@@ -280,10 +285,11 @@ def _dominators(successors: list[list[int]]) -> list[set[int]]:
 def _natural_loops(
     successors: list[list[int]], dominators: list[set[int]]
 ) -> dict[int, tuple[set[int], set[int]]]:
-    """{head: (blocks, latches)} of the loops: edges back to a block that dominates their source.
+    """The loops as {head: (blocks, latches)}.
 
-    Layout does not matter: a block that the compiler moved out of a loop's range still belongs to
-    it, and a jump backwards from such a block makes no loop.
+    A loop has an edge from each latch back to its head, which dominates the latch. The order of the
+    blocks in memory does not matter. A block that the compiler moved out of a loop's range still
+    belongs to the loop, and a jump backwards from such a block makes no loop.
     """
     predecessors: list[list[int]] = [[] for _ in successors]
     for b, following in enumerate(successors):

@@ -1,4 +1,4 @@
-"""How many programs of a kernel fit on one multiprocessor, and which resource says so. Static."""
+"""How many programs of a kernel fit on one multiprocessor, and which resource is the limit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Limits:
         schedulers: partitions with a register file each; a warp belongs to one.
         warps: resident warps per scheduler.
         registers: registers per lane and scheduler.
-        register_unit: registers are given to a warp in multiples of this.
+        register_unit: a warp gets registers in multiples of this.
         shared: bytes of shared memory.
-        shared_reserved: bytes that the system takes per program.
-        shared_unit: shared memory is given out in multiples of this.
+        shared_reserved: bytes that the system needs per program.
+        shared_unit: a program gets shared memory in multiples of this.
         tensor_columns: columns of tensor memory, 0 if there is none.
     """
 
@@ -35,8 +35,8 @@ class Limits:
 
 
 def _nvidia(blocks: int, warps: int, shared: int, tensor_columns: int = 0) -> Limits:
-    # 64 Ki registers, in units of 256 per warp, in four partitions; 1 KiB of shared memory is
-    # reserved per block. All that since compute capability 8.0.
+    # Since compute capability 8.0 there are 64 Ki registers in four partitions, given out in units
+    # of 256 per warp, and 1 KiB of shared memory is reserved per block.
     return Limits(
         "multiprocessor", blocks, 4, warps // 4, 512, 8, shared << 10, 1 << 10, 128, tensor_columns
     )
@@ -44,8 +44,8 @@ def _nvidia(blocks: int, warps: int, shared: int, tensor_columns: int = 0) -> Li
 
 # NVIDIA: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"
 # (blocks, warps and shared memory per multiprocessor); tensor memory: PTX ISA, "Tensor Memory"
-# (512 columns). AMD: LLVM's AMDGPU backend (AMDGPUBaseInfo.cpp: waves per EU, VGPR granules; LDS
-# per workgroup processor is that of its two compute units, for Triton compiles in WGP mode).
+# (512 columns). AMD: LLVM's AMDGPU backend (AMDGPUBaseInfo.cpp: waves per EU, VGPR granules).
+# Triton compiles in WGP mode, so a workgroup processor has the LDS of its two compute units.
 LIMITS: dict[str, Limits] = {
     "cuda:80": _nvidia(32, 64, 164),
     "cuda:86": _nvidia(16, 48, 100),
@@ -63,11 +63,12 @@ class Occupancy:
     """Programs per multiprocessor.
 
     Attributes:
-        unit: what AMD calls a multiprocessor.
+        unit: the vendor's name for a multiprocessor.
         blocks: programs that are resident at once.
-        bound_by: the resources that allow no more, comma-separated.
-        by_limit: programs that each resource alone would allow; absent if it is not used.
-        warps: resident warps as a share of the most that the multiprocessor holds.
+        bound_by: the resources that allow no more programs, separated by commas.
+        by_limit: how many programs each resource would allow; resources that are not used are
+            absent.
+        warps: resident warps, as a share of those that the multiprocessor could hold.
     """
 
     unit: str
@@ -80,13 +81,13 @@ class Occupancy:
 def occupancy(
     limits: Limits, *, registers: int, shared_bytes: int, warps: int, tensor_columns: int = 0
 ) -> Occupancy:
-    """Occupancy of a program of `warps` warps.
+    """The occupancy of a kernel.
 
     Args:
-        limits: of the device.
-        registers: per lane, as the compiler reports them.
-        shared_bytes: per program.
-        warps: per program.
+        limits: limits of the device.
+        registers: registers per lane, as the compiler reports them.
+        shared_bytes: shared memory per program.
+        warps: warps per program.
         tensor_columns: columns of tensor memory per program.
     """
     per_warp = _round_up(max(registers, 1), limits.register_unit)

@@ -1,8 +1,9 @@
-"""Machine code of a launch and what it costs: registers, spills, shared memory, hot loops.
+"""What the machine code of a launch costs: registers, spills, shared memory, hot loops.
 
-Triton keeps compiled kernels on disk, keyed by their source, specialisation, target and its own
-version (TRITON_CACHE_DIR). What is read off their machine code lies beside them, keyed by the
-kernel's hash and by the code that reads it. Nothing here is a timing.
+Triton keeps compiled kernels on disk (TRITON_CACHE_DIR). Their key holds the source, the
+specialisation, the target and Triton's version. The figures read off the machine code lie beside
+them. Their key holds the kernel's hash and the source of the code that reads them. Nothing here is
+a timing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 
-from .. import launch, tilings
+from .. import launch
+from ..target import SHARED_MEMORY, Tile
 from . import machine_code
 from .cases import DTYPES, Case, Job, gpu_target, is_main, launch_target, launches
 from .occupancy import LIMITS, Occupancy, occupancy
@@ -39,11 +41,11 @@ POINTERS = {
     **{dtype: f"*{name}" for name, dtype in DTYPES.items()},
 }  # fmt: skip
 
-# Matrix instructions in PTX, one for each or several of the machine code.
+# Matrix instructions in PTX. Each stands for one or several instructions of the machine code.
 PTX_MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
-# Loops of a kernel in the order of its source, each with the features that bring it (none: it is
-# always there). Where the compiler leaves another number of loops they are numbered.
+# The loops of a kernel in the order of its source, with the features that add each. A loop without
+# features is always there. If the compiler leaves another number of loops, they are numbered.
 SWEEPS = (
     ("prefix, window's edge", ("prefix_in_window",)),
     ("prefix", ()),
@@ -58,13 +60,13 @@ LOOPS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "prefix_attn_bwd_dkv_kernel": (("rows, masked", ()), ("rows", ())),
     "prefix_attn_bwd_dprefix_kernel": (("rows", ()),),
 }
-# The same where tiles that need no test have no loop of their own: see `tilings.whole_apart`.
-TOGETHER = {
+# The same where tiles that need no test have no loop of their own: see `tilings.unmasked_loop`.
+ONE_LOOP = {
     "prefix_attn_fwd_kernel": ("prefix", "sequence"),
     "prefix_attn_bwd_dq_kernel": ("prefix", "sequence"),
     "prefix_attn_bwd_dkv_kernel": ("rows",),
 }
-# Products per tile of scores, as (over the key's head size, over the value's).
+# Products per tile of scores: how many sum over the key's head size, and over the value's.
 PRODUCTS = {
     "prefix_attn_fwd_kernel": (1, 1),
     "prefix_attn_bwd_dq_kernel": (2, 1),
@@ -75,12 +77,12 @@ PRODUCTS = {
 
 @dataclass(frozen=True)
 class NamedLoop(machine_code.Loop):
-    """A hot loop, what it sweeps, and its work against that of one iteration in the source.
+    """A hot loop with its name, and its work compared with one iteration of the source.
 
     Attributes:
-        name: what it sweeps.
-        iterations: FLOP over those of one tile; 1 unless the compiler unrolled the loop, or warps
-            do the same work twice.
+        name: what the loop goes through.
+        iterations: its FLOP divided by those of one tile. This is 1 unless the compiler unrolled
+            the loop, or warps do the same work twice.
     """
 
     name: str = ""
@@ -89,14 +91,16 @@ class NamedLoop(machine_code.Loop):
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel costs. Bytes are per program, spills and registers per thread.
+    """What one compiled kernel costs.
 
-    Without a disassembly `spill_instructions` and `instructions` are None and `loops` empty.
+    Shared memory is per program; registers and spilled bytes are per thread.
+
+    Without a disassembly `spill_instructions` and `instructions` are None, and `loops` is empty.
     """
 
     case: Case
     kernel: str
-    tile: tilings.Tile
+    tile: Tile
     programs: int
     registers: int
     spill_bytes: int
@@ -151,7 +155,7 @@ def source(step: launch.Launch, target: GPUTarget) -> ASTSource:
 
 
 def compile_launch(step: launch.Launch, target: str) -> Any:
-    """A launch as compiled by Triton; without line numbers, which take a tenth of the time."""
+    """Compile a launch, without line numbers: they would take a tenth of the time."""
     chosen = gpu_target(target)
     options = {"num_warps": step.tile.warps, "num_stages": step.tile.stages}
     with triton.knobs.compilation.scope():
@@ -160,7 +164,7 @@ def compile_launch(step: launch.Launch, target: str) -> Any:
 
 
 def nvidia_costs(asm: dict[str, Any], warps: int, code: bool) -> dict[str, Any]:
-    """Registers, stack and matrix instructions of a cubin; with `code` what `_code_costs` adds."""
+    """Registers, stack and matrix instructions of a cubin; with `code` also its loops."""
     tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -187,8 +191,8 @@ def amd_costs(asm: dict[str, Any], warps: int, code: bool) -> dict[str, Any]:
     def field(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
 
-    # Not the metadata's spill counts: scalar registers kept in lanes of vector registers, which
-    # never see memory, are among them.
+    # The spill counts of the metadata include scalar registers that are kept in lanes of vector
+    # registers. Those never reach memory, so we read the size of the stack instead.
     return {
         "registers": field("vgpr_count"),
         "spill_bytes": field("private_segment_fixed_size"),
@@ -198,7 +202,7 @@ def amd_costs(asm: dict[str, Any], warps: int, code: bool) -> dict[str, Any]:
 
 
 def _code_costs(code: list[machine_code.Instruction] | None, warps: int) -> dict[str, Any]:
-    """What only the instructions tell; nothing of it without them."""
+    """The figures that need the instructions; None and no loops if there are none."""
     if code is None:
         return {"spill_instructions": None, "instructions": None, "loops": []}
     return {
@@ -211,18 +215,18 @@ def _code_costs(code: list[machine_code.Instruction] | None, warps: int) -> dict
 
 @functools.cache
 def _analysis() -> str:
-    """A digest of the code that reads machine code: figures read by other code do not count."""
+    """A digest of the code that reads machine code. Figures from other code are not reused."""
     files = (Path(__file__), Path(machine_code.__file__))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def costs(compiled: Any, warps: int, code: bool = True) -> dict[str, Any]:
-    """`nvidia_costs` or `amd_costs` of a compiled kernel, from the cache if they lie there."""
+    """`nvidia_costs` or `amd_costs` of a compiled kernel, from the cache if they are there."""
     key = hashlib.sha256(f"{compiled.hash} {_analysis()} {code}".encode()).hexdigest()
     cache = get_cache_manager(key)
     known = cache.get_file("costs.json")
     if known is not None:
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged: made again
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged, so made again
             kept = json.loads(Path(known).read_text())
             if figures_digest(kept["figures"]) == kept["sha256"]:
                 return kept["figures"]
@@ -234,19 +238,21 @@ def costs(compiled: Any, warps: int, code: bool = True) -> dict[str, Any]:
 
 
 def figures_digest(figures: dict[str, Any]) -> str:
-    """By which figures that were kept are known to be whole."""
+    """A digest that tells whether figures on disk are as they were written."""
     return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()
 
 
-def loop_names(kernel: str, features: tuple[str, ...], count: int, apart: bool = True) -> list[str]:
-    """What the `count` loops of a kernel sweep; `apart` as `tilings.whole_apart`."""
+def loop_names(
+    kernel: str, features: tuple[str, ...], count: int, unmasked_loop: bool = True
+) -> list[str]:
+    """What the `count` loops of a kernel sweep; `unmasked_loop` as `tilings.unmasked_loop`."""
     names = [
         name
         for name, brought_by in LOOPS.get(kernel, ())
         if not brought_by or set(brought_by) & set(features)
     ]
-    if not apart:
-        names = list(TOGETHER[kernel])
+    if not unmasked_loop:
+        names = list(ONE_LOOP[kernel])
     return names if len(names) == count else [f"{i} of {count}" for i in range(1, count + 1)]
 
 
@@ -255,7 +261,7 @@ def named_loops(
 ) -> tuple[NamedLoop, ...]:
     """The loops of a kernel with what they sweep and their share of the source's work."""
     kernel, constants = step.kernel.__name__, step.constants
-    names = loop_names(kernel, case.features, len(loops), constants.get("APART", True))
+    names = loop_names(kernel, case.features, len(loops), constants.get("UNMASKED_LOOP", True))
     work = None
     if kernel in PRODUCTS:
         over_key, over_value = PRODUCTS[kernel]
@@ -288,7 +294,7 @@ def report(case: Case, step: launch.Launch, code: bool = True, save: Path | None
         tile=step.tile,
         programs=math.prod(step.grid),
         shared_bytes=metadata.shared,
-        shared_limit=tilings.SHARED_MEMORY[launch_target(case.target).family],
+        shared_limit=SHARED_MEMORY[launch_target(case.target).family],
         loops=loops,
         occupancy=occupancy(
             LIMITS[case.target],
@@ -311,15 +317,19 @@ def reports(job: Job, save: Path | None = None) -> list[Report | Failure]:
             continue
         try:
             found.append(report(job.case, step, job.code, save))
-        except Exception as error:  # compilers fail in many ways; the others still get compiled
+        except Exception as error:  # compilers fail in many ways; the other kernels still compile
             found.append(Failure(job.case, name, f"{type(error).__name__}: {error}"))
     return found
 
 
 def violations(r: Report | Failure) -> list[str]:
-    """What a kernel must not do and does: not compile, overflow shared memory; on the main path
-    (bf16, D 64 or 128, no features) spill, or compute without the matrix units; and on sm_90 wait
-    in a loop for more than every fourth product: then nothing runs beside the tensor cores.
+    """What a kernel does although it must not.
+
+    - No kernel may fail to compile or need more shared memory than there is.
+    - On the main path (bf16, D 64 or 128, no features) kernels may not spill, and their products
+      must run on the matrix units.
+    - On sm_90 a loop may wait for every fourth product at most. With more waits nothing runs beside
+      the tensor cores.
     """
     if isinstance(r, Failure):
         return [f"does not compile: {r.error.splitlines()[0]}"]

@@ -1,10 +1,10 @@
-"""Bytes that a launch asks the memory system for, against the least possible. A model.
+"""A model of the bytes that a launch requests from the memory system, against the least possible.
 
-Every operand tile that a program loads or stores is counted, program by program, from the grid;
-the least is each operand once. What caches catch in between is not modelled, nor what a sliding
-window or a mask lets a program skip. Packed prefixes and packed sequences count as equally long,
-and packed sequences as if they were not causal. How packed prefixes are cut for decoding is known
-on the device alone: no model.
+It counts every operand tile that the programs of a grid load or store. The least is each operand
+once. The model leaves out what caches serve, and what a sliding window or a mask lets a program
+skip. Packed prefixes and packed sequences count as equally long, and packed sequences as if they
+were not causal. Decoding with packed prefixes has no model, because only the device knows how they
+are cut.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PREFIX = ("pk", "pv")
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one launch, and of each operand: (requested, least)."""
+    """The requested and the least bytes of a launch, and of each operand as (requested, least)."""
 
     requested: int
     least: int
@@ -43,7 +43,7 @@ def traffic(step: launch.Launch) -> Traffic | None:
     operands = {}
     for n, x in tensors.items():
         size = x.numel() * x.element_size()
-        # Partial sums between two launches are no operand of the problem.
+        # Partial sums between two launches are not operands of the problem.
         partial = n.startswith("part") or (n in ("dpk", "dpv") and x.dim() == 4)
         operands[n] = (round(size * times.get(n, 1.0)), 0 if partial else size)
     requested, least = (sum(pair[i] for pair in operands.values()) for i in (0, 1))
@@ -51,7 +51,7 @@ def traffic(step: launch.Launch) -> Traffic | None:
 
 
 def _row_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]:
-    """Forward and dQ: a program owns packed rows and reads the prefix and the keys they see."""
+    """Forward and dQ: a program has packed rows, and reads the prefix and the keys they see."""
     B, Hkv, Lk, _ = tensors["k"].shape
     Lq = tensors["q"].shape[2]
     programs = math.prod(step.grid)
@@ -66,7 +66,7 @@ def _row_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, flo
 
 
 def _key_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]:
-    """dK/dV: a program owns keys and reads the rows that see them."""
+    """Gradients of K and V: a program has keys, and reads the rows that see them."""
     B, Hkv, Lk, _ = tensors["k"].shape
     Lq = tensors["q"].shape[2]
     programs = math.prod(step.grid)
@@ -81,7 +81,7 @@ def _key_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, flo
 
 
 def _prefix_sweep(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]:
-    """dPrefix: a program owns prefix positions and reads its part of all rows."""
+    """Gradient of the prefix: a program has prefix positions, and reads its part of all rows."""
     Hkv, P, _ = tensors["pk"].shape
     tiles = -(-P // step.tile.keys)
     splits = math.prod(step.grid) / (Hkv * tiles)
@@ -100,13 +100,13 @@ def _decode(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]
     return (
         dict.fromkeys(PREFIX, a["n_units"] / splits if splits else 0.0)
         | dict.fromkeys(KEYS, tiles * visible)
-        # every split reads its rows, and the padding twice: what to skip, what to see
+        # Every split reads its rows. It reads the padding twice: for what to skip, and to mask.
         | {"q": splits + a["n_sequence_splits"], "pad": 2 * a["Hkv"] * tiles * visible}
     )
 
 
 def _parts(boundaries: Tensor) -> int:
-    """How many prefixes or sequences lie between the boundaries; they count as equally long."""
+    """How many prefixes or sequences there are; they count as equally long."""
     return boundaries.shape[0] - 1
 
 
@@ -115,7 +115,7 @@ def _once(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]:
     return {}
 
 
-# How often each operand is read, by kernel; once if not said.
+# By kernel, how often each operand is read. Operands that are not named are read once.
 REREADS: dict[str, Any] = {
     "prefix_attn_fwd_kernel": _row_sweep,
     "prefix_attn_bwd_delta_kernel": _once,
@@ -129,7 +129,7 @@ REREADS: dict[str, Any] = {
 
 
 def _mean_visible(Lq: int, Lk: int, group: int, rows: int) -> float:
-    """Keys that a tile of packed rows reads if it is causal, on average over the tiles."""
+    """The average number of keys that a causal tile of packed rows reads."""
     total, starts = 0, range(0, group * Lq, rows)
     for first in starts:
         last = min(first + rows, group * Lq) - 1

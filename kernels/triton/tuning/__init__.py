@@ -1,1 +1,1 @@
-"""Tiles timed on the GPU at hand (:mod:`.tune`), and kept on disk (:mod:`.store`)."""
+"""Tiles are timed on the GPU at hand (:mod:`.tune`) and kept on disk (:mod:`.store`)."""

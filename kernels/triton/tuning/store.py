@@ -1,7 +1,8 @@
-"""Tiles that were tuned on a device, kept in Triton's own cache on disk (TRITON_CACHE_DIR).
+"""Tiles that were tuned on a device, kept in Triton's cache on disk (TRITON_CACHE_DIR).
 
-Keyed by the device's name, Triton's version and the source of this package: after an update of
-either, the tables of :mod:`~fastprefix.kernels.tilings` hold again until somebody tunes anew.
+Their key holds the device's name, Triton's version and the source of this package. After an update
+of Triton or of this package, the tiles of :mod:`~fastprefix.kernels.tilings` are used until the
+device is tuned again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import triton
 from triton.runtime.cache import get_cache_manager
 
-from ..tilings import Tile
+from ..target import Tile
 
 _FILE = "fastprefix-tiles.json"
 
@@ -28,17 +29,20 @@ def _cache(device: str) -> Any:
 
 
 def load(device: str) -> dict[str, Tile]:
-    """Tiles by :func:`~fastprefix.kernels.tilings.row_name`, none if the device was never tuned.
+    """The tuned tiles of a device, by :func:`~fastprefix.kernels.tilings.row_name`.
 
     Args:
-        device: its name, as the driver says it.
+        device: the name that its driver gives it.
+
+    Returns:
+        An empty dict if the device was never tuned.
 
     Raises:
-        ValueError: the file does not hold tiles, or not those that were saved.
+        ValueError: the file holds no tiles, or other tiles than were saved.
     """
     try:
         file = _cache(device).get_file(_FILE)
-    except OSError:  # no such folder, and none can be made: nothing was kept
+    except OSError:  # there is no such folder and none can be made, so nothing was kept
         file = None
     if file is None:
         return {}
@@ -66,10 +70,17 @@ def _digest(tiles: Mapping[str, Tile]) -> str:
 
 
 def save(device: str, tiles: Mapping[str, Tile]) -> Path:
-    """Keeps tiles for a device, those of earlier that have other names too.
+    """Keeps tiles for a device, beside those kept before under other names.
+
+    Args:
+        device: the name that its driver gives it.
+        tiles: the tiles by :func:`~fastprefix.kernels.tilings.row_name`.
 
     Returns:
         The file that holds them.
+
+    Raises:
+        ValueError: the file that is there is damaged.
     """
     kept = load(device) | dict(tiles)
     text = json.dumps({"tiles": kept, "sha256": _digest(kept)}, indent=1)

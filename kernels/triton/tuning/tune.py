@@ -1,13 +1,14 @@
 """Tiles chosen by timing, on the GPU at hand.
 
-The tables of :mod:`~fastprefix.kernels.tilings` were chosen by static figures, without a GPU. Here
-each pass is timed with the tile of its row. Then the tiles beside the best so far are timed (half
-or twice the rows, the keys, the warps, one stage less or more) until none of them is faster. The
-winner is kept on disk (:mod:`.store`) and used from the next process on.
+The tiles of :mod:`~fastprefix.kernels.tilings` were chosen by static figures, without a GPU. Here
+each pass is first timed with the tile that it finds there. Then the neighbours of the best tile so
+far are timed (half or twice the rows, the keys or the warps, one stage less or more) until none of
+them is faster. The winner is kept on disk (:mod:`.store`) and used from the next process on.
 
-A tile is never taken if its results differ from those of the table's tile by more than rounding,
-or if a call with padding, a window, a cap, sinks and a bias does not run with it. Calls whose tiles
-are halved (additive masks, dropout) keep the table's.
+A tile is refused if its results differ by more than rounding from those of the first tile. It is
+also refused if a call with padding, a window, a soft cap, sinks and a bias does not run with it.
+Calls with heavy scores (additive masks, dropout) use half of the rows in
+:mod:`~fastprefix.kernels.tilings`, tuned or not.
 """
 
 from __future__ import annotations
@@ -33,24 +34,28 @@ from ..backward import delta_launch
 from ..backward_dkv import dkv_launch
 from ..backward_dprefix import dprefix_launches
 from ..backward_dq import dq_launch
+from ..decode import decode_launches, decode_plan, shape_of_problem
 from ..forward import forward_launch
 from ..launch import Launch
-from ..problem import make_problem
-from ..tilings import Tile
+from ..problem import Problem, make_problem
+from ..target import Tile
 
-STEPS = ("forward", "dq", "dkv", "dprefix")
 # A neighbour must be faster by more than timings of the same code differ.
 GAIN = 0.02
+# What the compiler and the driver raise for a tile that is too large.
+TOO_LARGE = (CompilationError, OutOfResources, PTXASError)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The problem that is timed: causal, one prefix for all.
+class TimedProblem:
+    """The sizes of the problem that is timed. It is causal, and all sequences share one prefix.
 
     Attributes:
         head_size: D, and Dv.
-        dtype: of all tensors.
+        dtype: dtype of all tensors.
         batch, kv_heads, group, length, prefix: B, Hkv, Hq / Hkv, Lq = Lk, P.
+        decode_batch: B of a decoding step, which has Lq = 1. Tiles of more than
+            `decode_batch * group` rows cannot be told apart.
     """
 
     head_size: int = 64
@@ -60,19 +65,20 @@ class Shape:
     group: int = 4
     length: int = 2048
     prefix: int = 1024
+    decode_batch: int = 64
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found for a row of the tables.
+    """What was found for a row of the tile table.
 
     Attributes:
         name: :func:`~fastprefix.kernels.tilings.row_name`.
-        table: the table's tile.
+        table: the tile in the table.
         table_ms: its time, in milliseconds.
         best: the fastest tile.
-        best_ms: its time.
-        tried: how many tiles ran.
+        best_ms: its time, in milliseconds.
+        tried: how many tiles were tried.
     """
 
     name: str
@@ -83,64 +89,109 @@ class Choice:
     tried: int
 
 
-class _Passes:
-    """A problem's forward and backward, each pass with the tile that one names.
+def _random(timed: TimedProblem, device: torch.device) -> Callable[..., Tensor]:
+    """A function that makes random tensors of a size, from a generator with a fixed seed."""
+    generator = torch.Generator(device).manual_seed(0)
 
-    `featured` adds what calls may ask for without smaller tiles: padding, a window, a soft cap, a
-    sink and a bias for each head.
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, dtype=timed.dtype, device=device, generator=generator)
+
+    return random
+
+
+def _problem(
+    pass_name: str, timed: TimedProblem, random: Callable[..., Tensor], featured: bool
+) -> Problem:
+    """The problem that a pass is timed on.
+
+    With `featured` it has options that do not make its scores heavy: padding, a window, a soft cap,
+    sinks, and a bias for each head.
     """
+    Hkv, L, P, D = timed.kv_heads, timed.length, timed.prefix, timed.head_size
+    B, Lq = (timed.decode_batch, 1) if pass_name == "decode" else (timed.batch, L)
+    query = random(B, Hkv * timed.group, Lq, D)
+    device = query.device
+    heads = torch.zeros(query.shape[1], device=device)
+    options: dict[str, Any] = {}
+    if featured:
+        padding = torch.ones(B, L, dtype=torch.bool, device=device)
+        options = {"key_padding_mask": padding, "sliding_window": L // 2 + 1, "softcap": 30.0}
+        options |= {"sinks": heads, "prefix_bias": heads}
+    return make_problem(
+        query, random(B, Hkv, L, D), random(B, Hkv, L, D), random(Hkv, P, D), random(Hkv, P, D),
+        Options(is_causal=True, scale=D**-0.5, **options),
+    )  # fmt: skip
 
-    def __init__(self, shape: Shape, device: torch.device, featured: bool = False) -> None:
-        generator = torch.Generator(device).manual_seed(0)
 
-        def random(*size: int) -> Tensor:
-            return torch.randn(size, dtype=shape.dtype, device=device, generator=generator)
+class _Pass:
+    """One pass of a problem, to be run with any tile."""
 
-        B, Hkv, L, P, D = shape.batch, shape.kv_heads, shape.length, shape.prefix, shape.head_size
-        query = random(B, Hkv * shape.group, L, D)
-        heads = torch.zeros(query.shape[1], device=device)
-        options: dict[str, Any] = {}
-        if featured:
-            padding = torch.ones(B, L, dtype=torch.bool, device=device)
-            options = {"key_padding_mask": padding, "sliding_window": L // 2 + 1, "softcap": 30.0}
-            options |= {"sinks": heads, "prefix_bias": heads}
-        self.problem = make_problem(
-            query, random(B, Hkv, L, D), random(B, Hkv, L, D), random(Hkv, P, D),
-            random(Hkv, P, D), Options(is_causal=True, scale=D**-0.5, **options),
-        )  # fmt: skip
-        self._grad_out = random(*query.shape)
-        self._out = torch.empty_like(query)
-        self._lse, self._lse2, self._delta = (
-            torch.empty(query.shape[:3], dtype=torch.float32, device=device) for _ in range(3)
+    def __init__(
+        self, name: str, timed: TimedProblem, device: torch.device, featured: bool = False
+    ) -> None:
+        self.name = name
+        random = _random(timed, device)
+        self.problem = _problem(name, timed, random, featured)
+        self.row_name, self.table = tilings.row(
+            name, self.problem.target.family, timed.head_size, timed.dtype
         )
-        forward_launch(self.problem, self._out, self._lse).run()
-        delta_launch(self._out, self._grad_out, self._lse, self._delta, self._lse2).run()
+        query = self.problem.query
+        self._saved: tuple[Tensor, Tensor, Tensor] | None = None
+        if name not in ("forward", "decode"):
+            grad_out = random(*query.shape)
+            out = torch.empty_like(query)
+            lse, lse2, delta = (
+                torch.empty(query.shape[:3], dtype=torch.float32, device=device) for _ in range(3)
+            )
+            forward_launch(self.problem, out, lse).run()
+            delta_launch(out, grad_out, lse, delta, lse2).run()
+            self._saved = (grad_out, lse2, delta)
 
-    def with_tile(self, step: str, name: str, tile: Tile) -> tuple[list[Launch], list[Tensor]]:
-        """A pass's launches with a tile, and the tensors that they fill."""
-        target = dataclasses.replace(self.problem.target, tuned={name: tile})
+    def with_tile(self, tile: Tile) -> tuple[list[Launch], list[Tensor]]:
+        """The launches of the pass with a tile, and the tensors that they fill."""
+        target = dataclasses.replace(self.problem.target, tuned={self.row_name: tile})
         p = dataclasses.replace(self.problem, target=target)
-        saved = (self._grad_out, self._lse2, self._delta)
-        if step == "forward":
-            out, lse = torch.empty_like(self._out), torch.empty_like(self._lse)
-            return [forward_launch(p, out, lse)], [out]
-        if step == "dq":
+        if self._saved is None:
+            return self._forward(p)
+        if self.name == "dq":
             dq = torch.empty_like(p.query)
-            return [dq_launch(p, *saved, dq)], [dq]
-        sequence = step == "dkv"
+            return [dq_launch(p, *self._saved, dq)], [dq]
+        sequence = self.name == "dkv"
         inputs = (p.key, p.value) if sequence else (p.prefix_key, p.prefix_value)
         grads = [torch.empty_like(x) for x in inputs]
         launches: list[Launch] = []
-        for pair in tilings.together(p, *grads):
+        for pair in tilings.gradients_in_one_pass(p.work, *grads):
             if sequence:
-                launches.append(dkv_launch(p, *saved, *pair))
+                launches.append(dkv_launch(p, *self._saved, *pair))
             else:
-                launches += dprefix_launches(p, *saved, *pair)
+                launches += dprefix_launches(p, *self._saved, *pair)
         return launches, grads
+
+    def _forward(self, p: Problem) -> tuple[list[Launch], list[Tensor]]:
+        """The launches of a forward or of a decoding step, and the output."""
+        single, device = torch.float32, p.query.device
+        out = torch.empty_like(p.query)
+        lse = torch.empty(p.query.shape[:3], dtype=single, device=device)
+        if self.name == "forward":
+            return [forward_launch(p, out, lse)], [out]
+        plan = decode_plan(shape_of_problem(p), p.target, None, None)
+        rows = plan.grid.partial_rows
+        part_out = torch.empty((rows, out.shape[3]), dtype=single, device=device)
+        part_lse = torch.empty((rows,), dtype=single, device=device)
+        return decode_launches(p, plan, part_out, part_lse, out, lse), [out]
+
+    def runs_with(self, tile: Tile) -> bool:
+        """Whether the pass runs with a tile."""
+        try:
+            for launched in self.with_tile(tile)[0]:
+                launched.run()
+        except TOO_LARGE:
+            return False
+        return True
 
 
 def neighbours(tile: Tile) -> Iterator[Tile]:
-    """Tiles one step away: 16 to 256 rows and keys, 1 to 16 warps, 1 to 4 stages."""
+    """Tiles that differ in one number: 16 to 256 rows and keys, 1 to 16 warps, 1 to 4 stages."""
     limits = {"rows": (16, 256), "keys": (16, 256), "warps": (1, 16)}
     for name, (least, most) in limits.items():
         now = getattr(tile, name)
@@ -153,11 +204,11 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
 
 
 def milliseconds(launches: Sequence[Launch], device: torch.device) -> float:
-    """Median time of launches, one after the other."""
+    """Median time of all launches together, which run one after the other."""
 
     def run() -> None:
-        for one in launches:
-            one.run()
+        for each in launches:
+            each.run()
 
     if device.type == "cuda":
         return float(triton.testing.do_bench(run, return_mode="median"))
@@ -170,8 +221,8 @@ def milliseconds(launches: Sequence[Launch], device: torch.device) -> float:
 
 
 def tune(
-    shape: Shape,
-    step: str,
+    timed: TimedProblem,
+    pass_name: str,
     device: torch.device,
     *,
     timer: Callable[[Sequence[Launch], torch.device], float] = milliseconds,
@@ -179,59 +230,54 @@ def tune(
     """The fastest tile for a pass.
 
     Args:
-        shape: what is timed.
-        step: one of STEPS.
-        device: where.
-        timer: of the launches, in milliseconds.
+        timed: the sizes of what is timed.
+        pass_name: one of :data:`~fastprefix.kernels.tilings.PASSES`.
+        device: the device to tune for.
+        timer: returns the time of launches, in milliseconds.
 
     Raises:
-        ValueError: a step that does not exist, or a shape that the kernels do not take.
+        ValueError: an unknown pass, or sizes that the kernels do not accept.
     """
-    if step not in STEPS:
-        raise ValueError(f"step: got {step!r}, takes one of {', '.join(STEPS)}")
-    passes = _Passes(shape, device)
-    family = passes.problem.target.family
-    name, first = tilings.row(step, family, shape.head_size, shape.dtype)
-    launches, wanted = passes.with_tile(step, name, first)
+    if pass_name not in tilings.PASSES:
+        known = ", ".join(tilings.PASSES)
+        raise ValueError(f"pass_name: got {pass_name!r}, takes one of {known}")
+    one = _Pass(pass_name, timed, device)
+    launches, wanted = one.with_tile(one.table)
+    launched = {launches[0].tile}
 
     def measure(tile: Tile) -> float:
         try:
-            launches, found = passes.with_tile(step, name, tile)
-            for one in launches:
-                one.run()
+            launches, found = one.with_tile(tile)
+            # Tiles with more rows than the problem has are launched alike: noise would choose.
+            if launches[0].tile in launched:
+                return math.inf
+            launched.add(launches[0].tile)
+            for each in launches:
+                each.run()
             if not all(_agree(a, b) for a, b in zip(found, wanted, strict=True)):
                 return math.inf
             return timer(launches, device)
-        except (CompilationError, OutOfResources, PTXASError):
+        except TOO_LARGE:
             return math.inf
 
-    def fits_with_features(tile: Tile) -> bool:
-        passes = _Passes(shape, device, featured=True)
-        try:
-            for one in passes.with_tile(step, name, tile)[0]:
-                one.run()
-        except (CompilationError, OutOfResources, PTXASError):
-            return False
-        return True
-
-    for one in launches:
-        one.run()
-    times = {first: timer(launches, device)}
-    best = first
+    for each in launches:
+        each.run()
+    times = {one.table: timer(launches, device)}
+    best = one.table
     while True:
         for tile in neighbours(best):
             if tile not in times:
                 times[tile] = measure(tile)
         faster = min(times, key=lambda tile: times[tile])
         if times[faster] >= times[best] * (1 - GAIN):
-            return Choice(name, first, times[first], best, times[best], len(times))
-        if fits_with_features(faster):
+            return Choice(one.row_name, one.table, times[one.table], best, times[best], len(times))
+        if _Pass(pass_name, timed, device, featured=True).runs_with(faster):
             best = faster
         else:
             times[faster] = math.inf
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Whether results are the same but for the order of sums."""
+    """Whether results are equal up to the order of their sums."""
     allowed = {torch.float32: 1e-3, torch.float16: 1e-2}.get(a.dtype, 4e-2)
     return bool((a.float() - b.float()).abs().max() <= allowed * b.float().abs().max())

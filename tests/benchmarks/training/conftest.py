@@ -44,5 +44,5 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def budget():
-    """As small as it gets."""
+    """The smallest budget that runs."""
     return Budget(3, 2, 8, 2, 3, 512, max_new_tokens=3, bf16=True)

@@ -1,10 +1,11 @@
-"""What each method trains and stores, counted by hand, and that it trains that alone."""
+"""What each method trains and stores, counted by hand. It trains nothing else."""
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import BertConfig, BertForSequenceClassification
 
+import fastprefix_testing.models as tiny
 from training.build import Bottleneck, build
 from training.plan import METHODS, Method
 
@@ -108,7 +109,7 @@ def test_a_bottleneck_is_its_equation():
 
 
 @pytest.mark.parametrize("kind", ["bitfit", "head"])
-def test_what_a_model_lacks_is_refused(tiny, kind):
+def test_what_a_model_lacks_is_refused(kind):
     with pytest.raises(ValueError, match=kind):
         made(kind, tiny.build("llama"))
 

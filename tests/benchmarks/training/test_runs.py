@@ -109,7 +109,7 @@ def test_costs_are_measured_for_every_method_and_once(source, budget, tmp_path, 
 
 
 def test_a_worker_ends_with_its_parent():
-    """Also where the parent had no time to say so."""
+    """The parent may have had no time to stop it."""
     code = (
         f"import sys; sys.path.append({str(BENCHMARKS)!r}); "
         "import multiprocessing, os, time; from concurrent.futures import ProcessPoolExecutor; "

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTrainer, PrefixTrainingArguments, PrefixTuningModel
 
 
 @pytest.fixture
-def make_trainer(tiny, tmp_path):
+def make_trainer(tmp_path):
     """A function that makes one; everything but the options given is the same each time."""
 
     def build(prefix=(), callbacks=(), *, batch=4, trainer=PrefixTrainer, **options):

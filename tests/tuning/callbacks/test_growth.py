@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastprefix_testing.models as tiny
 from fastprefix.encoders import DirectEncoder
 from fastprefix.kv import LayerShape
 from fastprefix.tuning.callbacks import ProgressiveLength
@@ -90,7 +91,7 @@ def test_does_not_grow_while_the_loss_falls(make_trainer):
 
 
 @pytest.mark.parametrize("position_offset", [None, 8])
-def test_function_at_the_moment_of_growing(tiny, make_trainer, position_offset):
+def test_function_at_the_moment_of_growing(make_trainer, position_offset):
     """It is that of the longer prefix: the present tokens and the new ones, nothing else."""
     callback = ProgressiveLength(step=4, maximum=8, threshold=0.5, patience=1)
     trainer = make_trainer({"position_offset": position_offset, "init_std": 1.0}, [callback])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+import fastprefix_testing.models as tiny
 from fastprefix import use_prefix
 from fastprefix.tuning.callbacks import PrefixMonitor
 
@@ -45,7 +46,7 @@ def test_gradient_norms_of_keys_and_values(make_trainer, prefix, accumulate):
         assert (got > 0) == bool(squares)
 
 
-def test_attention_mass_at_every_loss(tiny, make_trainer):
+def test_attention_mass_at_every_loss(make_trainer):
     ids, mask = tiny.batch()
     monitor = PrefixMonitor({"input_ids": ids, "attention_mask": mask})
     trainer = make_trainer({"init_std": 1.0}, [monitor], max_steps=4, logging_steps=2)
@@ -61,7 +62,7 @@ def test_attention_mass_at_every_loss(tiny, make_trainer):
         torch.testing.assert_close(torch.tensor(got), shares, rtol=1e-4, atol=1e-5)
 
 
-def test_training_is_the_same_with_it(tiny, make_trainer):
+def test_training_is_the_same_with_it(make_trainer):
     watched = make_trainer({"dropout": 0.2}, [PrefixMonitor({"input_ids": tiny.prompt()})])
     watched.train()
     plain = make_trainer({"dropout": 0.2})

@@ -1,7 +1,4 @@
-"""Calls of the operator that combine its features, and an oracle that goes through them row by row.
-
-Tests cannot import each other in pytest's importlib mode: the conftest beside this file loads it
-and hands it out as the fixture ``feature_calls``.
+"""Calls of the operator with any of its features, and an oracle that goes query by query.
 
 The oracle follows the contract to the letter, one query of one head at a time: which tokens does it
 see, what are their scores, what is their softmax. It shares nothing with the library, not even the
@@ -11,6 +8,7 @@ random numbers of the dropout, for which it computes Philox in Python's integers
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +18,12 @@ from torch import Tensor
 
 from fastprefix import prefix_attention
 from fastprefix.attention.selection import BACKENDS, FEATURES
+from fastprefix_testing.oracle import HIDDEN, concatenated_attention
+from fastprefix_testing.tolerance import LSE_OF_HALF, assert_accurate
 
 DIFFERENTIABLE = (
     "query", "key", "value", "prefix_key", "prefix_value", "sinks", "prefix_bias", "attn_mask"
 )  # fmt: skip
-HIDDEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -32,31 +31,51 @@ class Call:
     """Arguments of :func:`fastprefix.prefix_attention`, and a gradient for its output.
 
     Attributes:
-        tensors: what may need a gradient, by name.
+        tensors: what may need a gradient, by name; None for a prefix that is not there.
         options: the rest.
         grad_out: [B, Hq, Lq, Dv].
         seed: of PyTorch's generator when the call is made, which dropout draws from.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     options: dict[str, Any]
     grad_out: Tensor
-    seed: int
+    seed: int = 0
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same numbers in another dtype; strides are not kept."""
-        options = {
-            name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-            for name, x in self.options.items()
-        }
-        tensors = {name: x.to(dtype) for name, x in self.tensors.items()}
-        return Call(tensors, options, self.grad_out.to(dtype), self.seed)
+        return self._each(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
-    def solve(self, function: Any) -> dict[str, Tensor]:
-        """`out`, `lse`, and the gradients by the names of the tensors."""
-        leaves = {name: x.detach().requires_grad_() for name, x in self.tensors.items()}
+    def on(self, device: torch.device | str) -> Call:
+        """The same call on another device."""
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Call:
+        tensors, options = (
+            {name: function(x) if isinstance(x, Tensor) else x for name, x in given.items()}
+            for given in (self.tensors, self.options)
+        )
+        return Call(tensors, options, function(self.grad_out), self.seed)
+
+    def changed(self, *, grad_out: Tensor | None = None, **given: Any) -> Call:
+        """The same call with other tensors or options."""
+        tensors = {name: x for name, x in given.items() if name in self.tensors}
+        options = {name: x for name, x in given.items() if name not in self.tensors}
+        grad_out = self.grad_out if grad_out is None else grad_out
+        return Call({**self.tensors, **tensors}, {**self.options, **options}, grad_out, self.seed)
+
+    def solve(
+        self, function: Callable[..., Any], wanted: Collection[str] = DIFFERENTIABLE
+    ) -> dict[str, Tensor]:
+        """`out`, `lse`, and the wanted gradients by the names of the tensors."""
+        given = {name: None if x is None else x.detach() for name, x in self.tensors.items()}
+        leaves = {
+            name: x.requires_grad_()
+            for name, x in given.items()
+            if x is not None and name in wanted
+        }
         torch.manual_seed(self.seed)
-        out, lse = function(**leaves, **self.options)
+        out, lse = function(**given, **self.options)
         found = {"out": out.detach(), "lse": lse.detach()}
         grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if out.requires_grad:  # where nothing is seen it is a constant
@@ -67,17 +86,35 @@ class Call:
             found[name] = torch.zeros_like(leaf) if grad is None else grad
         return found
 
-    def by(self, backend: str) -> dict[str, Tensor]:
+    def by(self, backend: str, wanted: Collection[str] = DIFFERENTIABLE) -> dict[str, Tensor]:
         """What a backend of the library makes of the call."""
 
         def function(**arguments: Any) -> tuple[Tensor, Tensor]:
             return prefix_attention(**arguments, return_lse=True, backend=backend)
 
-        return self.solve(function)
+        return self.solve(function, wanted)
+
+    def by_concatenation(self, wanted: Collection[str] = DIFFERENTIABLE) -> dict[str, Tensor]:
+        """What the contract says, by the oracle that concatenates."""
+        return self.solve(concatenated_attention, wanted)
 
     def by_rows(self) -> dict[str, Tensor]:
-        """What the contract says, row by row."""
+        """What the contract says, by the oracle that goes query by query."""
         return self.solve(attention_by_rows)
+
+
+def assert_as_concatenated(call: Call, found: Mapping[str, Tensor]) -> None:
+    """Asserts the rule of ``tolerance.py`` for results of a call, against the concatenation."""
+    exact, plain = call.to(torch.float64).by_concatenation(), call.by_concatenation()
+    dtype = call.grad_out.dtype
+    assert_accurate(found, exact, plain, dtype, lse_of_half=LSE_OF_HALF)
+
+
+def assert_as_reference(call: Call, backend: str) -> None:
+    """Asserts the rule of ``tolerance.py`` for the results of a backend, against reference."""
+    exact, plain = call.to(torch.float64).by("reference"), call.by("reference")
+    dtype = call.grad_out.dtype
+    assert_accurate(call.by(backend), exact, plain, dtype, lse_of_half=LSE_OF_HALF)
 
 
 def build(
@@ -286,8 +323,8 @@ def attention_by_rows(
             if prefix_bias is not None:
                 bias = prefix_bias[h] if prefix_bias.dim() == 1 else prefix_bias[h, t, c]
             hidden = float(bias.detach()) <= HIDDEN
-            if prefix_in_window and (last - c) + real_before >= sliding_window:
-                hidden = True
+            if prefix_in_window and sliding_window is not None:
+                hidden = hidden or (last - c) + real_before >= sliding_window
             if not hidden:
                 columns.append(c)
                 added.append(bias)

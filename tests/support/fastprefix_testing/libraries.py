@@ -1,4 +1,4 @@
-"""fastprefix and PEFT behind one spelling, which is PEFT's, on nine tiny models.
+"""fastprefix and PEFT behind the names that PEFT uses, on nine tiny models.
 
 Tests get a library with a model and a method as the fixture ``cell``. What differs between the
 two stands here and nowhere else: how a configuration is made, which class loads a folder, and how
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import peft
@@ -20,7 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
+from fastprefix_testing import zoo
 
 P = 4
 LABELS = 3
@@ -63,8 +64,8 @@ class Case:
     library: str
     P = P
 
-    def __init__(self, tiny: ModuleType, model: str, method: str) -> None:
-        self.tiny, self.model, self.method = tiny, model, method
+    def __init__(self, model: str, method: str) -> None:
+        self.model, self.method = model, method
         self.task_type = MODELS[model][2]
         self.peft_type = KINDS[method]
 
@@ -76,7 +77,8 @@ class Case:
 
     def base(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """A new copy of the model, with the same weights each time."""
-        return copy.deepcopy(_base(self.tiny, self.model)).to(dtype)
+        model: Any = copy.deepcopy(_base(self.model))
+        return model.to(dtype)
 
     def config(self, **fields: Any) -> Any:
         """A new configuration of the method."""
@@ -87,7 +89,7 @@ class Case:
         raise NotImplementedError
 
     def load(self, folder: Path, base: PreTrainedModel | None = None, **kwargs: Any) -> Any:
-        """What was saved, by ``from_pretrained`` with these keywords, on a new base."""
+        """Loads what was saved: ``from_pretrained`` with these keywords, on a new base."""
         raise NotImplementedError
 
     def rows(self, names: list[str | None]) -> dict[str, Any]:
@@ -101,7 +103,7 @@ class Case:
         seed: int = 0,
         **fields: Any,
     ) -> Any:
-        """A base with an adapter large enough to matter, in eval mode."""
+        """A base in eval mode, with an adapter whose numbers are large enough to matter."""
         base = self.base() if base is None else base
         torch.manual_seed(seed)  # a cartridge's frozen tokens stay what they are
         tuned = self.wrap(base, self.config(**fields), adapter_name)
@@ -114,13 +116,13 @@ class Case:
         return {}
 
     def add(self, tuned: Any, adapter_name: str, seed: int) -> None:
-        """Another adapter, of other numbers; which one is active stays as it is."""
+        """Adds an adapter with other numbers. The active adapter stays the same."""
         tuned.add_adapter(adapter_name, self.config())
         named = tuned.named_parameters()
         self._fill([p for name, p in named if adapter_name in name.split(".")], seed)
 
     def saved(self, tuned: Any, folder: Path, **kwargs: Any) -> dict[str, Tensor]:
-        """What ``save_pretrained`` writes as tensors; a prefix of an encoder has its own file."""
+        """The tensors that ``save_pretrained`` writes. An encoder's prefix has its own file."""
         tuned.save_pretrained(folder, **kwargs)
         files = sorted(folder.glob("*.safetensors"))
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -136,16 +138,16 @@ class Case:
     # what they run on
 
     def batch(self) -> dict[str, Tensor]:
-        """Padded on the right, where both libraries count positions alike."""
+        """Inputs padded on the right, where both libraries count positions in the same way."""
         # the last token is what a causal classifier reads, which PEFT's must not be padding
-        ids, mask = self.tiny.batch((6, 6) if self.model == "llama_cls" else (6, 4), "right")
+        ids, mask = tiny.batch((6, 6) if self.model == "llama_cls" else (6, 4), "right")
         inputs = {"input_ids": ids.clamp(min=3) * mask, "attention_mask": mask}
         if self.task_type == "SEQ_2_SEQ_LM":
-            inputs["decoder_input_ids"] = self.tiny.batch((5, 5))[0]
+            inputs["decoder_input_ids"] = tiny.batch((5, 5))[0]
         return inputs
 
     def labelled(self) -> dict[str, Tensor]:
-        """The same with labels. No text's first token has one: no output returned predicts it."""
+        """The same inputs with labels. A first token has none, since no output predicts it."""
         inputs = self.batch()
         if self.task_type == "CAUSAL_LM":
             labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -157,13 +159,13 @@ class Case:
         return {**inputs, "labels": labels}
 
     def text(self) -> dict[str, Tensor]:
-        """What generate() starts from: rows of one length."""
-        ids = self.tiny.batch((5, 5))[0].clamp(min=3)
+        """Inputs for generate(): rows of one length."""
+        ids = tiny.batch((5, 5))[0].clamp(min=3)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def generate(self, tuned: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """All that the model generates: greedy, and of a few tokens unless told otherwise."""
-        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": self.tiny.PAD}
+        """Generates: greedy and a few tokens, unless told otherwise. Returns all token ids."""
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": tiny.PAD}
         if "max_length" in kwargs:
             del options["max_new_tokens"]
         return tuned.generate(*args, **{**options, **kwargs})
@@ -175,12 +177,12 @@ class Case:
         return embeddings
 
     def logits(self, tuned: Any, **inputs: Any) -> Tensor:
-        """The text's own: PEFT's prompts put theirs in front. Of real tokens, where there are."""
+        """The logits of the text's real tokens, without those that PEFT adds for a prompt."""
         with torch.no_grad():
             return self.real(tuned(**inputs).logits, inputs["attention_mask"])
 
     def real(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """What of the outputs belongs to the text's tokens."""
+        """The part of the logits that belongs to the text's real tokens."""
         if self.task_type != "CAUSAL_LM":
             return logits
         return logits[:, -mask.shape[1] :][mask.bool()]
@@ -273,11 +275,11 @@ LIBRARIES: dict[str, type[Case]] = {"fastprefix": Ours, "peft": Theirs}
 
 
 @functools.cache
-def _base(tiny: ModuleType, name: str) -> PreTrainedModel:
+def _base(name: str) -> PreTrainedModel:
     like, model_class, _, changes = MODELS[name]
     if model_class is not None:
         changes = {**changes, "num_labels": LABELS}
-    model: PreTrainedModel = tiny.kind(like, torch.float32, model_class, **changes)
+    model: PreTrainedModel = zoo.kind(like, torch.float32, model_class, **changes)
     if model.can_generate():
         model.generation_config.eos_token_id = None  # as many new tokens as are asked for
     return model

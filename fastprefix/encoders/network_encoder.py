@@ -1,4 +1,4 @@
-"""What encoders share that compute a prefix with a network over an embedding."""
+"""The base of encoders that compute a prefix with a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
-from fastprefix.encoders.base import Encoder
+from fastprefix.encoders.encoder import Encoder
+from fastprefix.encoders.networks import learn_difference_from
 from fastprefix.kv import LayerShape
 from fastprefix.kv.flat import FlatLayout
 
@@ -19,20 +20,20 @@ _SAMPLES = 256
 
 @methods_refuse_unknown_arguments
 class NetworkEncoder(Encoder):
-    """A network over an embedding, run once for a forward pass, not once for a row of the batch.
+    """An encoder whose network reads an embedding. It runs once for a forward, not for each row.
 
-    It is dropped at export: what ships is the prefix it ends up with. A subclass makes its network,
-    then calls :meth:`_scale`, and implements :meth:`run` and :meth:`outputs`.
+    Export drops the network, and writes only the prefix that it computes. A subclass makes its
+    network, then calls :meth:`_scale`, and implements :meth:`run` and :meth:`outputs`.
 
     Args:
         shapes: see :class:`Encoder`.
         lengths: see :class:`Encoder`.
-        embedding_size: width of the embedding.
+        embedding_size: the width of the embedding.
         options: the other arguments of :class:`Encoder`.
 
     Attributes:
         embedding: [trained tokens, embedding_size], normally distributed at the start.
-        start: [trained tokens, width], what the network's output is added to.
+        start: [trained tokens, width], a constant that is added to the network's output.
     """
 
     start: Tensor
@@ -52,7 +53,7 @@ class NetworkEncoder(Encoder):
 
     @abstractmethod
     def run(self, embedding: Tensor) -> Tensor:
-        """The network's output [P, width] for an embedding [P, embedding_size]."""
+        """Computes the network's output [P, width] for an embedding [P, embedding_size]."""
 
     @abstractmethod
     def outputs(self) -> Sequence[nn.Linear]:
@@ -64,10 +65,11 @@ class NetworkEncoder(Encoder):
 
     @torch.no_grad()
     def _scale(self, init_std: float) -> None:
-        """Gives the tokens of the new network a mean of 0 and the standard deviation init_std.
+        """Gives the tokens of a new network a mean of 0 and the standard deviation init_std.
 
-        As it is, a network's biases make its tokens differ more from 0 than from each other. Mean
-        and deviation are those for many random embeddings, not for the few that are used.
+        Without this, the biases of a network make its tokens differ more from 0 than from each
+        other. Mean and deviation are measured with many random embeddings, because the embedding
+        itself has only a few rows.
         """
         outputs = self.run(torch.randn(_SAMPLES, self.embedding.shape[1]))
         means = outputs.mean(0).split([layer.out_features for layer in self.outputs()])
@@ -79,15 +81,7 @@ class NetworkEncoder(Encoder):
             self.frozen.normal_(0.0, init_std)
 
     def _start_from(self, flat: Tensor) -> None:
-        """The network learns the difference from given numbers.
-
-        No embedding makes a random network give chosen outputs, so the numbers become a constant
-        to which the network, its last layer zeroed, at first adds nothing.
-        """
-        for layer in self.outputs():
-            layer.weight.zero_()
-            layer.bias.zero_()
-        self.start.copy_(flat)
+        learn_difference_from(flat, self.start, self.outputs())
 
     def _new_numbers(self, count: int) -> Tensor:
         return torch.randn(count)
@@ -96,19 +90,3 @@ class NetworkEncoder(Encoder):
         more = layout.num_virtual_tokens - self.layout.num_virtual_tokens
         self.start = nn.functional.pad(self.start, (0, 0, 0, more))
         super()._set_layout(layout)
-
-
-def orthogonalize(network: nn.Module) -> None:
-    """Orthogonal weights (Saxe et al. 2014) with the gain of tanh, and no biases.
-
-    Of every matrix of linear layers and LSTMs, in the latter of every gate's own.
-    """
-    gain = nn.init.calculate_gain("tanh")
-    for module in network.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.dim() == 1:
-                nn.init.zeros_(parameter)
-                continue
-            gates = 4 if isinstance(module, nn.LSTM) else 1
-            for part in parameter.data.chunk(gates):
-                nn.init.orthogonal_(part, gain)

@@ -1,72 +1,56 @@
-"""What all encoders share: a prefix that is computed, with some of its tokens frozen."""
+"""The base of all encoders: frozen tokens, dropout, starting from given numbers, growth."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
-from fastprefix.encoders.reweighting import HeadNumbers
+from fastprefix.arguments import methods_refuse_unknown_arguments
+from fastprefix.encoders.head_parameters import HeadParameters
 from fastprefix.kv import LayerShape, PrefixKV
 from fastprefix.kv.flat import FlatLayout
-
-_Module = TypeVar("_Module", bound=nn.Module)
-
-
-@refuses_unknown_arguments
-def evaluating(module: _Module) -> _Module:
-    """A module in evaluation mode, with the same parameters.
-
-    A twin of one that is in training, which stays so: other threads may be running it.
-    """
-    if not module.training:
-        return module
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__, training=False)
-    twin.__dict__["_modules"] = {
-        name: None if part is None else evaluating(part) for name, part in module._modules.items()
-    }
-    return twin
 
 
 @methods_refuse_unknown_arguments
 class Encoder(nn.Module, ABC):
-    """Makes a prefix out of trainable parameters; called, it gives a :class:`PrefixKV`.
+    """A module that computes a :class:`PrefixKV` from trainable parameters when it is called.
 
-    A subclass has a parameter ``embedding`` with a share of every trained token, and implements
-    the abstract methods.
+    A subclass has a parameter ``embedding``, in which every trained token has numbers of its own,
+    and implements the abstract methods.
 
     Args:
         shapes: the attention layers' key and value shapes.
-        lengths: virtual tokens of every layer, or of each; a layer of length 0 has no prefix, and
-            no parameters.
+        lengths: the number of virtual tokens of all layers, or of each layer. A layer of length 0
+            has no prefix and no parameters.
         position_offset: position of the first token behind the prefix; P if None.
-        dropout: probability of zeroing a number of the trained tokens in training.
-        num_frozen_tokens: how many leading tokens are not trained. They are a buffer, which
-            :meth:`start_from` fills; no optimizer knows of it.
+        dropout: the probability with which each number of the trained tokens is set to 0 in
+            training.
+        num_frozen_tokens: the number of leading tokens that are not trained. They are a buffer,
+            which optimizers do not see. :meth:`start_from` fills it.
 
     Attributes:
-        layout: of the whole prefix.
-        trained: layout of the tokens behind the frozen ones.
+        layout: the layout of the whole prefix.
+        trained: the layout of the tokens behind the frozen ones.
         frozen: [num_frozen_tokens, width], or None.
-        trained_slots: layers that get gradients; None for all. With a network the others still
-            move with what they share.
-        reweighting: biases or gates of the query heads, beside the tokens; None at first.
-        any_length: whether ``load_state_dict`` takes a state of another length, and the encoder
-            that length.
+        trained_slots: the layers that get gradients; None for all. If a network computes the
+            prefix, the other layers change too, with the weights that all layers share.
+        reweighting: biases or gates of the query heads; None at first.
+        any_length: whether ``load_state_dict`` accepts a state of another length. The encoder then
+            gets that length.
 
     Raises:
-        ValueError: lengths do not fit the shapes, or num_frozen_tokens leaves a layer nothing.
+        ValueError: lengths do not fit the shapes, or num_frozen_tokens leaves no trained token in
+            a layer.
     """
 
     embedding: nn.Parameter
     frozen: Tensor | None
-    reweighting: HeadNumbers | None
+    reweighting: HeadParameters | None
 
     def __init__(
         self,
@@ -101,10 +85,10 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def compute(self) -> Tensor:
-        """The trained tokens, [P - num_frozen_tokens, width], with gradients."""
+        """Computes the trained tokens [P - num_frozen_tokens, width], with gradients."""
 
     def forward(self) -> PrefixKV:
-        """The prefix, with gradients; dropout applies in training."""
+        """Computes the prefix, with gradients; in training, with dropout."""
         flat = self.dropout(self.compute())
         if self.frozen is not None:
             flat = torch.cat([self.frozen, flat])
@@ -113,19 +97,19 @@ class Encoder(nn.Module, ABC):
         if self.trained_slots is None:
             return replace(kv, reweighting=weights)
         if weights is not None:
-            weights = replace(weights, heads=self._trained_alone(weights.heads))
-        keys, values = self._trained_alone(kv.keys), self._trained_alone(kv.values)
+            weights = replace(weights, heads=self._detach_untrained(weights.heads))
+        keys, values = self._detach_untrained(kv.keys), self._detach_untrained(kv.values)
         return replace(kv, keys=keys, values=values, reweighting=weights)
 
-    def _trained_alone(self, layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _detach_untrained(self, layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         slots = self.trained_slots or ()
         return tuple(x if slot in slots else x.detach() for slot, x in enumerate(layers))
 
     def start_from_prefix(self, kv: PrefixKV) -> None:
-        """Starts from a whole prefix, what reweights its heads included.
+        """Starts from a whole prefix, including the biases or gates of its heads.
 
         Raises:
-            ValueError: it has other layers or lengths, or other heads are reweighted.
+            ValueError: the prefix has other layers or lengths, or biases or gates of other heads.
         """
         self.start_from(self.layout.to_flat(kv))
         if self.reweighting is not None:
@@ -137,7 +121,7 @@ class Encoder(nn.Module, ABC):
 
     @torch.no_grad()
     def start_from(self, flat: Tensor) -> None:
-        """Starts from given numbers [P, width], in the layout's order.
+        """Starts from given numbers [P, width], in the order of the layout.
 
         Raises:
             ValueError: flat has another shape.
@@ -150,14 +134,14 @@ class Encoder(nn.Module, ABC):
 
     @torch.no_grad()
     def grow(self, num_tokens: int) -> Callable[[Tensor], Tensor]:
-        """Adds trained tokens at the end of every prefix; the present ones stay as they are.
+        """Adds trained tokens at the end of every layer's prefix. The present ones do not change.
 
-        The new tokens start as those of a new encoder. ``embedding`` becomes another parameter,
-        of which an optimizer must be told.
+        The new tokens start like those of a new encoder. ``embedding`` becomes another parameter,
+        so the optimizer must be given the new one.
 
         Returns:
-            What becomes of a tensor that an optimizer keeps for ``embedding``: the same numbers
-            for the present tokens, zeros for the new ones.
+            A function that converts a tensor which the optimizer keeps for ``embedding``. The
+            result has the same numbers for the present tokens, and zeros for the new ones.
 
         Raises:
             ValueError: num_tokens is not positive.
@@ -174,22 +158,22 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def _start_from(self, flat: Tensor) -> None:
-        """:meth:`start_from` for the trained tokens; zeros beyond a layer's length."""
+        """Starts from numbers of the trained tokens, which are 0 beyond a layer's length."""
 
     def _carry(self, num_tokens: int) -> Callable[[Tensor], Tensor]:
-        """See :meth:`grow`; changes nothing yet. Here for an embedding with one row a token."""
+        """The function that :meth:`grow` returns; this one is for one row for each token."""
         return lambda x: torch.cat([x, x.new_zeros(num_tokens, *x.shape[1:])])
 
     @abstractmethod
     def _new_numbers(self, count: int) -> Tensor:
-        """Numbers of ``embedding`` for new tokens, drawn as for a new encoder."""
+        """Draws numbers of ``embedding`` for new tokens, as for a new encoder."""
 
     def _set_layout(self, layout: FlatLayout) -> None:
-        """Takes another length; ``embedding`` follows at once."""
+        """Sets another length. The caller replaces ``embedding`` at once."""
         self.layout = layout
 
     def _missing_tokens(self, embedding: Tensor) -> int:
-        """How many tokens another embedding has more than this encoder's."""
+        """How many more tokens another embedding has than this encoder's."""
         return embedding.shape[0] - self.embedding.shape[0]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

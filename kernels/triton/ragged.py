@@ -1,7 +1,7 @@
 """Small tables that tell the programs of a ragged problem where they work.
 
-All are made on the device from tensors on the device, with sizes that the host knows, so nothing
-waits for anything; programs past the end of a table's real rows find -1 there and stop.
+They are made on the device from tensors on the device, and the host knows their sizes. So the host
+never waits for the device. Rows that a table has in excess hold -1; their programs stop at once.
 """
 
 from __future__ import annotations
@@ -17,16 +17,23 @@ def boundaries(lengths: Tensor) -> Tensor:
 
 
 def query_ranks(key_padding_mask: Tensor, Lq: int) -> Tensor:
-    """[B, Lq] int32: how many real tokens come before each query; queries stand at the end."""
+    """[B, Lq] int32: how many real tokens come before each query.
+
+    The queries are the last Lq tokens.
+    """
     real = key_padding_mask.to(torch.int32)
     before = torch.nn.functional.pad(real.cumsum(1) - real, (max(Lq - real.shape[1], 0), 0))
     return before[:, before.shape[1] - Lq :].to(torch.int32).contiguous()
 
 
 def expand(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """For `total` items in runs of `counts` [N]: the run that each is in, and its place there.
+    """The run that each item is in, and its place there: two tensors [total].
 
-    Both [total]; items past the sum of the counts are in run -1.
+    Items past the sum of the counts are in run -1.
+
+    Args:
+        counts: [N], the lengths of the runs, which follow each other.
+        total: how many items there are.
     """
     ends = counts.cumsum(0)
     item = torch.arange(total, device=counts.device)
@@ -37,14 +44,14 @@ def expand(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return torch.where(inside, run, -1), place
 
 
-def ragged_tiles(boundaries: Tensor, length: int, rows: int, group: int = 1) -> Tensor:
+def tiles(boundaries: Tensor, length: int, rows: int, group: int = 1) -> Tensor:
     """Tiles of runs packed along an axis: [tiles, 2] int32 (run, tile inside it; -1: none).
 
     Args:
-        boundaries: [N + 1], where the runs begin and the last one ends.
-        length: of the axis; bounds the number of tiles without asking the device.
-        rows: per tile.
-        group: each run counts that many times its length.
+        boundaries: [N + 1], where the runs begin, and where the last one ends.
+        length: length of the axis. It bounds the number of tiles without asking the device.
+        rows: rows per tile.
+        group: how many times the rows of a run count, for heads that are packed into rows.
     """
     runs = boundaries.shape[0] - 1
     counts = (boundaries.diff() * group + rows - 1) // rows

@@ -1,4 +1,4 @@
-"""Numbers that a prefix may start from, besides random ones: see :meth:`Encoder.start_from`."""
+"""Prefixes to start from: orthogonal tokens, or another prefix that is made longer or shorter."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ Resize = Literal["pad", "repeat", "resample"]
 
 @refuses_unknown_arguments
 def orthogonal(layout: FlatLayout, std: float) -> Tensor:
-    """Random prefix whose virtual tokens are orthogonal in every layer, keys and values apart.
+    """Draws a random prefix whose virtual tokens are orthogonal in every layer.
 
-    By QR of a normal matrix [P, Hkv · D], whose rows are the tokens. Where there are more tokens
-    than numbers in one, orthogonal columns instead.
+    Keys are orthogonal to keys, and values to values. They come from the QR decomposition of a
+    normal matrix [P, Hkv · D], whose rows are the tokens. If there are more tokens than numbers in
+    one token, the columns are orthogonal instead.
 
     Args:
-        layout: of the prefix.
-        std: root mean square of its numbers.
+        layout: the layout of the prefix.
+        std: the root mean square of its numbers.
 
     Returns:
-        [P, width], in the layout's order.
+        [P, width], in the order of the layout.
     """
     keys: list[Tensor] = []
     values: list[Tensor] = []
@@ -45,23 +46,23 @@ def orthogonal(layout: FlatLayout, std: float) -> Tensor:
 def resize(
     kv: PrefixKV, lengths: int | Sequence[int], method: Resize = "pad", *, pad_std: float = 0.02
 ) -> PrefixKV:
-    """A prefix of another length, to start training from.
+    """Makes a prefix of another length, from which training can start.
 
     Args:
         kv: the prefix.
-        lengths: virtual tokens of every layer, or of each; 0 for none.
-        method: "pad" and "repeat" keep the first tokens; where more are wanted, "pad" puts random
-            ones behind, "repeat" starts over with the first. "resample" interpolates linearly along
-            the tokens, the first and the last staying what they are; of keys with rotary positions
-            that is no more than a start.
-        pad_std: standard deviation of the random tokens.
+        lengths: the number of virtual tokens of all layers, or of each layer; 0 for no prefix.
+        method: "pad" and "repeat" keep the first tokens. If more are needed, "pad" appends random
+            ones, and "repeat" starts again with the first. "resample" interpolates linearly along
+            the tokens; the first and the last stay the same. With rotary positions, interpolated
+            keys are only a rough start.
+        pad_std: the standard deviation of the random tokens.
 
     Returns:
-        A learned prefix: it stays in view of sliding windows, and position_offset is its length.
+        A learned prefix: it does not slide out of windows, and position_offset is its length.
 
     Raises:
-        ValueError: unknown method, lengths do not fit, or a layer without a prefix should get one
-            by "repeat" or "resample".
+        ValueError: the method is unknown; lengths do not fit; or "repeat" or "resample" should make
+            tokens for a layer that has none.
     """
     if method not in get_args(Resize):
         raise ValueError(f"method: got {method!r}, takes one of {get_args(Resize)}")

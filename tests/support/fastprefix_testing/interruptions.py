@@ -1,7 +1,4 @@
-"""Children that are killed while they write, or for which there is no room on the disk.
-
-Tests get this file as the fixture ``interruptions``.
-"""
+"""Child processes that are killed while they write, or that find no room on the disk."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ _NEW_NAMESPACES = 0x10000000 | 0x00020000  # of users and of mounts
 
 
 def in_child(work: Callable[[], Any]) -> Any:
-    """What a function returns in a child of this process; None if the child is killed."""
+    """Runs a function in a child process and returns its result; None if the child is killed."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -50,7 +47,7 @@ def in_child(work: Callable[[], Any]) -> Any:
 
 
 def steps_of(work: Callable[[], Any]) -> int:
-    """How many steps :func:`killed_at` knows of a function; it runs to its end, in a child."""
+    """The number of steps at which :func:`killed_at` can stop a function, which runs in a child."""
 
     def counted() -> int:
         return _watched(work, None)
@@ -145,7 +142,7 @@ def without_room(
 
 
 def can_mount(folder: Path) -> bool:
-    """Whether this user may have a small disk of his own."""
+    """Whether this user may mount a small disk."""
 
     def child() -> bool:
         try:
@@ -158,7 +155,7 @@ def can_mount(folder: Path) -> bool:
 
 
 def _mount(folder: Path) -> None:
-    """A tmpfs of 1 MiB, which nobody but this process sees and which ends with it."""
+    """A tmpfs of 1 MiB. Only this process sees it, and it ends with the process."""
     libc = ctypes.CDLL(None, use_errno=True)
     ids = os.getuid(), os.getgid()
     if libc.unshare(_NEW_NAMESPACES) != 0:

@@ -1,0 +1,104 @@
+"""The plan of a decoding step: its splits, its tables, and where it pays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastprefix.kernels import decode, decode_grid, tilings
+from fastprefix_testing.decode import Operators, hopper, plan_shape
+from fastprefix_testing.launchers import interpreted
+
+pytestmark = interpreted
+
+
+def test_partials_are_small():
+    for P in (2048, 1 << 17):
+        grid = decode_grid.grid_of(plan_shape(P=P, Lk=8), hopper())
+        # At most a partial per row and split: WAVES tiles per multiprocessor, and one per row.
+        rows = (2 * 132 + 8) * grid.tile.rows + 32 * 32
+        assert grid.partial_rows <= rows
+        assert decode_grid.partial_bytes(grid, 128) <= rows * 129 * 4
+
+
+@settings(max_examples=80)
+@given(data=st.data())
+def test_tables_cover_every_row_and_key_once(data):
+    draw = data.draw
+    lengths = draw(st.lists(st.integers(0, 3000), min_size=1, max_size=6))
+    index = draw(st.lists(st.integers(-1, len(lengths) - 1), min_size=1, max_size=70))
+    Lq, group = draw(st.integers(1, 16)), draw(st.sampled_from([1, 4, 7]))
+    P, target = sum(lengths), draw(st.sampled_from([hopper(), tilings.Target("interpreter", 4)]))
+    chosen = plan_shape(
+        B=len(index), Hq=2 * group, Hkv=2, Lq=Lq, P=P, N=len(lengths),
+        batch_invariant=draw(st.booleans()),
+    )  # fmt: skip
+    tensors = torch.tensor(index), torch.tensor(lengths)
+    plan = decode.decode_plan(chosen, target, *tensors, cached=False)
+    if plan.tables is None:
+        assert P == 0
+        return
+    cut, packed = plan.grid.prefix, group * Lq
+    order, units, rows = (
+        t.tolist() for t in (plan.tables.order, plan.tables.units, plan.tables.rows)
+    )
+    assert len(units) == cut.units
+    assert [index[b] for b in order] == sorted(index)
+    real = [u for u in units if u[0] < u[1]]
+    for row, _, lo, hi in real:
+        assert 0 <= lo < hi <= P
+        assert (lo - sum(lengths[: index[order[row // packed]]])) % cut.keys == 0
+    for b, n in enumerate(index):
+        first, i_u, splits = rows[b]
+        if n < 0:
+            assert splits == 0
+            continue
+        begin = sum(lengths[:n])
+        for r in {0, packed - 1}:
+            at = begin
+            for split in range(splits):
+                row, row_end, lo, hi = units[i_u + (first + r) // cut.rows * splits + split]
+                own = row + (first + r) % cut.rows
+                assert own < row_end
+                assert order[own // packed] == b
+                assert own % packed == r
+                assert lo == at
+                at = hi
+            assert at == begin + lengths[n]
+
+
+def test_a_plan_reads_nothing_back():
+    plan, index, lengths = (
+        plan_shape(B=3, P=70, N=2),
+        torch.tensor([1, 0, -1]),
+        torch.tensor([30, 40]),
+    )
+    with Operators() as operators:
+        decode.decode_plan(plan, hopper(), index, lengths, cached=False)
+    reads = {"_local_scalar_dense", "item", "nonzero", "bincount", "masked_select", "_unique2"}
+    assert operators.names
+    assert not reads & set(operators.names)
+    with Operators() as operators:
+        decode.decode_plan(plan._replace(N=None), hopper(), None, None)
+    assert not operators.names
+
+
+@pytest.mark.parametrize(
+    ("changes", "pays"),
+    [
+        ({"P": 20, "B": 8, "Lk": 60}, False),
+        ({"P": 0, "B": 256, "Lk": 300}, False),
+        ({"P": 64, "B": 1, "Lk": 64}, False),
+        ({"P": 2048, "B": 32}, True),
+        ({"P": 2048, "B": 1}, True),  # one pass would leave most multiprocessors idle
+        ({"P": 128, "B": 512, "Lk": 64}, True),
+        ({"P": 0, "B": 1, "Lk": 8192}, True),
+        ({"P": 20, "B": 1, "Lk": 60, "batch_invariant": True}, True),
+        ({"B": 0}, False),
+    ],
+    ids=str,
+)
+def test_where_two_phases_pay(changes, pays):
+    assert decode_grid.two_phase_pays(plan_shape(**changes), hopper()) is pays
