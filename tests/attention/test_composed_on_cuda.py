@@ -8,10 +8,8 @@ raises.
 
 from __future__ import annotations
 
-import importlib.util
+import inspect
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,13 +23,10 @@ from fastprefix.attention.backends.composed import cuda, kernels, parts
 from fastprefix.attention.op import prefix_attention_op
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.options import INTEGERS, Options
-
-_spec = importlib.util.spec_from_file_location(
-    "cuda_kernels", Path(__file__).with_name("cuda_kernels.py")
-)
-stand_ins = importlib.util.module_from_spec(_spec)
-sys.modules["cuda_kernels"] = stand_ins
-_spec.loader.exec_module(stand_ins)
+from fastprefix_testing import calls as feature_calls
+from fastprefix_testing import cuda_kernels as stand_ins
+from fastprefix_testing.calls import assert_as_concatenated, assert_as_reference
+from fastprefix_testing.problems import Problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FEATURES = sorted(BACKENDS["composed"].at("cuda").features)
@@ -65,11 +60,11 @@ def calls():
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_every_feature_is_reference(sizes, dtype, feature, feature_calls, assert_as_reference):
+def test_every_feature_is_reference(sizes, dtype, feature):
     assert_as_reference(feature_calls.build(features={feature}, dtype=dtype, **sizes), "composed")
 
 
-def test_any_combination_is_reference(feature_calls, assert_as_reference):
+def test_any_combination_is_reference():
     @settings(max_examples=120, suppress_health_check=list(HealthCheck))
     @given(drawn=feature_calls.drawn("composed"), dtype=st.sampled_from(DTYPES))
     def check(drawn, dtype):
@@ -87,47 +82,43 @@ def test_any_combination_is_reference(feature_calls, assert_as_reference):
         (True, "none", 63, None, (4, 2), 64),
         (True, "left", None, 0.3, (3, 1), 80),
         (False, "holes", 1, None, (3, 3), 100),
-        (True, "one row", 0, None, (4, 2), 80),
+        (True, "row", 0, None, (4, 2), 80),
         (False, "none", 33, -0.5, (6, 2), 64),
         (True, "none", 20, 0.0, (3, 3), 64),
     ],
 )
-def test_against_the_concatenation_in_float64(
-    is_causal, pad, P, scale, lengths, heads, D, dtype, make_problem, assert_accurate
-):
+def test_against_the_concatenation_in_float64(is_causal, pad, P, scale, lengths, heads, D, dtype):
     (Hq, Hkv), (Lq, Lk) = heads, lengths
-    problem = make_problem(
-        Hq=Hq, Hkv=Hkv, Lq=Lq, Lk=Lk, D=D, P=P, dtype=dtype, is_causal=is_causal, pad=pad,
+    problem = Problem(
+        Hq=Hq, Hkv=Hkv, Lq=Lq, Lk=Lk, D=D, P=P, dtype=dtype, is_causal=is_causal, padding=pad,
         scale=scale,
-    )  # fmt: skip
-    assert_accurate(problem, problem.by("composed"))
+    ).draw()  # fmt: skip
+    assert_as_concatenated(problem, problem.by("composed"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("D", "Dv"), [(1, 1), (24, 72), (200, 200), (256, 8), (300, 300)])
-def test_head_sizes(D, Dv, dtype, make_problem, assert_accurate):
-    problem = make_problem(D=D, Dv=Dv, dtype=dtype, is_causal=True, Lk=12)
-    assert_accurate(problem, problem.by("composed"))
+def test_head_sizes(D, Dv, dtype):
+    problem = Problem(D=D, Dv=Dv, dtype=dtype, is_causal=True, Lk=12).draw()
+    assert_as_concatenated(problem, problem.by("composed"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tensors_that_16_bytes_cannot_be_loaded_from(dtype, make_problem, assert_accurate):
+def test_tensors_that_16_bytes_cannot_be_loaded_from(dtype):
     """One number before each row, or a row of odd length: both are copied."""
-    problem = make_problem(dtype=dtype, is_causal=True, D=64, Lk=9)
+    problem = Problem(dtype=dtype, is_causal=True, D=64, Lk=9).draw()
     for name, x in problem.tensors.items():
         room = x.new_empty(*x.shape[:-1], x.shape[-1] + (1 if name == "key" else 8))
         view = room[..., 1 : 1 + x.shape[-1]]
         view.copy_(x)
         assert not cuda.can_load(view)
         problem.tensors[name] = view
-    assert_accurate(problem, problem.by("composed"))
+    assert_as_concatenated(problem, problem.by("composed"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 5])
-def test_masks_that_are_built_in_parts(
-    dtype, rows, feature_calls, assert_as_reference, monkeypatch
-):
+def test_masks_that_are_built_in_parts(dtype, rows, monkeypatch):
     """A mask over several prefixes is built for some rows at a time."""
     monkeypatch.setattr(parts, "_MASK_ELEMENTS", rows * 2 * 8)
     for features in ({"packed prefixes"}, {"packed prefixes", "cu_seqlens"}):
@@ -146,7 +137,7 @@ def test_masks_that_are_built_in_parts(
     ],
 )
 @pytest.mark.parametrize("past", [0, 9])
-def test_which_kernel_runs(features, expected, past, feature_calls, calls):
+def test_which_kernel_runs(features, expected, past, calls):
     """Flash attention wherever no mask is needed; the other kernel alone in float32."""
     feature_calls.build(features=features, dtype=torch.bfloat16, past=past).by("composed")
     flash, efficient = {"flash", "flash backward"}, {"efficient", "efficient backward"}
@@ -157,7 +148,7 @@ def test_which_kernel_runs(features, expected, past, feature_calls, calls):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_keys_and_values_are_passed_as_they_lie(dtype, make_problem, monkeypatch):
+def test_keys_and_values_are_passed_as_they_lie(dtype, monkeypatch):
     """Neither repeated for their group nor copied for the batch."""
     seen = set()
     for name in ("_flash_forward", "_efficient_forward"):
@@ -168,15 +159,15 @@ def test_keys_and_values_are_passed_as_they_lie(dtype, make_problem, monkeypatch
             return op(query, key, value, *args, **kwargs)
 
         monkeypatch.setattr(cuda, name, recorded)
-    problem = make_problem(dtype=dtype, is_causal=True)
+    problem = Problem(dtype=dtype, is_causal=True).draw()
     problem.by("composed", wanted=())
     given_ = [problem.tensors[name] for name in ("key", "value", "prefix_key", "prefix_value")]
     assert seen == {x.data_ptr() for x in given_}
 
 
-def test_queries_that_see_no_key(make_problem):
+def test_queries_that_see_no_key():
     """Lk < Lq in a window: the kernel says inf for such a row, where others say -inf."""
-    tensors = make_problem(B=1, Lq=9, Lk=2, P=0, dtype=torch.bfloat16).tensors
+    tensors = Problem(B=1, Lq=9, Lk=2, P=0, dtype=torch.bfloat16).draw().tensors
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     found = []
     for backend in ("composed", "reference"):
@@ -186,8 +177,8 @@ def test_queries_that_see_no_key(make_problem):
     torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=2e-2)
 
 
-def test_the_registered_op_is_as_its_fake_says(make_problem):
-    tensors = make_problem(dtype=torch.bfloat16, is_causal=True).tensors
+def test_the_registered_op_is_as_its_fake_says():
+    tensors = Problem(dtype=torch.bfloat16, is_causal=True).draw().tensors
     inputs = [x.requires_grad_() for x in tensors.values()]
     arguments = (*inputs, *Options(is_causal=True, scale=0.25), "composed")
     torch.library.opcheck(prefix_attention_op, arguments)
@@ -196,9 +187,7 @@ def test_the_registered_op_is_as_its_fake_says(make_problem):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("feature", [None, *FEATURES])
 @pytest.mark.parametrize("sizes", list(SIZES.values())[:4], ids=list(SIZES)[:4])
-def test_shapes_of_the_real_kernels_without_reading_a_value(
-    sizes, feature, dtype, feature_calls, monkeypatch
-):
+def test_shapes_of_the_real_kernels_without_reading_a_value(sizes, feature, dtype, monkeypatch):
     """Forward and backward of tensors without values.
 
     A shape that depends on values, or a value that the host reads, raises.
@@ -246,8 +235,6 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_the_real_ops_take_what_is_passed(name):
     """Every argument of a stand-in is one of the real op's, at its place and with its default."""
-    import inspect
-
     real = {argument.name.rstrip("_"): argument for argument in REAL[name]._schema.arguments}
     stand_in = inspect.signature(stand_ins.STAND_INS[name]).parameters
     assert set(stand_in) <= set(real)

@@ -1,14 +1,15 @@
 """PyTorch's attention kernels for CUDA in plain float64 maths, as strict as the real ones.
 
-Tests cannot import each other in pytest's importlib mode: ``test_composed_on_cuda.py`` loads this
-file. A function here has the arguments of the aten op of its name, does what the CUDA code of
-PyTorch 2.9 to 2.14 does with them, and fails where that would fail or would read memory that it
-must not read.
+A function here has the arguments of the aten op of its name. It does what the CUDA code of PyTorch
+2.9 to 2.14 does with them. It fails where that would fail, and where that would read memory that
+it must not read.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,8 @@ from torch import Tensor
 HALF = (torch.float16, torch.bfloat16)
 
 
-class Calls(list[str]):
-    """The names of the kernels that ran."""
-
-
-CALLS = Calls()
+# The names of the kernels that ran.
+CALLS: list[str] = []
 
 
 def flash_attention_forward(
@@ -35,10 +33,11 @@ def flash_attention_forward(
     is_causal: bool,
     return_debug_mask: bool,
     *,
-    scale: float | None = None,
+    scale: float,
     window_size_left: int | None = None,
     window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """aten._flash_attention_forward."""
     CALLS.append("flash")
     assert not return_debug_mask
     window = (window_size_left, window_size_right)
@@ -73,10 +72,11 @@ def flash_attention_backward(
     rng_state: Tensor,
     unused: Tensor,
     *,
-    scale: float | None = None,
+    scale: float,
     window_size_left: int | None = None,
     window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """aten._flash_attention_backward."""
     CALLS.append("flash backward")
     window = (window_size_left, window_size_right)
     _check_flash(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, scale)
@@ -106,8 +106,9 @@ def efficient_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
-    scale: float | None = None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """aten._scaled_dot_product_efficient_attention."""
     CALLS.append("efficient")
     assert compute_log_sumexp
     _check_efficient(query, key, value, attn_bias, dropout_p, scale)
@@ -135,8 +136,9 @@ def efficient_attention_backward(
     grad_input_mask: list[bool],
     is_causal: bool = False,
     *,
-    scale: float | None = None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
+    """aten._scaled_dot_product_efficient_attention_backward."""
     CALLS.append("efficient backward")
     assert grad_input_mask == [True, True, True, False]
     _check_efficient(query, key, value, attn_bias, dropout_p, scale)
@@ -149,14 +151,14 @@ def efficient_attention_backward(
     assert logsumexp.is_contiguous()
     assert (logsumexp[..., Lq:] == math.inf).all()
     scores = _efficient_scores(query, key, attn_bias, is_causal, scale)
-    tensors = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
-    grads = _gradients(scores, *tensors, logsumexp[..., :Lq], scale)
+    g, q, k, v, o = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+    grads = _gradients(scores, g, q, k, v, o, logsumexp[..., :Lq], scale)
     dq, dk, dv = (grad.to(query.dtype).contiguous().transpose(1, 2) for grad in grads)
     return dq, dk, dv, None
 
 
 # The ops that the kernels here stand for, by the names in the module `cuda`.
-STAND_INS = {
+STAND_INS: dict[str, Callable[..., Any]] = {
     "_flash_forward": flash_attention_forward,
     "_flash_backward": flash_attention_backward,
     "_efficient_forward": efficient_attention,
@@ -173,7 +175,7 @@ def _check_flash(
     max_q: int,
     max_k: int,
     dropout_p: float,
-    scale: float | None,
+    scale: float,
 ) -> None:
     assert dropout_p == 0.0
     _check_scale(scale)
@@ -212,7 +214,7 @@ def _check_efficient(
     value: Tensor,
     attn_bias: Tensor | None,
     dropout_p: float,
-    scale: float | None,
+    scale: float,
 ) -> None:
     assert dropout_p == 0.0
     _check_scale(scale)
@@ -240,7 +242,7 @@ def _check_efficient(
     assert read * attn_bias.element_size() <= attn_bias.untyped_storage().nbytes()
 
 
-def _check_scale(scale: float | None) -> None:
+def _check_scale(scale: float) -> None:
     assert type(scale) is float
     assert scale > 0.0, "the kernels take a row's maximum before they scale it"
 
@@ -259,9 +261,11 @@ def _check_lse(lse: Tensor, shape: tuple[int, ...]) -> None:
     assert not (lse == -math.inf).any(), "a row that sees nothing would get infinite weights"
 
 
-def _sequences(query, key, cum_seq_q, cum_seq_k):
+def _sequences(
+    query: Tensor, key: Tensor, cum_seq_q: Tensor | None, cum_seq_k: Tensor | None
+) -> Iterator[tuple[slice, slice]]:
     """Where the queries and the keys of each sequence lie."""
-    if cum_seq_q is None:
+    if cum_seq_q is None or cum_seq_k is None:
         yield slice(None), slice(None)
         return
     for m in range(cum_seq_q.numel() - 1):
@@ -270,7 +274,7 @@ def _sequences(query, key, cum_seq_q, cum_seq_k):
             yield q, k
 
 
-def _of_lse(tokens: slice):
+def _of_lse(tokens: slice) -> Any:
     return slice(None) if tokens == slice(None) else (slice(None), tokens)
 
 
@@ -304,7 +308,9 @@ def _seen(scores: Tensor, is_causal: bool, window: tuple[int | None, int | None]
     return seen
 
 
-def _efficient_scores(query, key, attn_bias, is_causal, scale):
+def _efficient_scores(
+    query: Tensor, key: Tensor, attn_bias: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
     scores = query.double() @ key.double().transpose(-1, -2) * scale
     if attn_bias is not None:
         scores = scores + attn_bias.double()
@@ -313,7 +319,16 @@ def _efficient_scores(query, key, attn_bias, is_causal, scale):
     return scores
 
 
-def _gradients(scores, grad_out, query, key, value, out, lse, scale):
+def _gradients(
+    scores: Tensor,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of tensors [..., L, H, D] from an output and log-sum-exp [..., H, L] given."""
     heads, own = query.shape[-2], key.shape[-2]
     weights = torch.exp(scores - lse.double()[..., None])
