@@ -6,6 +6,7 @@
 | dtypes                  | all four  | all four       | fp32 bf16 fp16  | fp32 bf16 fp16 |
 | largest head size       | any       | any            | any             | 256            |
 | D != Dv                 | yes       | yes            | yes             | yes            |
+| key_lengths             | yes       | yes            | yes             | no             |
 | attn_mask               | yes       | yes            | yes             | yes            |
 | attn_mask gradient      | yes       | no             | no              | no             |
 | packed prefixes         | yes       | yes            | yes             | yes            |
@@ -91,7 +92,7 @@ BACKENDS: dict[str, Backend] = {
     "triton": Backend(
         frozenset({"cuda"}),
         _ALL - {torch.float64},
-        frozenset(FEATURES) - LARGE_GRADIENTS,
+        frozenset(FEATURES) - LARGE_GRADIENTS - {"key_lengths"},
         max_head_size=256,
     ),
 }
@@ -128,6 +129,18 @@ def triton_installed() -> bool:
 def interpreting() -> bool:
     """Whether the environment asks for Triton's interpreter, which runs kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def has_feature(requested: str, device: str, feature: str) -> bool:
+    """Whether every backend that may run a call has a feature.
+
+    Args:
+        requested: "auto" or a backend's name.
+        device: device type of the tensors.
+        feature: one of :data:`FEATURES`.
+    """
+    names = AUTO.get(device, ()) if requested == "auto" else (requested,)
+    return len(names) > 0 and all(feature in BACKENDS[name].features for name in names)
 
 
 def refusal(

@@ -13,6 +13,7 @@ prefix, CUDA has one part for all of them, and a mask hides the other rows' pref
 - kernels: the kernels of each device behind one signature; seen: what one call of them sees
 - flash: the CPU's kernel, layouts and masks; cuda: CUDA's kernels
 - sequence: how the sequence part is laid out for them
+- lengths: the keys in use of a longer buffer
 - plain: calls with one prefix, one sequence a row, and masks
 - parts, features: what only some calls use (several prefixes, packed sequences, windows, sinks, a
   bias), out of the same kernels
@@ -23,6 +24,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastprefix.attention.backends.composed import features, plain
+from fastprefix.attention.backends.composed.lengths import with_unused, without_unused
 from fastprefix.options import Options
 
 
@@ -35,6 +37,7 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
+    key, value, options = without_unused(query, key, value, options)
     inputs = (query, key, value, prefix_key, prefix_value)
     chosen = plain if plain.is_plain(options) else features
     return chosen.forward(*inputs, options)
@@ -69,7 +72,12 @@ def backward(
     Returns:
         The gradients, None where not needed; that of prefix_bias only where it is [Hq].
     """
+    buffers = key, value
+    key, value, options = without_unused(query, key, value, options)
     inputs = (grad_out, query, key, value, prefix_key, prefix_value)
     if plain.is_plain(options):
-        return (*plain.backward(*inputs, out, lse, options, needs[:5]), None, None)
-    return features.backward(*inputs, out, lse, options, needs)
+        found = (*plain.backward(*inputs, out, lse, options, needs[:5]), None, None)
+    else:
+        found = features.backward(*inputs, out, lse, options, needs)
+    dk, dv = map(with_unused, found[1:3], buffers)
+    return (found[0], dk, dv, *found[3:])

@@ -113,7 +113,7 @@ def _flash(
     )  # fmt: skip
     if packed:
         out, lse = out[None], lse[None]
-    if seen.window is not None and Lk < Lq:  # inf where a query sees nothing
+    if Lk < Lq and (seen.is_causal or seen.window is not None):  # inf where a query sees nothing
         lse = lse.masked_fill(lse == math.inf, -math.inf)
     return out.transpose(1, 2), lse
 

@@ -19,6 +19,7 @@ from fastprefix.attention.backends.composed.flash import (
     unsee,
 )
 from fastprefix.attention.backends.composed.kernels import kernels_of
+from fastprefix.attention.backends.composed.lengths import runs
 from fastprefix.attention.backends.composed.seen import Seen
 from fastprefix.attention.backends.composed.sequence import SequencePart, numbers
 from fastprefix.options import Options
@@ -28,36 +29,46 @@ _MASK_ELEMENTS = 1 << 24
 
 
 class Piece(NamedTuple):
-    """Queries and the sequence keys that they may see: positions along Lq and along Lk."""
+    """Queries and the sequence keys that they may see: rows, positions along Lq and along Lk."""
 
+    rows: slice
     queries: slice
     keys: slice
 
     def of_queries(self, x: Tensor) -> Tensor:
         """The view of a [B, Hq, Lq, ...] tensor."""
-        return x[:, :, self.queries]
+        return x[self.rows, :, self.queries]
 
     def of_keys(self, x: Tensor) -> Tensor:
         """The view of a [B, Hkv, Lk, D] tensor."""
-        return x[:, :, self.keys]
+        return x[self.rows, :, self.keys]
 
     def part(self, query: Tensor, key: Tensor, options: Options) -> SequencePart:
         """How this piece is laid out for the kernel."""
         query, key = self.of_queries(query), self.of_keys(key)
         padding, mask, window = options.key_padding_mask, options.attn_mask, options.sliding_window
         if padding is not None:
-            padding = padding[:, self.keys]
+            padding = padding[self.rows, self.keys]
         if mask is not None and mask.dim() > 0 and mask.shape[-1] > 1:
             mask = mask[..., self.keys]
+        if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+            mask = mask[self.rows]
         if window is not None and max(query.shape[2], key.shape[2]) <= window:
             window = None
-        # where the host can read them, each sequence is a piece of its own
-        packed = None if kernels_of(query).host_reads else options.cu_seqlens
-        return SequencePart(query, key, padding, mask, options.is_causal, window, packed)
+        if kernels_of(query).host_reads:  # one sequence, and of its keys those in use
+            return SequencePart(query, key, padding, mask, options.is_causal, window)
+        return SequencePart(
+            query, key, padding, mask, options.is_causal, window,
+            options.cu_seqlens, options.key_lengths,
+        )  # fmt: skip
 
 
 def pieces(query: Tensor, key: Tensor, options: Options) -> Iterator[Piece]:
-    """One piece, without the keys that lie behind every query's window; or one per sequence."""
+    """One piece, without the keys that lie behind every query's window; or several.
+
+    Packed sequences are a piece each, and so are runs of rows with equal key_lengths. Rows without
+    keys are in no piece.
+    """
     B, Hq, Lq, _ = query.shape
     Lk = key.shape[2]
     if B * Hq * Lq * Lk == 0:
@@ -65,11 +76,16 @@ def pieces(query: Tensor, key: Tensor, options: Options) -> Iterator[Piece]:
     if options.cu_seqlens is not None and kernels_of(query).host_reads:
         for start, end in pairwise(options.cu_seqlens.tolist()):
             if end > start:
-                yield Piece(slice(start, end), slice(start, end))
+                yield Piece(slice(0, 1), slice(start, end), slice(start, end))
         return
-    window = options.sliding_window
-    first = 0 if window is None else max(0, Lk - Lq - window + 1)
-    yield Piece(slice(0, Lq), slice(first, Lk))
+    window, lengths = options.sliding_window, options.key_lengths
+    if lengths is not None and not kernels_of(query).host_reads:
+        yield Piece(slice(0, B), slice(0, Lq), slice(0, Lk))
+        return
+    for rows, length in [(slice(0, B), Lk)] if lengths is None else runs(lengths):
+        first = 0 if window is None else max(0, length - Lq - window + 1)
+        if first < length:
+            yield Piece(rows, slice(0, Lq), slice(first, length))
 
 
 class Group(NamedTuple):
@@ -248,10 +264,16 @@ def _real_before(query: Tensor, key: Tensor, options: Options) -> Tensor:
     if options.cu_seqlens is not None:
         start = options.cu_seqlens[numbers(options.cu_seqlens.diff(), Lq)]
         return (torch.arange(Lq, device=query.device) - start)[None, None]
+    place = torch.arange(Lq, device=query.device)
+    if options.key_lengths is None:
+        position = (place + (Lk - Lq)).expand(B, Lq)
+    else:
+        position = place + (options.key_lengths[:, None] - Lq)
+        position = position.clamp_(min=0)  # below 0 only with lengths that were not checked
     if options.key_padding_mask is None:
-        return torch.arange(Lk - Lq, Lk, device=query.device).expand(B, 1, Lq)
+        return position[:, None]
     real = options.key_padding_mask.long()
-    return (real.cumsum(1) - real)[:, None, Lk - Lq :]
+    return (real.cumsum(1) - real).gather(1, position)[:, None]
 
 
 def _fewest_and_most(real_before: Tensor, key: Tensor, options: Options) -> tuple[int, int]:
@@ -260,7 +282,8 @@ def _fewest_and_most(real_before: Tensor, key: Tensor, options: Options) -> tupl
         fewest, most = (int(count) for count in real_before.aminmax())
         return fewest, most
     Lq, Lk = real_before.shape[2], key.shape[2]
-    by_place = options.key_padding_mask is None and options.cu_seqlens is None
+    asked = (options.key_padding_mask, options.cu_seqlens, options.key_lengths)
+    by_place = all(x is None for x in asked)
     return (Lk - Lq if by_place else 0), Lk - 1
 
 

@@ -15,7 +15,8 @@ from fastprefix.options import Options
 def is_plain(options: Options) -> bool:
     """Whether one prefix, one sequence a row and the masks are all there is."""
     return (
-        options.prefix_lengths is None
+        options.key_lengths is None
+        and options.prefix_lengths is None
         and options.cu_seqlens is None
         and options.sliding_window is None
         and options.sinks is None

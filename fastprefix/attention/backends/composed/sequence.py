@@ -36,6 +36,7 @@ class SequencePart:
         is_causal: bool,
         sliding_window: int | None = None,
         cu_seqlens: Tensor | None = None,
+        key_lengths: Tensor | None = None,
     ) -> None:
         self.B, self.Hq, self.Lq, _ = query.shape
         self.Hkv, self.Lk = key.shape[1], key.shape[2]
@@ -50,12 +51,12 @@ class SequencePart:
         if attn_mask is not None:
             added = additive(attn_mask, query.dtype)
             bias = added if bias is None else torch.clamp(bias + added, min=FLOOR)
-        self.as_is = bias is None and kernels_of(query).takes_all(query)
-        by_place = sliding_window is not None or cu_seqlens is not None
-        if not self.as_is and (by_place or (is_causal and self.Lk > self.Lq)):
+        self.as_is = bias is None and key_lengths is None and kernels_of(query).takes_all(query)
+        by_place = not (sliding_window is cu_seqlens is key_lengths is None)
+        if not self.as_is and (by_place or (is_causal and self.Lk != self.Lq)):
             if bias is None:
                 bias = query.new_zeros(1, 1, 1, 1, dtype=hiding_dtype(query.dtype))
-            seen = self._seen(query, is_causal, sliding_window, cu_seqlens)
+            seen = self._seen(query, is_causal, sliding_window, cu_seqlens, key_lengths)
             bias = bias.masked_fill(~seen, FLOOR)
             is_causal, sliding_window, cu_seqlens, by_place = False, None, None, False
         same_keys = not is_causal and not by_place
@@ -65,16 +66,29 @@ class SequencePart:
         self.seen = Seen(is_causal, bias, sliding_window, cu_seqlens)
 
     def _seen(
-        self, query: Tensor, is_causal: bool, window: int | None, cu_seqlens: Tensor | None
+        self,
+        query: Tensor,
+        is_causal: bool,
+        window: int | None,
+        cu_seqlens: Tensor | None,
+        key_lengths: Tensor | None,
     ) -> Tensor:
-        """Which keys a query sees by its place, bool [Lq, Lk]."""
-        offset, reach = self.Lk - self.Lq, self.Lk if window is None else window - 1
-        seen = torch.ones(self.Lq, self.Lk, dtype=torch.bool, device=query.device)
-        seen = seen.tril_(offset + (0 if is_causal else reach)).triu_(offset - reach)
+        """Which keys a query sees by its place, bool [B or 1, 1, Lq or 1, Lk]."""
+        place, column = (torch.arange(n, device=query.device) for n in (self.Lq, self.Lk))
+        if key_lengths is None:
+            gap = (place + (self.Lk - self.Lq))[None, :, None] - column
+            seen = torch.ones_like(gap, dtype=torch.bool)
+        else:
+            gap = (place + (key_lengths[:, None] - self.Lq))[..., None] - column
+            seen = (column < key_lengths[:, None])[:, None]
+        if is_causal:
+            seen = seen & (gap >= 0)
+        if window is not None:
+            seen = seen & (gap.abs() < window)
         if cu_seqlens is not None:
             number = numbers(cu_seqlens.diff(), self.Lq)
-            seen &= number[:, None] == number
-        return seen
+            seen = seen & (number[:, None] == number)
+        return seen[:, None]
 
     def _fold_bias(self, bias: Tensor) -> Tensor:
         _, h, q, k = bias.shape
