@@ -74,21 +74,27 @@ class SequencePart:
         key_lengths: Tensor | None,
     ) -> Tensor:
         """Which keys a query sees by its place, bool [B or 1, 1, Lq or 1, Lk]."""
-        place, column = (torch.arange(n, device=query.device) for n in (self.Lq, self.Lk))
-        if key_lengths is None:
-            gap = (place + (self.Lk - self.Lq))[None, :, None] - column
-            seen = torch.ones_like(gap, dtype=torch.bool)
-        else:
-            gap = (place + (key_lengths[:, None] - self.Lq))[..., None] - column
-            seen = (column < key_lengths[:, None])[:, None]
-        if is_causal:
-            seen = seen & (gap >= 0)
-        if window is not None:
-            seen = seen & (gap.abs() < window)
+        if key_lengths is not None:
+            return self._seen_in_use(is_causal, window, key_lengths)
+        offset, reach = self.Lk - self.Lq, self.Lk if window is None else window - 1
+        seen = torch.ones(self.Lq, self.Lk, dtype=torch.bool, device=query.device)
+        seen = seen.tril_(offset + (0 if is_causal else reach)).triu_(offset - reach)
         if cu_seqlens is not None:
             number = numbers(cu_seqlens.diff(), self.Lq)
-            seen = seen & (number[:, None] == number)
-        return seen[:, None]
+            seen &= number[:, None] == number
+        return seen[None, None]
+
+    def _seen_in_use(self, is_causal: bool, window: int | None, key_lengths: Tensor) -> Tensor:
+        """The same where each row has its own number of keys."""
+        column = torch.arange(self.Lk, device=key_lengths.device)
+        seen = (column < key_lengths[:, None])[:, None, None]
+        if is_causal or window is not None:
+            place = torch.arange(self.Lq, device=key_lengths.device)
+            place = place + (key_lengths[:, None] - self.Lq)
+            gap = place[:, None, :, None] - column
+            seen = seen & (gap >= 0) if is_causal else seen
+            seen = seen & (gap.abs() < window) if window is not None else seen
+        return seen
 
     def _fold_bias(self, bias: Tensor) -> Tensor:
         _, h, q, k = bias.shape
