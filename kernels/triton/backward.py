@@ -56,24 +56,21 @@ def delta_launch(
 ) -> launch.Launch:
     """The launch that fills `delta` and `lse2` [B, H, Lq]."""
     B, H, Lq, Dv = out.shape
+    s_ob, s_oh, s_om, _ = out.stride()
+    s_dob, s_doh, s_dom, _ = grad_out.stride()
     block = tilings.block_size(Dv)
     rows = min(DELTA_ELEMENTS // block, 64, triton.next_power_of_2(Lq))
     return launch.Launch(
         prefix_attn_bwd_delta_kernel,
         (triton.cdiv(Lq, rows) * B * H,),
-        dict(
-            out=out,
-            do=grad_out,
-            lse=lse,
-            delta=delta,
-            lse2=lse2,
-            **launch.strides(o=out, do=grad_out),
-            H=H,
-            Lq=Lq,
-        ),
+        {
+            "out": out, "do": grad_out, "lse": lse, "delta": delta, "lse2": lse2,
+            "s_ob": s_ob, "s_oh": s_oh, "s_om": s_om,
+            "s_dob": s_dob, "s_doh": s_doh, "s_dom": s_dom, "H": H, "Lq": Lq,
+        },
         {"HEAD": Dv, "BLOCK_M": rows, "BLOCK_D": block},
         Tile(rows=rows, keys=1, warps=4, stages=1),
-    )
+    )  # fmt: skip
 
 
 def launch_backward(

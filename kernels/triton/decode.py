@@ -15,6 +15,7 @@ from torch import Tensor
 from fastprefix.options import Options
 
 from . import decode_tables, launch
+from .arguments import FixedSizes, Masks, Partials, Scores, Units, strides
 from .decode_grid import MAX_QUERY_LENGTH, DecodeGrid, DecodeShape, grid_of, shape_of
 from .decode_kernels import prefix_attn_decode_kernel, prefix_attn_decode_merge_kernel
 from .problem import Problem, make_problem
@@ -93,10 +94,20 @@ def decode_launches(
     """
     shape, grid, cut = plan.shape, plan.grid, plan.grid.prefix
     tables, tile = plan.tables, grid.tile
+    options = problem.options
     arguments = {
-        "order": tables and tables.order, "units": tables and tables.units,
+        "tables": Units(tables and tables.order, tables and tables.units),
         "rows": tables and tables.rows,
-        "part_out": part_out, "part_lse": part_lse, "out": out, "lse": lse,
+        "partials": Partials(part_out, part_lse), "out": out, "lse": lse,
+        "part_out": part_out, "part_lse": part_lse, "Hkv": shape.Hkv, "Lq": shape.Lq,
+        # the merge adds the bias
+        "masks": Masks(options.key_padding_mask, None, None), "bias": options.prefix_bias,
+        "scores": Scores(options.scale, options.softcap),
+        "s": strides(
+            q=problem.query, k=problem.key, v=problem.value, pk=problem.prefix_key,
+            pv=problem.prefix_value, pad=options.key_padding_mask,
+        ),
+        "sizes": FixedSizes(shape.Hkv, shape.Lq), "Lk": shape.Lk, "P": shape.P,
         "B": shape.B, "window": shape.sliding_window,
         "n_units": cut.units, "n_splits": cut.splits, "split": cut.split,
         "first_key": grid.first_key, "first_row": shape.Hkv * cut.units * cut.rows,

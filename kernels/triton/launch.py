@@ -48,23 +48,6 @@ def forget_devices() -> None:
     _device_target.cache_clear()
 
 
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """Stride arguments: s_qb, s_qh, s_qm for q, ..n for keys; the head dimension's is 1."""
-    found = {}
-    for name, tensor in tensors.items():
-        sequence = "m" if name in ("q", "o", "do") else "n"
-        letters = ("h", sequence) if name in ("pk", "pv") else ("b", "h", sequence)
-        for letter, step in zip(letters, tensor.stride(), strict=False):
-            found[f"s_{name}{letter}"] = step
-    return found
-
-
-def mask_strides(mask: Tensor | None) -> dict[str, int]:
-    """Strides of a key padding mask [B, Lk]; zeros if there is none."""
-    s_pb, s_pn = (0, 0) if mask is None else mask.stride()
-    return {"s_pb": s_pb, "s_pn": s_pn}
-
-
 def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, copied only where the last dimension is strided.
 
@@ -79,13 +62,24 @@ def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid, its run-time and its compile-time arguments: all that a launch is."""
+    """A kernel, its grid, its run-time and its compile-time arguments: all that a launch is.
+
+    Arguments are values, or groups of them (see :mod:`~fastprefix.kernels.arguments`).
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     constants: dict[str, Any]
     tile: Tile
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The run-time arguments by name, the fields of groups instead of groups."""
+        found: dict[str, Any] = {}
+        for name, value in self.arguments.items():
+            found |= value._asdict() if isinstance(value, tuple) else {name: value}
+        return found
 
     def run(self) -> None:
         """Enqueue the kernel; inside :func:`collected` list it instead."""
