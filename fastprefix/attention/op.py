@@ -94,7 +94,8 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 def prefix_attention_backward_op(*args: Any) -> tuple[Tensor, ...]:
     """The gradients of :data:`DIFFERENTIABLE`; an empty tensor for each that is not needed."""
     options, (backend, needs) = Options(*args[8:-2]), args[-2:]
-    grads = run_backward(args[0], args[1:6], *args[6:8], options, backend, tuple(needs))
+    out, lse = args[6:8]
+    grads = run_backward(args[0], args[1:6], out, lse, options, backend, tuple(needs))
     return tuple(
         grad if grad is not None and need else args[0].new_empty(0)
         for grad, need in zip(grads, needs, strict=True)
@@ -136,7 +137,7 @@ def keep(
     inside = [i for i, x in enumerate(options) if x is not None and isinstance(x, Tensor)]
     saved = [options[i] for i in inside]
     if inside:
-        options = Options(*[None if i in inside else x for i, x in enumerate(options)])
+        options = Options._make(None if i in inside else x for i, x in enumerate(options))
     ctx.options, ctx.inside, ctx.backend, ctx.needs = options, inside, backend, needs
     if all(read):
         ctx.shapes = None

@@ -110,10 +110,11 @@ def _learnable(options: Options) -> tuple[Tensor | None, ...]:
 
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient by the registered backward op."""
-    run = None
     if is_differentiated(ctx.backend):
-        from fastprefix.attention.differentiated import backward as run
-    return op.gradients(ctx, grad_out, run)
+        from fastprefix.attention import differentiated  # which imports the compiler
+
+        return op.gradients(ctx, grad_out, differentiated.backward)
+    return op.gradients(ctx, grad_out)
 
 
 def _op_gradients(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:

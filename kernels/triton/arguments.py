@@ -140,21 +140,18 @@ class PrefixSums(NamedTuple):
     dpv: Any
 
 
-class Units(NamedTuple):
-    """Tables of a decode step with several prefixes; see `decode_tables.PrefixTables`."""
+class DecodeBuffers(NamedTuple):
+    """What the first launch of a decode step reads besides the operands, and what it writes.
+
+    Attributes:
+        order: see `decode_tables.PrefixTables`; None for one prefix.
+        units: the same.
+        part_out: [rows, Dv] float32, the normalised results of splits.
+        part_lse: [rows] float32, their log-sum-exp (natural logarithm).
+    """
 
     order: Any
     units: Any
-
-
-class Partials(NamedTuple):
-    """Results of splits, float32.
-
-    Attributes:
-        part_out: [rows, Dv], normalised.
-        part_lse: [rows], natural logarithm.
-    """
-
     part_out: Any
     part_lse: Any
 

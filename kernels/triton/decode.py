@@ -15,7 +15,7 @@ from torch import Tensor
 from fastprefix.options import Options
 
 from . import decode_tables, launch
-from .arguments import FixedSizes, Masks, Partials, Scores, Units, strides
+from .arguments import DecodeBuffers, FixedSizes, Masks, Scores, strides
 from .decode_grid import MAX_QUERY_LENGTH, DecodeGrid, DecodeShape, grid_of, shape_of
 from .decode_kernels import prefix_attn_decode_kernel, prefix_attn_decode_merge_kernel
 from .problem import Problem, make_problem
@@ -100,9 +100,10 @@ def decode_launches(
         pv=problem.prefix_value, pad=options.key_padding_mask,
     )  # fmt: skip
     arguments = {
-        "tables": Units(tables and tables.order, tables and tables.units),
-        "rows": tables and tables.rows,
-        "partials": Partials(part_out, part_lse), "out": out, "lse": lse,
+        "buffers": DecodeBuffers(
+            tables and tables.order, tables and tables.units, part_out, part_lse
+        ),
+        "rows": tables and tables.rows, "out": out, "lse": lse,
         "part_out": part_out, "part_lse": part_lse, "Hkv": shape.Hkv, "Lq": shape.Lq,
         # the merge adds the bias
         "masks": Masks(options.key_padding_mask, None, None), "bias": options.prefix_bias,

@@ -108,24 +108,24 @@ def decode_sweep(b_q, source, lo, hi, o_first, o_end, scores, shape: tl.constexp
 
 
 @triton.jit
-def store_partial(partials, b_out, b_lse, row, m_r, shape: tl.constexpr):
+def store_partial(buffers, b_out, b_lse, row, m_r, shape: tl.constexpr):
     """Store a tile of partial results from a row (int64) of the contiguous buffers on."""
     HEAD_V: tl.constexpr = shape.HEAD_V
     o_r = tl.arange(0, shape.BLOCK_M)
     o_dv = tl.arange(0, shape.BLOCK_DV)
-    p_out = partials.part_out + row * HEAD_V + (o_r[:, None] * HEAD_V + o_dv[None, :])
+    p_out = buffers.part_out + row * HEAD_V + (o_r[:, None] * HEAD_V + o_dv[None, :])
     store_tile(p_out, b_out, m_r, o_dv, HEAD_V, shape.BLOCK_DV)
-    tl.store(partials.part_lse + row + o_r, b_lse, mask=m_r)
+    tl.store(buffers.part_lse + row + o_r, b_lse, mask=m_r)
 
 
 @triton.jit
 def prefix_phase(
-    i_program, q, keys, tables, partials, s, B, Lq, P, n_units, n_splits, split, scores,
+    i_program, q, keys, buffers, s, B, Lq, P, n_units, n_splits, split, scores,
     shape: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows that use the same prefix, one KV head, one split of the prefix."""
     BLOCK_M: tl.constexpr = shape.BLOCK_M
-    units = tables.units
+    units = buffers.units
     i_h = (i_program // n_units).to(tl.int64)
     i_u = i_program % n_units
     if units is None:
@@ -144,8 +144,8 @@ def prefix_phase(
         o_b = o_r // (GROUP * Lq)
         o_g = o_r % (GROUP * Lq) // Lq
         o_m = o_r % Lq
-        if tables.order is not None:
-            o_b = tl.load(tables.order + o_b, mask=m_r, other=0)
+        if buffers.order is not None:
+            o_b = tl.load(buffers.order + o_b, mask=m_r, other=0)
         p_q = q + o_b.to(tl.int64) * s.qb + (i_h * GROUP + o_g) * s.qh + o_m.to(tl.int64) * s.qm
         o_d = tl.arange(0, shape.BLOCK_D)
         p_tile = p_q[:, None] + o_d[None, :]  # [BM, BD]
@@ -156,12 +156,12 @@ def prefix_phase(
         )  # fmt: skip
         b_out, b_lse = decode_sweep(b_q, source, lo, hi, None, None, scores, shape)
         i_row = (i_h * n_units + i_u) * BLOCK_M
-        store_partial(partials, b_out, b_lse, i_row, m_r, shape)
+        store_partial(buffers, b_out, b_lse, i_row, m_r, shape)
 
 
 @triton.jit
 def sequence_phase(
-    i_program, q, keys, masks, partials, s, s_pb, Hkv, Lq, Lk, first_key, n_splits, split,
+    i_program, q, keys, masks, buffers, s, s_pb, Hkv, Lq, Lk, first_key, n_splits, split,
     first_row, scores, window,
     shape: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
@@ -221,7 +221,7 @@ def sequence_phase(
     )  # fmt: skip
     b_out, b_lse = decode_sweep(b_q, source, lo, hi, o_first, o_end, scores, shape)
     row = first_row + (i_bh.to(tl.int64) * n_splits + i_split) * (GROUP * Lq) + i_tile * BLOCK_M
-    store_partial(partials, b_out, b_lse, row, m_r, shape)
+    store_partial(buffers, b_out, b_lse, row, m_r, shape)
 
 
 # Lengths grow with every token, and so does the padding mask's step from row to row (s_pb): no
@@ -234,7 +234,7 @@ LENGTHS = [
 
 @triton.jit(do_not_specialize=LENGTHS)
 def prefix_attn_decode_kernel(
-    q, keys, masks, tables, partials, s, s_pb, B, sizes, Lk, P, n_units, n_splits, split,
+    q, keys, masks, buffers, s, s_pb, B, sizes, Lk, P, n_units, n_splits, split,
     first_key, first_row, n_sequence_splits, sequence_split, scores, window,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
     CAUSAL: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
@@ -254,12 +254,12 @@ def prefix_attn_decode_kernel(
     n_prefix = sizes.Hkv * n_units
     if i_program < n_prefix:
         prefix_phase(
-            i_program, q, keys, tables, partials, s, B, sizes.Lq, P, n_units, n_splits, split,
+            i_program, q, keys, buffers, s, B, sizes.Lq, P, n_units, n_splits, split,
             scores, prefix_tile, GROUP,
         )  # fmt: skip
     else:
         sequence_phase(
-            i_program - n_prefix, q, keys, masks, partials, s, s_pb, sizes.Hkv, sizes.Lq, Lk,
+            i_program - n_prefix, q, keys, masks, buffers, s, s_pb, sizes.Hkv, sizes.Lq, Lk,
             first_key, n_sequence_splits, sequence_split, first_row, scores, window,
             sequence_tile, GROUP, CAUSAL, FIXED,
         )  # fmt: skip

@@ -117,7 +117,7 @@ def planned(
     tensors: tuple[Tensor, ...],
     options: Options,
     needs: tuple[bool, ...] = (),
-) -> Results:
+) -> Any:
     """`launcher(*tensors, options[, needs])`, by its plan if there is one.
 
     Args:
@@ -146,9 +146,7 @@ def planned(
     return results
 
 
-def known(
-    launcher: Callable[..., Results], tensors: tuple[Tensor, ...], options: Options
-) -> Results | None:
+def known(launcher: Callable[..., Results], tensors: tuple[Tensor, ...], options: Options) -> Any:
     """What :func:`planned` returns if the call has a plan, otherwise None.
 
     Args:
@@ -216,9 +214,9 @@ def plan_of(tensors: Sequence[Tensor], results: Results, record: launch.Record) 
                 return None
             places = _places(_arguments(launched), numbers, pool)
             seen.update(_flat(places))
-            grid = (*launched.grid, 1, 1)[:3]
+            x, y, z = (*launched.grid, 1, 1)[:3]
             code = (compiled.function, compiled.packed_metadata)
-            steps.append(Step(compiled, grid, compiled.run, code, picker(places)))
+            steps.append(Step(compiled, (x, y, z), compiled.run, code, picker(places)))
     except LookupError:
         return None
     first = len(tensors)

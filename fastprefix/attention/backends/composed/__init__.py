@@ -1,4 +1,4 @@
-"""Two calls of PyTorch's own flash kernel, one for the prefix and one for the sequence, merged.
+"""Two calls of PyTorch's attention kernels, one for the prefix and one for the sequence, merged.
 
 The prefix call folds batch and query group into rows: [1, Hkv, B·g·Lq, D] against one copy of the
 prefix [1, Hkv, P, D]. Its backward therefore returns the prefix's gradient already summed over
@@ -6,14 +6,17 @@ the batch. In the backward both calls get the GLOBAL output and log-sum-exp, whi
 part's gradient the exact share of the whole (FlashAttention-2, section 3.1: dS = P * (dP - delta),
 where P and delta depend on the other part only through lse and out).
 
-Runs on the CPU, whose flash kernel returns the log-sum-exp and takes a broadcast mask.
+Runs on the CPU and on CUDA: on both, PyTorch has kernels that return the log-sum-exp and take it
+back. On CUDA nothing waits for the device. So where the CPU cuts a call into one part for each
+prefix, CUDA has one part for all of them, and a mask hides the other rows' prefixes.
 
-- flash: PyTorch's two kernels, and the layout that they take
+- kernels: the kernels of each device behind one signature; seen: what one call of them sees
+- flash: the CPU's kernel, layouts and masks; cuda: CUDA's kernels
 - sequence: how the sequence part is laid out for them
 - lengths: the keys in use of a longer buffer
 - plain: calls with one prefix, one sequence a row, and masks
 - parts, features: what only some calls use (several prefixes, packed sequences, windows, sinks, a
-  bias), out of the same two kernels
+  bias), out of the same kernels
 """
 
 from __future__ import annotations

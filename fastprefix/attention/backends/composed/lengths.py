@@ -3,15 +3,18 @@
 The flash kernel must not see the rest of the buffer: it multiplies hidden values by weights of 0,
 and 0 times NaN is NaN. So the part behind every row's keys is cut off here. If rows differ in their
 lengths, :func:`fastprefix.attention.backends.composed.parts.pieces` makes one call for each run of
-rows of equal length.
+rows of equal length. Where the host does not read the lengths, copies get zeros in place of the
+rest, and a mask hides it.
 """
 
 from __future__ import annotations
 
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
+from fastprefix.attention.backends.composed.kernels import kernels_of
 from fastprefix.options import Options
 
 
@@ -28,10 +31,14 @@ def without_unused(
 
     Returns:
         Views of both, and options without key_lengths if all rows use the same number of keys, Lq
-        at least.
+        at least. Where the host does not read values, copies of both and the same options.
     """
     if options.key_lengths is None:
         return key, value, options
+    if not kernels_of(query).host_reads:
+        column = torch.arange(key.shape[2], device=key.device)
+        unused = (column >= options.key_lengths[:, None])[:, None, :, None]
+        return key.masked_fill(unused, 0.0), value.masked_fill(unused, 0.0), options
     lengths: list[int] = options.key_lengths.tolist()
     most, mask, padding = max(lengths, default=0), options.attn_mask, options.key_padding_mask
     if mask is not None and mask.dim() > 0 and mask.shape[-1] > 1:
