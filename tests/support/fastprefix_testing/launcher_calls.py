@@ -27,7 +27,9 @@ class Call:
 
     def again(self) -> Call:
         """The same with other tensors."""
-        options = {n: another(x) for n, x in self.options._asdict().items() if is_tensor(x)}
+        options: dict[str, Any] = {
+            n: another(x) for n, x in self.options._asdict().items() if is_tensor(x)
+        }
         tensors = {name: another(x) for name, x in self.tensors.items()}
         return Call(tensors, self.options._replace(**options))
 
@@ -75,8 +77,8 @@ def random_options(chosen: random.Random, call: dict[str, Any]) -> dict[str, Any
     if often(0.4):
         found["key_padding_mask"] = torch.ones(B, Lk + 3, dtype=torch.bool)[:, :Lk]
     if often(0.2):
-        shape = [n if often(0.5) else 1 for n in (B, Hq, Lq, Lk)]
-        found["attn_mask"] = torch.zeros(shape, dtype=chosen.choice([torch.bool, number]))
+        mask = [n if often(0.5) else 1 for n in (B, Hq, Lq, Lk)]
+        found["attn_mask"] = torch.zeros(mask, dtype=chosen.choice([torch.bool, number]))
     if often(0.2):
         found["sinks"] = torch.zeros(Hq, dtype=number)
     if often(0.2):
