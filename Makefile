@@ -49,6 +49,7 @@ lint: $(VENV)/.test
 bench: $(PEERS)/.bench
 	$(PEERS)/bin/python benchmarks/operator.py --output benchmarks/results
 	$(PEERS)/bin/python benchmarks/roofline.py --output benchmarks/results
+	TRITON_INTERPRET=0 $(PEERS)/bin/python benchmarks/host.py --output benchmarks/results
 	$(PEERS)/bin/python benchmarks/compatibility.py --readme README.md
 
 # Stopped, it goes on where it was: the runs are kept in .cache/methods. DATA_FILES="TRAIN HELDOUT"

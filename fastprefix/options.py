@@ -88,10 +88,20 @@ class Options(NamedTuple):
     """
 
     is_causal: Annotated[
-        bool, Option("query i sees sequence keys 0 .. p_i, where p_i = i + Lk - Lq")
+        bool,
+        Option("query i sees sequence keys 0 .. p_i, where p_i = i + Lk - Lq"),
     ]
     scale: Annotated[float, Option("factor on the scores")]
     key_padding_mask: Annotated[Tensor | None, Option("[B, Lk] bool, True = real token")] = None
+    key_lengths: Annotated[
+        Tensor | None,
+        Option(
+            "[B] int32: row b attends to keys 0 .. key_lengths[b] - 1, and p_i = i + "
+            "key_lengths[b] - Lq there; what lies beyond is not read",
+            (Feature("key_lengths"),),
+            integers=True,
+        ),
+    ] = None
     attn_mask: Annotated[
         Tensor | None,
         Option(

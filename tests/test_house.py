@@ -67,28 +67,7 @@ WIDE = {
     "inspect": "one parameter for each option of the command",
 }
 
-NOT_YET: dict[str, set[str]] = {
-    "circles": {
-        "fastprefix/attention/differentiated.py",
-        "fastprefix/attention/op.py",
-    },
-    "long_functions": {
-        "kernels/triton/backward_dprefix.py dprefix_launches",
-    },
-    "wide_functions": {
-        "kernels/triton/backward_dkv.py dkv_sweep",
-        "kernels/triton/backward_dkv.py key_gradients",
-        "kernels/triton/backward_dkv.py prefix_attn_bwd_dkv_kernel",
-        "kernels/triton/backward_dprefix.py prefix_attn_bwd_dprefix_kernel",
-        "kernels/triton/backward_dq.py dq_sweep",
-        "kernels/triton/backward_dq.py prefix_attn_bwd_dq_kernel",
-        "kernels/triton/decode_kernels.py prefix_attn_decode_kernel",
-        "kernels/triton/decode_kernels.py prefix_phase",
-        "kernels/triton/decode_kernels.py sequence_phase",
-        "kernels/triton/forward.py fwd_sweep",
-        "kernels/triton/forward.py prefix_attn_fwd_kernel",
-    },
-}
+NOT_YET: dict[str, set[str]] = {}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastprefix.arguments import check_flag, check_number, unknown_argument
 from fastprefix.attention import checks
-from fastprefix.attention.op import run_op
+from fastprefix.attention.run import run_known, run_op
 from fastprefix.attention.selection import UNEQUAL_HEAD_SIZES, choose_backend
 from fastprefix.options import FLAGS, INTEGERS, Options, asks_for_features, features_of
 
@@ -30,6 +30,7 @@ def prefix_attention(
     prefix_lengths: Tensor | None = ...,
     attn_mask: Tensor | None = ...,
     key_padding_mask: Tensor | None = ...,
+    key_lengths: Tensor | None = ...,
     cu_seqlens: Tensor | None = ...,
     dropout_p: float = ...,
     is_causal: bool = ...,
@@ -55,6 +56,7 @@ def prefix_attention(
     prefix_lengths: Tensor | None = ...,
     attn_mask: Tensor | None = ...,
     key_padding_mask: Tensor | None = ...,
+    key_lengths: Tensor | None = ...,
     cu_seqlens: Tensor | None = ...,
     dropout_p: float = ...,
     is_causal: bool = ...,
@@ -79,6 +81,7 @@ def prefix_attention(
     prefix_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -116,6 +119,10 @@ def prefix_attention(
             broadcastable to [B, Hq, Lq, Lk]; for the sequence part only. Additive values of
             -1e30 or less hide the key. Only the reference backend computes its gradient.
         key_padding_mask: bool [B, Lk], True = real token; any pattern.
+        key_lengths: int32 or int64 [B], how many keys of a longer buffer are in use, such as those
+            of a static cache; from 0 to Lk. Row b has keys 0 .. key_lengths[b] - 1 and no others:
+            its query i stands at p_i = i + key_lengths[b] - Lq. What lies beyond is not read (it
+            may be NaN), and its gradients are zeros. Masks keep their shapes. Not with cu_seqlens.
         cu_seqlens: int32 or int64 [M + 1], offsets of M sequences that lie end to end in a batch
             of 1, with Lq = Lk. Tokens attend inside their own sequence (and to its prefix). Not
             with key_padding_mask or attn_mask.
@@ -123,7 +130,9 @@ def prefix_attention(
             1 / (1 - dropout_p). The log-sum-exp does not change. The seed is drawn from PyTorch's
             default generator, and every backend drops the same weights.
         is_causal: query i sees sequence keys 0 .. p_i. Unlike in SDPA the mask is aligned to the
-            last key (as a KV cache needs it), and may be combined with attn_mask.
+            last key (as a KV cache needs it), and may be combined with attn_mask. It takes a key
+            for each query: Lk >= Lq, and key_lengths of at least Lq. Where the values of
+            key_lengths are not read, queries with p_i < 0 see no key of the sequence.
         scale: factor on the scores; 1 / sqrt(D) if None.
         sliding_window: query i sees sequence keys j with |p_i - j| < sliding_window (padding
             counts, as in transformers).
@@ -153,9 +162,9 @@ def prefix_attention(
 
     Raises:
         ValueError: a shape, device, mask, length or number does not fit, or two arguments do not
-            go together; the message names the argument. Values of prefix_index, prefix_lengths
-            and cu_seqlens are read on the CPU, asserted on the device elsewhere, and trusted
-            under torch.compile.
+            go together; the message names the argument. Values of prefix_index, prefix_lengths,
+            key_lengths and cu_seqlens are read on the CPU, asserted on the device elsewhere, and
+            trusted under torch.compile.
         TypeError: an unknown argument, not a tensor, number or flag where one goes, or a dtype
             does not fit.
         RuntimeError: the backend cannot do what the call needs; the message names those that can.
@@ -182,6 +191,7 @@ def prefix_attention(
         is_causal,
         scale,
         key_padding_mask,
+        key_lengths,
         attn_mask,
         prefix_index,
         prefix_lengths,
@@ -230,10 +240,15 @@ def attention_with_options(
     has_prefix = prefix_key is not None
     if prefix_key is None or prefix_value is None:
         prefix_key, prefix_value = _no_prefix(key, value)
+    plain = not asks_for_features(options)
+    if plain:
+        known = run_known((query, key, value, prefix_key, prefix_value), options, backend)
+        if known is not None:
+            return known
     checks.check_tensors(query, key, value, prefix_key, prefix_value)
     checks.check_plain_options(options, query, key)
     features = _NO_FEATURES
-    if asks_for_features(options):
+    if not plain:
         checks.check_features(options, query, key, prefix_key.shape[1], has_prefix)
         options = _for_backends(options, query)
         features = features_of(options)

@@ -181,6 +181,14 @@ def _fit(query: Any, key: Any, value: Any, prefix_key: Any, prefix_value: Any) -
     )
 
 
+def _check_key_lengths(options: Options, tensors: _Tensors) -> None:
+    """key_lengths: [B] integers, without packed sequences."""
+    lengths = _integers("key_lengths", options.key_lengths, tensors.query)
+    _check_shape("key_lengths", lengths, (tensors.query.shape[0],), "[B] of query")
+    if options.cu_seqlens is not None:
+        raise ValueError("cu_seqlens, key_lengths: got both, takes one of them")
+
+
 def _check_attn_mask(options: Options, tensors: _Tensors) -> None:
     """attn_mask: bool or the query's dtype (or float32), broadcastable to [B, Hq, Lq, Lk]."""
     query = tensors.query
@@ -315,6 +323,7 @@ def _check_batch_invariant(options: Options, tensors: _Tensors) -> None:
 # The checks of the options that ask for features, in the order in which they run. Those of
 # is_causal, scale and key_padding_mask run for every call.
 CHECKS: dict[str, Callable[[Options, _Tensors], None]] = {
+    "key_lengths": _check_key_lengths,
     "attn_mask": _check_attn_mask,
     "cu_seqlens": _check_cu_seqlens,
     "prefix_lengths": _check_prefix_lengths,
@@ -337,6 +346,8 @@ def _check_values(options: Options, tensors: _Tensors) -> None:
     """Values of integers: read on the CPU, asserted on other devices without waiting for them."""
     lengths, index, cu_seqlens = options.prefix_lengths, options.prefix_index, options.cu_seqlens
     P = tensors.P
+    if options.key_lengths is not None:
+        _check_values_of_key_lengths(options.key_lengths, options, tensors)
     if lengths is not None and index is not None:
         N = lengths.shape[0]
         _check_value(
@@ -358,6 +369,20 @@ def _check_values(options: Options, tensors: _Tensors) -> None:
             f"cu_seqlens: takes offsets from 0 to Lq = {T} that never decrease",
             cu_seqlens,
         )
+
+
+def _check_values_of_key_lengths(key_lengths: Tensor, options: Options, tensors: _Tensors) -> None:
+    """0 .. Lk; and Lq .. Lk where there must be a key for each query and the values are at hand."""
+    Lq, Lk = tensors.query.shape[2], tensors.key.shape[2]
+    if type(key_lengths) is not Tensor or key_lengths.device.type != "cpu":
+        holds = ((key_lengths >= 0) & (key_lengths <= Lk)).all()
+        _check_value(holds, f"key_lengths: takes 0 to Lk = {Lk}", key_lengths)
+        return
+    least = Lq if options.is_causal or options.prefix_in_window else 0
+    values: list[int] = key_lengths.tolist()  # a static cache asks this in every layer
+    if values and not (least <= min(values) and max(values) <= Lk):
+        why = f" (Lq = {Lq}, with is_causal or prefix_in_window)" if least else ""
+        raise ValueError(f"key_lengths: takes {least}{why} to Lk = {Lk}; got {values}")
 
 
 def _check_value(holds: Tensor, message: str, values: Tensor) -> None:

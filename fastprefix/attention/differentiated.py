@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from fastprefix.attention import op
-from fastprefix.attention.transforms import FORWARD_MODE, refuse
+from fastprefix.attention.transforms import FORWARD_MODE, is_differentiated, refuse
+
+
+@torch.compiler.disable  # see forward() below
+def _gradients(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    run = backward if is_differentiated(ctx.backend) else None
+    return op.by_argument(op.gradients(ctx, grad_out, run))
 
 
 class _Forward(torch.autograd.Function):
@@ -24,7 +30,7 @@ class _Forward(torch.autograd.Function):
         return op.prefix_attention_op(*args)
 
     setup_context = staticmethod(op.setup_context)
-    backward = staticmethod(torch.compiler.disable(op.backward))  # see forward() below
+    backward = staticmethod(_gradients)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

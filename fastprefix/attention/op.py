@@ -1,4 +1,6 @@
-"""The operator as PyTorch sees it: registered ops with fake kernels and a gradient.
+"""The operator as a compiler sees it: registered ops with fake kernels.
+
+:mod:`fastprefix.attention.run` gives them their gradient, and decides which calls they serve.
 
 Output and gradients of [B, H, L, D] tensors are laid out in memory as [B, L, H, D], the order in
 which a model's projections produce and consume them.
@@ -15,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix.attention.backends import composed, reference, triton
-from fastprefix.attention.transforms import SECOND, is_differentiated, refuse
+from fastprefix.attention.backends import composed, triton
+from fastprefix.attention.transforms import SECOND, refuse
 from fastprefix.options import GRADIENTS, SCHEMA, Options
 
 # What may need a gradient: the five tensors and some of the options.
@@ -25,63 +27,43 @@ DIFFERENTIABLE = ("query", "key", "value", "prefix_key", "prefix_value", *GRADIE
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value"
 # Where DIFFERENTIABLE stand among the arguments of the op.
 _PLACES = (*range(5), *(5 + Options._fields.index(name) for name in GRADIENTS))
-_BIAS = 5 + Options._fields.index("prefix_bias")
+_BIAS = DIFFERENTIABLE.index("prefix_bias")
+_ARGUMENTS = 5 + len(Options._fields) + 1
 
 
-def run_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    options: Options,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of a checked call by the named backend, differentiable.
-
-    The compiler and autograd need the registered op. Without them the backend is called directly,
-    because the op costs many times as much as the checks.
-    """
-    if backend == "reference":
-        return reference.forward(query, key, value, prefix_key, prefix_value, options)
-    tensors = (query, key, value, prefix_key, prefix_value)
-    if is_differentiated(backend):
-        from fastprefix.attention.differentiated import forward  # which imports the compiler
-
-        return forward(*tensors, *options, backend)
-    if _observed(tensors, options):
-        return prefix_attention_op(*tensors, *options, backend)
-    return _run_forward(tensors, options, backend)
-
-
-def _observed(tensors: tuple[Tensor, ...], options: Options) -> bool:
-    """Whether a compiler, a transform, a mode or autograd must see the call as one op."""
-    query, key, value, prefix_key, prefix_value = tensors
-    if torch.compiler.is_compiling() or type(query) is not Tensor:
-        return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
-        return True
-    return torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or prefix_key.requires_grad
-        or prefix_value.requires_grad
-        or any(x is not None and x.requires_grad for x in _learnable(options))
-    )
-
-
-def _learnable(options: Options) -> list[Tensor | None]:
-    """The options that may need a gradient, in the order of :data:`GRADIENTS`."""
-    return [getattr(options, name) for name in GRADIENTS]
-
-
-def _run_forward(
+def run_forward(
     tensors: tuple[Tensor, ...], options: Options, backend: str
 ) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a checked call by the named fused backend, without a gradient."""
     module = triton if backend == "triton" else composed
     out, lse = module.forward(*tensors, options)
     return _as_blhd(out), lse.contiguous()
+
+
+def known_forward(tensors: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Tensor] | None:
+    """What :func:`run_forward` returns, for a call like one that ran before; None for others."""
+    found = triton.known(tensors, options)
+    return None if found is None else (_as_blhd(found[0]), found[1])
+
+
+def run_backward(
+    grad_out: Tensor,
+    tensors: tuple[Tensor, ...],
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    backend: str,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :data:`DIFFERENTIABLE`, None for each that is not needed."""
+    module = triton if backend == "triton" else composed
+    dq, dk, dv, *others = module.backward(grad_out, *tensors, out, lse, options, needs)
+    return (
+        None if dq is None else _as_blhd(dq),
+        None if dk is None else _as_blhd(dk),
+        None if dv is None else _as_blhd(dv),
+        *(None if grad is None else grad.contiguous() for grad in others),
+    )
 
 
 @torch.library.custom_op(
@@ -91,7 +73,7 @@ def _run_forward(
 )
 def prefix_attention_op(*args: Any) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a checked call by the named fused backend."""
-    return _run_forward(args[:5], Options(*args[5:-1]), args[-1])
+    return run_forward(args[:5], Options(*args[5:-1]), args[-1])
 
 
 @prefix_attention_op.register_fake
@@ -112,21 +94,18 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 def prefix_attention_backward_op(*args: Any) -> tuple[Tensor, ...]:
     """The gradients of :data:`DIFFERENTIABLE`; an empty tensor for each that is not needed."""
     options, (backend, needs) = Options(*args[8:-2]), args[-2:]
-    module = triton if backend == "triton" else composed
-    grads = module.backward(*args[:8], options, tuple(needs))
-    dq, dk, dv, *others = (args[0].new_empty(0) if grad is None else grad for grad in grads)
-    return (
-        _as_blhd(dq) if needs[0] else dq,
-        _as_blhd(dk) if needs[1] else dk,
-        _as_blhd(dv) if needs[2] else dv,
-        *(grad.contiguous() for grad in others),
+    out, lse = args[6:8]
+    grads = run_backward(args[0], args[1:6], out, lse, options, backend, tuple(needs))
+    return tuple(
+        grad if grad is not None and need else args[0].new_empty(0)
+        for grad, need in zip(grads, needs, strict=True)
     )
 
 
 @prefix_attention_backward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     options, needs = Options(*args[8:-2]), args[-1]
-    inputs = (*args[1:6], *_learnable(options))
+    inputs = (*args[1:6], *(getattr(options, name) for name in GRADIENTS))
     grads = []
     for x, need in zip(inputs, needs, strict=True):
         if not need or x is None:
@@ -138,52 +117,82 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return tuple(grads)
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """What the op keeps for its backward."""
-    tensors, fields, ctx.backend = inputs[:5], inputs[5:-1], inputs[-1]
-    needed = ctx.needs_input_grad
-    sequence = needed[0] or needed[1] or needed[2]
-    prefix = needed[0] or needed[3] or needed[4] or needed[_BIAS]
+def keep(
+    ctx: Any,
+    tensors: tuple[Tensor, ...],
+    options: Options,
+    backend: str,
+    output: tuple[Tensor, Tensor],
+    needs: tuple[bool, ...],
+) -> None:
+    """Saves what the backward of a call reads.
+
+    `needs` says which of :data:`DIFFERENTIABLE` need a gradient.
+    """
+    sequence = needs[0] or needs[1] or needs[2]
+    prefix = needs[0] or needs[3] or needs[4] or needs[_BIAS]
     # The first layer of a frozen model needs no gradient for its keys and values. Its backward
     # then reads neither of them.
     read = (sequence or prefix, sequence, sequence, prefix, prefix)
-    kept = [x if reads else None for x, reads in zip(tensors, read, strict=True)]
-    ctx.shapes = [x.shape for x in tensors]
-    ctx.fields = [None if isinstance(field, Tensor) else field for field in fields]
-    ctx.save_for_backward(
-        *kept, *output, *(field if isinstance(field, Tensor) else None for field in fields)
-    )
+    inside = [i for i, x in enumerate(options) if x is not None and isinstance(x, Tensor)]
+    saved = [options[i] for i in inside]
+    if inside:
+        options = Options._make(None if i in inside else x for i, x in enumerate(options))
+    ctx.options, ctx.inside, ctx.backend, ctx.needs = options, inside, backend, needs
+    if all(read):
+        ctx.shapes = None
+        ctx.save_for_backward(*output, *tensors, *saved)
+    else:
+        ctx.shapes = [x.shape for x in tensors]
+        some = [x if reads else None for x, reads in zip(tensors, read, strict=True)]
+        ctx.save_for_backward(*output, *some, *saved)
 
 
-def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """The op's gradients, for each of its arguments."""
-    # grad_lse is zeros: `prefix_attention` hands out a detached lse
-    saved = ctx.saved_tensors
-    # Of tensors that were not saved the backward needs only the shape: views without memory.
-    tensors = [
-        grad_out.new_zeros(shape[-1]).expand(shape) if x is None else x
-        for x, shape in zip(saved[:5], ctx.shapes, strict=True)
-    ]
-    fields = [
-        field if tensor is None else tensor
-        for field, tensor in zip(ctx.fields, saved[7:], strict=True)
-    ]
-    needs = [ctx.needs_input_grad[place] for place in _PLACES]
-    run: Any = prefix_attention_backward_op
-    if is_differentiated(ctx.backend):
-        from fastprefix.attention.differentiated import backward as run
-    grads = run(grad_out, *tensors, *saved[5:7], *fields, ctx.backend, needs)
-    result: list[Tensor | None] = [None] * (5 + len(fields) + 1)
-    for place, grad, need in zip(_PLACES, grads, needs, strict=True):
-        result[place] = grad if need else None
+def kept(ctx: Any, grad_out: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Options]:
+    """What :func:`keep` saved: query to prefix_value, out, lse, options."""
+    out, lse, *saved = ctx.saved_tensors
+    tensors, options = saved[:5], ctx.options
+    if ctx.inside:
+        fields = list(options)
+        for place, x in zip(ctx.inside, saved[5:], strict=True):
+            fields[place] = x
+        options = Options(*fields)
+    if ctx.shapes is not None:
+        # Of tensors that were not saved the backward needs only the shape: views without memory.
+        tensors = [
+            grad_out.new_zeros(shape[-1]).expand(shape) if x is None else x
+            for x, shape in zip(tensors, ctx.shapes, strict=True)
+        ]
+    return tuple(tensors), out, lse, options
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """What the registered op saves for its backward."""
+    needs = tuple(ctx.needs_input_grad[place] for place in _PLACES)
+    keep(ctx, inputs[:5], Options(*inputs[5:-1]), inputs[-1], output, needs)
+
+
+def gradients(ctx: Any, grad_out: Tensor, run: Any = None) -> tuple[Tensor | None, ...]:
+    """The gradient of a call by the backward op, for :data:`DIFFERENTIABLE`.
+
+    `run` takes the place of :data:`prefix_attention_backward_op`.
+    """
+    tensors, out, lse, options = kept(ctx, grad_out)
+    run = run or prefix_attention_backward_op
+    grads = run(grad_out, *tensors, out, lse, *options, ctx.backend, list(ctx.needs))
+    return tuple(grad if need else None for grad, need in zip(grads, ctx.needs, strict=True))
+
+
+def by_argument(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of :data:`DIFFERENTIABLE` in the places of the op's arguments, None elsewhere."""
+    result: list[Tensor | None] = [None] * _ARGUMENTS
+    for place, grad in zip(_PLACES, grads, strict=True):
+        result[place] = grad
     return tuple(result)
 
 
-prefix_attention_op.register_autograd(backward, setup_context=setup_context)
-
-
 def keep_backend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """What the backward op keeps: the backend's name, for the message of its refusal."""
+    """The backward op keeps the name of its backend, for the message of the refusal."""
     ctx.backend = inputs[-2]
 
 
@@ -197,7 +206,8 @@ prefix_attention_backward_op.register_autograd(refuse_second, setup_context=keep
 
 def _as_blhd(x: Tensor) -> Tensor:
     """[B, H, L, D] laid out in memory as [B, L, H, D]; copies only if it is not."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    transposed = x.transpose(1, 2)
+    return x if transposed.is_contiguous() else transposed.contiguous().transpose(1, 2)
 
 
 def _new_blhd(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:

@@ -1,40 +1,46 @@
 """Which backend runs: the table of what each backend can do, and the choice that ``auto`` makes.
 
-|                         | reference           | composed            | triton                  |
-|-------------------------|---------------------|---------------------|-------------------------|
-| devices                 | any                 | CPU                 | CUDA, ROCm; interpreter |
-| dtypes                  | fp64 fp32 bf16 fp16 | fp64 fp32 bf16 fp16 | fp32 bf16 fp16          |
-| largest head size       | any                 | any                 | 256                     |
-| D != Dv                 | yes                 | yes                 | yes                     |
-| attn_mask               | yes                 | yes                 | yes                     |
-| attn_mask gradient      | yes                 | no                  | no                      |
-| packed prefixes         | yes                 | yes                 | yes                     |
-| cu_seqlens              | yes                 | yes                 | yes                     |
-| sliding_window          | yes                 | yes                 | yes                     |
-| prefix_in_window        | yes                 | yes                 | yes                     |
-| sinks                   | yes                 | yes                 | yes                     |
-| prefix_bias [Hq]        | yes                 | yes                 | yes                     |
-| prefix_bias [Hq, Lq, P] | yes                 | yes                 | yes                     |
-| prefix_bias 3D gradient | yes                 | no                  | no                      |
-| softcap                 | yes                 | no                  | yes                     |
-| dropout_p               | yes                 | no                  | yes                     |
-| batch_invariant         | no                  | no                  | yes                     |
+|                         | reference | composed (cpu) | composed (cuda) | triton         |
+|-------------------------|-----------|----------------|-----------------|----------------|
+| devices                 | any       | CPU            | CUDA            | CUDA, ROCm     |
+| dtypes                  | all four  | all four       | fp32 bf16 fp16  | fp32 bf16 fp16 |
+| largest head size       | any       | any            | any             | 256            |
+| D != Dv                 | yes       | yes            | yes             | yes            |
+| key_lengths             | yes       | yes            | yes             | no             |
+| attn_mask               | yes       | yes            | yes             | yes            |
+| attn_mask gradient      | yes       | no             | no              | no             |
+| packed prefixes         | yes       | yes            | yes             | yes            |
+| cu_seqlens              | yes       | yes            | yes             | yes            |
+| sliding_window          | yes       | yes            | yes             | yes            |
+| prefix_in_window        | yes       | yes            | yes             | yes            |
+| sinks                   | yes       | yes            | yes             | yes            |
+| prefix_bias [Hq]        | yes       | yes            | yes             | yes            |
+| prefix_bias [Hq, Lq, P] | yes       | yes            | yes             | yes            |
+| prefix_bias 3D gradient | yes       | no             | no              | no             |
+| softcap                 | yes       | no             | no              | yes            |
+| dropout_p               | yes       | no             | no              | yes            |
+| batch_invariant         | no        | no             | no              | yes            |
 
-Every backend can do key_padding_mask, is_causal, scale, GQA and MQA. :data:`AUTO` lists the
-backends of each device, and ``auto`` runs the first one that can do everything that the call needs.
-On CUDA and ROCm that is triton. On the CPU it is composed, or reference for what composed cannot do
-(softcap, dropout_p); the memory of reference grows with Lq x (P + Lk). On every device reference
-runs the calls that need a gradient of an additive mask or of a bias by column, which no other
-backend computes; such a gradient needs memory of that size in any case. A backend that is requested
-by name never falls back. Only triton fixes the order of its sums (batch_invariant): the results of
-PyTorch's own products depend on the size of the batch.
+The four dtypes are float64, float32, bfloat16 and float16. Every backend can do key_padding_mask,
+is_causal, scale, GQA and MQA. triton runs on the CPU, too, in Triton's interpreter. composed is not
+for ROCm, whose kernels align causality differently.
+
+:data:`AUTO` lists the backends of each device, and ``auto`` runs the first one that can do
+everything that the call needs. On CUDA and ROCm that is triton; on CUDA composed follows, for where
+Triton is not installed or a head is too large. On the CPU it is composed, or reference for what
+composed cannot do (softcap, dropout_p); the memory of reference grows with Lq x (P + Lk). On every
+device reference runs the calls that need a gradient of an additive mask or of a bias by column,
+which no other backend computes; such a gradient needs memory of that size in any case. A backend
+that is requested by name never falls back. Only triton fixes the order of its sums
+(batch_invariant): the results of PyTorch's own products depend on the size of the batch.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -59,35 +65,60 @@ class Backend:
         dtypes: of query, key, value and prefix.
         features: what it can do of :data:`FEATURES`, in any combination.
         max_head_size: largest D and Dv, or None for any.
+        elsewhere: by device type, what it can do where that differs.
     """
 
     devices: frozenset[str] | None
     dtypes: frozenset[torch.dtype]
     features: frozenset[str]
     max_head_size: int | None = None
+    elsewhere: Mapping[str, Backend] = field(default_factory=dict)
 
+    def at(self, device: str) -> Backend:
+        """What it can do on a device type."""
+        return self.elsewhere.get(device, self)
+
+
+_COMPOSED = frozenset(FEATURES) - LARGE_GRADIENTS - {"softcap", "dropout_p", "batch_invariant"}
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(None, _ALL, frozenset(FEATURES) - {"batch_invariant"}),
     "composed": Backend(
         frozenset({"cpu"}),
         _ALL,
-        frozenset(FEATURES) - LARGE_GRADIENTS - {"softcap", "dropout_p", "batch_invariant"},
+        _COMPOSED,
+        elsewhere={"cuda": Backend(frozenset({"cuda"}), _ALL - {torch.float64}, _COMPOSED)},
     ),
     "triton": Backend(
         frozenset({"cuda"}),
         _ALL - {torch.float64},
-        frozenset(FEATURES) - LARGE_GRADIENTS,
+        frozenset(FEATURES) - LARGE_GRADIENTS - {"key_lengths"},
         max_head_size=256,
     ),
 }
 
 # What `auto` tries, by device. `reference` comes last where it comes at all: it is a yardstick.
-AUTO: dict[str, tuple[str, ...]] = {"cpu": ("composed", "reference"), "cuda": ("triton",)}
+# On CUDA the order of triton and composed waits for a measurement; an order by shape belongs here.
+AUTO: dict[str, tuple[str, ...]] = {
+    "cpu": ("composed", "reference"),
+    "cuda": ("triton", "composed"),
+}
 
 
 # Asked once: PyTorch 2.9's compiler cannot trace the question, which every call of triton has.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def columns() -> dict[str, Backend]:
+    """The table by column: a backend, or one for each device on which it can do other things."""
+    found = {}
+    for name, backend in BACKENDS.items():
+        if not backend.elsewhere:
+            found[name] = backend
+            continue
+        for device in sorted((*(backend.devices or ()), *backend.elsewhere)):
+            found[f"{name} ({device})"] = backend.at(device)
+    return found
 
 
 def triton_installed() -> bool:
@@ -100,11 +131,25 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def has_feature(requested: str, device: str, feature: str) -> bool:
+    """Whether every backend that may run a call has a feature.
+
+    Args:
+        requested: "auto" or a backend's name.
+        device: device type of the tensors.
+        feature: one of :data:`FEATURES`.
+    """
+    names = AUTO.get(device, ()) if requested == "auto" else (requested,)
+    return len(names) > 0 and all(feature in BACKENDS[name].features for name in names)
+
+
 def refusal(
     name: str, device: str, dtype: torch.dtype, features: frozenset[str], head_size: int
 ) -> str | None:
     """Why a backend cannot run a call, or None if it can."""
-    backend = BACKENDS[name]
+    backend = BACKENDS[name].at(device)
+    if name == "composed" and device == "cuda" and torch.version.hip is not None:
+        return "it runs on the CPU and on CUDA, not on ROCm"
     if name == "triton":
         if not triton_installed():
             return "Triton is not installed"
@@ -115,7 +160,8 @@ def refusal(
             )
     on_cpu = name == "triton" and device == "cpu"
     if backend.devices is not None and device not in backend.devices and not on_cpu:
-        return f"it runs on {', '.join(sorted(backend.devices))}, not on {device}"
+        devices = sorted((*backend.devices, *backend.elsewhere))
+        return f"it runs on {', '.join(devices)}, not on {device}"
     if dtype not in backend.dtypes:
         return f"it takes {_dtype_names(backend.dtypes)}, not {_dtype_names([dtype])}"
     if not features <= backend.features:

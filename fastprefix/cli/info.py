@@ -9,7 +9,15 @@ import torch
 from rich.table import Table
 
 from fastprefix import __version__
-from fastprefix.attention.selection import AUTO, BACKENDS, FEATURES, choose_backend, refusal
+from fastprefix.attention.selection import (
+    AUTO,
+    BACKENDS,
+    FEATURES,
+    Backend,
+    choose_backend,
+    columns,
+    refusal,
+)
 from fastprefix.cli.console import console
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,8 +55,8 @@ def show_info(backends: bool = False) -> None:
         runs.add_row(
             name + (f" (auto {order})" if order else ""),
             "yes" if why_not is None else f"no: {why_not}",
-            _dtypes(name),
-            _head_sizes(name),
+            _dtypes(BACKENDS[name].at(device)),
+            _head_sizes(BACKENDS[name].at(device)),
         )
     console.print(runs)
 
@@ -57,13 +65,14 @@ def _features() -> Table:
     """The feature table of :mod:`fastprefix.attention.selection`."""
     table = Table(title="Backends", caption=_auto())
     table.add_column("", no_wrap=True)
-    for name in BACKENDS:
+    backends = columns()
+    for name in backends:
         table.add_column(name)
-    table.add_row("devices", *(_devices(name) for name in BACKENDS))
-    table.add_row("dtypes", *map(_dtypes, BACKENDS))
-    table.add_row("head sizes", *map(_head_sizes, BACKENDS), end_section=True)
+    table.add_row("devices", *map(_devices, backends.values()))
+    table.add_row("dtypes", *map(_dtypes, backends.values()))
+    table.add_row("head sizes", *map(_head_sizes, backends.values()), end_section=True)
     for feature in FEATURES:
-        cells = ("yes" if feature in backend.features else "-" for backend in BACKENDS.values())
+        cells = ("yes" if feature in backend.features else "-" for backend in backends.values())
         table.add_row(feature.replace("[", r"\["), *cells)
     return table
 
@@ -73,19 +82,17 @@ def _auto() -> str:
     return "auto takes the first that can do all that a call needs: " + "; ".join(tried)
 
 
-def _devices(name: str) -> str:
-    devices = BACKENDS[name].devices
-    return "any" if devices is None else ", ".join(sorted(devices))
+def _devices(backend: Backend) -> str:
+    return "any" if backend.devices is None else ", ".join(sorted(backend.devices))
 
 
-def _dtypes(name: str) -> str:
-    dtypes = BACKENDS[name].dtypes
-    known = (torch.float64, *_DTYPES)
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in known if dtype in dtypes)
+def _dtypes(backend: Backend) -> str:
+    known = (dtype for dtype in (torch.float64, *_DTYPES) if dtype in backend.dtypes)
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
 
 
-def _head_sizes(name: str) -> str:
-    limit = BACKENDS[name].max_head_size
+def _head_sizes(backend: Backend) -> str:
+    limit = backend.max_head_size
     return "any" if limit is None else f"up to {limit}"
 
 

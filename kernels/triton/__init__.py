@@ -6,11 +6,11 @@ Importing this package imports Triton; nothing above imports it before a kernel 
 import triton
 
 from .backward import launch_backward
-from .forward import launch_forward
+from .forward import known_forward, launch_forward
 
 if triton.knobs.runtime.interpret:
     from .interpret import repair
 
     repair()
 
-__all__ = ["launch_backward", "launch_forward"]
+__all__ = ["known_forward", "launch_backward", "launch_forward"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import launch, tilings
+from . import launch, plans, tilings
 from .backward_dkv import dkv_launch
 from .backward_dprefix import dprefix_launches
 from .backward_dq import dq_launch
@@ -56,24 +56,21 @@ def delta_launch(
 ) -> launch.Launch:
     """The launch that fills `delta` and `lse2` [B, H, Lq]."""
     B, H, Lq, Dv = out.shape
+    s_ob, s_oh, s_om, _ = out.stride()
+    s_dob, s_doh, s_dom, _ = grad_out.stride()
     block = tilings.block_size(Dv)
     rows = min(DELTA_ELEMENTS // block, 64, triton.next_power_of_2(Lq))
     return launch.Launch(
         prefix_attn_bwd_delta_kernel,
         (triton.cdiv(Lq, rows) * B * H,),
-        dict(
-            out=out,
-            do=grad_out,
-            lse=lse,
-            delta=delta,
-            lse2=lse2,
-            **launch.strides(o=out, do=grad_out),
-            H=H,
-            Lq=Lq,
-        ),
+        {
+            "out": out, "do": grad_out, "lse": lse, "delta": delta, "lse2": lse2,
+            "s_ob": s_ob, "s_oh": s_oh, "s_om": s_om,
+            "s_dob": s_dob, "s_doh": s_doh, "s_dom": s_dom, "H": H, "Lq": Lq,
+        },
         {"HEAD": Dv, "BLOCK_M": rows, "BLOCK_D": block},
         Tile(rows=rows, keys=1, warps=4, stages=1),
-    )
+    )  # fmt: skip
 
 
 def launch_backward(
@@ -112,6 +109,25 @@ def launch_backward(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
+    inputs = (grad_out, query, key, value, prefix_key, prefix_value, out, lse)
+    if needs[5] or needs[6]:  # PyTorch computes part of these gradients
+        return _launch_backward(*inputs, options, needs)
+    return plans.planned(_launch_backward, inputs, options, needs)
+
+
+def _launch_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """`launch_backward` without a plan."""
     problem = make_problem(query, key, value, prefix_key, prefix_value, options)
     check_forward_results(problem, grad_out, out, lse)
     grad_out, out = launch.rows_contiguous(grad_out, out)
@@ -134,13 +150,13 @@ def launch_backward(
 
     if not any((*needs[:5], need_sinks, need_bias)):
         return dq, dk, dv, dpk, dpv, dsinks, dbias
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
-    lse2 = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+    delta = launch.scratch(lse.shape, lse.device)
+    lse2 = launch.scratch(lse.shape, lse.device)
     delta_launch(out, grad_out, lse, delta, lse2).run()
     if dq is not None or dbias is not None:
         rows = None
         if dbias is not None:
-            rows = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+            rows = launch.scratch(lse.shape, lse.device)
         dq_launch(problem, grad_out, lse2, delta, dq, rows).run()
         if rows is not None and dbias is not None:
             dbias.copy_(rows.sum((0, 2)))

@@ -7,96 +7,99 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, ragged, tilings
+from .arguments import Dropout, KeyTile, Rows, Saved, Scores, TileShape
 from .blocks import LOG2E, add_mask, cap, kept, load_tile, prefix_of, store_tile
 from .problem import Problem
 
 
 @triton.jit
 def key_gradients(
-    b_dk, b_dv, b_k, b_v,
-    p_q, p_do, p_lse2, p_delta, p_mask, s_mn, b_shift, m_m, m_n, o_d, o_dv, o_n, o_low, o_high,
-    scale, softcap, seed, dropped, keep, o_key, o_query, o_head,
-    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BOUND: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRECISION: tl.constexpr,
+    b_dk, b_dv, tile, rows, p_mask, s_mn, b_shift, o_low, o_high, scores, dropout, o_key,
+    shape: tl.constexpr, BOUND: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
     REPEAT_LAST_ROW: tl.constexpr = False,
 ):  # fmt: skip
     """Add the gradients that one tile of query rows sends to one tile of keys and values.
 
     Everything is transposed, keys down and queries across: P^T and dS^T then feed the products
-    with dO and Q as they are. Rows outside m_m (tested if BOUND) get an lse2 of infinity, hence
-    P = 0. Row i sees the keys o_low[i] <= o_n < o_high[i]; None: no such limit. p_mask [1, BM] are
-    the rows' first columns of an additive mask; b_shift is added to all the scores.
-    REPEAT_LAST_ROW: the pointers of rows outside m_m are those of a row that exists.
+    with dO and Q as they are. `rows` are pointers. Rows outside rows.m (tested if BOUND) get an
+    lse2 of infinity, hence P = 0. Row i sees the keys o_low[i] <= n < o_high[i]; None: no such
+    limit. p_mask [1, BM] are the rows' first columns of an additive mask; b_shift is added to all
+    the scores; o_key numbers the keys for dropout. REPEAT_LAST_ROW: the pointers of rows outside
+    rows.m are those of a row that exists.
     """
-    b_q = load_tile(p_q, m_m, o_d, HEAD, BLOCK_D, BOUND and not REPEAT_LAST_ROW)  # [BM, BD]
-    b_do = load_tile(p_do, m_m, o_dv, HEAD_V, BLOCK_DV, BOUND and not REPEAT_LAST_ROW)  # [BM, BDV]
+    o_d = tl.arange(0, shape.BLOCK_D)
+    o_dv = tl.arange(0, shape.BLOCK_DV)
+    o_n = tile.o[:, None]
+    scale_log2 = scores.scale * LOG2E
+    softcap = scores.softcap
+    MASKED: tl.constexpr = BOUND and not REPEAT_LAST_ROW
+    b_q = load_tile(rows.q, rows.m, o_d, shape.HEAD, shape.BLOCK_D, MASKED)  # [BM, BD]
+    b_do = load_tile(rows.do, rows.m, o_dv, shape.HEAD_V, shape.BLOCK_DV, MASKED)  # [BM, BDV]
     if REPEAT_LAST_ROW:
-        b_lse2 = tl.where(m_m, tl.load(p_lse2), float("inf"))
+        b_lse2 = tl.where(rows.m, tl.load(rows.lse2), float("inf"))
     elif BOUND:
-        b_lse2 = tl.load(p_lse2, mask=m_m, other=float("inf"))
+        b_lse2 = tl.load(rows.lse2, mask=rows.m, other=float("inf"))
     else:
-        b_lse2 = tl.load(p_lse2)
-    b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+        b_lse2 = tl.load(rows.lse2)
+    b_st = tl.dot(tile.k, tl.trans(b_q), input_precision=shape.PRECISION)  # [BN, BM]
     if softcap is not None:
-        b_t = cap(b_st, scale * LOG2E, softcap)
+        b_t = cap(b_st, scale_log2, softcap)
         b_st = b_t * (softcap * LOG2E)
     else:
-        b_st = b_st * (scale * LOG2E)
+        b_st = b_st * scale_log2
     if b_shift is not None:
         b_st += b_shift
     if p_mask is not None:
-        b_st = add_mask(
-            b_st, p_mask + o_n.to(tl.int64)[:, None] * s_mn, m_n[:, None] & m_m[None, :]
-        )
+        b_st = add_mask(b_st, p_mask + o_n.to(tl.int64) * s_mn, tile.m[:, None] & rows.m[None, :])
     b_pt = tl.math.exp2(b_st - b_lse2[None, :])
     if o_high is not None:
-        b_pt = tl.where(o_n[:, None] < o_high[None, :], b_pt, 0.0)
+        b_pt = tl.where(o_n < o_high[None, :], b_pt, 0.0)
     if o_low is not None:
-        b_pt = tl.where(o_n[:, None] >= o_low[None, :], b_pt, 0.0)
+        b_pt = tl.where(o_n >= o_low[None, :], b_pt, 0.0)
     b_kept = None
-    if seed is not None:
-        b_kept = kept(seed, dropped, o_key[:, None], o_query[None, :], o_head) / keep
+    if dropout.seed is not None:
+        b_kept = kept(dropout, o_key[:, None]) / dropout.keep
     if NEED_DV:
         b_w = b_pt
-        if seed is not None:
+        if dropout.seed is not None:
             b_w = b_pt * b_kept
-        b_dv = tl.dot(b_w.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)  # [BN, BDV]
+        b_dv = tl.dot(b_w.to(b_do.dtype), b_do, b_dv, input_precision=shape.PRECISION)  # [BN, BDV]
     if NEED_DK:
-        if BOUND and not REPEAT_LAST_ROW:
-            b_delta = tl.load(p_delta, mask=m_m, other=0.0)
+        if MASKED:
+            b_delta = tl.load(rows.delta, mask=rows.m, other=0.0)
         else:
-            b_delta = tl.load(p_delta)
-        b_dpt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
-        if seed is not None:
+            b_delta = tl.load(rows.delta)
+        b_dpt = tl.dot(tile.v, tl.trans(b_do), input_precision=shape.PRECISION)  # [BN, BM]
+        if dropout.seed is not None:
             b_dpt *= b_kept
         b_dst = b_pt * (b_dpt - b_delta[None, :])
         if softcap is not None:
             b_dst *= 1.0 - b_t * b_t
-        b_dk = tl.dot(b_dst.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)  # [BN, BD]
+        b_dk = tl.dot(b_dst.to(b_q.dtype), b_q, b_dk, input_precision=shape.PRECISION)  # [BN, BD]
     return b_dk, b_dv
 
 
 @triton.jit
 def dkv_sweep(
-    b_dk, b_dv, b_k, b_v,
-    p_q, p_do, p_lse2, p_delta, p_mask, s_qh, s_qm, s_doh, s_dom, s_mh, s_mm, s_mn, s_row,
-    first, turn, gap, end, Lq, past, window, m_n, o_d, o_dv, o_n,
-    scale, softcap, seed, dropped, keep, o_key, i_head,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BOUND: tl.constexpr, CAUSAL: tl.constexpr,
-    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRECISION: tl.constexpr,
-    REPEAT_LAST_ROW: tl.constexpr = False,
+    b_dk, b_dv, tile, rows, p_mask, s, s_row, first, turn, gap, end, Lq, past, window,
+    scores, dropout, o_key,
+    shape: tl.constexpr, GROUP: tl.constexpr, BOUND: tl.constexpr, CAUSAL: tl.constexpr,
+    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, REPEAT_LAST_ROW: tl.constexpr = False,
 ):  # fmt: skip
     """Add what query tiles first .. end of every head send; those from `turn` on move by `gap`.
 
-    Query i stands at i + past, counted like o_n from the start of the key tile. BOUND: rows may not
-    exist, or not see all the keys (CAUSAL, window). One loop over heads and tiles: a loop inside a
-    loop would cost the registers that hold the accumulators.
+    `rows` are pointers to the first row of the first head, `dropout` numbers that head; s_row is
+    the stride of heads in lse2 and delta. Query i stands at i + past, counted like tile.o from the
+    start of the key tile. BOUND: rows may not exist, or not see all the keys (CAUSAL, window). One
+    loop over heads and tiles: a loop inside a loop would cost the registers that hold the
+    accumulators.
     """
+    BLOCK_M: tl.constexpr = shape.BLOCK_M
+    o_d = tl.arange(0, shape.BLOCK_D)
+    o_dv = tl.arange(0, shape.BLOCK_DV)
     o_m = tl.arange(0, BLOCK_M)
-    o_q = o_m[:, None] * s_qm + o_d[None, :]  # [BM, BD]
-    o_do = o_m[:, None] * s_dom + o_dv[None, :]  # [BM, BDV]
+    o_q = o_m[:, None] * s.qm + o_d[None, :]  # [BM, BD]
+    o_do = o_m[:, None] * s.dom + o_dv[None, :]  # [BM, BDV]
     i_g = 0
     i_x = first
     for _ in tl.range(0, tl.maximum(end - first, 0) * GROUP, 1):
@@ -107,8 +110,8 @@ def dkv_sweep(
         o_r = o_m
         if REPEAT_LAST_ROW:
             o_r = tl.minimum(o_m, Lq - 1 - i_m)
-            o_q = o_r[:, None] * s_qm + o_d[None, :]  # [BM, BD]
-            o_do = o_r[:, None] * s_dom + o_dv[None, :]  # [BM, BDV]
+            o_q = o_r[:, None] * s.qm + o_d[None, :]  # [BM, BD]
+            o_do = o_r[:, None] * s.dom + o_dv[None, :]  # [BM, BDV]
         o_head = tl.cast(i_g, tl.int64)
         o_row = i_g * s_row + i_m
         o_low = None
@@ -122,15 +125,20 @@ def dkv_sweep(
                 o_low = i_m + o_m + past - window + 1
         p_rows = None
         if p_mask is not None:
-            p_rows = p_mask + (o_head * s_mh + (o_start + o_m) * s_mm)[None, :]
+            p_rows = p_mask + (o_head * s.mh + (o_start + o_m) * s.mm)[None, :]
         b_dk, b_dv = key_gradients(
-            b_dk, b_dv, b_k, b_v,
-            p_q + (o_head * s_qh + o_start * s_qm) + o_q,
-            p_do + (o_head * s_doh + o_start * s_dom) + o_do,
-            p_lse2 + o_row + o_r, p_delta + o_row + o_r, p_rows, s_mn, None,
-            i_m + o_m < Lq, m_n, o_d, o_dv, o_n, o_low, o_high,
-            scale, softcap, seed, dropped, keep, o_key, i_m + o_m, i_head + i_g,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BOUND, NEED_DK, NEED_DV, PRECISION, REPEAT_LAST_ROW,
+            b_dk, b_dv, tile,
+            Rows(
+                q=rows.q + (o_head * s.qh + o_start * s.qm) + o_q,
+                do=rows.do + (o_head * s.doh + o_start * s.dom) + o_do,
+                lse2=rows.lse2 + o_row + o_r, delta=rows.delta + o_row + o_r, m=i_m + o_m < Lq,
+            ),
+            p_rows, s.mn, None, o_low, o_high, scores,
+            Dropout(
+                seed=dropout.seed, dropped=dropout.dropped, keep=dropout.keep,
+                o_query=(i_m + o_m)[None, :], o_head=dropout.o_head + i_g,
+            ),
+            o_key, shape, BOUND, NEED_DK, NEED_DV, REPEAT_LAST_ROW,
         )  # fmt: skip
         i_x += 1
         if GROUP > 1:
@@ -140,53 +148,14 @@ def dkv_sweep(
 
 
 @triton.jit
-def prefix_attn_bwd_dkv_kernel(
-    q, k, v, pad, mask, index, starts, cu, tiles, seed, do, lse2, delta, dk, dv,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_pb, s_pn, s_mb, s_mh, s_mm, s_mn,
-    s_dob, s_doh, s_dom,
-    Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
-    UNMASKED_LOOP: tl.constexpr, REPEAT_LAST_ROW: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_N keys of one KV head of one sequence. A gradient of None is skipped."""
-    s_row = Lq
-    total = Lk
-    if cu is not None:
-        i_h = (tl.program_id(0) % Hkv).to(tl.int64)
-        p_tile = tiles + tl.program_id(0) // Hkv * 2
-        i_seq = tl.load(p_tile)
-        if i_seq < 0:
-            return
-        i_n = tl.load(p_tile + 1) * BLOCK_N
-        i_start = tl.load(cu + i_seq)
-        Lk = tl.load(cu + i_seq + 1) - i_start
-        Lq = Lk
-        i_b = (i_seq * 0).to(tl.int64)
-    else:
-        n_tiles = tl.cdiv(Lk, BLOCK_N)
-        i_bh = tl.program_id(0) // n_tiles
-        i_n = tl.program_id(0) % n_tiles * BLOCK_N
-        i_seq = i_bh // Hkv
-        i_b = i_seq.to(tl.int64)
-        i_h = (i_bh % Hkv).to(tl.int64)
-        i_start = 0
+def query_tiles(
+    past, Lq, window, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Query tiles that see keys of a tile: (first, all, tail, end).
 
-    o_d = tl.arange(0, BLOCK_D)
-    o_dv = tl.arange(0, BLOCK_DV)
-    o_n = tl.arange(0, BLOCK_N)
-    m_n = i_n + o_n < Lk
-    o_start = (i_start + i_n).to(tl.int64)
-    p_k = k + (i_b * s_kb + i_h * s_kh + o_start * s_kn) + (o_n[:, None] * s_kn + o_d[None, :])
-    p_v = v + (i_b * s_vb + i_h * s_vh + o_start * s_vn) + (o_n[:, None] * s_vn + o_dv[None, :])
-    b_k = load_tile(p_k, m_n, o_d, HEAD, BLOCK_D, True)  # [BN, BD]
-    b_v = load_tile(p_v, m_n, o_dv, HEAD_V, BLOCK_DV, True)  # [BN, BDV]
-    b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    b_dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
-
-    # Query tiles: some on the diagonal, then whole ones that see every key, then the window's edge
-    # and the tail.
-    past = Lk - Lq - i_n
+    Tiles from `all` to `tail` are whole and see every key. Those before are on the diagonal, those
+    behind at the window's edge or the end of the queries.
+    """
     t_first = 0
     t_all = 0
     t_end = tl.cdiv(Lq, BLOCK_M)
@@ -203,47 +172,102 @@ def prefix_attn_bwd_dkv_kernel(
         t_end = tl.maximum(t_end, t_first)
         t_all = tl.minimum(t_all, t_end)
     t_tail = tl.maximum(t_tail, t_all)
+    return t_first, t_all, t_tail, t_end
+
+
+@triton.jit
+def prefix_attn_bwd_dkv_kernel(
+    q, keys, masks, tables, seed, saved, dk, dv, s,
+    sizes, scale, window, softcap, dropped, keep,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
+    UNMASKED_LOOP: tl.constexpr, REPEAT_LAST_ROW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one KV head of one sequence. A gradient of None is skipped."""
+    shape: tl.constexpr = TileShape(
+        HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N, PRECISION=PRECISION,
+    )  # fmt: skip
+    scores = Scores(scale=scale, softcap=softcap)
+    Hkv = sizes.Hkv
+    Lq = sizes.Lq
+    Lk = sizes.Lk
+    s_row = Lq
+    total = Lk
+    if tables.cu is not None:
+        i_h = (tl.program_id(0) % Hkv).to(tl.int64)
+        p_tile = tables.tiles + tl.program_id(0) // Hkv * 2
+        i_seq = tl.load(p_tile)
+        if i_seq < 0:
+            return
+        i_n = tl.load(p_tile + 1) * BLOCK_N
+        i_start = tl.load(tables.cu + i_seq)
+        Lk = tl.load(tables.cu + i_seq + 1) - i_start
+        Lq = Lk
+        i_b = (i_seq * 0).to(tl.int64)
+    else:
+        n_tiles = tl.cdiv(Lk, BLOCK_N)
+        i_bh = tl.program_id(0) // n_tiles
+        i_n = tl.program_id(0) % n_tiles * BLOCK_N
+        i_seq = i_bh // Hkv
+        i_b = i_seq.to(tl.int64)
+        i_h = (i_bh % Hkv).to(tl.int64)
+        i_start = 0
+
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = i_n + o_n < Lk
+    o_start = (i_start + i_n).to(tl.int64)
+    p_k = keys.k + (i_b * s.kb + i_h * s.kh + o_start * s.kn)
+    p_v = keys.v + (i_b * s.vb + i_h * s.vh + o_start * s.vn)
+    o_k = o_n[:, None] * s.kn + o_d[None, :]
+    o_v = o_n[:, None] * s.vn + o_dv[None, :]
+    b_k = load_tile(p_k + o_k, m_n, o_d, HEAD, BLOCK_D, True)  # [BN, BD]
+    b_v = load_tile(p_v + o_v, m_n, o_dv, HEAD_V, BLOCK_DV, True)  # [BN, BDV]
+    tile = KeyTile(k=b_k, v=b_v, o=o_n, m=m_n)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
+    past = Lk - Lq - i_n
+    t_first, t_all, t_tail, t_end = query_tiles(past, Lq, window, CAUSAL, BLOCK_M, BLOCK_N)
     if not UNMASKED_LOOP:
         t_all = t_end
         t_tail = t_end
 
-    p_q = q + i_b * s_qb + i_h * GROUP * s_qh + tl.cast(i_start, tl.int64) * s_qm
-    p_do = do + i_b * s_dob + i_h * GROUP * s_doh + tl.cast(i_start, tl.int64) * s_dom
-    p_lse2 = lse2 + (i_b * Hkv + i_h) * GROUP * s_row + i_start
-    p_delta = delta + (i_b * Hkv + i_h) * GROUP * s_row + i_start
+    i_row = (i_b * Hkv + i_h) * GROUP * s_row + i_start
+    rows = Rows(
+        q=q + i_b * s.qb + i_h * GROUP * s.qh + tl.cast(i_start, tl.int64) * s.qm,
+        do=saved.do + i_b * s.dob + i_h * GROUP * s.doh + tl.cast(i_start, tl.int64) * s.dom,
+        lse2=saved.lse2 + i_row, delta=saved.delta + i_row, m=None,
+    )  # fmt: skip
     p_mask = None
-    if mask is not None:
-        p_mask = mask + i_b * s_mb + i_h * GROUP * s_mh + o_start * s_mn
+    if masks.mask is not None:
+        p_mask = masks.mask + i_b * s.mb + i_h * GROUP * s.mh + o_start * s.mn
     o_key = None
     i_head = 0
     if seed is not None:
-        _, P = prefix_of(index, starts, i_seq, P)
+        _, P = prefix_of(tables, i_seq, sizes.P)
         o_key = P + i_n + o_n
         i_head = (i_seq * Hkv * GROUP + i_h * GROUP).to(tl.int32)
+    dropout = Dropout(seed=seed, dropped=dropped, keep=keep, o_query=None, o_head=i_head)
     # The diagonal, the window's edge and the tail share one loop: two ranges with the whole tiles
     # left out.
     b_dk, b_dv = dkv_sweep(
-        b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_mask,
-        s_qh, s_qm, s_doh, s_dom, s_mh, s_mm, s_mn, s_row,
+        b_dk, b_dv, tile, rows, p_mask, s, s_row,
         t_first, t_all, t_tail - t_all, t_all + t_end - t_tail, Lq, past, window,
-        m_n, o_d, o_dv, o_n, scale, softcap, seed, dropped, keep, o_key, i_head,
-        GROUP, HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_M, True, CAUSAL,
-        dk is not None, dv is not None, PRECISION, REPEAT_LAST_ROW,
+        scores, dropout, o_key,
+        shape, GROUP, True, CAUSAL, dk is not None, dv is not None, REPEAT_LAST_ROW,
     )  # fmt: skip
     if UNMASKED_LOOP:
         b_dk, b_dv = dkv_sweep(
-            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse2, p_delta, p_mask,
-            s_qh, s_qm, s_doh, s_dom, s_mh, s_mm, s_mn, s_row,
-            t_all, 0, 0, t_tail, Lq, past, window,
-            m_n, o_d, o_dv, o_n, scale, softcap, seed, dropped, keep, o_key, i_head,
-            GROUP, HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_M, False, False,
-            dk is not None, dv is not None, PRECISION,
+            b_dk, b_dv, tile, rows, p_mask, s, s_row, t_all, 0, 0, t_tail, Lq, past, window,
+            scores, dropout, o_key, shape, GROUP, False, False, dk is not None, dv is not None,
         )  # fmt: skip
 
     # Padding needs no test before this point: a key's row of P^T touches only its own gradient.
     m_real = m_n
-    if pad is not None:
-        p_pad = pad + i_b * s_pb + o_start * s_pn + o_n * s_pn
+    if masks.pad is not None:
+        p_pad = masks.pad + i_b * s.pb + o_start * s.pn + o_n * s.pn
         m_real = tl.load(p_pad, mask=m_n, other=0) != 0
     # dk and dv are contiguous. The offsets inside the tile depend on nothing but the thread, so
     # that no register has to hold them through the loops.
@@ -274,8 +298,10 @@ def dkv_launch(
         table = ragged.tiles(problem.options.cu_seqlens, Lk, tile.keys)
         tiles = table.shape[0]
     own = {
-        "do": grad_out, "lse2": lse2, "delta": delta, "dk": grad_key, "dv": grad_value,
-        "tiles": table, "keep": problem.keep, **launch.strides(do=grad_out),
+        "keys": problem.arguments["keys"]._replace(pk=None, pv=None),
+        "masks": problem.arguments["masks"]._replace(bias=None),
+        "saved": Saved(grad_out, lse2, delta), "dk": grad_key, "dv": grad_value,
+        "tables": problem.tables(table, rank=False), "s": problem.strides(grad_out, prefix=False),
     }  # fmt: skip
     constants = {
         "UNMASKED_LOOP": tilings.unmasked_loop("dkv", problem.work),

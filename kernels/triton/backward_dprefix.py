@@ -8,14 +8,13 @@ stores one partial tile in fp32. The second adds the partials in a fixed order. 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launch, ragged, tilings
+from .arguments import Dropout, KeyTile, Masks, Parts, PrefixSums, Rows, Saved, Scores, TileShape
 from .backward_dkv import key_gradients
 from .blocks import additive, load_tile, ranks, store_tile
 from .problem import Problem
@@ -26,10 +25,8 @@ REDUCE_BLOCK = 1024
 
 @triton.jit
 def prefix_attn_bwd_dprefix_kernel(
-    q, pk, pv, bias, starts, rank, cu, key_tiles, query_tiles, bounds, seed,
-    do, lse2, delta, dpk, dpv,
-    s_qb, s_qh, s_qm, s_pkh, s_pkn, s_pvh, s_pvn, s_bh, s_bm, s_bn, s_dob, s_doh, s_dom,
-    Hkv, Lq, Lk, P, n_tiles, row_tiles, split_tiles, scale, window, softcap, dropped, keep,
+    q, keys, masks, tables, parts, seed, saved, sums, s,
+    sizes, n_tiles, row_tiles, split_tiles, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -37,27 +34,33 @@ def prefix_attn_bwd_dprefix_kernel(
 ):  # fmt: skip
     """One program: BLOCK_N positions of one prefix, one KV head, one part of the query tiles.
 
-    dpk, dpv [splits, Hkv, P, D] (None: not needed) are the partials, or with one split the result.
+    `sums` are the partials, or with one split the result.
     With one prefix for all rows a part is `split_tiles` of the `row_tiles` tiles, and EVEN says
-    that they are all whole. With several prefixes or packed sequences `key_tiles` lists (prefix,
-    tile), `query_tiles` (sequence, tile) in the order of the prefixes, and `bounds` where in that
-    list each prefix's begin.
+    that they are all whole. With several prefixes or packed sequences `parts` lists the tiles.
     """
+    shape: tl.constexpr = TileShape(
+        HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N, PRECISION=PRECISION,
+    )  # fmt: skip
+    scores = Scores(scale=scale, softcap=softcap)
+    Hkv = sizes.Hkv
+    Lq = sizes.Lq
+    P = sizes.P
     i_tile = tl.program_id(0) % n_tiles
     i_h = (tl.program_id(0) // n_tiles % Hkv).to(tl.int64)
     i_split = tl.program_id(0) // n_tiles // Hkv
     total = Lq
     length = P
     i_first = 0
-    if key_tiles is not None:
-        i_prefix = tl.load(key_tiles + i_tile * 2)
+    if parts is not None:
+        i_prefix = tl.load(parts.key_tiles + i_tile * 2)
         if i_prefix < 0:
             return
-        i_tile = tl.load(key_tiles + i_tile * 2 + 1)
-        i_first = tl.load(starts + i_prefix)
-        P = tl.load(starts + i_prefix + 1) - i_first
-        t_first = tl.load(bounds + i_prefix)
-        t_end = tl.load(bounds + i_prefix + 1)
+        i_tile = tl.load(parts.key_tiles + i_tile * 2 + 1)
+        i_first = tl.load(tables.starts + i_prefix)
+        P = tl.load(tables.starts + i_prefix + 1) - i_first
+        t_first = tl.load(parts.bounds + i_prefix)
+        t_end = tl.load(parts.bounds + i_prefix + 1)
         split_tiles = tl.cdiv(t_end - t_first, SPLITS)
         t_first += i_split * split_tiles
         t_end = tl.minimum(t_first + split_tiles, t_end)
@@ -74,10 +77,11 @@ def prefix_attn_bwd_dprefix_kernel(
     o_n = tl.arange(0, BLOCK_N)
     m_n = i_n + o_n < P
     o_start = tl.cast(i_first + i_n, tl.int64)
-    p_k = pk + (i_h * s_pkh + o_start * s_pkn) + (o_n[:, None] * s_pkn + o_d[None, :])
-    p_v = pv + (i_h * s_pvh + o_start * s_pvn) + (o_n[:, None] * s_pvn + o_dv[None, :])
+    p_k = keys.pk + (i_h * s.pkh + o_start * s.pkn) + (o_n[:, None] * s.pkn + o_d[None, :])
+    p_v = keys.pv + (i_h * s.pvh + o_start * s.pvn) + (o_n[:, None] * s.pvn + o_dv[None, :])
     b_k = load_tile(p_k, m_n, o_d, HEAD, BLOCK_D, True)  # [BN, BD]
     b_v = load_tile(p_v, m_n, o_dv, HEAD_V, BLOCK_DV, True)  # [BN, BDV]
+    tile = KeyTile(k=b_k, v=b_v, o=o_n, m=m_n)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
 
@@ -86,28 +90,27 @@ def prefix_attn_bwd_dprefix_kernel(
     m_tiles = tl.cdiv(Lq, BLOCK_M)
     i_bg = t_first // m_tiles
     i_m = t_first % m_tiles * BLOCK_M
-    p_q = q + i_h * GROUP * s_qh
-    p_do = do + i_h * GROUP * s_doh
-    p_lse2 = lse2 + i_h * GROUP * total
-    p_delta = delta + i_h * GROUP * total
-    o_q = o_m[:, None] * s_qm + o_d[None, :]  # [BM, BD]
-    o_do = o_m[:, None] * s_dom + o_dv[None, :]  # [BM, BDV]
+    p_q = q + i_h * GROUP * s.qh
+    p_do = saved.do + i_h * GROUP * s.doh
+    p_lse2 = saved.lse2 + i_h * GROUP * total
+    p_delta = saved.delta + i_h * GROUP * total
+    o_q = o_m[:, None] * s.qm + o_d[None, :]  # [BM, BD]
+    o_do = o_m[:, None] * s.dom + o_dv[None, :]  # [BM, BDV]
     for i_x in tl.range(0, steps, 1):
-        # of this sequence; not Lq and Lk themselves: an argument that equals 1 is a constant, which
-        # a loop cannot assign to
+        # of this sequence; not Lq and Lk themselves, which the loop would have to carry
         n_q = Lq
-        n_k = Lk
-        if key_tiles is not None:
-            p_entry = query_tiles + (t_first + i_x // GROUP) * 2
+        n_k = sizes.Lk
+        if parts is not None:
+            p_entry = parts.query_tiles + (t_first + i_x // GROUP) * 2
             i_seq = tl.load(p_entry)
             i_m = tl.load(p_entry + 1) * BLOCK_M
             i_b = i_seq.to(tl.int64)
             i_g = i_x % GROUP
             i_start = 0
-            if cu is not None:
+            if tables.cu is not None:
                 i_b = i_b * 0
-                i_start = tl.load(cu + i_seq)
-                n_q = tl.load(cu + i_seq + 1) - i_start
+                i_start = tl.load(tables.cu + i_seq)
+                n_q = tl.load(tables.cu + i_seq + 1) - i_start
                 n_k = n_q
         else:
             i_seq = i_bg // GROUP
@@ -120,35 +123,40 @@ def prefix_attn_bwd_dprefix_kernel(
         o_low = None
         if IN_WINDOW:
             m_m = i_m + o_m < n_q
-            o_low = P - i_n - window + 1 + ranks(rank, i_b, i_m + o_m, m_m, n_q, n_k)
+            o_low = P - i_n - window + 1 + ranks(tables.rank, i_b, i_m + o_m, m_m, n_q, n_k)
         b_shift = None
         p_rows = None
         if BIAS_DIM == 1:
-            b_shift = additive(tl.load(bias + i_head * s_bh))
+            b_shift = additive(tl.load(masks.bias + i_head * s.bh))
         if BIAS_DIM == 3:
-            p_rows = bias + i_head * s_bh + o_start * s_bn + ((i_token + o_m) * s_bm)[None, :]
+            p_rows = masks.bias + i_head * s.bh + o_start * s.bn
+            p_rows += ((i_token + o_m) * s.bm)[None, :]
         b_dk, b_dv = key_gradients(
-            b_dk, b_dv, b_k, b_v,
-            p_q + (i_b * s_qb + i_g * s_qh + i_token * s_qm) + o_q,
-            p_do + (i_b * s_dob + i_g * s_doh + i_token * s_dom) + o_do,
-            p_lse2 + o_row + o_m, p_delta + o_row + o_m, p_rows, s_bn, b_shift,
-            i_m + o_m < n_q, m_n, o_d, o_dv, o_n, o_low, None,
-            scale, softcap, seed, dropped, keep, i_n + o_n, i_m + o_m,
-            (i_seq * Hkv * GROUP + i_head).to(tl.int32),
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, not EVEN, dpk is not None, dpv is not None, PRECISION,
+            b_dk, b_dv, tile,
+            Rows(
+                q=p_q + (i_b * s.qb + i_g * s.qh + i_token * s.qm) + o_q,
+                do=p_do + (i_b * s.dob + i_g * s.doh + i_token * s.dom) + o_do,
+                lse2=p_lse2 + o_row + o_m, delta=p_delta + o_row + o_m, m=i_m + o_m < n_q,
+            ),
+            p_rows, s.bn, b_shift, o_low, None, scores,
+            Dropout(
+                seed=seed, dropped=dropped, keep=keep, o_query=(i_m + o_m)[None, :],
+                o_head=(i_seq * Hkv * GROUP + i_head).to(tl.int32),
+            ),
+            i_n + o_n, shape, not EVEN, sums.dpk is not None, sums.dpv is not None,
         )  # fmt: skip
-        if key_tiles is None:
+        if parts is None:
             i_m += BLOCK_M
             i_bg = tl.where(i_m < Lq, i_bg, i_bg + 1)
             i_m = tl.where(i_m < Lq, i_m, 0)
 
     o_base = (i_split * Hkv + i_h) * length + o_start
-    if dpk is not None:
+    if sums.dpk is not None:
         o_tile = o_n[:, None] * HEAD + o_d[None, :]
-        store_tile(dpk + o_base * HEAD + o_tile, b_dk * scale, m_n, o_d, HEAD, BLOCK_D)
-    if dpv is not None:
+        store_tile(sums.dpk + o_base * HEAD + o_tile, b_dk * scale, m_n, o_d, HEAD, BLOCK_D)
+    if sums.dpv is not None:
         o_tile = o_n[:, None] * HEAD_V + o_dv[None, :]
-        store_tile(dpv + o_base * HEAD_V + o_tile, b_dv, m_n, o_dv, HEAD_V, BLOCK_DV)
+        store_tile(sums.dpv + o_base * HEAD_V + o_tile, b_dv, m_n, o_dv, HEAD_V, BLOCK_DV)
 
 
 @triton.jit
@@ -188,6 +196,24 @@ def query_tile_table(problem: Problem, rows: int) -> tuple[Tensor, Tensor]:
     return torch.stack([sequence, tile], 1).to(torch.int32), bounds
 
 
+def parts_of(problem: Problem, tile: Tile) -> tuple[Parts | None, Tensor | None, int, int]:
+    """The lists of tiles, where prefixes begin, and how many tiles of keys and of rows there are.
+
+    One prefix for all rows needs no lists.
+    """
+    B, _, _, Lq, _, P = problem.sizes
+    if problem.options.prefix_lengths is None and problem.options.cu_seqlens is None:
+        row_tiles = B * problem.group * triton.cdiv(Lq, tile.rows)
+        return None, None, triton.cdiv(P, tile.keys), row_tiles
+    starts = problem.starts
+    if starts is None:
+        starts = torch.tensor([0, P], dtype=torch.int32, device=problem.query.device)
+    key_tiles = ragged.tiles(starts, P, tile.keys)
+    query_tiles, bounds = query_tile_table(problem, tile.rows)
+    parts = Parts(key_tiles, query_tiles, bounds)
+    return parts, starts, key_tiles.shape[0], query_tiles.shape[0]
+
+
 def dprefix_launches(
     problem: Problem,
     grad_out: Tensor,
@@ -197,23 +223,9 @@ def dprefix_launches(
     grad_prefix_value: Tensor | None,
 ) -> list[launch.Launch]:
     """The launches that fill the (contiguous) prefix gradients that are not None, in order."""
-    B, _, Hkv, Lq, _, P = problem.sizes
+    _, _, Hkv, Lq, _, _ = problem.sizes
     tile = tilings.choose_tile("dprefix", problem.work, Lq)
-    own: dict[str, Any] = {}
-    if problem.options.prefix_lengths is None and problem.options.cu_seqlens is None:
-        key_tiles = triton.cdiv(P, tile.keys)
-        row_tiles = B * problem.group * triton.cdiv(Lq, tile.rows)
-        even = Lq % tile.rows == 0
-    else:
-        starts = problem.starts
-        if starts is None:
-            starts = torch.tensor([0, P], dtype=torch.int32, device=problem.query.device)
-        own["starts"] = starts
-        own["key_tiles"] = ragged.tiles(starts, P, tile.keys)
-        own["query_tiles"], own["bounds"] = query_tile_table(problem, tile.rows)
-        key_tiles = own["key_tiles"].shape[0]
-        row_tiles = own["query_tiles"].shape[0]
-        even = False
+    parts, starts, key_tiles, row_tiles = parts_of(problem, tile)
     programs = Hkv * key_tiles
     splits = tilings.splits(programs, row_tiles, problem.target)
     split_tiles = triton.cdiv(row_tiles, splits)
@@ -223,31 +235,37 @@ def dprefix_launches(
     if splits > 1:
         sums = [
             None if grad is None
-            else torch.empty((splits, *grad.shape), dtype=torch.float32, device=grad.device)
+            else launch.scratch((splits, *grad.shape), grad.device)
             for grad in results
         ]  # fmt: skip
-    own |= {
-        "do": grad_out, "lse2": lse2, "delta": delta, "dpk": sums[0], "dpv": sums[1],
+    own = {
+        "keys": problem.arguments["keys"]._replace(k=None, v=None),
+        "masks": Masks(pad=None, mask=None, bias=problem.options.prefix_bias),
+        "parts": parts, "tables": problem.tables(None)._replace(index=None, starts=starts),
+        "saved": Saved(grad_out, lse2, delta), "sums": PrefixSums(*sums),
         "n_tiles": key_tiles, "row_tiles": row_tiles, "split_tiles": split_tiles,
-        "keep": problem.keep, **launch.strides(do=grad_out),
+        "s": problem.strides(grad_out, sequence=False),
     }  # fmt: skip
-    for name in ("key_tiles", "query_tiles", "bounds"):
-        own.setdefault(name, None)
-    even = even and not problem.options.prefix_in_window
+    even = starts is None and Lq % tile.rows == 0 and not problem.options.prefix_in_window
     constants = {"EVEN": even, "SPLITS": splits}
     launches = [
         problem.launch(prefix_attn_bwd_dprefix_kernel, programs * splits, tile, own, constants)
     ]
-    if splits == 1:
-        return launches
-    return launches + [
-        launch.Launch(
-            prefix_attn_bwd_dprefix_reduce_kernel,
-            (triton.cdiv(grad.numel(), REDUCE_BLOCK),),
-            {"partial": partial, "grad": grad, "numel": grad.numel()},
-            {"SPLITS": splits, "BLOCK": REDUCE_BLOCK},
-            Tile(rows=1, keys=REDUCE_BLOCK, warps=4, stages=1),
-        )
-        for partial, grad in zip(sums, results, strict=True)
-        if grad is not None
-    ]
+    if splits > 1:
+        launches += [
+            reduce_launch(partial, grad)
+            for partial, grad in zip(sums, results, strict=True)
+            if partial is not None and grad is not None
+        ]
+    return launches
+
+
+def reduce_launch(partial: Tensor, grad: Tensor) -> launch.Launch:
+    """The launch that adds the partials [splits, ...] of a prefix gradient up."""
+    return launch.Launch(
+        prefix_attn_bwd_dprefix_reduce_kernel,
+        (triton.cdiv(grad.numel(), REDUCE_BLOCK),),
+        {"partial": partial, "grad": grad, "numel": grad.numel()},
+        {"SPLITS": partial.shape[0], "BLOCK": REDUCE_BLOCK},
+        Tile(rows=1, keys=REDUCE_BLOCK, warps=4, stages=1),
+    )

@@ -62,21 +62,21 @@ def packed_span(i_tile, Lq, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def locate(
-    cu, tiles, Hkv, Lq, Lk, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, LAST_FIRST: tl.constexpr
-):
+def locate(tables, sizes, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, LAST_FIRST: tl.constexpr):
     """Where a program of packed query rows works.
 
     Returns the batch index of strides, the sequence, the KV head, the tile of its rows, the first
     token of the sequence, and its lengths. With cu_seqlens the sequence is -1 past the table's end.
     """
-    if cu is not None:
-        i_h = tl.program_id(0) % Hkv
-        p_tile = tiles + tl.program_id(0) // Hkv * 2
+    Lq = sizes.Lq
+    Lk = sizes.Lk
+    if tables.cu is not None:
+        i_h = tl.program_id(0) % sizes.Hkv
+        p_tile = tables.tiles + tl.program_id(0) // sizes.Hkv * 2
         i_seq = tl.load(p_tile)
         i_tile = tl.load(p_tile + 1)
-        i_start = tl.load(cu + tl.maximum(i_seq, 0))
-        length = tl.load(cu + tl.maximum(i_seq, 0) + 1) - i_start
+        i_start = tl.load(tables.cu + tl.maximum(i_seq, 0))
+        length = tl.load(tables.cu + tl.maximum(i_seq, 0) + 1) - i_start
         i_b = i_seq * 0
         Lq = length
         Lk = length
@@ -86,21 +86,21 @@ def locate(
         i_tile = tl.program_id(0) % n_tiles
         if LAST_FIRST:
             i_tile = n_tiles - 1 - i_tile
-        i_b = i_bh // Hkv
-        i_h = i_bh % Hkv
+        i_b = i_bh // sizes.Hkv
+        i_h = i_bh % sizes.Hkv
         i_seq = i_b
         i_start = 0
     return i_b.to(tl.int64), i_seq, i_h.to(tl.int64), i_tile, i_start, Lq, Lk
 
 
 @triton.jit
-def prefix_of(index, starts, i_seq, P):
+def prefix_of(tables, i_seq, P):
     """First position and length of a sequence's prefix."""
-    if index is not None:
-        i_prefix = tl.load(index + i_seq)
+    if tables.index is not None:
+        i_prefix = tl.load(tables.index + i_seq)
         i_safe = tl.maximum(i_prefix, 0)
-        first = tl.load(starts + i_safe)
-        P = tl.where(i_prefix < 0, 0, tl.load(starts + i_safe + 1) - first)
+        first = tl.load(tables.starts + i_safe)
+        P = tl.where(i_prefix < 0, 0, tl.load(tables.starts + i_safe + 1) - first)
     else:
         first = 0
     return first, P
@@ -218,14 +218,14 @@ def add_mask(b_s, p_mask, m_tile):
 
 
 @triton.jit
-def kept(seed, dropped, o_key, o_query, o_head):
+def kept(dropout, o_key):
     """1 for the weights that dropout keeps, 0 for the others; Philox 4x32-10, one word each.
 
     Counters: the key's column in [prefix ; sequence], the query's position, sequence * Hq + head.
     They broadcast against each other to the tile.
     """
-    zero = o_key * 0 + o_query * 0 + o_head * 0
+    zero = o_key * 0 + dropout.o_query * 0 + dropout.o_head * 0
     word, _, _, _ = tl.philox(
-        tl.load(seed), zero + o_key, zero + o_query, zero + o_head, zero
+        tl.load(dropout.seed), zero + o_key, zero + dropout.o_query, zero + dropout.o_head, zero
     )  # fmt: skip
-    return tl.where(word >= dropped.to(tl.uint32), 1.0, 0.0)
+    return tl.where(word >= dropout.dropped.to(tl.uint32), 1.0, 0.0)

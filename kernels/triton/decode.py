@@ -15,6 +15,7 @@ from torch import Tensor
 from fastprefix.options import Options
 
 from . import decode_tables, launch
+from .arguments import DecodeBuffers, FixedSizes, Masks, Scores, strides
 from .decode_grid import MAX_QUERY_LENGTH, DecodeGrid, DecodeShape, grid_of, shape_of
 from .decode_kernels import prefix_attn_decode_kernel, prefix_attn_decode_merge_kernel
 from .problem import Problem, make_problem
@@ -93,10 +94,22 @@ def decode_launches(
     """
     shape, grid, cut = plan.shape, plan.grid, plan.grid.prefix
     tables, tile = plan.tables, grid.tile
+    options = problem.options
+    s = strides(
+        q=problem.query, k=problem.key, v=problem.value, pk=problem.prefix_key,
+        pv=problem.prefix_value, pad=options.key_padding_mask,
+    )  # fmt: skip
     arguments = {
-        "order": tables and tables.order, "units": tables and tables.units,
-        "rows": tables and tables.rows,
-        "part_out": part_out, "part_lse": part_lse, "out": out, "lse": lse,
+        "buffers": DecodeBuffers(
+            tables and tables.order, tables and tables.units, part_out, part_lse
+        ),
+        "rows": tables and tables.rows, "out": out, "lse": lse,
+        "part_out": part_out, "part_lse": part_lse, "Hkv": shape.Hkv, "Lq": shape.Lq,
+        # the merge adds the bias
+        "masks": Masks(options.key_padding_mask, None, None), "bias": options.prefix_bias,
+        "scores": Scores(options.scale, options.softcap),
+        "s": s._replace(pb=None), "s_pb": s.pb,
+        "sizes": FixedSizes(shape.Hkv, shape.Lq), "Lk": shape.Lk, "P": shape.P,
         "B": shape.B, "window": shape.sliding_window,
         "n_units": cut.units, "n_splits": cut.splits, "split": cut.split,
         "first_key": grid.first_key, "first_row": shape.Hkv * cut.units * cut.rows,
@@ -133,12 +146,12 @@ def decode(problem: Problem, plan: DecodePlan | None = None) -> tuple[Tensor, Te
     elif plan.shape != shape:
         raise ValueError(f"plan: got one for {plan.shape}, takes one for {shape}")
     query, rows = problem.query, plan.grid.partial_rows
-    device, single = query.device, torch.float32
+    device = query.device
     out = torch.empty((*query.shape[:3], shape.Dv), dtype=query.dtype, device=device)
-    lse = torch.empty(query.shape[:3], dtype=single, device=device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
     if lse.numel():
-        part_out = torch.empty((rows, shape.Dv), dtype=single, device=device)
-        part_lse = torch.empty((rows,), dtype=single, device=device)
+        part_out = launch.scratch((rows, shape.Dv), device)
+        part_lse = launch.scratch((rows,), device)
         for step in decode_launches(problem, plan, part_out, part_lse, out, lse):
             step.run()
     return out, lse

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import tilings
+from .integers import cdiv, next_power_of_2
 from .target import Target, Tile
 
 MAX_QUERY_LENGTH = 16
@@ -142,7 +142,7 @@ def split_lengths(target: Target) -> tuple[int, int]:
 def _tile(shape: DecodeShape, target: Target) -> Tile:
     """The tile of a step. Its rows are chosen for the average number of rows of a prefix."""
     prefixes = 1 if shape.N is None else max(1, min(shape.N, shape.B))
-    rows = triton.cdiv(shape.B * (shape.Hq // shape.Hkv) * shape.Lq, prefixes)
+    rows = cdiv(shape.B * (shape.Hq // shape.Hkv) * shape.Lq, prefixes)
     head_size = max(shape.D, shape.Dv)
     work = tilings.Work(target, head_size, shape.dtype, full_tile=shape.batch_invariant)
     return tilings.choose_tile("decode", work, rows)
@@ -150,7 +150,7 @@ def _tile(shape: DecodeShape, target: Target) -> Tile:
 
 def round_up(length: int, step: int) -> int:
     """The next multiple of step."""
-    return triton.cdiv(length, step) * step
+    return cdiv(length, step) * step
 
 
 def cut_prefixes(shape: DecodeShape, target: Target, tile: Tile, wanted: int) -> PrefixCut:
@@ -159,13 +159,13 @@ def cut_prefixes(shape: DecodeShape, target: Target, tile: Tile, wanted: int) ->
     shortest, fixed = split_lengths(target)
     units = splits = split = free = 0
     if shape.P and shape.N is None:
-        tiles = triton.cdiv(shape.B * packed, tile.rows)
+        tiles = cdiv(shape.B * packed, tile.rows)
         if shape.batch_invariant:
-            split = max(fixed, round_up(triton.cdiv(shape.P, FIXED_PREFIX_SPLITS), tile.keys))
+            split = max(fixed, round_up(cdiv(shape.P, FIXED_PREFIX_SPLITS), tile.keys))
         else:
-            splits = max(1, min(wanted // max(1, tiles), triton.cdiv(shape.P, shortest)))
-            split = round_up(triton.cdiv(shape.P, splits), tile.keys)
-        splits = triton.cdiv(shape.P, split)
+            splits = max(1, min(wanted // max(1, tiles), cdiv(shape.P, shortest)))
+            split = round_up(cdiv(shape.P, splits), tile.keys)
+        splits = cdiv(shape.P, split)
         units = tiles * splits
     elif shape.P and shape.N:
         # Each prefix in use has at most one tile that its rows do not fill.
@@ -173,10 +173,10 @@ def cut_prefixes(shape: DecodeShape, target: Target, tile: Tile, wanted: int) ->
         tiles = (shape.B * packed + used * (tile.rows - 1)) // tile.rows
         if shape.batch_invariant:
             shortest = fixed
-            units = tiles * min(FIXED_PREFIX_SPLITS, triton.cdiv(shape.P, fixed))
+            units = tiles * min(FIXED_PREFIX_SPLITS, cdiv(shape.P, fixed))
         else:
             free = wanted
-            units = min(tiles + free, tiles * triton.cdiv(shape.P, shortest))
+            units = min(tiles + free, tiles * cdiv(shape.P, shortest))
     return PrefixCut(shape.P, packed, tile.rows, tile.keys, units, splits, split, shortest, free)
 
 
@@ -188,7 +188,7 @@ def grid_of(shape: DecodeShape, target: Target) -> DecodeGrid:
     `MIN_SPLIT` keys. With batch_invariant the lengths of splits are constants instead.
     """
     tile = _tile(shape, target)
-    wanted = triton.cdiv(WAVES * target.multiprocessors, shape.Hkv)
+    wanted = cdiv(WAVES * target.multiprocessors, shape.Hkv)
     cut = cut_prefixes(shape, target, tile, wanted)
 
     shortest, fixed = split_lengths(target)
@@ -196,20 +196,20 @@ def grid_of(shape: DecodeShape, target: Target) -> DecodeGrid:
     if shape.sliding_window is not None:
         first_key = max(0, shape.Lk - shape.Lq - shape.sliding_window + 1)
     seen = shape.Lk - first_key
-    rows = min(tile.rows, max(16, triton.next_power_of_2(cut.packed)))
+    rows = min(tile.rows, max(16, next_power_of_2(cut.packed)))
     if shape.batch_invariant:
         length = fixed
-        splits = triton.cdiv(shape.Lk, length)
+        splits = cdiv(shape.Lk, length)
         if shape.sliding_window is not None:
             # Splits start at the row's first real token, so a window may begin inside a split.
-            splits = min(splits, triton.cdiv(seen, length) + 1)
+            splits = min(splits, cdiv(seen, length) + 1)
     else:
-        programs = shape.B * triton.cdiv(cut.packed, rows)
-        splits = max(1, min(wanted // max(1, programs), triton.cdiv(seen, shortest)))
-        length = max(shortest, round_up(triton.cdiv(seen, splits), tile.keys))
-        splits = triton.cdiv(seen, length)
+        programs = shape.B * cdiv(cut.packed, rows)
+        splits = max(1, min(wanted // max(1, programs), cdiv(seen, shortest)))
+        length = max(shortest, round_up(cdiv(seen, splits), tile.keys))
+        splits = cdiv(seen, length)
     value_block = tilings.block_size(shape.Dv)
-    merged = min(16, max(1, triton.next_power_of_2(cut.packed)))
+    merged = min(16, max(1, next_power_of_2(cut.packed)))
     # A warp for four rows of 128 values: enough threads for 16-byte loads, and enough programs.
     merge_tile = Tile(merged, 1, max(1, min(4, merged * value_block // 512)), 1)
     sequences = shape.B * shape.Hkv
@@ -222,10 +222,10 @@ def grid_of(shape: DecodeShape, target: Target) -> DecodeGrid:
         first_key=first_key,
         sequence_splits=splits,
         sequence_split=length,
-        programs=shape.Hkv * cut.units + sequences * triton.cdiv(cut.packed, rows) * splits,
+        programs=shape.Hkv * cut.units + sequences * cdiv(cut.packed, rows) * splits,
         partial_rows=shape.Hkv * cut.units * cut.rows + sequences * splits * cut.packed,
         merge_tile=merge_tile,
-        merge_programs=sequences * triton.cdiv(cut.packed, merged),
+        merge_programs=sequences * cdiv(cut.packed, merged),
     )
 
 
@@ -265,10 +265,10 @@ def two_phase_pays(shape: DecodeShape, target: Target) -> bool:
     grid = grid_of(shape, target)
     cut = grid.prefix
     key_bytes = (shape.D + shape.Dv) * shape.dtype.itemsize
-    prefix = shape.P if shape.N is None else triton.cdiv(shape.P, max(1, shape.N))
+    prefix = shape.P if shape.N is None else cdiv(shape.P, max(1, shape.N))
     seen = shape.Lk - grid.first_key
-    tiles = triton.cdiv(shape.B * cut.packed, cut.rows)
-    waves = triton.cdiv(shape.B * shape.Hkv, target.multiprocessors)
+    tiles = cdiv(shape.B * cut.packed, cut.rows)
+    waves = cdiv(shape.B * shape.Hkv, target.multiprocessors)
     one_pass = waves * (prefix + seen) * key_bytes
     spread = shape.Hkv * (tiles * prefix + shape.B * seen) * key_bytes
     spread += 2 * partial_bytes(grid, shape.Dv)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arguments import Source, TileShape
 from .blocks import LN2, LOG2E, LOWEST, additive, cap, load_tile, packed_rows, store_tile
 
 # Entries of a padding mask that one step of a scan reads: 16 bytes a thread.
@@ -48,21 +49,25 @@ def real_span(p_pad, s_pn, lo, hi):
 
 
 @triton.jit
-def decode_sweep(
-    b_q, p_k, p_v, p_pad, s_kn, s_vn, s_pn, lo, hi, o_first, o_end, scale_log2, softcap,
-    HEAD: tl.constexpr, HEAD_V: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+def decode_sweep(b_q, source, lo, hi, o_first, o_end, scores, shape: tl.constexpr):
     """Attend to the keys lo .. hi of one source, normalised; (0, -inf) for rows that see none.
 
-    p_k, p_v, p_pad are scalars, the source's key 0. Row i sees the keys o_first[i] .. o_end[i] of
-    lo .. hi; None is no limit.
+    Row i sees the keys o_first[i] .. o_end[i] of lo .. hi; None is no limit.
     """
+    BLOCK_M: tl.constexpr = shape.BLOCK_M
+    BLOCK_N: tl.constexpr = shape.BLOCK_N
+    BLOCK_D: tl.constexpr = shape.BLOCK_D
+    BLOCK_DV: tl.constexpr = shape.BLOCK_DV
+    HEAD: tl.constexpr = shape.HEAD
+    HEAD_V: tl.constexpr = shape.HEAD_V
+    PRECISION: tl.constexpr = shape.PRECISION
+    softcap = scores.softcap
+    scale_log2 = scores.scale * LOG2E
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    o_k = o_n[:, None] * s_kn + o_d[None, :]  # [BN, BD]
-    o_v = o_n[:, None] * s_vn + o_dv[None, :]  # [BN, BDV]
+    o_k = o_n[:, None] * source.kn + o_d[None, :]  # [BN, BD]
+    o_v = o_n[:, None] * source.vn + o_dv[None, :]  # [BN, BDV]
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -70,10 +75,12 @@ def decode_sweep(
         m_n = i_n + o_n < hi
         m_seen = m_n
         o_start = tl.cast(i_n, tl.int64)
-        b_k = load_tile(p_k + o_start * s_kn + o_k, m_n, o_d, HEAD, BLOCK_D, True)  # [BN, BD]
+        b_k = load_tile(
+            source.k + o_start * source.kn + o_k, m_n, o_d, HEAD, BLOCK_D, True
+        )  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-        if p_pad is not None:
-            b_pad = tl.load(p_pad + (o_start + o_n) * s_pn, mask=m_n, other=0)
+        if source.pad is not None:
+            b_pad = tl.load(source.pad + (o_start + o_n) * source.pn, mask=m_n, other=0)
             m_seen = m_n & (b_pad != 0)
         if softcap is None:
             b_s *= scale_log2
@@ -89,7 +96,9 @@ def decode_sweep(
         b_alpha = tl.math.exp2(b_max - b_new)
         b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
         b_acc = b_acc * b_alpha[:, None]
-        b_v = load_tile(p_v + o_start * s_vn + o_v, m_n, o_dv, HEAD_V, BLOCK_DV, True)  # [BN, BDV]
+        b_v = load_tile(
+            source.v + o_start * source.vn + o_v, m_n, o_dv, HEAD_V, BLOCK_DV, True
+        )  # [BN, BDV]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_max = b_new
     m_some = b_sum > 0.0
@@ -99,27 +108,24 @@ def decode_sweep(
 
 
 @triton.jit
-def store_partial(
-    part_out, part_lse, b_out, b_lse, row, m_r,
-    HEAD_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+def store_partial(buffers, b_out, b_lse, row, m_r, shape: tl.constexpr):
     """Store a tile of partial results from a row (int64) of the contiguous buffers on."""
-    o_r = tl.arange(0, BLOCK_M)
-    o_dv = tl.arange(0, BLOCK_DV)
-    p_out = part_out + row * HEAD_V + (o_r[:, None] * HEAD_V + o_dv[None, :])
-    store_tile(p_out, b_out, m_r, o_dv, HEAD_V, BLOCK_DV)
-    tl.store(part_lse + row + o_r, b_lse, mask=m_r)
+    HEAD_V: tl.constexpr = shape.HEAD_V
+    o_r = tl.arange(0, shape.BLOCK_M)
+    o_dv = tl.arange(0, shape.BLOCK_DV)
+    p_out = buffers.part_out + row * HEAD_V + (o_r[:, None] * HEAD_V + o_dv[None, :])
+    store_tile(p_out, b_out, m_r, o_dv, HEAD_V, shape.BLOCK_DV)
+    tl.store(buffers.part_lse + row + o_r, b_lse, mask=m_r)
 
 
 @triton.jit
 def prefix_phase(
-    i_program, q, pk, pv, order, units, part_out, part_lse,
-    s_qb, s_qh, s_qm, s_pkh, s_pkn, s_pvh, s_pvn,
-    B, Lq, P, n_units, n_splits, split, scale_log2, softcap,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    i_program, q, keys, buffers, s, B, Lq, P, n_units, n_splits, split, scores,
+    shape: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows that use the same prefix, one KV head, one split of the prefix."""
+    BLOCK_M: tl.constexpr = shape.BLOCK_M
+    units = buffers.units
     i_h = (i_program // n_units).to(tl.int64)
     i_u = i_program % n_units
     if units is None:
@@ -138,32 +144,30 @@ def prefix_phase(
         o_b = o_r // (GROUP * Lq)
         o_g = o_r % (GROUP * Lq) // Lq
         o_m = o_r % Lq
-        if order is not None:
-            o_b = tl.load(order + o_b, mask=m_r, other=0)
-        p_q = q + o_b.to(tl.int64) * s_qb + (i_h * GROUP + o_g) * s_qh + o_m.to(tl.int64) * s_qm
-        o_d = tl.arange(0, BLOCK_D)
-        b_q = load_tile(p_q[:, None] + o_d[None, :], m_r, o_d, HEAD, BLOCK_D, True)  # [BM, BD]
-        b_out, b_lse = decode_sweep(
-            b_q, pk + i_h * s_pkh, pv + i_h * s_pvh, None, s_pkn, s_pvn, 0,
-            lo, hi, None, None, scale_log2, softcap,
-            HEAD, HEAD_V, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        if buffers.order is not None:
+            o_b = tl.load(buffers.order + o_b, mask=m_r, other=0)
+        p_q = q + o_b.to(tl.int64) * s.qb + (i_h * GROUP + o_g) * s.qh + o_m.to(tl.int64) * s.qm
+        o_d = tl.arange(0, shape.BLOCK_D)
+        p_tile = p_q[:, None] + o_d[None, :]  # [BM, BD]
+        b_q = load_tile(p_tile, m_r, o_d, shape.HEAD, shape.BLOCK_D, True)
+        source = Source(
+            k=keys.pk + i_h * s.pkh, v=keys.pv + i_h * s.pvh, pad=None, mask=None,
+            kn=s.pkn, vn=s.pvn, pn=None, mn=None, shift=None, length=None, column=None,
         )  # fmt: skip
-        store_partial(
-            part_out, part_lse, b_out, b_lse, (i_h * n_units + i_u) * BLOCK_M, m_r,
-            HEAD_V, BLOCK_M, BLOCK_DV,
-        )  # fmt: skip
+        b_out, b_lse = decode_sweep(b_q, source, lo, hi, None, None, scores, shape)
+        i_row = (i_h * n_units + i_u) * BLOCK_M
+        store_partial(buffers, b_out, b_lse, i_row, m_r, shape)
 
 
 @triton.jit
 def sequence_phase(
-    i_program, q, k, v, pad, part_out, part_lse,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_pb, s_pn,
-    Hkv, Lq, Lk, first_key, n_splits, split, first_row, scale_log2, softcap, window,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
-    CAUSAL: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    i_program, q, keys, masks, buffers, s, s_pb, Hkv, Lq, Lk, first_key, n_splits, split,
+    first_row, scores, window,
+    shape: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one KV head of one sequence, one split of the sequence."""
+    BLOCK_M: tl.constexpr = shape.BLOCK_M
+    BLOCK_N: tl.constexpr = shape.BLOCK_N
     n_tiles = tl.cdiv(GROUP * Lq, BLOCK_M)
     i_split = i_program % n_splits
     i_tile = i_program // n_splits % n_tiles
@@ -174,13 +178,13 @@ def sequence_phase(
 
     # The keys of this split. With FIXED splits start at the row's first real token, wherever the
     # batch's padding has put it, and those below every window are left out whole.
-    p_pad = pad
-    if pad is not None:
-        p_pad = pad + i_b * s_pb
+    p_pad = None
+    if masks.pad is not None:
+        p_pad = masks.pad + i_b * s_pb
     if FIXED:
         lo = 0
-        if pad is not None:
-            lo = first_real(p_pad, s_pn, Lk)
+        if p_pad is not None:
+            lo = first_real(p_pad, s.pn, Lk)
         if window is not None:
             lo += tl.maximum(first_key - lo, 0) // split * split
         lo += i_split * split
@@ -190,10 +194,10 @@ def sequence_phase(
     else:
         lo = first_key + i_split * split
         hi = tl.minimum(lo + split, Lk)
-    if pad is not None:
+    if p_pad is not None:
         # Neither left padding nor the empty slots of a static cache are read. Whole tiles are left
         # out, so the others stay where they are.
-        first, hi = real_span(p_pad, s_pn, lo, hi)
+        first, hi = real_span(p_pad, s.pn, lo, hi)
         lo += tl.maximum(first - lo, 0) // BLOCK_N * BLOCK_N
 
     o_first = None
@@ -206,55 +210,58 @@ def sequence_phase(
         o_end = (o_m + Lk - Lq)[:, None] + window
         o_first = o_end - 2 * window + 1
 
-    o_d = tl.arange(0, BLOCK_D)
-    p_q = q + i_b * s_qb + (i_h * GROUP + o_g) * s_qh + o_m.to(tl.int64) * s_qm
-    b_q = load_tile(p_q[:, None] + o_d[None, :], m_r, o_d, HEAD, BLOCK_D, True)  # [BM, BD]
-    b_out, b_lse = decode_sweep(
-        b_q, k + i_b * s_kb + i_h * s_kh, v + i_b * s_vb + i_h * s_vh, p_pad, s_kn, s_vn, s_pn,
-        lo, hi, o_first, o_end, scale_log2, softcap,
-        HEAD, HEAD_V, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    o_d = tl.arange(0, shape.BLOCK_D)
+    p_q = q + i_b * s.qb + (i_h * GROUP + o_g) * s.qh + o_m.to(tl.int64) * s.qm
+    p_tile = p_q[:, None] + o_d[None, :]  # [BM, BD]
+    b_q = load_tile(p_tile, m_r, o_d, shape.HEAD, shape.BLOCK_D, True)
+    source = Source(
+        k=keys.k + i_b * s.kb + i_h * s.kh, v=keys.v + i_b * s.vb + i_h * s.vh,
+        pad=p_pad, mask=None, kn=s.kn, vn=s.vn, pn=s.pn, mn=None,
+        shift=None, length=None, column=None,
     )  # fmt: skip
+    b_out, b_lse = decode_sweep(b_q, source, lo, hi, o_first, o_end, scores, shape)
     row = first_row + (i_bh.to(tl.int64) * n_splits + i_split) * (GROUP * Lq) + i_tile * BLOCK_M
-    store_partial(part_out, part_lse, b_out, b_lse, row, m_r, HEAD_V, BLOCK_M, BLOCK_DV)
+    store_partial(buffers, b_out, b_lse, row, m_r, shape)
 
 
-# Lengths grow with every token: no specialisation, hence no recompilation, for those that are
-# multiples of 16 or equal to 1.
+# Lengths grow with every token, and so does the padding mask's step from row to row (s_pb): no
+# specialisation, hence no recompilation, for those that are multiples of 16 or equal to 1.
 LENGTHS = [
     "B", "Lk", "P", "n_units", "n_splits", "split",
-    "first_key", "first_row", "n_sequence_splits", "sequence_split", "window",
+    "first_key", "first_row", "n_sequence_splits", "sequence_split", "window", "s_pb",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def prefix_attn_decode_kernel(
-    q, k, v, pk, pv, pad, order, units, part_out, part_lse,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,
-    s_pkh, s_pkn, s_pvh, s_pvn, s_pb, s_pn,
-    B, Hkv, Lq, Lk, P, n_units, n_splits, split,
-    first_key, first_row, n_sequence_splits, sequence_split, scale, softcap, window,
+    q, keys, masks, buffers, s, s_pb, B, sizes, Lk, P, n_units, n_splits, split,
+    first_key, first_row, n_sequence_splits, sequence_split, scores, window,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
     CAUSAL: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """The first Hkv * n_units programs are prefix tiles, the others sequence tiles."""
+    prefix_tile: tl.constexpr = TileShape(
+        HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N, PRECISION=PRECISION,
+    )  # fmt: skip
+    sequence_tile: tl.constexpr = TileShape(
+        HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_R,
+        BLOCK_N=BLOCK_N, PRECISION=PRECISION,
+    )  # fmt: skip
     i_program = tl.program_id(0)
-    n_prefix = Hkv * n_units
+    n_prefix = sizes.Hkv * n_units
     if i_program < n_prefix:
         prefix_phase(
-            i_program, q, pk, pv, order, units, part_out, part_lse,
-            s_qb, s_qh, s_qm, s_pkh, s_pkn, s_pvh, s_pvn,
-            B, Lq, P, n_units, n_splits, split, scale * LOG2E, softcap,
-            GROUP, HEAD, HEAD_V, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            i_program, q, keys, buffers, s, B, sizes.Lq, P, n_units, n_splits, split,
+            scores, prefix_tile, GROUP,
         )  # fmt: skip
     else:
         sequence_phase(
-            i_program - n_prefix, q, k, v, pad, part_out, part_lse,
-            s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_pb, s_pn,
-            Hkv, Lq, Lk, first_key, n_sequence_splits, sequence_split, first_row,
-            scale * LOG2E, softcap, window,
-            GROUP, HEAD, HEAD_V, CAUSAL, FIXED, PRECISION, BLOCK_R, BLOCK_N, BLOCK_D, BLOCK_DV,
+            i_program - n_prefix, q, keys, masks, buffers, s, s_pb, sizes.Hkv, sizes.Lq, Lk,
+            first_key, n_sequence_splits, sequence_split, first_row, scores, window,
+            sequence_tile, GROUP, CAUSAL, FIXED,
         )  # fmt: skip
 
 
@@ -268,7 +275,12 @@ def merge_step(
     if b_bias is not None:
         b_lse += b_bias
     b_out = load_tile(
-        part_out + o_row[:, None] * HEAD_V + o_dv[None, :], m_r, o_dv, HEAD_V, BLOCK_DV, True
+        part_out + o_row[:, None] * HEAD_V + o_dv[None, :],
+        m_r,
+        o_dv,
+        HEAD_V,
+        BLOCK_DV,
+        True,
     )
     b_new = tl.maximum(b_max, b_lse)
     b_alpha = tl.math.exp2(b_max - b_new)

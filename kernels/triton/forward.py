@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import decode, decode_grid, launch, tilings
+from . import decode, decode_grid, launch, plans, tilings
+from .arguments import Dropout, OnePassSizes, Scores, Sizes, Source, TileShape
 from .blocks import (
     LN2,
     LOG2E,
@@ -34,52 +35,51 @@ from .problem import Problem, make_problem
 
 @triton.jit
 def fwd_sweep(
-    b_acc, b_max, b_sum, b_q, b_row,
-    p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-    lo, hi, length, o_low, o_high, m_r, scale, softcap,
-    seed, dropped, column, o_query, o_head, o_d, o_dv,
-    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BOUND: tl.constexpr, PRESCALE: tl.constexpr, PRECISION: tl.constexpr,
+    b_acc, b_max, b_sum, b_q, m_r, source, lo, hi, o_low, o_high, scores, dropout,
+    shape: tl.constexpr, BOUND: tl.constexpr, PRESCALE: tl.constexpr,
 ):  # fmt: skip
     """Attend to the keys lo .. hi of one source; row i sees o_low[i] <= n < o_high[i].
 
-    p_k, p_v, p_pad are scalars, the source's first key; p_mask [BM, 1] its first column. With
-    BOUND False all the keys exist and all the rows see them: nothing is tested. b_row is added to
-    a row's scores; `column` is where the source begins in [prefix ; sequence], for dropout.
+    With BOUND False all the keys exist and all the rows see them: nothing is tested. m_r are the
+    rows that exist.
     """
-    o_n = tl.arange(0, BLOCK_N)
-    o_k = o_n[:, None] * s_kn + o_d[None, :]  # [BN, BD]
-    o_v = o_n[:, None] * s_vn + o_dv[None, :]  # [BN, BDV]
-    scale_log2 = scale * LOG2E
+    o_n = tl.arange(0, shape.BLOCK_N)
+    o_d = tl.arange(0, shape.BLOCK_D)
+    o_dv = tl.arange(0, shape.BLOCK_DV)
+    o_k = o_n[:, None] * source.kn + o_d[None, :]  # [BN, BD]
+    o_v = o_n[:, None] * source.vn + o_dv[None, :]  # [BN, BDV]
+    softcap = scores.softcap
+    scale_log2 = scores.scale * LOG2E
     # Pointers that the loop carries. The 64-bit products of i_n and a stride inside the loop make
     # ptxas serialise the tensor cores of sm_90 (C7515): a wait after every product.
-    p_k += tl.cast(lo, tl.int64) * s_kn
-    p_v += tl.cast(lo, tl.int64) * s_vn
-    step_k = tl.cast(s_kn, tl.int64) * BLOCK_N
-    step_v = tl.cast(s_vn, tl.int64) * BLOCK_N
-    for i_n in tl.range(lo, hi, BLOCK_N):
-        m_n = i_n + o_n < length
+    p_k = source.k + tl.cast(lo, tl.int64) * source.kn
+    p_v = source.v + tl.cast(lo, tl.int64) * source.vn
+    step_k = tl.cast(source.kn, tl.int64) * shape.BLOCK_N
+    step_v = tl.cast(source.vn, tl.int64) * shape.BLOCK_N
+    for i_n in tl.range(lo, hi, shape.BLOCK_N):
+        m_n = i_n + o_n < source.length
         o_start = tl.cast(i_n, tl.int64)
-        b_k = load_tile(p_k + o_k, m_n, o_d, HEAD, BLOCK_D, BOUND)  # [BN, BD]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+        b_k = load_tile(p_k + o_k, m_n, o_d, shape.HEAD, shape.BLOCK_D, BOUND)  # [BN, BD]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=shape.PRECISION)  # [BM, BN]
         if softcap is not None:
             b_s = cap(b_s, scale_log2, softcap) * (softcap * LOG2E)
         elif PRESCALE:
             b_s *= scale_log2
-        if b_row is not None:
-            b_s += b_row[:, None]
-        if p_mask is not None:
+        if source.shift is not None:
+            b_s += source.shift[:, None]
+        if source.mask is not None:
             m_tile = m_r[:, None] & m_n[None, :]
-            b_s = add_mask(b_s, p_mask + (o_start + o_n)[None, :] * s_mn, m_tile)
+            b_s = add_mask(b_s, source.mask + (o_start + o_n)[None, :] * source.mn, m_tile)
         if BOUND:
             b_s = tl.where((i_n + o_n)[None, :] < o_high, b_s, float("-inf"))
             if o_low is not None:
                 b_s = tl.where((i_n + o_n)[None, :] >= o_low, b_s, float("-inf"))
-        if p_pad is not None:
+        if source.pad is not None:
+            p_pad = source.pad + o_start * source.pn + o_n * source.pn
             if BOUND:
-                m_pad = tl.load(p_pad + o_start * s_pn + o_n * s_pn, mask=m_n, other=0) != 0
+                m_pad = tl.load(p_pad, mask=m_n, other=0) != 0
             else:
-                m_pad = tl.load(p_pad + o_start * s_pn + o_n * s_pn) != 0
+                m_pad = tl.load(p_pad) != 0
             b_s = tl.where(m_pad[None, :], b_s, float("-inf"))
         if PRESCALE:
             b_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -90,98 +90,99 @@ def fwd_sweep(
         b_alpha = tl.math.exp2(b_max - b_new)
         b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
         b_acc = b_acc * b_alpha[:, None]
-        if seed is not None:
-            b_p *= kept(seed, dropped, (column + i_n + o_n)[None, :], o_query, o_head)
-        b_v = load_tile(p_v + o_v, m_n, o_dv, HEAD_V, BLOCK_DV, BOUND)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+        if dropout.seed is not None:
+            b_p *= kept(dropout, (source.column + i_n + o_n)[None, :])
+        b_v = load_tile(p_v + o_v, m_n, o_dv, shape.HEAD_V, shape.BLOCK_DV, BOUND)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=shape.PRECISION)
         b_max = b_new
         p_k += step_k
         p_v += step_v
     return b_acc, b_max, b_sum
 
 
-@triton.jit
+# What grows with every token of a text is not specialised, see LENGTHS in decode_kernels. It is in
+# no group, because the fields of groups always are.
+@triton.jit(do_not_specialize=["Lk", "s_pb"])
 def prefix_attn_fwd_kernel(
-    q, k, v, pk, pv, pad, mask, bias, sinks, index, starts, rank, cu, tiles, seed, out, lse,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,
-    s_pkh, s_pkn, s_pvh, s_pvn, s_pb, s_pn, s_mb, s_mh, s_mm, s_mn, s_bh, s_bm, s_bn,
-    Hkv, Lq, Lk, P, scale, window, softcap, dropped, keep,
+    q, keys, masks, sinks, tables, seed, out, lse, s, s_pb,
+    sizes, Lk, scale, window, softcap, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
     PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
     UNMASKED_LOOP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M packed rows of one KV head of one sequence."""
+    shape: tl.constexpr = TileShape(
+        HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N, PRECISION=PRECISION,
+    )  # fmt: skip
+    scores = Scores(scale=scale, softcap=softcap)
+    sizes = Sizes(Hkv=sizes.Hkv, Lq=sizes.Lq, Lk=Lk, P=sizes.P)
     # With a causal mask the last rows see the most keys: start them first.
-    total = Lq
-    i_b, i_seq, i_h, i_tile, i_start, Lq, Lk = locate(
-        cu, tiles, Hkv, Lq, Lk, GROUP, BLOCK_M, CAUSAL
-    )
-    if cu is not None:  # noqa: SIM102 (the inner test is no constant)
+    i_b, i_seq, i_h, i_tile, i_start, Lq, Lk = locate(tables, sizes, GROUP, BLOCK_M, CAUSAL)
+    if tables.cu is not None:  # noqa: SIM102 (the inner test is no constant)
         if i_seq < 0:
             return
-    i_first, P = prefix_of(index, starts, i_seq, P)
+    i_first, P = prefix_of(tables, i_seq, sizes.P)
 
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_g, o_q, m_r = packed_rows(i_tile, Lq, GROUP, BLOCK_M)
     o_head = i_h * GROUP + o_g
     o_token = (i_start + o_q).to(tl.int64)
-    p_q = q + i_b * s_qb + o_head * s_qh + o_token * s_qm
+    p_q = q + i_b * s.qb + o_head * s.qh + o_token * s.qm
     b_q = load_tile(p_q[:, None] + o_d[None, :], m_r, o_d, HEAD, BLOCK_D, True)  # [BM, BD]
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     q_first, q_last = packed_span(i_tile, Lq, GROUP, BLOCK_M)
-    o_c1 = o_q[:, None]
-    o_c2 = (i_seq * Hkv * GROUP + o_head).to(tl.int32)[:, None]
+    dropout = Dropout(
+        seed=seed, dropped=dropped, keep=None, o_query=o_q[:, None],
+        o_head=(i_seq * sizes.Hkv * GROUP + o_head).to(tl.int32)[:, None],
+    )  # fmt: skip
 
     # Prefix: whole tiles, then its tail. Nothing is causal and nothing is padding here.
-    p_k = pk + i_h * s_pkh + tl.cast(i_first, tl.int64) * s_pkn
-    p_v = pv + i_h * s_pvh + tl.cast(i_first, tl.int64) * s_pvn
     n_any, n_low, n_whole = prefix_tiles(
-        rank, i_b, q_first, q_last, Lq, Lk, P, window, IN_WINDOW, UNMASKED_LOOP, BLOCK_N
+        tables.rank, i_b, q_first, q_last, Lq, Lk, P, window, IN_WINDOW, UNMASKED_LOOP, BLOCK_N
     )
     b_row = None
     p_bias = None
     if BIAS_DIM == 1:
-        b_row = additive(tl.load(bias + o_head * s_bh, mask=m_r, other=0.0))
+        b_row = additive(tl.load(masks.bias + o_head * s.bh, mask=m_r, other=0.0))
     if BIAS_DIM == 3:
-        p_bias = bias + (o_head * s_bh + o_token * s_bm)[:, None] + i_first * s_bn
+        p_bias = masks.bias + (o_head * s.bh + o_token * s.bm)[:, None] + i_first * s.bn
     o_low = None
     if IN_WINDOW:
-        o_low = (P - window + 1 + ranks(rank, i_b, o_q, m_r, Lq, Lk))[:, None]
+        o_low = (P - window + 1 + ranks(tables.rank, i_b, o_q, m_r, Lq, Lk))[:, None]
+    source = Source(
+        k=keys.pk + i_h * s.pkh + tl.cast(i_first, tl.int64) * s.pkn,
+        v=keys.pv + i_h * s.pvh + tl.cast(i_first, tl.int64) * s.pvn,
+        pad=None, mask=p_bias, kn=s.pkn, vn=s.pvn, pn=None, mn=s.bn, shift=b_row,
+        length=P, column=0,
+    )  # fmt: skip
     if UNMASKED_LOOP:
         if IN_WINDOW:
             b_acc, b_max, b_sum = fwd_sweep(
-                b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
-                n_any, n_low, P, o_low, P, m_r, scale, softcap,
-                seed, dropped, 0, o_c1, o_c2, o_d, o_dv,
-                HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+                b_acc, b_max, b_sum, b_q, m_r, source, n_any, n_low, o_low, P,
+                scores, dropout, shape, True, PRESCALE,
             )  # fmt: skip
         b_acc, b_max, b_sum = fwd_sweep(
-            b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
-            n_low, n_whole, P, None, P, m_r, scale, softcap,
-            seed, dropped, 0, o_c1, o_c2, o_d, o_dv,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRESCALE, PRECISION,
+            b_acc, b_max, b_sum, b_q, m_r, source, n_low, n_whole, None, P,
+            scores, dropout, shape, False, PRESCALE,
         )  # fmt: skip
     b_acc, b_max, b_sum = fwd_sweep(
-        b_acc, b_max, b_sum, b_q, b_row, p_k, p_v, None, p_bias, s_pkn, s_pvn, 0, s_bn,
-        n_whole, P, P, o_low, P, m_r, scale, softcap,
-        seed, dropped, 0, o_c1, o_c2, o_d, o_dv,
-        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+        b_acc, b_max, b_sum, b_q, m_r, source, n_whole, P, o_low, P,
+        scores, dropout, shape, True, PRESCALE,
     )  # fmt: skip
 
     # Sequence: the window's edge, tiles that all rows see whole, the diagonal and the tail.
-    p_k = k + i_b * s_kb + i_h * s_kh + tl.cast(i_start, tl.int64) * s_kn
-    p_v = v + i_b * s_vb + i_h * s_vh + tl.cast(i_start, tl.int64) * s_vn
-    p_pad = pad
-    if pad is not None:
-        p_pad = pad + i_b * s_pb
+    p_pad = None
+    if masks.pad is not None:
+        p_pad = masks.pad + i_b * s_pb
     p_mask = None
-    if mask is not None:
-        p_mask = mask + (i_b * s_mb + o_head * s_mh + o_token * s_mm)[:, None]
+    if masks.mask is not None:
+        p_mask = masks.mask + (i_b * s.mb + o_head * s.mh + o_token * s.mm)[:, None]
     n_any, n_low, n_whole, n_end = sequence_tiles(
         q_first, q_last, Lq, Lk, window, CAUSAL, UNMASKED_LOOP, BLOCK_N
     )
@@ -189,25 +190,25 @@ def prefix_attn_fwd_kernel(
     o_low = None
     if window is not None:
         o_low = (o_q + Lk - Lq - window + 1)[:, None]
+    source = Source(
+        k=keys.k + i_b * s.kb + i_h * s.kh + tl.cast(i_start, tl.int64) * s.kn,
+        v=keys.v + i_b * s.vb + i_h * s.vh + tl.cast(i_start, tl.int64) * s.vn,
+        pad=p_pad, mask=p_mask, kn=s.kn, vn=s.vn, pn=s.pn, mn=s.mn, shift=None,
+        length=Lk, column=P,
+    )  # fmt: skip
     if UNMASKED_LOOP:
         if window is not None:
             b_acc, b_max, b_sum = fwd_sweep(
-                b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-                n_any, n_low, Lk, o_low, o_high, m_r, scale, softcap,
-                seed, dropped, P, o_c1, o_c2, o_d, o_dv,
-                HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+                b_acc, b_max, b_sum, b_q, m_r, source, n_any, n_low, o_low, o_high,
+                scores, dropout, shape, True, PRESCALE,
             )  # fmt: skip
         b_acc, b_max, b_sum = fwd_sweep(
-            b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-            n_low, n_whole, Lk, None, o_high, m_r, scale, softcap,
-            seed, dropped, P, o_c1, o_c2, o_d, o_dv,
-            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, False, PRESCALE, PRECISION,
+            b_acc, b_max, b_sum, b_q, m_r, source, n_low, n_whole, None, o_high,
+            scores, dropout, shape, False, PRESCALE,
         )  # fmt: skip
     b_acc, b_max, b_sum = fwd_sweep(
-        b_acc, b_max, b_sum, b_q, None, p_k, p_v, p_pad, p_mask, s_kn, s_vn, s_pn, s_mn,
-        n_whole, n_end, Lk, o_low, o_high, m_r, scale, softcap,
-        seed, dropped, P, o_c1, o_c2, o_d, o_dv,
-        HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, PRESCALE, PRECISION,
+        b_acc, b_max, b_sum, b_q, m_r, source, n_whole, n_end, o_low, o_high,
+        scores, dropout, shape, True, PRESCALE,
     )  # fmt: skip
 
     if sinks is not None:
@@ -225,13 +226,13 @@ def prefix_attn_fwd_kernel(
     b_out = b_acc / b_sum[:, None]
     # out and lse are contiguous.
     o_r = tl.arange(0, BLOCK_M)
-    if cu is not None:
-        row = o_head * total + o_token
+    if tables.cu is not None:
+        row = o_head * sizes.Lq + o_token
         p_out = out + (row[:, None] * HEAD_V + o_dv[None, :])
         p_lse = lse + row
     else:
         # Packed rows lie end to end: no division outlives the loops.
-        row = (i_b * Hkv + i_h) * GROUP * Lq + i_tile * BLOCK_M
+        row = (i_b * sizes.Hkv + i_h) * GROUP * Lq + i_tile * BLOCK_M
         p_out = out + row * HEAD_V + (o_r[:, None] * HEAD_V + o_dv[None, :])
         p_lse = lse + row + o_r
     m_r = i_tile * BLOCK_M + o_r < GROUP * Lq
@@ -241,10 +242,15 @@ def prefix_attn_fwd_kernel(
 
 def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
     """The launch that fills the contiguous `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
-    _, _, Hkv, Lq, _, _ = problem.sizes
+    _, _, Hkv, Lq, Lk, P = problem.sizes
     tile = tilings.choose_tile("forward", problem.work, problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
-    own = {"out": out, "lse": lse, "tiles": table, "keep": problem.keep}
+    s = problem.strides()
+    own = {
+        "out": out, "lse": lse, "tables": problem.tables(table),
+        # what grows with a text stands outside of the groups
+        "s": s._replace(pb=None), "s_pb": s.pb, "sizes": OnePassSizes(Hkv, Lq, P), "Lk": Lk,
+    }  # fmt: skip
     constants = {"UNMASKED_LOOP": tilings.unmasked_loop("forward", problem.work)}
     return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own, constants)
 
@@ -296,6 +302,29 @@ def launch_forward(
         ValueError: shapes, dtypes or devices that do not fit together, or batch_invariant for a
             call with padding and a :func:`~fastprefix.kernels.decode.obstacle`.
     """
+    inputs = (query, key, value, prefix_key, prefix_value)
+    return plans.planned(_launch_forward, inputs, options)
+
+
+def known_forward(tensors: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Tensor] | None:
+    """What `launch_forward` returns if the call has a plan, otherwise None. Nothing is checked.
+
+    Args:
+        tensors: query, key, value, prefix_key, prefix_value.
+        options: with no tensor but perhaps a key_padding_mask.
+    """
+    return plans.known(_launch_forward, tensors, options)
+
+
+def _launch_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """`launch_forward` without a plan."""
     problem = make_problem(query, key, value, prefix_key, prefix_value, options)
     if decode_in_two_phases(problem):
         return decode.decode(problem)

@@ -7,11 +7,12 @@ import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .plan_cache import PLANS
 from .target import Target, Tile, family_of_amd, family_of_capability
 from .tuning.store import load
 
@@ -46,23 +47,7 @@ def device_name(device: torch.device) -> str:
 def forget_devices() -> None:
     """Makes the next launch look at the device, and for tiles tuned on it, again."""
     _device_target.cache_clear()
-
-
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """Stride arguments: s_qb, s_qh, s_qm for q, ..n for keys; the head dimension's is 1."""
-    found = {}
-    for name, tensor in tensors.items():
-        sequence = "m" if name in ("q", "o", "do") else "n"
-        letters = ("h", sequence) if name in ("pk", "pv") else ("b", "h", sequence)
-        for letter, step in zip(letters, tensor.stride(), strict=False):
-            found[f"s_{name}{letter}"] = step
-    return found
-
-
-def mask_strides(mask: Tensor | None) -> dict[str, int]:
-    """Strides of a key padding mask [B, Lk]; zeros if there is none."""
-    s_pb, s_pn = (0, 0) if mask is None else mask.stride()
-    return {"s_pb": s_pb, "s_pn": s_pn}
+    PLANS.clear()
 
 
 def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -79,7 +64,10 @@ def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid, its run-time and its compile-time arguments: all that a launch is."""
+    """A kernel, its grid, its run-time and its compile-time arguments: all that a launch is.
+
+    Arguments are values, or groups of them (see :mod:`~fastprefix.kernels.arguments`).
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -87,22 +75,75 @@ class Launch:
     constants: dict[str, Any]
     tile: Tile
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """The run-time arguments by name, the fields of groups instead of groups."""
+        found: dict[str, Any] = {}
+        for name, value in self.arguments.items():
+            fields = getattr(value, "_asdict", None)
+            found |= {name: value} if fields is None else fields()
+        return found
+
     def run(self) -> None:
         """Enqueue the kernel; inside :func:`collected` list it instead."""
         collecting = _COLLECTING.get()
         if collecting is not None:
             collecting[1].append(self)
             return
-        self.kernel[self.grid](
+        compiled = self.kernel[self.grid](
             **self.arguments,
             **self.constants,
             num_warps=self.tile.warps,
             num_stages=self.tile.stages,
         )
+        record = _RECORD.get()
+        if record is not None:
+            record.launches.append((self, compiled))
+
+
+class Record(NamedTuple):
+    """What happened inside :func:`recorded`.
+
+    Attributes:
+        launches: each with the compiled kernel, None in the interpreter.
+        scratch: what :func:`scratch` handed out.
+    """
+
+    launches: list[tuple[Launch, Any]]
+    scratch: list[Tensor]
+
+
+# Of the thread or task that is inside of `recorded`.
+_RECORD: ContextVar[Record | None] = ContextVar("record", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Record]:
+    """Lists what is launched inside, and the scratch memory it gets."""
+    record = Record([], [])
+    token = _RECORD.set(record)
+    try:
+        yield record
+    finally:
+        _RECORD.reset(token)
+
+
+def scratch(shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
+    """Memory in float32 that no value outlives the call in."""
+    memory = torch.empty(shape, dtype=torch.float32, device=device)
+    record = _RECORD.get()
+    if record is not None:
+        record.scratch.append(memory)
+    return memory
 
 
 # The target and the list of `collected`, in the thread or task that is inside.
 _COLLECTING: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("collecting", default=None)
+
+
+def collecting() -> bool:
+    """Whether launches are listed instead of enqueued."""
+    return _COLLECTING.get() is not None
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastprefix.options import Options
 
 from . import launch, ragged, tilings
+from .arguments import Keys, Masks, Sizes, Strides, Tables, strides
 from .target import Target, Tile
 
 
@@ -108,32 +109,48 @@ class Problem:
         table = ragged.tiles(self.options.cu_seqlens, length, rows, group)
         return table, table.shape[0]
 
+    @functools.cached_property
     def arguments(self) -> dict[str, Any]:
-        """Run-time arguments by the names that all kernels share.
-
-        Without `starts` and `rank`: those run on the device, for the kernels that name them.
-        """
+        """Run-time arguments by the names that all kernels share."""
         _, _, Hkv, Lq, Lk, P = self.sizes
         options = self.options
-        mask, bias = options.attn_mask, options.prefix_bias
-        s_mb, s_mh, s_mm, s_mn = (0, 0, 0, 0) if mask is None else mask.stride()
-        s_bm, s_bn = (0, 0) if bias is None or bias.dim() == 1 else bias.stride()[1:]
         dropped = math.floor(options.dropout_p * 2**32) if options.dropout_p else None
         return {
-            "q": self.query, "k": self.key, "v": self.value,
-            "pk": self.prefix_key, "pv": self.prefix_value,
-            "pad": options.key_padding_mask, "mask": mask, "bias": bias, "sinks": options.sinks,
-            "index": options.prefix_index, "cu": options.cu_seqlens,
+            "q": self.query,
+            "keys": Keys(self.key, self.value, self.prefix_key, self.prefix_value),
+            "masks": Masks(options.key_padding_mask, options.attn_mask, options.prefix_bias),
+            "sinks": options.sinks,
             "seed": options.dropout_seed if dropped is not None else None,
-            **launch.strides(
-                q=self.query, k=self.key, v=self.value, pk=self.prefix_key, pv=self.prefix_value
-            ),
-            **launch.mask_strides(options.key_padding_mask),
-            "s_mb": s_mb, "s_mh": s_mh, "s_mm": s_mm, "s_mn": s_mn,
-            "s_bh": 0 if bias is None else bias.stride(0), "s_bm": s_bm, "s_bn": s_bn,
-            "Hkv": Hkv, "Lq": Lq, "Lk": Lk, "P": P, "scale": options.scale,
-            "window": options.sliding_window, "softcap": options.softcap, "dropped": dropped,
-        }  # fmt: skip
+            "sizes": Sizes(Hkv, Lq, Lk, P),
+            "scale": options.scale,
+            "window": options.sliding_window,
+            "softcap": options.softcap,
+            "dropped": dropped,
+            "keep": self.keep,
+        }
+
+    def tables(self, tiles: Tensor | None, rank: bool = True) -> Tables:
+        """The tables of a launch; `rank` says whether its kernel reads the ranks of queries."""
+        options = self.options
+        return Tables(
+            options.prefix_index, self.starts, self.rank if rank else None,
+            options.cu_seqlens, tiles,
+        )  # fmt: skip
+
+    def strides(
+        self, grad_out: Tensor | None = None, sequence: bool = True, prefix: bool = True
+    ) -> Strides:
+        """The strides of the operands that a kernel reads."""
+        options = self.options
+        found: dict[str, Tensor | None] = {"q": self.query}
+        if sequence:
+            found |= {"k": self.key, "v": self.value}
+            found |= {"pad": options.key_padding_mask, "mask": options.attn_mask}
+        if prefix:
+            found |= {"pk": self.prefix_key, "pv": self.prefix_value, "bias": options.prefix_bias}
+        if grad_out is not None:
+            found["do"] = grad_out
+        return strides(**found)
 
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments by the names that all kernels share."""
@@ -161,13 +178,10 @@ class Problem:
         constants: dict[str, Any] | None = None,
     ) -> launch.Launch:
         """A launch with the shared arguments that the kernel names, and its own."""
-        run_time = self.arguments() | arguments
+        run_time = self.arguments | arguments
         compile_time = self.constants() | {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
         compile_time |= constants or {}
         names = kernel.arg_names
-        for name in ("starts", "rank"):
-            if name in names and name not in run_time:
-                run_time[name] = getattr(self, name)
         return launch.Launch(
             kernel,
             (programs,),
@@ -291,6 +305,8 @@ def _check_options(problem: Problem) -> None:
             raise ValueError(f"cu_seqlens needs B = 1 and Lq = Lk, got {B}, {Lq} and {Lk}")
         if options.key_padding_mask is not None or options.attn_mask is not None:
             raise ValueError("cu_seqlens does not go with key_padding_mask or attn_mask")
+    if options.key_lengths is not None:
+        raise ValueError("key_lengths: the kernels cannot do it")
     if options.prefix_in_window and options.sliding_window is None:
         raise ValueError("prefix_in_window needs a sliding_window")
     window, softcap = options.sliding_window, options.softcap

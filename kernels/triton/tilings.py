@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .integers import cdiv, next_power_of_2
 from .target import Target, Tile
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -253,7 +254,7 @@ TILES: dict[str, Passes] = {
 
 def block_size(head_size: int) -> int:
     """The power of two, 16 at least, that holds a head: the shape of a tensor-core operand."""
-    return max(16, triton.next_power_of_2(head_size))
+    return max(16, next_power_of_2(head_size))
 
 
 def row_name(pass_name: str, largest: int, dtype: torch.dtype) -> str:
@@ -290,7 +291,7 @@ def choose_tile(pass_name: str, work: Work, query_rows: int) -> Tile:
         tile = tile._replace(rows=max(16, tile.rows // 2))
     if work.full_tile:
         return tile
-    return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(query_rows))))
+    return tile._replace(rows=min(tile.rows, max(16, next_power_of_2(query_rows))))
 
 
 def gradients_in_one_pass(
@@ -335,7 +336,7 @@ def splits(programs: int, row_tiles: int, target: Target) -> int:
     Two programs per multiprocessor are enough to fill a device. So there are never more parts than
     ceil(2 * multiprocessors / programs). This bound depends on neither the batch nor the lengths.
     """
-    return max(1, min(row_tiles, triton.cdiv(2 * target.multiprocessors, programs)))
+    return max(1, min(row_tiles, cdiv(2 * target.multiprocessors, programs)))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -83,7 +83,8 @@ def test_masks_and_value_head_sizes(masking_backend):
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_feature_in_one_graph(backend, packed):
     features = set(BACKENDS[backend].features) - {"prefix_bias [Hq, Lq, P]", "dropout_p"}
-    features -= {"attn_mask", "attn_mask gradient"} if packed else {"cu_seqlens"}
+    alone = {"attn_mask", "attn_mask gradient", "key_lengths"}  # not with packed sequences
+    features -= alone if packed else {"cu_seqlens"}
     call = feature_calls.build(
         features=features, dtype=torch.float32, pad="left", past=2, lengths=(3, 0, 5)
     )

@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastprefix import prefix_attention
 from fastprefix.options import OPTIONS, SCHEMA, Options
@@ -125,22 +126,68 @@ def test_the_op_is_left_out_where_nobody_looks_on(monkeypatch):
     """Its dispatch costs more than a small call; what it returns is the same."""
     from fastprefix.attention import op
 
-    calls, real = [], op.prefix_attention_op
-    monkeypatch.setattr(op, "prefix_attention_op", lambda *a: calls.append(1) or real(*a))
+    calls = []
+    for name in ("prefix_attention_op", "prefix_attention_backward_op"):
+        real = getattr(op, name)
+        monkeypatch.setattr(op, name, lambda *a, real=real: calls.append(1) or real(*a))
     problem = Problem(**SMALL, is_causal=True).draw()
     tensors = list(problem.tensors.values())
     plain = prefix_attention(*tensors)
-    assert not calls
     tensors[3].requires_grad_()
     with torch.no_grad():
         assert torch.equal(prefix_attention(*tensors), plain)
-    assert not calls
-    assert torch.equal(prefix_attention(*tensors), plain)
-    assert len(calls) == 1
+    out = prefix_attention(*tensors)
+    assert torch.equal(out, plain)
+    (left_out,) = torch.autograd.grad(out, tensors[3], problem.grad_out)
     sinks = torch.full((2,), -float("inf"), requires_grad=True)
-    tensors[3] = tensors[3].detach()
     torch.testing.assert_close(prefix_attention(*tensors, sinks=sinks), plain)
+    assert not calls
+    with FlopCounterMode(display=False):  # a mode sees one op forward and one backward
+        (watched,) = torch.autograd.grad(prefix_attention(*tensors), tensors[3], problem.grad_out)
     assert len(calls) == 2
+    assert torch.equal(watched, left_out)
+
+
+def test_the_output_may_be_changed_in_place_where_no_backward_follows(fused_backend):
+    """Autograd refuses that at once for a view that a function returns; this is none."""
+    problem = Problem(**SMALL).draw()
+    leaves = [x.requires_grad_() for x in problem.tensors.values()]
+    out = prefix_attention(*leaves, backend=fused_backend)
+    out.mul_(2)
+    torch.testing.assert_close(out, 2 * problem.by(fused_backend)["out"])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, leaves, problem.grad_out)
+
+
+def test_saved_tensors_go_through_hooks(fused_backend):
+    """As offloading does: what the backward reads is what the hook hands back."""
+    problem = Problem(**SMALL, padding="left").draw()
+    leaves = [x.requires_grad_() for x in problem.tensors.values()]
+    packed = []
+
+    def pack(x):
+        packed.append(x)
+        return x.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = prefix_attention(*leaves, **problem.options, backend=fused_backend)
+    grads = torch.autograd.grad(out, leaves, problem.grad_out)
+    assert any(x is problem.options["key_padding_mask"] for x in packed)
+    expected = problem.by(fused_backend)
+    for name, got in zip(problem.tensors, grads, strict=True):
+        torch.testing.assert_close(got, expected[name])
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_a_batch_of_gradients(name, fused_backend):
+    """A vmap over the backward, as torch.autograd.functional.jacobian runs it."""
+    problem = Problem(**SMALL).draw()
+    x = problem.tensors[name].requires_grad_()
+    out = prefix_attention(*problem.tensors.values(), backend=fused_backend)
+    several = torch.stack([problem.grad_out, 2 * problem.grad_out])
+    (got,) = torch.autograd.grad(out, x, several, is_grads_batched=True, retain_graph=True)
+    (once,) = torch.autograd.grad(out, x, problem.grad_out)
+    torch.testing.assert_close(got, torch.stack([once, 2 * once]))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

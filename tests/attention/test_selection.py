@@ -130,16 +130,49 @@ def test_the_documented_table_is_the_table():
     lines = [line for line in selection.__doc__.splitlines() if line.startswith("|")]
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     documented = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
-    assert set(head[1:]) == set(selection.BACKENDS)
+    assert set(head[1:]) == set(selection.columns())
     assert list(documented) == ["devices", "dtypes", "largest head size", *selection.FEATURES]
-    short = {"fp64": torch.float64, "fp32": torch.float32}
-    short |= {"bf16": torch.bfloat16, "fp16": torch.float16}
-    for name, backend in selection.BACKENDS.items():
+    short = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    all_four = {*short.values(), torch.float64}
+    for name, backend in selection.columns().items():
         devices = documented["devices"][name]
         assert (devices == "any") == (backend.devices is None)
         assert all(device in devices.lower() for device in backend.devices or ())
-        assert {short[word] for word in documented["dtypes"][name].split()} == backend.dtypes
+        dtypes = documented["dtypes"][name]
+        named = all_four if dtypes == "all four" else {short[word] for word in dtypes.split()}
+        assert named == backend.dtypes
         limit = documented["largest head size"][name]
         assert limit == ("any" if backend.max_head_size is None else str(backend.max_head_size))
         for feature in selection.FEATURES:
             assert documented[feature][name] == ("yes" if feature in backend.features else "no")
+
+
+def test_auto_on_cuda_is_triton_and_then_composed(monkeypatch):
+    def chosen(head_size=64, features=frozenset(), dtype=torch.bfloat16):
+        return selection.choose_backend("auto", "cuda", dtype, features, head_size)
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert chosen() == ("triton", "the default on cuda")
+    name, reason = chosen(head_size=300)
+    assert name == "composed"
+    assert "256" in reason
+    monkeypatch.setattr(selection, "_TRITON_INSTALLED", False)
+    name, reason = chosen()
+    assert name == "composed"
+    assert "Triton is not installed" in reason
+    for cannot in ({"features": frozenset({"softcap"})}, {"dtype": torch.float64}):
+        with pytest.raises(RuntimeError, match=r"composed cannot.*Backends that can: 'reference'"):
+            chosen(**cannot)
+
+
+def test_composed_takes_float64_on_the_cpu_alone():
+    arguments = (torch.float64, frozenset(), 8)
+    assert selection.refusal("composed", "cpu", *arguments) is None
+    assert "not float64" in selection.refusal("composed", "cuda", *arguments)
+
+
+def test_composed_is_not_for_rocm(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    why_not = selection.refusal("composed", "cuda", torch.bfloat16, frozenset(), 64)
+    assert "ROCm" in why_not
+    assert selection.refusal("triton", "cuda", torch.bfloat16, frozenset(), 64) is None

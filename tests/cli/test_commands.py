@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
-from fastprefix.attention.selection import BACKENDS, FEATURES
+from fastprefix.attention.selection import FEATURES, columns
 from fastprefix.cli.app import app
 from fastprefix.tasks import Record, encode_prompt
 
@@ -32,7 +32,7 @@ def test_info_prints_the_table_of_backends() -> None:
     assert result.exit_code == 0
     rows = [line.split("│")[1:-1] for line in result.output.splitlines() if "│" in line]
     cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
-    for place, backend in enumerate(BACKENDS.values()):
+    for place, backend in enumerate(columns().values()):
         for feature in FEATURES:
             assert cells[feature][place] == ("yes" if feature in backend.features else "-"), feature
     assert "composed, then reference" in " ".join(result.output.split())

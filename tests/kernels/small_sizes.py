@@ -133,10 +133,21 @@ def specialised_otherwise(step: launch.Launch, made: Any) -> list[str]:
             not parameter.do_not_specialize,
             not parameter.do_not_specialize_on_alignment,
         )
-        attributes = BACKEND.parse_attr(key) if isinstance(key, str) and kind != "constexpr" else []
-        if kind != made.signature[name] or attributes != made.attrs.get((position,), []):
+        attributes = {path: a for path, a in made.attrs.items() if path[0] == position and a}
+        if kind != made.signature[name] or attributes_of((position,), kind, key) != attributes:
             found.append(name)
     return found
+
+
+def attributes_of(path: tuple[int, ...], kind: Any, key: Any) -> dict[tuple[int, ...], Any]:
+    """What Triton's launcher tells the compiler of an argument, or of the fields of a group."""
+    if isinstance(kind, tuple):
+        fields = (
+            attributes_of((*path, i), *pair) for i, pair in enumerate(zip(kind, key, strict=True))
+        )
+        return {place: attribute for field in fields for place, attribute in field.items()}
+    attribute = BACKEND.parse_attr(key) if isinstance(key, str) and kind != "constexpr" else []
+    return {path: attribute} if attribute else {}
 
 
 def to_ir(made: Any) -> None:

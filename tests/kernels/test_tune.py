@@ -93,7 +93,7 @@ def test_a_tile_that_some_calls_could_not_run_is_passed_over(monkeypatch):
     run = launch.Launch.run
 
     def full(self):
-        if self.arguments.get("softcap") is not None and self.tile.stages > 2:
+        if self.values.get("softcap") is not None and self.tile.stages > 2:
             raise OutOfResources(300_000, 232_448, "shared memory")
         run(self)
 

@@ -46,6 +46,10 @@ def forward(
     wide = torch.promote_types(dtype, torch.float32)
     query, key, value = query.to(wide), key.to(wide), value.to(wide)
     prefix_key, prefix_value = prefix_key.to(wide), prefix_value.to(wide)
+    if options.key_lengths is not None:
+        # zeros: a weight of 0 does not hide NaN, nor does the gradient of a score that is hidden
+        unused = ~_in_use(options.key_lengths, key.shape[2])[:, None, :, None]
+        key, value = key.masked_fill(unused, 0.0), value.masked_fill(unused, 0.0)
     with torch.autocast(query.device.type, enabled=False):  # which would round the products
         out, lse = _attend(query, key, value, prefix_key, prefix_value, options)
     return out.to(dtype), lse
@@ -92,10 +96,13 @@ def _seen_and_added(
     B, Hq, Lq, _ = query.shape
     prefix_seen = places.own[:, None]  # [B, 1, Lq, P]
     sequence_seen = places.together[:, None]  # [B, 1, Lq, Lk]
+    position = places.position[:, None, :, None]
+    if options.key_lengths is not None:
+        sequence_seen = sequence_seen & _in_use(options.key_lengths, Lk)[:, None, None]
     if options.is_causal:
-        sequence_seen = sequence_seen & (places.key <= places.position[..., None])
+        sequence_seen = sequence_seen & (places.key <= position)
     if options.sliding_window is not None:
-        distance = (places.position[..., None] - places.key).abs()
+        distance = (position - places.key).abs()
         sequence_seen = sequence_seen & (distance < options.sliding_window)
         if options.prefix_in_window:
             before = _real_before(places.position, options.key_padding_mask)  # [B, Lq]
@@ -150,7 +157,7 @@ class _Places(NamedTuple):
     Attributes:
         sequence: [B, Lq], the query's sequence: its batch row, or m with cu_seqlens.
         query: [Lq], i.
-        position: [1, Lq], p_i.
+        position: [1, Lq], or [B, Lq] with key_lengths: p_i.
         key: [Lk], j.
         together: [1, Lq, Lk] bool, query and key belong to one sequence.
         column: [P], the token's index in its own prefix.
@@ -174,13 +181,16 @@ def _places(query: Tensor, Lk: int, P: int, options: Options) -> _Places:
     index, key = torch.arange(Lq, device=device), torch.arange(Lk, device=device)
     if options.cu_seqlens is None:
         sequence = torch.arange(B, device=device)[:, None].expand(B, Lq)
-        position = index + (Lk - Lq)
+        position = (index + (Lk - Lq))[None]
+        if options.key_lengths is not None:
+            position = index + (options.key_lengths.long() - Lq)[:, None]
         together = torch.ones(1, Lq, Lk, dtype=torch.bool, device=device)
     else:
         cu_seqlens = options.cu_seqlens.long()
         of_token = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
         sequence = of_token[None]
-        index = position = key = index - cu_seqlens[of_token]
+        index = key = index - cu_seqlens[of_token]
+        position = index[None]
         together = (of_token[:, None] == of_token[None, :])[None]
     column = torch.arange(P, device=device)
     if options.prefix_lengths is None or options.prefix_index is None:
@@ -194,15 +204,21 @@ def _places(query: Tensor, Lk: int, P: int, options: Options) -> _Places:
         mine = options.prefix_index.long()[sequence]  # [B, Lq]
         own = number == mine[..., None]
         prefix_length = torch.cat([lengths, lengths.new_zeros(1)])[mine]  # -1 takes the zero
-    return _Places(sequence, index, position[None], key, together, column, own, prefix_length)
+    return _Places(sequence, index, position, key, together, column, own, prefix_length)
+
+
+def _in_use(key_lengths: Tensor, Lk: int) -> Tensor:
+    """Which keys of a buffer are in use, [B, Lk] bool."""
+    return torch.arange(Lk, device=key_lengths.device) < key_lengths[:, None]
 
 
 def _real_before(position: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     """How many real tokens of its row stand before each query, [B or 1, Lq]."""
+    position = position.clamp(min=0)  # below 0 only with key_lengths that were not checked
     if key_padding_mask is None:
         return position
     real = key_padding_mask.long()
-    return (real.cumsum(1) - real)[:, position[0]]
+    return (real.cumsum(1) - real).gather(1, position.expand(real.shape[0], -1))
 
 
 def _kept(places: _Places, Hq: int, dropout_p: float, seed: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from fastprefix.attention.api import default_scale
 from fastprefix.hf.layer.active import ActivePrefix, Recorder
+from fastprefix.hf.layer.buffered import is_packed
 from fastprefix.hf.layer.call import Call
 from fastprefix.hf.layer.masks import made_causal, prefix_attention_mask
 from fastprefix.hf.layer.reweighted import attend
@@ -201,7 +202,7 @@ def _is_causal(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if mask is None:
         causal = getattr(module, CAUSAL, {}).get(is_causal, causal)
-    elif mask.dim() == 2:
+    elif mask.dim() == 2 or is_packed(mask):
         causal = True
     made = made_causal(mask) if recorded else None
     return causal if made is None else made

@@ -8,6 +8,8 @@ What a model's layers receive as ``attention_mask``, and what
 - [B, Lk] bool, True = real token: causal, aligned to the end, with padding. ``module.is_causal`` is
   ignored.
 - [B, 1, 1, Lk] bool: not causal, with padding.
+- [B, 1, 1, n] int32 or int64: causal over the keys in use of a buffer, or in a sliding window; see
+  :mod:`fastprefix.hf.layer.buffered`.
 - anything else of four dimensions: an explicit mask [B, 1 or Hq, Lq, Lk]. Models that cut their
   masks to the last queries get their standard masks in this form too.
 
@@ -20,6 +22,7 @@ which of them use this attention, so it gets the masks that "eager" gets. Every 
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -30,8 +33,14 @@ from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     eager_mask,
+    prepare_padding_mask,
     sdpa_mask,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
 )
+
+from fastprefix.attention.selection import has_feature
+from fastprefix.hf.layer.buffered import pack
 
 # For each probe that runs: every mask that was made, and whether it is causal. Meanwhile no mask is
 # left out, so that we see which kind each layer receives. ``module.is_causal`` cannot be trusted if
@@ -39,20 +48,32 @@ from transformers.masking_utils import (
 MADE: list[list[tuple[Tensor, bool]]] = []
 # Masks of these kinds are noted, and whether they are causal.
 _KINDS = {causal_mask_function: True, bidirectional_mask_function: False}
-# Ids of the configs of patched models. Ids, since configs with the same contents are equal.
-_PATCHED: set[int] = set()
+# For each probe that runs: True for each causal mask that the model asked for in full, for a use of
+# its own. In other calls a static cache may be the reason for such a request.
+OWN_USE: list[list[bool]] = []
+# The configs of patched models, by id since configs with the same contents are equal, and whether
+# their models use causal masks themselves.
+_PATCHED: dict[int, bool] = {}
+# What sliding_window_causal_mask_function makes, to be recognised by its code.
+_SLIDING = sliding_window_causal_mask_function(1)
+_OVERLAY = sliding_window_overlay(1)
 
 
-def add_patched(config: Any) -> None:
-    """Has the models of a config get compact masks from now on."""
+def add_patched(config: Any, own_use: bool = True) -> None:
+    """Has the models of a config get compact masks from now on.
+
+    Args:
+        config: of a patched model.
+        own_use: whether the model uses causal masks itself, or may do so.
+    """
     if id(config) not in _PATCHED:
-        _PATCHED.add(id(config))
-        weakref.finalize(config, _PATCHED.discard, id(config)).atexit = False
+        weakref.finalize(config, _PATCHED.pop, id(config), None).atexit = False
+    _PATCHED[id(config)] = own_use
 
 
 def remove_patched(config: Any) -> None:
     """Has the models of a config get explicit masks from now on."""
-    _PATCHED.discard(id(config))
+    _PATCHED.pop(id(config), None)
 
 
 def _is_patched(config_id: int) -> bool:
@@ -60,11 +81,17 @@ def _is_patched(config_id: int) -> bool:
     return config_id in _PATCHED
 
 
+def _has_own_use(config_id: int) -> bool:
+    """Whether the models of a config use causal masks themselves, or may do so."""
+    return _PATCHED.get(config_id, True)
+
+
 # This is what torch.compiler.assume_constant_result sets; done by hand to avoid an import of the
 # compiler. Dynamo calls the function while it traces and keeps the result. Otherwise every graph
 # would depend on the set of all patched models, and patching any model would recompile it. The
 # result stays right because patching also changes the model's modules, which the graph guards.
-vars(_is_patched)["_dynamo_marked_constant"] = True
+for _function in (_is_patched, _has_own_use):
+    vars(_function)["_dynamo_marked_constant"] = True
 
 
 def made_causal(mask: Tensor | None) -> bool | None:
@@ -105,6 +132,9 @@ def prefix_attention_mask(
         "attention_mask": attention_mask,
         **kwargs,
     }
+    if OWN_USE and not allow_is_causal_skip and _is_standard(mask_function):
+        for asked in OWN_USE:
+            asked.append(True)
     if MADE and mask_function in _KINDS:
         return _noted(request)
     config = kwargs.get("config")
@@ -121,6 +151,8 @@ def prefix_attention_mask(
         if _all_real(attention_mask) or attention_mask is None:
             return None
         return attention_mask[:, None, None, :]
+    if _may_be_packed(request, allow_is_causal_skip):
+        return _packed(request)
     return sdpa_mask(
         **request,
         local_size=local_size,
@@ -137,6 +169,84 @@ def _noted(request: dict[str, Any]) -> Tensor:
     for masks in MADE:
         masks.append((made, _KINDS[request["mask_function"]]))
     return made
+
+
+def _may_be_packed(request: dict[str, Any], allow_is_causal_skip: bool) -> bool:
+    """Whether a mask is causal, with or without a window, and only the layers will read it.
+
+    For a single query and a static cache transformers never allows that a mask is left out. In that
+    case the probe has seen whether the model uses its masks itself.
+    """
+    config, device = request.get("config"), torch.device(request.get("device", "cpu"))
+    if not has_feature("auto", device.type, "key_lengths"):
+        return False
+    if config is None or _cut_by_query(config) or _has_own_use(id(config)):
+        return False
+    if not (allow_is_causal_skip or request["q_length"] == 1):
+        return False
+    first_query = request["q_offset"] - request["kv_offset"]
+    if not isinstance(first_query, Tensor):
+        in_use = first_query + request["q_length"]
+        if not request["q_length"] <= in_use <= request["kv_length"]:
+            return False
+    window = _window(request["mask_function"])
+    if window is None:
+        return request["mask_function"] is causal_mask_function
+    return window == getattr(config, "sliding_window", None)
+
+
+def _is_standard(mask_function: Callable) -> bool:
+    """Whether a mask function of transformers is causal and hides nothing else but by a window."""
+    return mask_function is causal_mask_function or _window(mask_function) is not None
+
+
+def _window(mask_function: Callable) -> int | None:
+    """The window of a mask function of transformers that is causal and has one; None for others."""
+    if torch.compiler.is_compiling():  # which cannot trace the question
+        return None
+    if not _same_code(mask_function, _SLIDING):
+        return None
+    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    if len(parts) != 2 or not _same_code(parts[0], _OVERLAY):
+        return None
+    window = inspect.getclosurevars(parts[0]).nonlocals.get("sliding_window")
+    return window if parts[1] is causal_mask_function else None
+
+
+def _same_code(function: Callable, other: Callable) -> bool:
+    """Whether two functions were made by the same lines, apart from what they close over."""
+    return getattr(function, "__code__", None) is getattr(other, "__code__", function)
+
+
+def _packed(request: dict[str, Any]) -> Tensor:
+    """The mask of a request in the form of :mod:`fastprefix.hf.layer.buffered`."""
+    B, Lq, Lk = (request[name] for name in ("batch_size", "q_length", "kv_length"))
+    start, device = request["kv_offset"], request.get("device", "cpu")
+    in_use = request["q_offset"] + Lq - start
+    windowed = request["mask_function"] is not causal_mask_function
+    padding: Tensor | None = request["attention_mask"]
+    ends_known = isinstance(in_use, int) and in_use == Lk
+    if padding is not None and _all_real_so_far(padding, start, in_use):
+        padding = None
+    padding = prepare_padding_mask(padding, Lk, start)
+    if padding is not None:
+        padding = padding[:, start : start + Lk].bool()
+    if padding is None and ends_known:
+        # the columns show a layer that its keys are those of the mask
+        padding = torch.ones(B, Lk, dtype=torch.bool, device=device)
+    if isinstance(in_use, Tensor):
+        lengths = in_use.to(device).expand(B)
+    else:
+        lengths = torch.full((B,), in_use, dtype=torch.int32, device=device)
+    return pack(lengths, padding, windowed)
+
+
+def _all_real_so_far(attention_mask: Tensor, start: int, in_use: int | Tensor) -> bool:
+    """Whether no key in use is padding; False where the answer would cost a synchronisation."""
+    if torch.compiler.is_compiling() or attention_mask.device.type != "cpu":
+        return False
+    end = start + int(in_use)
+    return attention_mask.shape[1] >= end and bool(attention_mask[:, start:end].all())
 
 
 def _cut_by_query(config: Any) -> bool:

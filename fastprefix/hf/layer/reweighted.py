@@ -89,6 +89,7 @@ def _rows(call: Call, rows: list[int]) -> Call:
     place = torch.tensor(rows, device=call.query.device)
     options = call.options
     mask, index, padding = options.attn_mask, options.prefix_index, options.key_padding_mask
+    lengths = options.key_lengths
     if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
         mask = mask[place]
     call = call._replace(query=call.query[place], key=call.key[place], value=call.value[place])
@@ -96,6 +97,7 @@ def _rows(call: Call, rows: list[int]) -> Call:
         prefix_index=None if index is None else index[place],
         attn_mask=mask,
         key_padding_mask=None if padding is None else padding[place],
+        key_lengths=None if lengths is None else lengths[place],
     )
 
 
@@ -135,6 +137,7 @@ def _apart(call: Call, gate: Tensor) -> tuple[Tensor, Tensor]:
     call = call.with_options(
         is_causal=False,
         key_padding_mask=None,
+        key_lengths=None,
         attn_mask=None,
         cu_seqlens=None,
         sliding_window=None,

@@ -1,8 +1,9 @@
 """Layers with sliding windows: prompts slide out of them as the text grows, learned prefixes stay.
 
-The operator does both if a row's keys end at its newest token. This module finds out whether they
-do, and which keys are real. If neither the operator nor the mask can tell where a prompt stands, it
-copies the end of the prompt in front of the keys.
+The operator does both if it knows where a row's newest token stands: behind the last key, or where
+key_lengths says. This module finds out which of the two holds, and which keys are real. If neither
+holds, but the mask tells where a prompt stands, it copies the end of the prompt in front of the
+keys.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastprefix.attention.selection import has_feature
 from fastprefix.hf.layer.active import ActivePrefix
+from fastprefix.hf.layer.buffered import is_packed, unpack
 from fastprefix.hf.layer.call import Call
 from fastprefix.hf.layer.reweighted import added_to_mask
 from fastprefix.kv import PackedPrefixKV
@@ -51,19 +54,59 @@ def in_window(module: nn.Module, call: Call, active: ActivePrefix | None, longes
 def with_mask(
     module: nn.Module, call: Call, active: ActivePrefix | None, mask: Tensor, longest: int
 ) -> Call:
-    """The call with an explicit mask, or with padding that has the form of one.
-
-    The mask contains the window and causality already, so the text is not cut a second time.
+    """The call with a mask of four dimensions, in whatever form :mod:`.masks` made it.
 
     Args:
         module: for messages.
         call: as :func:`in_window` left it.
         active: the call's prefixes.
-        mask: [B, 1 or Hq, Lq, Lk].
+        mask: see :mod:`fastprefix.hf.layer.masks`.
         longest: see :func:`in_window`.
 
     Raises:
         NotImplementedError: a prompt slides, and the mask does not say where it stands.
+    """
+    if is_packed(mask):
+        return _with_buffered(module, call, active, mask, longest)
+    return _with_explicit(module, call, active, mask, longest)
+
+
+def _with_buffered(
+    module: nn.Module, call: Call, active: ActivePrefix | None, mask: Tensor, longest: int
+) -> Call:
+    """:func:`with_mask` for a mask that says which keys of a buffer are in use."""
+    Lk, window = call.key.shape[2], call.options.sliding_window
+    buffered = unpack(mask, Lk)
+    if buffered.windowed and window is None:
+        window = _own_window(module, Lk)
+    elif not (buffered.windowed or call.options.prefix_in_window):
+        window = None  # as in other attention functions, where the mask decides
+    if not has_feature(call.backend, call.query.device.type, "key_lengths"):
+        return _with_explicit(module, call, active, buffered.dense(call.query, Lk, window), longest)
+    return call.with_options(
+        sliding_window=window,
+        key_lengths=buffered.key_lengths,
+        key_padding_mask=buffered.key_padding_mask,
+    )
+
+
+def _own_window(module: nn.Module, Lk: int) -> int | None:
+    """The window of a module that does not pass it on, by its config; None if it hides nothing."""
+    window: int | None = getattr(getattr(module, "config", None), "sliding_window", None)
+    if window is None:
+        raise NotImplementedError(
+            f"{type(module).__name__}: got a mask with a sliding window, takes sliding_window as "
+            "an argument of its attention or in its config"
+        )
+    return None if Lk <= window else window
+
+
+def _with_explicit(
+    module: nn.Module, call: Call, active: ActivePrefix | None, mask: Tensor, longest: int
+) -> Call:
+    """:func:`with_mask` for a mask [B, 1 or Hq, Lq, Lk], or for padding that has the form of one.
+
+    The mask contains the window and causality already, so the text is not cut a second time.
     """
     B, Lk, window = call.key.shape[0], call.key.shape[2], call.options.sliding_window
     padding = mask.dtype is torch.bool and mask.shape[1:] == (1, 1, Lk)

@@ -58,8 +58,12 @@ def set_default(model: PreTrainedModel) -> None:
     set_attention(model, model.get_correct_attn_implementation(None))
 
 
-def set_implementation(model: PreTrainedModel) -> None:
+def set_implementation(model: PreTrainedModel, own_use: bool = True) -> None:
     """Makes ours the attention implementation of a model.
+
+    Args:
+        model: the model.
+        own_use: whether it uses causal masks itself, or may do so.
 
     Raises:
         UnsupportedModelError: its attention does not go through transformers' interface.
@@ -71,7 +75,7 @@ def set_implementation(model: PreTrainedModel) -> None:
             "AttentionInterface, so no other attention can take its place"
         )
     for config, _ in implementations(model):
-        add_patched(config)
+        add_patched(config, own_use)
 
 
 def _patches() -> Iterator[Patch]:

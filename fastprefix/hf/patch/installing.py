@@ -69,6 +69,7 @@ def patch_attention(
         if known is None:
             known = FACTS.remember(model, Known(probe(model, example)))
         slots = known.slots
+        set_implementation(model, slots.own_use)
         for module, causal in slots.causal.items():
             setattr(module, CAUSAL, causal)
         if check:
@@ -76,7 +77,7 @@ def patch_attention(
             named = any(implementation == NAME for _, implementation in patch.previous)
             # a model that has our implementation already is compared with its default one
             bare = partial(set_default, model) if named else partial(restore, patch.previous)
-            ours = partial(set_implementation, model)
+            ours = partial(set_implementation, model, slots.own_use)
             ask(model, known, "patch", lambda: compare_patch(model, slots, example, bare, ours))
         patch.sharding = find_sharding(model)
     except Exception:
@@ -98,6 +99,7 @@ def _describe(model: PreTrainedModel, patch: Patch, slots: Slots) -> None:
     """Writes down what the probe found out about the layers."""
     patch.shapes, patch.query_heads = slots.shapes, slots.query_heads
     patch.groups, patch.sources = slots.groups, slots.sources
+    patch.own_use = slots.own_use
     patch.stateful = says_stateful(model)
     patch.is_encoder_decoder = is_encoder_decoder(model)
     if patch.sharding is not None:

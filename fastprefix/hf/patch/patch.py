@@ -45,6 +45,8 @@ class Patch:
             layer itself if it makes its own, and -1 if it uses another layer's keys with other
             values. Our prefixes have keys and values for every layer. PEFT puts prefixes into the
             cache, so it has them only for layers that make their own.
+        own_use: whether the model uses causal masks itself, or may do so. Layers then get masks of
+            every query and key.
         placing: how to tell the stack that attends to the prefix where its text stands.
         is_encoder_decoder: whether the model is an encoder-decoder.
         sharding: which heads this rank has in a tensor-parallel model; None for any other model.
@@ -69,6 +71,7 @@ class Patch:
     query_heads: tuple[int, ...] = ()
     groups: tuple[Group, ...] = ()
     sources: tuple[int, ...] = ()
+    own_use: bool = True
     placing: Placing = field(default_factory=ByPositionIds)
     is_encoder_decoder: bool = False
     sharding: Sharding | None = None
@@ -99,13 +102,13 @@ class Patch:
         """Gives each model that is read from a pickle a key of its own, as for deep copies."""
         vars(self).update(state, key=uuid.uuid4().hex)
         for config, _ in self.previous:
-            add_patched(config)
+            add_patched(config, self.own_use)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
         """The Patch of a copied model: lasting, and without the original's prefixes."""
         own = {n: copy.deepcopy(getattr(self, n), memo) for n in ("previous", "known", "handles")}
         for config, _ in own["previous"]:
-            add_patched(config)
+            add_patched(config, self.own_use)
         return replace(self, **own, key=uuid.uuid4().hex, **_OF_COPIES)
 
 

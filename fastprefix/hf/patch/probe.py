@@ -44,6 +44,7 @@ class Slots:
         shared: modules that run once for each of several layers. The order of their runs tells
             these layers apart.
         several: modules that attend several times in each run, and how often.
+        own_use: whether the model asked for causal masks in full, for a use of its own.
         causal: modules whose masks are not what ``module.is_causal`` says: whether a call without a
             mask is causal, by the call's argument ``is_causal``.
     """
@@ -55,6 +56,7 @@ class Slots:
     sources: tuple[int, ...]
     shared: tuple[nn.Module, ...]
     several: dict[nn.Module, int]
+    own_use: bool
     causal: dict[nn.Module, dict[bool | None, bool]]
 
 
@@ -91,8 +93,10 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
 
     missed: list[nn.Module] = []
     made: list[tuple[Tensor, bool]] = []
+    own_use: list[bool] = []
     attention.modules_without_kwarg.append((threading.get_ident(), missed))
     masks.MADE.append(made)
+    masks.OWN_USE.append(own_use)
     try:
         with evaluating(model):
             recorder = run(Recorder())
@@ -109,6 +113,7 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
         noted = attention.modules_without_kwarg
         noted[:] = [other for other in noted if other[1] is not missed]
         masks.MADE[:] = [other for other in masks.MADE if other is not made]
+        masks.OWN_USE[:] = [other for other in masks.OWN_USE if other is not own_use]
     inside = language_model(model)
     own = set((model if inside is None else inside).modules())
     keep = [call for call, module in enumerate(recorder.modules) if module in own]
@@ -132,6 +137,7 @@ def probe(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> S
         _sources(recorder.of_modules(own)),
         shared,
         several,
+        any(own_use),
         _causal(recorder),
     )
 

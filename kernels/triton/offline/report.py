@@ -127,30 +127,41 @@ def source(step: launch.Launch, target: GPUTarget) -> ASTSource:
     """The specialisation that Triton's own launcher would derive from these arguments.
 
     An argument of `do_not_specialize` is neither a constant where it equals 1 nor known to be a
-    multiple of 16; one of `do_not_specialize_on_alignment` may be a constant.
+    multiple of 16; one of `do_not_specialize_on_alignment` may be a constant. Fields of a group
+    are always specialised.
     """
     backend = make_backend(target)
-    signature, constants, attributes = {}, {}, {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def specialised(path: tuple[int, ...], value: Any, constant: bool, align: bool) -> Any:
+        if isinstance(value, tuple):
+            fields = (specialised((*path, i), v, True, True) for i, v in enumerate(value))
+            return type(value)(*fields)
+        if value is None or (constant and type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, Tensor):
+            special = backend.get_tensor_specialization(value, align=align)
+            attributes[path] = backend.parse_attr(special)
+            return POINTERS[value.dtype]
+        if isinstance(value, bool):
+            return "u1"
+        if isinstance(value, int):
+            special = backend.get_int_specialization(value, align=align)
+            attributes[path] = backend.parse_attr(special)
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "fp32"
+
+    signature = {}
     for position, parameter in enumerate(step.kernel.params):
         name = parameter.name
-        value = step.constants.get(name, step.arguments.get(name))
-        align = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
-        one = isinstance(value, int) and not isinstance(value, bool) and value == 1
-        one = one and not parameter.do_not_specialize
-        if name in step.constants or value is None or one:
-            signature[name], constants[(position,)] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
-            special = backend.get_tensor_specialization(value, align=align)
-            attributes[(position,)] = backend.parse_attr(special)
-        elif isinstance(value, bool):
-            signature[name] = "u1"
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            special = backend.get_int_specialization(value, align=align)
-            attributes[(position,)] = backend.parse_attr(special)
-        else:
-            signature[name] = "fp32"
+        if name in step.constants:
+            signature[name], constants[(position,)] = "constexpr", step.constants[name]
+            continue
+        constant = not parameter.do_not_specialize
+        align = constant and not parameter.do_not_specialize_on_alignment
+        signature[name] = specialised((position,), step.arguments.get(name), constant, align)
     return ASTSource(step.kernel, signature, constants, attributes)
 
 

@@ -36,7 +36,7 @@ def traffic(step: launch.Launch) -> Traffic | None:
     name = step.kernel.__name__
     if name not in REREADS:
         return None
-    tensors = {n: x for n, x in step.arguments.items() if isinstance(x, Tensor)}
+    tensors = {n: x for n, x in step.values.items() if isinstance(x, Tensor)}
     times = REREADS[name](step, tensors)
     if times is None:
         return None
@@ -93,7 +93,7 @@ def _decode(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]
     """Both phases: tiles of all rows read the prefix, tiles of a sequence's rows its keys."""
     if "units" in tensors:
         return None
-    a, rows = step.arguments, step.constants["GROUP"] * tensors["q"].shape[2]
+    a, rows = step.values, step.constants["GROUP"] * tensors["q"].shape[2]
     Lk, splits = tensors["k"].shape[2], a["n_splits"]
     tiles = -(-rows // step.constants["BLOCK_R"])
     visible = (Lk - a["first_key"]) / Lk if Lk else 0.0

@@ -129,6 +129,7 @@ def build(
     past: int = 0,
     D: int = 16,
     Dv: int = 16,
+    spare: int = 4,
     lengths: tuple[int, ...] = (5,),
     sequences: tuple[int, ...] = (4, 3),
     window: int = 4,
@@ -149,6 +150,7 @@ def build(
         group: query heads per key/value head.
         Lq: queries, without cu_seqlens.
         past: keys before the first query's own.
+        spare: keys that no row uses, all NaN, with the feature "key_lengths".
         D: head size.
         Dv: head size of the values with the feature "D != Dv".
         lengths: of the prefixes with the feature "packed prefixes"; one of their sum without.
@@ -169,6 +171,8 @@ def build(
     if packed:
         B, Lq, past, pad = 1, sum(sequences), 0, "none"
     Lk, Hq, P = Lq + past, Hkv * group, sum(lengths)
+    buffered = "key_lengths" in features
+    Lk += spare if buffered else 0
     Dv = Dv if "D != Dv" in features else D
     shapes = {
         "query": (B, Hq, Lq, D), "key": (B, Hkv, Lk, D), "value": (B, Hkv, Lk, Dv),
@@ -180,6 +184,15 @@ def build(
     if packed:
         ends = torch.tensor((0, *sequences)).cumsum(0)
         options["cu_seqlens"] = ends.to(torch.int32 if seed % 2 else torch.int64)
+    if buffered:
+        least = Lq if is_causal or "prefix_in_window" in features else 0
+        used = torch.randint(least, Lq + past + 1, (B,), generator=g)
+        if seed % 3 == 0:
+            used = used[:1].expand(B)
+        options["key_lengths"] = used.to(torch.int32 if seed % 2 else torch.int64)
+        unused = (torch.arange(Lk) >= used[:, None])[:, None, :, None]
+        for name in ("key", "value"):
+            tensors[name].masked_fill_(unused, math.nan)
     if pad != "none":
         options["key_padding_mask"] = _padding(pad, B, Lk, g)
     if "packed prefixes" in features:
@@ -229,7 +242,7 @@ def drawn(draw: st.DrawFn, backend: str, longest: int | None = None) -> dict[str
     can = [name for name in COMPARED if name in BACKENDS[backend].features]
     features = {name for name in can if draw(st.booleans())}
     if "cu_seqlens" in features:
-        features -= {"attn_mask", "attn_mask gradient"}
+        features -= {"attn_mask", "attn_mask gradient", "key_lengths"}
     if "prefix_bias [Hq]" in features:
         features -= {"prefix_bias [Hq, Lq, P]", "prefix_bias 3D gradient"}
     length = st.sampled_from([n for n in (0, 1, 2, 5, 17, 63) if n <= 4 * longest])
@@ -243,6 +256,7 @@ def drawn(draw: st.DrawFn, backend: str, longest: int | None = None) -> dict[str
         "group": draw(st.integers(1, 3)),
         "Lq": draw(st.sampled_from([n for n in (1, 1, 2, 7, 16, 19) if n <= longest])),
         "past": draw(st.sampled_from([0, 0, 1, 9])),
+        "spare": draw(st.sampled_from([0, 1, 12])),
         "D": draw(st.sampled_from([8, 16, 17])),
         "Dv": draw(st.sampled_from([5, 24])),
         "lengths": tuple(draw(length) for _ in range(many)),
@@ -283,6 +297,7 @@ def attention_by_rows(
     sinks: Tensor | None = None,
     prefix_bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
     prefix_index: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
@@ -302,7 +317,7 @@ def attention_by_rows(
     outs, lses = [], []
     for b, h, t in torch.cartesian_prod(*map(torch.arange, (B, Hq, Lq))).tolist():
         # the query's sequence: its number, where its keys start, how many there are, and i
-        m, start, many, i = b, 0, Lk, t
+        m, start, many, i = b, 0, Lk if key_lengths is None else int(key_lengths[b]), t
         if cu_seqlens is not None:
             m = int((cu_seqlens[1:] <= t).sum())
             start = int(cu_seqlens[m])

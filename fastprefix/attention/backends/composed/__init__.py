@@ -1,4 +1,4 @@
-"""Two calls of PyTorch's own flash kernel, one for the prefix and one for the sequence, merged.
+"""Two calls of PyTorch's attention kernels, one for the prefix and one for the sequence, merged.
 
 The prefix call folds batch and query group into rows: [1, Hkv, B·g·Lq, D] against one copy of the
 prefix [1, Hkv, P, D]. Its backward therefore returns the prefix's gradient already summed over
@@ -6,13 +6,17 @@ the batch. In the backward both calls get the GLOBAL output and log-sum-exp, whi
 part's gradient the exact share of the whole (FlashAttention-2, section 3.1: dS = P * (dP - delta),
 where P and delta depend on the other part only through lse and out).
 
-Runs on the CPU, whose flash kernel returns the log-sum-exp and takes a broadcast mask.
+Runs on the CPU and on CUDA: on both, PyTorch has kernels that return the log-sum-exp and take it
+back. On CUDA nothing waits for the device. So where the CPU cuts a call into one part for each
+prefix, CUDA has one part for all of them, and a mask hides the other rows' prefixes.
 
-- flash: PyTorch's two kernels, and the layout that they take
+- kernels: the kernels of each device behind one signature; seen: what one call of them sees
+- flash: the CPU's kernel, layouts and masks; cuda: CUDA's kernels
 - sequence: how the sequence part is laid out for them
+- lengths: the keys in use of a longer buffer
 - plain: calls with one prefix, one sequence a row, and masks
 - parts, features: what only some calls use (several prefixes, packed sequences, windows, sinks, a
-  bias), out of the same two kernels
+  bias), out of the same kernels
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastprefix.attention.backends.composed import features, plain
+from fastprefix.attention.backends.composed.lengths import with_unused, without_unused
 from fastprefix.options import Options
 
 
@@ -32,6 +37,7 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
+    key, value, options = without_unused(query, key, value, options)
     inputs = (query, key, value, prefix_key, prefix_value)
     chosen = plain if plain.is_plain(options) else features
     return chosen.forward(*inputs, options)
@@ -66,7 +72,12 @@ def backward(
     Returns:
         The gradients, None where not needed; that of prefix_bias only where it is [Hq].
     """
+    buffers = key, value
+    key, value, options = without_unused(query, key, value, options)
     inputs = (grad_out, query, key, value, prefix_key, prefix_value)
     if plain.is_plain(options):
-        return (*plain.backward(*inputs, out, lse, options, needs[:5]), None, None)
-    return features.backward(*inputs, out, lse, options, needs)
+        found = (*plain.backward(*inputs, out, lse, options, needs[:5]), None, None)
+    else:
+        found = features.backward(*inputs, out, lse, options, needs)
+    dk, dv = map(with_unused, found[1:3], buffers)
+    return (found[0], dk, dv, *found[3:])

@@ -13,15 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from fastprefix.attention.backends.composed.flash import (
-    equal_head_sizes,
-    flash_backward,
-    flash_forward,
-    fold_rows,
-    unfold_rows,
-    unsee,
-)
+from fastprefix.attention.backends.composed.flash import fold_rows, unfold_rows, unsee
+from fastprefix.attention.backends.composed.kernels import equal_head_sizes, kernels_of
 from fastprefix.attention.backends.composed.parts import groups, head_bias, pieces
+from fastprefix.attention.backends.composed.seen import Seen
 from fastprefix.options import Options
 
 
@@ -42,14 +37,15 @@ def forward(
     wide = torch.promote_types(dtype, torch.float32)
     out = query.new_zeros(B, Hq, Lq, D, dtype=wide)
     lse = query.new_full((B, Hq, Lq), -math.inf, dtype=wide)
+    attend = kernels_of(query).forward
     for piece in pieces(query, key, options):
         part = piece.part(query, key, options)
-        part_out, part_lse = flash_forward(
+        part_out, part_lse = attend(
             part.fold(piece.of_queries(query)), part.keys(piece.of_keys(key)),
-            part.keys(piece.of_keys(value)), 0.0, part.is_causal,
-            attn_mask=part.bias, scale=options.scale,
+            part.keys(piece.of_keys(value)), options.scale, part.seen,
         )  # fmt: skip
-        part_lse = unsee(part.unfold(part_lse)) if part.bias is not None else part.unfold(part_lse)
+        part_lse = part.unfold(part_lse)
+        part_lse = part_lse if part.seen.mask is None else unsee(part_lse)
         piece.of_queries(out).copy_(part.unfold(part_out))
         piece.of_queries(lse).copy_(part_lse)
     out = out.masked_fill_((lse == -math.inf)[..., None], 0.0)
@@ -90,15 +86,16 @@ def backward(
     # summed over many groups, hence in the accumulation dtype
     dpk, dpv = (torch.zeros_like(x, dtype=wide) for x in (prefix_key, prefix_value))
     dbias = lse.new_zeros(query.shape[1])
+    gradients = kernels_of(query).backward
     if needs[0] or needs[3] or needs[4] or needs[6]:
         for group in groups(query, key, prefix_key, options):
             Hkv, columns = prefix_key.shape[0], group.columns
             rows_query, rows_lse = group.take(query), group.take(lse)
-            part_dq, part_dk, part_dv = flash_backward(
+            part_dq, part_dk, part_dv = gradients(
                 fold_rows(group.take(grad_out), Hkv), fold_rows(rows_query, Hkv),
                 prefix_key[None, :, columns], prefix_value[None, :, columns],
                 fold_rows(group.take(out), Hkv), fold_rows(rows_lse - head_bias(options, lse), Hkv),
-                is_causal=False, attn_mask=group.mask(query, Hkv, options), scale=options.scale,
+                options.scale, Seen(mask=group.mask(query, Hkv, options)),
             )  # fmt: skip
             group.add(dq, unfold_rows(part_dq, rows_query.shape))
             dpk[:, columns] += part_dk[0]
@@ -135,13 +132,14 @@ def _sequence_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sequence part's share of the query's gradient, and the gradients of key and value."""
     dq, dk, dv = (torch.zeros_like(x) for x in (query, key, value))
+    gradients = kernels_of(query).backward
     for piece in pieces(query, key, options):
         part = piece.part(query, key, options)
-        part_dq, part_dk, part_dv = flash_backward(
+        part_dq, part_dk, part_dv = gradients(
             part.fold(piece.of_queries(grad_out)), part.fold(piece.of_queries(query)),
             part.keys(piece.of_keys(key)), part.keys(piece.of_keys(value)),
             part.fold(piece.of_queries(out)), part.fold(piece.of_queries(lse)),
-            is_causal=part.is_causal, attn_mask=part.bias, scale=options.scale,
+            options.scale, part.seen,
         )  # fmt: skip
         piece.of_queries(dq).copy_(part.unfold(part_dq))
         piece.of_keys(dk).copy_(part.sum_keys(part_dk))

@@ -1,14 +1,15 @@
-"""PyTorch's flash kernel for CPUs: its two calls, and the layout that they take."""
+"""PyTorch's flash kernel for CPUs, and the layouts and masks that all kernels take."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+from fastprefix.attention.backends.composed.seen import Seen
+
+_forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # PyTorch's half-precision backward takes up to nine times as long as its float32 one where queries
@@ -21,6 +22,16 @@ _SHORT = 256
 FLOOR = -1e30
 
 
+def flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, seen: Seen
+) -> tuple[Tensor, Tensor]:
+    """The kernel's output and log-sum-exp."""
+    out, lse = _forward_kernel(
+        query, key, value, 0.0, seen.is_causal, attn_mask=seen.mask, scale=scale
+    )
+    return out, lse
+
+
 def flash_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -28,19 +39,19 @@ def flash_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
-    is_causal: bool,
-    attn_mask: Tensor | None,
     scale: float,
+    seen: Seen,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's gradients of query, key and value; float32 where it is faster in float32."""
+    mask = seen.mask
     half = query.dtype in (torch.bfloat16, torch.float16)
     if half and min(query.shape[-2], key.shape[-2]) < _SHORT:
         grad_out, query, key, value, out = (x.float() for x in (grad_out, query, key, value, out))
-        attn_mask = None if attn_mask is None else attn_mask.float()
-    return _backward_kernel(
-        grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+        mask = None if mask is None else mask.float()
+    dq, dk, dv = _backward_kernel(
+        grad_out, query, key, value, out, lse, 0.0, seen.is_causal, attn_mask=mask, scale=scale
     )
+    return dq, dk, dv
 
 
 def fold_rows(x: Tensor, Hkv: int) -> Tensor:
@@ -58,27 +69,22 @@ def unfold_rows(x: Tensor, shape: torch.Size) -> Tensor:
     return x.reshape(B, Hq, Lq, *tail)
 
 
+def hiding_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a mask that only hides: the query's, if it can hold the floor."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
 def additive(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool (True = attend) or additive mask as a finite additive one of four dimensions."""
-    wide = torch.promote_types(dtype, torch.float32)
+    dtype = torch.promote_types(attn_mask.dtype, hiding_dtype(dtype))
     if attn_mask.dtype is torch.bool:
-        bias = torch.zeros(attn_mask.shape, dtype=wide, device=attn_mask.device)
+        bias = torch.zeros(attn_mask.shape, dtype=dtype, device=attn_mask.device)
         bias = bias.masked_fill_(~attn_mask, FLOOR)
     else:
-        bias = attn_mask.to(wide).clamp(min=FLOOR)
+        bias = attn_mask.to(dtype).clamp(min=FLOOR)
     return bias[(None,) * (4 - bias.dim())]
 
 
 def unsee(lse: Tensor) -> Tensor:
     """The kernel's log-sum-exp, -inf for rows all of whose scores are masked."""
     return lse.masked_fill(lse < FLOOR / 2, -math.inf)
-
-
-def equal_head_sizes(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Pads the last dimension with zeros to the largest: exact, and what the kernel asks for.
-
-    It also takes that dimension for contiguous without looking.
-    """
-    width = max(x.shape[-1] for x in tensors)
-    padded = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors)
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in padded)

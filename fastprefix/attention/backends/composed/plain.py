@@ -5,14 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix.attention.backends.composed.flash import (
-    FLOOR,
-    equal_head_sizes,
-    flash_backward,
-    flash_forward,
-    fold_rows,
-    unfold_rows,
-)
+from fastprefix.attention.backends.composed.flash import FLOOR, fold_rows, unfold_rows
+from fastprefix.attention.backends.composed.kernels import equal_head_sizes, kernels_of
+from fastprefix.attention.backends.composed.seen import ALL
 from fastprefix.attention.backends.composed.sequence import SequencePart
 from fastprefix.options import Options
 
@@ -20,7 +15,8 @@ from fastprefix.options import Options
 def is_plain(options: Options) -> bool:
     """Whether one prefix, one sequence a row and the masks are all there is."""
     return (
-        options.prefix_lengths is None
+        options.key_lengths is None
+        and options.prefix_lengths is None
         and options.cu_seqlens is None
         and options.sliding_window is None
         and options.sinks is None
@@ -53,17 +49,15 @@ def forward(
         out, lse = _decode(query, key, value, prefix_key, prefix_value, scale)
         return out[..., :Dv], lse
 
+    attend = kernels_of(query).forward
     if Lk > 0:
         part = SequencePart(query, key, *masks, options.is_causal)
-        out, lse = flash_forward(
-            part.fold(query), part.keys(key), part.keys(value), 0.0, part.is_causal,
-            attn_mask=part.bias, scale=scale,
-        )  # fmt: skip
+        out, lse = attend(part.fold(query), part.keys(key), part.keys(value), scale, part.seen)
         out, lse = part.unfold(out), part.unfold(lse)
     if P > 0:
         Hkv = prefix_key.shape[0]
-        prefix_out, prefix_lse = flash_forward(
-            fold_rows(query, Hkv), prefix_key[None], prefix_value[None], 0.0, False, scale=scale
+        prefix_out, prefix_lse = attend(
+            fold_rows(query, Hkv), prefix_key[None], prefix_value[None], scale, ALL
         )
         prefix_out = unfold_rows(prefix_out, query.shape)
         prefix_lse = unfold_rows(prefix_lse, query.shape[:3])
@@ -97,13 +91,12 @@ def _decode(
     B, Hq, _, D = query.shape
     Hkv = prefix_key.shape[0]
     grouped = query.reshape(B, Hkv, Hq // Hkv, D)
-    out, lse = flash_forward(grouped, key, value, 0.0, False, scale=scale)
+    attend = kernels_of(query).forward
+    out, lse = attend(grouped, key, value, scale, ALL)
     rows = grouped.transpose(0, 1).reshape(1, Hkv, -1, D)
-    prefix_out, prefix_lse = flash_forward(
-        rows, prefix_key[None], prefix_value[None], 0.0, False, scale=scale
-    )
-    prefix_out = prefix_out.view(Hkv, B, -1, D).transpose(0, 1)
-    prefix_lse = prefix_lse.view(Hkv, B, -1).transpose(0, 1)
+    prefix_out, prefix_lse = attend(rows, prefix_key[None], prefix_value[None], scale, ALL)
+    prefix_out = prefix_out.reshape(Hkv, B, -1, D).transpose(0, 1)
+    prefix_lse = prefix_lse.reshape(Hkv, B, -1).transpose(0, 1)
     weight = torch.sigmoid(prefix_lse - lse)[..., None]
     merged = torch.lerp(out.to(weight.dtype), prefix_out.to(weight.dtype), weight)
     lse = torch.logaddexp(lse, prefix_lse)
@@ -139,24 +132,24 @@ def backward(
     # a row that saw nothing: exp(score - inf) = 0 gives zero gradients
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
 
+    gradients = kernels_of(query).backward
     dq: Tensor | None = None
     dk = torch.zeros_like(key) if need_key else None
     dv = torch.zeros_like(value) if need_value else None
     if Lk > 0 and (need_query or need_key or need_value):
         part = SequencePart(query, key, *masks, options.is_causal)
-        dq, dk, dv = flash_backward(
+        dq, dk, dv = gradients(
             part.fold(grad_out), part.fold(query), part.keys(key), part.keys(value),
-            part.fold(out), part.fold(lse),
-            is_causal=part.is_causal, attn_mask=part.bias, scale=scale,
+            part.fold(out), part.fold(lse), scale, part.seen,
         )  # fmt: skip
         dq, dk, dv = part.unfold(dq), part.sum_keys(dk), part.sum_keys(dv)
     dpk = torch.zeros_like(prefix_key) if need_prefix_key else None
     dpv = torch.zeros_like(prefix_value) if need_prefix_value else None
     if P > 0 and (need_query or need_prefix_key or need_prefix_value):
         Hkv = prefix_key.shape[0]
-        dq_prefix, dpk, dpv = flash_backward(
+        dq_prefix, dpk, dpv = gradients(
             fold_rows(grad_out, Hkv), fold_rows(query, Hkv), prefix_key[None], prefix_value[None],
-            fold_rows(out, Hkv), fold_rows(lse, Hkv), is_causal=False, attn_mask=None, scale=scale,
+            fold_rows(out, Hkv), fold_rows(lse, Hkv), scale, ALL,
         )  # fmt: skip
         dq_prefix = unfold_rows(dq_prefix, query.shape)
         dq = dq_prefix if dq is None else dq + dq_prefix
