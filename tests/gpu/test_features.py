@@ -9,8 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastprefix.attention.selection import LARGE_GRADIENTS, UNEQUAL_HEAD_SIZES
-from fastprefix.options import FEATURES as ALL_FEATURES
+from fastprefix.attention.selection import BACKENDS, UNEQUAL_HEAD_SIZES
 from fastprefix.options import Options, features_of
 
 gpu = pytest.mark.gpu
@@ -167,8 +166,8 @@ def test_groups_and_prefix_lengths(problem, agree, Hq, Hkv, P):
 
 @pytest.mark.parametrize("cases", [FEATURES, DECODED], ids=["training", "decoding"])
 def test_every_feature_has_a_case(cases):
-    """What a backend may be asked for; no device is needed to see this."""
-    known = {*ALL_FEATURES} - LARGE_GRADIENTS - {UNEQUAL_HEAD_SIZES}
+    """What the kernels can be asked for; no device is needed to see this."""
+    known = {*BACKENDS["triton"].features} - {UNEQUAL_HEAD_SIZES}
     if cases is DECODED:
         known -= {"cu_seqlens"}  # its sequences' last tokens are decoded as rows of a batch
     p = Shapes()
