@@ -79,7 +79,7 @@ def test_no_layer_gets_a_mask_of_queries_and_keys(tiny, calls, name, lengths, pr
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_compiled_once_as_generate_does(tiny, name):
-    """The model is compiled for one query, and not again while the text grows."""
+    """The model is compiled at the first new token, and not again while the text grows."""
     model, bare = build(tiny, name), build(tiny, name)
     front, (ids, mask) = tiny.prompt(), tiny.batch((12, 9, 5))
     expected = tiny.generate(bare, *tiny.concatenate(front, ids, mask))
@@ -88,10 +88,21 @@ def test_compiled_once_as_generate_does(tiny, name):
     counter = CompileCounterWithBackend("aot_eager")
     compile_config = CompileConfig(fullgraph=True, backend=counter, mode=None)
     compile_config._compile_all_devices = True
-    options = {"cache_implementation": "static", "compile_config": compile_config}
+    compiled = []
+
+    def count(ids, scores):
+        compiled.append(counter.frame_count)
+        return scores
+
+    options = {
+        "cache_implementation": "static",
+        "compile_config": compile_config,
+        "logits_processor": [count],
+    }
     with use_prefix(model, PrefixKV.prefill(model, front)):
         assert torch.equal(tiny.generate(model, ids, mask, **options), expected)
-    assert counter.frame_count == 1
+    assert compiled[0] == 0  # the prompt is not compiled
+    assert 0 < compiled[1] == compiled[-1]
     torch._dynamo.reset()
 
 
@@ -108,11 +119,12 @@ def test_compiled_with_its_masks_inside(tiny):
     cache = StaticCache(config=model.config, max_cache_len=32)
     with use_prefix(model, kv), torch.no_grad():
         expected = model(text, use_cache=False).logits
-        found = [model(text[:, :6], past_key_values=cache).logits]
+        frames, found = [], [model(text[:, :6], past_key_values=cache).logits]
         for step in range(6, 12):
             found.append(compiled(text[:, step : step + 1], past_key_values=cache).logits)
+            frames.append(counter.frame_count)
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-3, atol=1e-3)
-    assert counter.frame_count == 1
+    assert 0 < frames[0] == frames[-1]
     torch._dynamo.reset()
 
 
