@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastprefix import prefix_attention
+from fastprefix.attention.backends.composed import plain
+from fastprefix.attention.backends.composed.kernels import kernels_of
 from fastprefix.attention.selection import BACKENDS
 from fastprefix.options import Options
+from fastprefix_testing.calls import assert_as_reference, build
 
 ABLE = sorted(name for name, backend in BACKENDS.items() if "key_lengths" in backend.features)
 OPTIONS = [
@@ -107,8 +110,8 @@ def test_a_mask_in_its_place_would_let_nan_through(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [9, 3, 5]])
-def test_every_dtype(dtype, lengths, feature_calls, assert_as_reference):
-    call = feature_calls.build(features={"key_lengths"}, dtype=dtype, B=3, Lq=3, past=2, spare=4)
+def test_every_dtype(dtype, lengths):
+    call = build(features={"key_lengths"}, dtype=dtype, B=3, Lq=3, past=2, spare=4)
     call.options["key_lengths"] = torch.tensor(lengths).clamp(max=9)
     for name in ("key", "value"):
         call.tensors[name].nan_to_num_()
@@ -278,12 +281,11 @@ def test_vmap(backend):
 
 def test_no_column_behind_the_lengths_is_touched():
     """The flash kernel gets views of the keys in use: memory behind them may not even exist."""
-    from fastprefix.attention.backends.composed import plain
-
     inputs, seen = tensors(Lq=2), []
-    real = plain.flash_forward
+    real = kernels_of(inputs[0])
+    watched = real._replace(forward=lambda *a: seen.append(a[1]) or real.forward(*a))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain, "flash_forward", lambda *a, **k: seen.append(a[1]) or real(*a, **k))
+        patch.setattr(plain, "kernels_of", lambda x: watched)
         prefix_attention(*inputs, key_lengths=torch.full((3,), 4), backend="composed")
     assert [x.shape[2] for x in seen] == [4, 4]  # the sequence, and the prefix of 4
     assert seen[0].data_ptr() == inputs[1].data_ptr()
