@@ -8,6 +8,9 @@ functions here):
   first ``kernel[grid]`` (triton, in the interpreter);
 - step: what runs once for all layers, in hooks and masks;
 - block: what entering and leaving ``use_prefix`` runs on a model that is patched already.
+
+With ``--planned`` the step runs on a simulated GPU instead, and the layer is the last one of the
+step: it launches by the plan that the first one made.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+PLANNED = "--planned" in sys.argv[1:]
+os.environ["TRITON_INTERPRET"] = "0" if PLANNED else "1"  # read when Triton is imported
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -135,7 +139,14 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["composed", "triton"])
     parser.add_argument("--show", action="store_true", help="list a layer's calls in order")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--planned", action="store_true", help="triton on a simulated GPU")
     options = parser.parse_args()
+    if PLANNED:
+        sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+        import simulated_gpu
+
+        simulated_gpu.install(compiled=False)
+        options.backends = ["triton"]
     found = {backend: measure(backend, options.show) for backend in options.backends}
     if options.json:
         print(json.dumps(found))
