@@ -25,8 +25,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-PLANNED = "--planned" in sys.argv[1:]
-os.environ["TRITON_INTERPRET"] = "0" if PLANNED else "1"  # read when Triton is imported
+# read when Triton is imported
+os.environ.setdefault("TRITON_INTERPRET", "0" if "--planned" in sys.argv[1:] else "1")
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--planned", action="store_true", help="triton on a simulated GPU")
     options = parser.parse_args()
-    if PLANNED:
+    if options.planned:
         sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
         import simulated_gpu
 
