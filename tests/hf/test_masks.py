@@ -217,3 +217,13 @@ def test_a_custom_mask_of_a_single_query_is_not_taken_for_padding(model, bare):
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     got = patch_model(model)(ids, attention_mask=mask).logits
     torch.testing.assert_close(got, bare(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("length", [1, 2, 4, 6])
+def test_a_user_s_integers_are_not_taken_for_a_mask_of_ours(dtype, length):
+    """Masks for buffers of keys travel as integers [B, 1, 1, n] between the model's own parts."""
+    mask = torch.ones(1, 1, 1, length, dtype=dtype)
+    model = tiny.build()
+    with use_prefix(model, tiny.random_kv(model)), pytest.raises(TypeError, match="attn_mask: got"):
+        model(tiny.prompt(length), attention_mask=mask)

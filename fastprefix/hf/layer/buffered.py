@@ -6,10 +6,9 @@ the layer's sliding window applies. :func:`pack` writes them into one tensor, an
 reads them in the layer. Models pass this tensor on as they pass any mask of four dimensions, and
 ``generate()`` may make it before the model runs. No step waits for the device.
 
-The tensor is [B, 1, 1, n], int32, or int64 if the window applies. As int32 it holds for each row:
-the number of keys in use, twice, and the padding mask in bytes, or nothing without padding. No
-other mask has an integer type. The number is there twice because a tensor of one column would
-broadcast unnoticed where a model adds its mask to something.
+The tensor is [B, 1, 1, n], int32, or int64 if the window applies. As int32 it holds for each row: a
+number that tells it from a user's mask, the number of keys in use, and the padding mask in bytes,
+or nothing without padding.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _HEAD = 2
+_SIGN = int.from_bytes(b"fpfx", "little")
 # The padding ends with a whole number of int64.
 _BYTES = 8
 
@@ -53,7 +53,8 @@ class Buffered(NamedTuple):
 
 def pack(key_lengths: Tensor, key_padding_mask: Tensor | None, windowed: bool) -> Tensor:
     """The mask tensor of :class:`Buffered`'s fields."""
-    words = key_lengths.to(torch.int32)[:, None].expand(-1, _HEAD)
+    lengths = key_lengths.to(torch.int32)
+    words = torch.stack([torch.full_like(lengths, _SIGN), lengths], 1)
     if key_padding_mask is not None:
         padding = F.pad(key_padding_mask, (0, -key_padding_mask.shape[1] % _BYTES))
         words = torch.cat([words, padding.view(torch.int32)], 1)
@@ -62,8 +63,17 @@ def pack(key_lengths: Tensor, key_padding_mask: Tensor | None, windowed: bool) -
 
 
 def is_packed(mask: Tensor | None) -> bool:
-    """Whether a mask is one that :func:`pack` made."""
-    return mask is not None and mask.dim() == 4 and mask.dtype in (torch.int32, torch.int64)
+    """Whether a mask is one that :func:`pack` made.
+
+    The sign is read where that waits for nothing: on the CPU, outside the compiler.
+    """
+    if mask is None or mask.dim() != 4 or mask.dtype not in (torch.int32, torch.int64):
+        return False
+    if mask.shape[1:3] != (1, 1) or mask.shape[3] * mask.element_size() < _HEAD * 4:
+        return False
+    if torch.compiler.is_compiling() or mask.device.type != "cpu" or mask.shape[0] == 0:
+        return True
+    return mask.stride(-1) == 1 and int(mask[0, 0, 0].view(torch.int32)[0]) == _SIGN
 
 
 def unpack(mask: Tensor, Lk: int) -> Buffered:
@@ -79,4 +89,4 @@ def unpack(mask: Tensor, Lk: int) -> Buffered:
         if columns != -(-Lk // _BYTES) * _BYTES // 4:
             raise ValueError(f"attention mask: got {4 * columns} columns for a layer of {Lk} keys")
         padding = words[:, _HEAD:].view(torch.bool)[:, :Lk]
-    return Buffered(words[:, 0], padding, mask.dtype is torch.int64)
+    return Buffered(words[:, 1], padding, mask.dtype is torch.int64)
