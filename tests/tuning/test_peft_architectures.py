@@ -6,7 +6,7 @@ import warnings
 import peft
 import pytest
 import torch
-from transformers import Gemma2Config, MistralConfig
+from transformers import MistralConfig
 
 import fastprefix_testing.models as tiny
 from fastprefix import PrefixConfig, PrefixKV, PrefixTuningModel
@@ -23,7 +23,7 @@ ARCHITECTURES = {
     "mistral": {"head_dim": 8},
     "mixtral": {"head_dim": 8},
     "qwen3": {},
-    "gemma2": {},
+    "gemma2": {"attn_implementation": "eager"},  # old transformers' SDPA leaves its soft cap out
     "gemma3": {},
     "phi3": {},
     "olmo2": {"head_dim": 8},
@@ -33,17 +33,9 @@ ARCHITECTURES = {
 }
 KINDS = {"PREFIX_TUNING": peft.PrefixTuningConfig, "CARTRIDGE": peft.CartridgeConfig}
 
-# The zoo's Gemma2 differs from PEFT's by 1e-4, in float64 too; why is not known yet.
-_GEMMA2 = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 6, "use_cache": True,
-}  # fmt: skip
-
 
 def base(name):
     """A model of the zoo, with the same weights each time."""
-    if name == "gemma2":
-        return tiny.from_config(Gemma2Config(**{**tiny.GROUPED, **_GEMMA2}))
     return zoo.kind(name, torch.float32, **ARCHITECTURES[name])
 
 
