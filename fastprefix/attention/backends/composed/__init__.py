@@ -37,7 +37,8 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
-    key, value, options = without_unused(query, key, value, options)
+    if options.key_lengths is not None:
+        key, value, options = without_unused(query, key, value, options)
     inputs = (query, key, value, prefix_key, prefix_value)
     chosen = plain if plain.is_plain(options) else features
     return chosen.forward(*inputs, options)
