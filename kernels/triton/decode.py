@@ -7,6 +7,7 @@ The kernels are in :mod:`~fastprefix.kernels.decode_kernels`, their tiles and sp
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -120,12 +121,15 @@ def decode_launches(
         "CAUSAL": problem.options.is_causal and shape.Lq > 1,
         "FIXED": shape.batch_invariant,
         "BLOCK_R": grid.sequence_rows,
+        "OVERLAPS": plan.target.overlaps,
     }
-    merged = {"BLOCK_M": tile.rows, "BLOCK_R": grid.merge_tile.rows}
+    overlaps = plan.target.overlaps and grid.programs > 0
+    merged = {"BLOCK_M": tile.rows, "BLOCK_R": grid.merge_tile.rows, "OVERLAPS": overlaps}
     attend = problem.launch(prefix_attn_decode_kernel, grid.programs, tile, arguments, constants)
     merge = problem.launch(
         prefix_attn_decode_merge_kernel, grid.merge_programs, grid.merge_tile, arguments, merged
     )
+    merge = dataclasses.replace(merge, overlaps=overlaps)
     return [attend, merge] if grid.programs else [merge]
 
 

@@ -239,9 +239,12 @@ def prefix_attn_decode_kernel(
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
     CAUSAL: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """The first Hkv * n_units programs are prefix tiles, the others sequence tiles."""
+    if OVERLAPS:
+        # The merge may be launched as soon as all programs have come here. It waits for their end.
+        tl.extra.cuda.gdc_launch_dependents()
     prefix_tile: tl.constexpr = TileShape(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
@@ -294,7 +297,7 @@ def prefix_attn_decode_merge_kernel(
     part_out, part_lse, rows, sinks, bias, out, lse,
     Hkv, Lq, n_units, n_splits, first_row, n_sequence_splits,
     GROUP: tl.constexpr, HEAD_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Final rows of one KV head of one sequence: prefix splits in order, sequence splits, sink.
 
@@ -329,6 +332,10 @@ def prefix_attn_decode_merge_kernel(
     b_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
     o_u = i_u + (row + o_r) // BLOCK_M * n_prefix  # the first unit of a row's tile
     o_row = (i_h.to(tl.int64) * n_units + o_u) * BLOCK_M + (row + o_r) % BLOCK_M
+    if OVERLAPS:
+        # Until the first launch has ended and its partial results can be seen. Every program comes
+        # here, so the merge never ends before that.
+        tl.extra.cuda.gdc_wait()
     for i_split in tl.range(0, n_prefix, loop_unroll_factor=UNROLL):
         b_acc, b_max, b_sum = merge_step(
             b_acc, b_max, b_sum, part_out, part_lse, o_row + i_split * BLOCK_M, m_r, b_bias,

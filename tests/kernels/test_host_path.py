@@ -172,7 +172,8 @@ def launched(
     """What a call returns, and its launches."""
     driver.counts = simulated_gpu.Counts()
     returned = run(call)
-    return returned, [(x.name, x.grid, x.stream, x.arguments) for x in driver.counts.launches]
+    launches = driver.counts.launches
+    return returned, [(x.name, x.grid, x.stream, x.arguments, x.overlaps) for x in launches]
 
 
 @inside
@@ -315,6 +316,16 @@ def test_a_plan_runs_on_the_current_stream(driver, monkeypatch):
     with simulated_gpu.counting(driver) as counts:
         attend(call)
     assert [each.stream for each in counts.launches] == [7, 7]
+
+
+@inside
+def test_the_merge_overlaps_the_tiles_with_a_plan_too(driver):
+    call = problem(Lq=1, Lk=256, P=4096)
+    for _ in range(2):
+        with simulated_gpu.counting(driver) as counts:
+            attend(call)
+        assert [each.overlaps for each in counts.launches] == [False, True]
+    assert len(PLANS) == 1
 
 
 @inside
