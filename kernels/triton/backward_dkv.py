@@ -269,16 +269,15 @@ def prefix_attn_bwd_dkv_kernel(
     if masks.pad is not None:
         p_pad = masks.pad + i_b * s.pb + o_start * s.pn + o_n * s.pn
         m_real = tl.load(p_pad, mask=m_n, other=0) != 0
-    # dk and dv are contiguous. The offsets inside the tile depend on nothing but the thread, so
-    # that no register has to hold them through the loops.
-    o_base = (i_b * Hkv + i_h) * total + o_start
+    # dk and dv lie in memory as [B, Lk, Hkv, D].
+    o_base = (i_b * total + o_start) * Hkv + i_h
     if dk is not None:
         b_dk = tl.where(m_real[:, None], b_dk * scale, 0.0)
-        o_tile = o_n[:, None] * HEAD + o_d[None, :]
+        o_tile = o_n[:, None] * (Hkv * HEAD) + o_d[None, :]
         store_tile(dk + o_base * HEAD + o_tile, b_dk, m_n, o_d, HEAD, BLOCK_D)
     if dv is not None:
         b_dv = tl.where(m_real[:, None], b_dv, 0.0)
-        o_tile = o_n[:, None] * HEAD_V + o_dv[None, :]
+        o_tile = o_n[:, None] * (Hkv * HEAD_V) + o_dv[None, :]
         store_tile(dv + o_base * HEAD_V + o_tile, b_dv, m_n, o_dv, HEAD_V, BLOCK_DV)
 
 
@@ -290,7 +289,7 @@ def dkv_launch(
     grad_key: Tensor | None,
     grad_value: Tensor | None,
 ) -> launch.Launch:
-    """The launch that fills the contiguous `grad_key` and `grad_value`, if not None."""
+    """The launch that fills `grad_key` and `grad_value`, in memory [B, Lk, Hkv, D], if not None."""
     B, _, Hkv, Lq, Lk, _ = problem.sizes
     tile = tilings.choose_tile("dkv", problem.work, Lq)
     table, tiles = None, B * triton.cdiv(Lk, tile.keys)

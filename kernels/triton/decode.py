@@ -90,7 +90,7 @@ def decode_launches(
         plan: its plan.
         part_out: [grid.partial_rows, Dv] in fp32, scratch space.
         part_lse: [grid.partial_rows] in fp32, scratch space.
-        out: [B, Hq, Lq, Dv], contiguous.
+        out: [B, Hq, Lq, Dv], in memory as [B, Lq, Hq, Dv].
         lse: [B, Hq, Lq] in fp32, contiguous.
     """
     shape, grid, cut = plan.shape, plan.grid, plan.grid.prefix
@@ -151,7 +151,7 @@ def decode(problem: Problem, plan: DecodePlan | None = None) -> tuple[Tensor, Te
         raise ValueError(f"plan: got one for {plan.shape}, takes one for {shape}")
     query, rows = problem.query, plan.grid.partial_rows
     device = query.device
-    out = torch.empty((*query.shape[:3], shape.Dv), dtype=query.dtype, device=device)
+    out = launch.result((*query.shape[:3], shape.Dv), query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
     if lse.numel():
         part_out = launch.scratch((rows, shape.Dv), device)
@@ -185,9 +185,9 @@ def decode_forward(
             prefixes, instead of the cached one.
 
     Returns:
-        out [B, Hq, Lq, Dv] in the query's dtype and the log-sum-exp (natural log, sinks included)
-        [B, Hq, Lq] in float32. Rows that see nothing get zeros and -inf (or the sink, if there is
-        one).
+        out [B, Hq, Lq, Dv] in the query's dtype, in memory as [B, Lq, Hq, Dv], and the log-sum-exp
+        (natural log, sinks included) [B, Hq, Lq] in float32. Rows that see nothing get zeros and
+        -inf (or the sink, if there is one).
 
     Raises:
         ValueError: operands that do not fit together, a feature that decode does not have, or a

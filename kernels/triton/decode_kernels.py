@@ -358,9 +358,10 @@ def prefix_attn_decode_merge_kernel(
     m_some = b_sum > 0.0
     b_sum = tl.where(m_some, b_sum, 1.0)
     b_lse = tl.where(m_some, (b_max + tl.math.log2(b_sum)) * LN2, float("-inf"))
-    o_row = i_bh.to(tl.int64) * (GROUP * Lq) + o_r
+    # out lies in memory as [B, Lq, Hq, Dv], and lse as [B, Hq, Lq].
+    o_row = (i_b.to(tl.int64) * Lq + o_r % Lq) * (Hkv * GROUP) + o_head
     store_tile(
         out + o_row[:, None] * HEAD_V + o_dv[None, :], b_acc / b_sum[:, None],
         m_r, o_dv, HEAD_V, BLOCK_DV,
     )  # fmt: skip
-    tl.store(lse + o_row, b_lse, mask=m_r)
+    tl.store(lse + i_bh.to(tl.int64) * (GROUP * Lq) + o_r, b_lse, mask=m_r)

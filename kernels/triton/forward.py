@@ -26,6 +26,7 @@ from .blocks import (
     prefix_of,
     prefix_tiles,
     ranks,
+    result_rows,
     sequence_end,
     sequence_tiles,
     store_tile,
@@ -224,24 +225,21 @@ def prefix_attn_fwd_kernel(
     if seed is not None:
         b_sum *= keep
     b_out = b_acc / b_sum[:, None]
-    # out and lse are contiguous.
-    o_r = tl.arange(0, BLOCK_M)
-    if tables.cu is not None:
-        row = o_head * sizes.Lq + o_token
-        p_out = out + (row[:, None] * HEAD_V + o_dv[None, :])
-        p_lse = lse + row
-    else:
-        # Packed rows lie end to end: no division outlives the loops.
-        row = (i_b * sizes.Hkv + i_h) * GROUP * Lq + i_tile * BLOCK_M
-        p_out = out + row * HEAD_V + (o_r[:, None] * HEAD_V + o_dv[None, :])
-        p_lse = lse + row + o_r
-    m_r = i_tile * BLOCK_M + o_r < GROUP * Lq
-    store_tile(p_out, b_out, m_r, o_dv, HEAD_V, BLOCK_DV)
-    tl.store(p_lse, b_lse, mask=m_r)
+    # out lies in memory as [B, Lq, Hq, Dv], and lse as [B, Hq, Lq].
+    o_g, o_q, m_r = result_rows(i_tile, Lq, GROUP, BLOCK_M)
+    n_heads = sizes.Hkv * GROUP
+    o_head = i_h * GROUP + o_g
+    o_token = i_start + o_q
+    p_out = out + ((i_b * sizes.Lq + o_token) * n_heads + o_head)[:, None] * HEAD_V
+    store_tile(p_out + o_dv[None, :], b_out, m_r, o_dv, HEAD_V, BLOCK_DV)
+    tl.store(lse + (i_b * n_heads + o_head) * sizes.Lq + o_token, b_lse, mask=m_r)
 
 
 def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
-    """The launch that fills the contiguous `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
+    """The launch that fills `out` [B, Hq, Lq, Dv] and the contiguous `lse` [B, Hq, Lq].
+
+    Both `out` here and `grad_query` in the backward are :func:`~fastprefix.kernels.launch.result`.
+    """
     _, _, Hkv, Lq, Lk, P = problem.sizes
     tile = tilings.choose_tile("forward", problem.work, problem.group * Lq)
     table, tiles = problem.query_tiles(tile.rows, problem.group)
@@ -295,8 +293,9 @@ def launch_forward(
         options: see :class:`~fastprefix.options.Options`.
 
     Returns:
-        out [B, Hq, Lq, Dv] in the query's dtype and the log-sum-exp (natural log) [B, Hq, Lq] in
-        float32. Rows that see nothing: zeros and -inf (with a sink: the sink).
+        out [B, Hq, Lq, Dv] in the query's dtype, in memory as [B, Lq, Hq, Dv], and the log-sum-exp
+        (natural log) [B, Hq, Lq] in float32. Rows that see nothing: zeros and -inf (with a sink:
+        the sink).
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or batch_invariant for a
@@ -329,7 +328,7 @@ def _launch_forward(
     if decode_in_two_phases(problem):
         return decode.decode(problem)
     shape = (*query.shape[:3], value.shape[-1])
-    out = torch.empty(shape, dtype=query.dtype, device=query.device)
+    out = launch.result(shape, query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if out.numel():
         forward_launch(problem, out, lse).run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -129,6 +129,19 @@ def recorded() -> Iterator[Record]:
         yield record
     finally:
         _RECORD.reset(token)
+
+
+def result(
+    shape: tuple[int, ...] | torch.Size, like: Tensor, allocate: Callable[..., Tensor] | None = None
+) -> Tensor:
+    """A result [B, H, L, D], in memory [B, L, H, D] whatever the operands' layout is.
+
+    This is the order in which a model's projections read and write. `allocate` takes the place of
+    :func:`torch.empty`.
+    """
+    B, H, L, D = shape
+    allocate = allocate or torch.empty
+    return allocate((B, L, H, D), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
 def scratch(shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:

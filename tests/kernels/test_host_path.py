@@ -94,9 +94,9 @@ def train(call: Call) -> tuple[Tensor, ...]:
 LAYERS: dict[str, tuple[Callable[[Call], Any], dict[str, Any], int, dict[str, int]]] = {
     "decode": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "pad": True}, 2, {}),
     "decode behind a short prefix": (attend, {"Lq": 1, "Lk": 256, "P": 20}, 1, {}),
-    "prefill": (attend, {"Lq": 64, "Lk": 64, "P": 128}, 1, {"clone": 1}),
+    "prefill": (attend, {"Lq": 64, "Lk": 64, "P": 128}, 1, {}),
     # the forward; delta, dQ, dK and dV, the prefix in parts, and a sum for each of its gradients
-    "training": (train, {"Lq": 64, "Lk": 64, "P": 128}, 1 + 6, {"clone": 4}),
+    "training": (train, {"Lq": 64, "Lk": 64, "P": 128}, 1 + 6, {}),
 }
 
 
