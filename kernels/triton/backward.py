@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import launch, plans, tilings
+from . import decode, launch, plans, tilings
 from .backward_dkv import dkv_launch
 from .backward_dprefix import dprefix_launches
 from .backward_dq import dq_launch
 from .blocks import LOG2E, load_tile
 from .problem import Problem, make_problem
+from .tables import tables_of
 from .target import Tile
 
 # Of a tile of out and one of its gradient: 64 rows of D 128; gfx1100 spills at twice that.
@@ -148,19 +149,20 @@ def _launch_backward(
     delta = launch.scratch(lse.shape, lse.device)
     lse2 = launch.scratch(lse.shape, lse.device)
     delta_launch(out, grad_out, lse, delta, lse2).run()
+    tables = tables_of(problem, decode.cut_of(problem))
     if dq is not None or dbias is not None:
         rows = None
         if dbias is not None:
             rows = launch.scratch(lse.shape, lse.device)
-        dq_launch(problem, grad_out, lse2, delta, dq, rows).run()
+        dq_launch(problem, grad_out, lse2, delta, dq, rows, tables).run()
         if rows is not None and dbias is not None:
             dbias.copy_(rows.sum((0, 2)))
     if key.numel() and (dk is not None or dv is not None):
         for grads in tilings.gradients_in_one_pass(problem.work, dk, dv):
-            dkv_launch(problem, grad_out, lse2, delta, *grads).run()
+            dkv_launch(problem, grad_out, lse2, delta, *grads, tables).run()
     if prefix_key.numel() and (dpk is not None or dpv is not None):
         for grads in tilings.gradients_in_one_pass(problem.work, dpk, dpv):
-            for step in dprefix_launches(problem, grad_out, lse2, delta, *grads):
+            for step in dprefix_launches(problem, grad_out, lse2, delta, *grads, tables):
                 step.run()
     if dsinks is not None and sinks is not None:
         # The sink's weight is exp(sink - lse) and its value is nothing: dS = P * (0 - delta).

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, ragged, tilings
-from .arguments import Dropout, KeyTile, Rows, Saved, Scores, TileShape
+from . import launch, tilings
+from .arguments import BatchTables, Dropout, KeyTile, Rows, Saved, Scores, TileShape
 from .blocks import LOG2E, add_mask, cap, kept, load_tile, prefix_of, store_tile
 from .problem import Problem
 
@@ -288,19 +288,19 @@ def dkv_launch(
     delta: Tensor,
     grad_key: Tensor | None,
     grad_value: Tensor | None,
+    tables: BatchTables | None = None,
 ) -> launch.Launch:
     """The launch that fills `grad_key` and `grad_value`, in memory [B, Lk, Hkv, D], if not None."""
-    B, _, Hkv, Lq, Lk, _ = problem.sizes
-    tile = tilings.choose_tile("dkv", problem.work, Lq)
-    table, tiles = None, B * triton.cdiv(Lk, tile.keys)
-    if problem.options.cu_seqlens is not None:
-        table = ragged.tiles(problem.options.cu_seqlens, Lk, tile.keys)
-        tiles = table.shape[0]
+    B, _, Hkv, _, Lk, _ = problem.sizes
+    tile = problem.tile("dkv")
+    table = tables and tables.dkv
+    tiles = B * triton.cdiv(Lk, tile.keys) if table is None else table.shape[0]
     own = {
         "keys": problem.arguments["keys"]._replace(pk=None, pv=None),
         "masks": problem.arguments["masks"]._replace(bias=None),
         "saved": Saved(grad_out, lse2, delta), "dk": grad_key, "dv": grad_value,
-        "tables": problem.tables(table, rank=False), "s": problem.strides(grad_out, prefix=False),
+        "tables": problem.tables(tables and tables.starts, table, rank=False),
+        "s": problem.strides(grad_out, prefix=False),
     }  # fmt: skip
     constants = {
         "UNMASKED_LOOP": tilings.unmasked_loop("dkv", problem.work),

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tilings
-from .arguments import Dropout, Rows, Saved, Scores, Source, TileShape
+from .arguments import BatchTables, Dropout, Rows, Saved, Scores, Source, TileShape
 from .blocks import (
     LOG2E,
     add_mask,
@@ -233,17 +233,19 @@ def dq_launch(
     delta: Tensor,
     grad_query: Tensor | None,
     grad_bias_rows: Tensor | None = None,
+    tables: BatchTables | None = None,
 ) -> launch.Launch:
     """The launch that fills `grad_query` [B, Hq, Lq, D], in memory [B, Lq, Hq, D].
 
     And `grad_bias_rows` [B, Hq, Lq] fp32: the sums of each row's gradients of prefix scores.
     """
-    _, _, Hkv, Lq, _, _ = problem.sizes
-    tile = tilings.choose_tile("dq", problem.work, problem.group * Lq)
-    table, tiles = problem.query_tiles(tile.rows, problem.group)
+    Hkv = problem.key.shape[1]
+    tile = problem.tile("dq")
+    table = tables and tables.dq
+    tiles = problem.query_tiles(table, tile.rows)
     own = {
         "saved": Saved(grad_out, lse2, delta), "dq": grad_query, "dbias": grad_bias_rows,
-        "tables": problem.tables(table), "s": problem.strides(grad_out),
+        "tables": problem.tables(tables and tables.starts, table), "s": problem.strides(grad_out),
     }  # fmt: skip
     constants = {"UNMASKED_LOOP": tilings.unmasked_loop("dq", problem.work)}
     return problem.launch(prefix_attn_bwd_dq_kernel, tiles * Hkv, tile, own, constants)

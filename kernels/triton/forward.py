@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import decode, decode_grid, launch, plans, tilings
-from .arguments import Dropout, OnePassSizes, Scores, Sizes, Source, TileShape
+from . import decode, launch, plans, tilings
+from .arguments import BatchTables, Dropout, OnePassSizes, Scores, Sizes, Source, TileShape
 from .blocks import (
     LN2,
     LOG2E,
@@ -32,6 +32,7 @@ from .blocks import (
     store_tile,
 )
 from .problem import Problem, make_problem
+from .tables import tables_of
 
 
 @triton.jit
@@ -235,39 +236,25 @@ def prefix_attn_fwd_kernel(
     tl.store(lse + (i_b * n_heads + o_head) * sizes.Lq + o_token, b_lse, mask=m_r)
 
 
-def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
+def forward_launch(
+    problem: Problem, out: Tensor, lse: Tensor, tables: BatchTables | None = None
+) -> launch.Launch:
     """The launch that fills `out` [B, Hq, Lq, Dv] and the contiguous `lse` [B, Hq, Lq].
 
     Both `out` here and `grad_query` in the backward are :func:`~fastprefix.kernels.launch.result`.
     """
     _, _, Hkv, Lq, Lk, P = problem.sizes
-    tile = tilings.choose_tile("forward", problem.work, problem.group * Lq)
-    table, tiles = problem.query_tiles(tile.rows, problem.group)
+    tile = problem.tile("forward")
+    table = tables and tables.forward
+    tiles = problem.query_tiles(table, tile.rows)
     s = problem.strides()
     own = {
-        "out": out, "lse": lse, "tables": problem.tables(table),
+        "out": out, "lse": lse, "tables": problem.tables(tables and tables.starts, table),
         # what grows with a text stands outside of the groups
         "s": s._replace(pb=None), "s_pb": s.pb, "sizes": OnePassSizes(Hkv, Lq, P), "Lk": Lk,
     }  # fmt: skip
     constants = {"UNMASKED_LOOP": tilings.unmasked_loop("forward", problem.work)}
     return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own, constants)
-
-
-def decode_in_two_phases(problem: Problem) -> bool:
-    """Whether a call runs in the two phases of :mod:`~fastprefix.kernels.decode`.
-
-    With batch_invariant the answer does not depend on the batch, and neither do the tiles of the
-    one pass, except for padding: it would move a row's keys from tile to tile.
-
-    Raises:
-        ValueError: batch_invariant and padding, and the two phases cannot do the call.
-    """
-    obstacle = decode.obstacle(problem)
-    if obstacle is not None:
-        if problem.options.batch_invariant and problem.options.key_padding_mask is not None:
-            raise ValueError(f"batch_invariant: key_padding_mask for decode alone; {obstacle}")
-        return False
-    return decode_grid.two_phase_pays(decode.shape_of_problem(problem), problem.target)
 
 
 def launch_forward(
@@ -325,11 +312,12 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """`launch_forward` without a plan."""
     problem = make_problem(query, key, value, prefix_key, prefix_value, options)
-    if decode_in_two_phases(problem):
-        return decode.decode(problem)
+    cut = decode.cut_of(problem)
+    if cut is not None:
+        return decode.decode(problem, tables_of(problem, cut))
     shape = (*query.shape[:3], value.shape[-1])
     out = launch.result(shape, query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if out.numel():
-        forward_launch(problem, out, lse).run()
+        forward_launch(problem, out, lse, tables_of(problem, None)).run()
     return out, lse

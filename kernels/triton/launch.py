@@ -144,9 +144,11 @@ def result(
     return allocate((B, L, H, D), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
-def scratch(shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
-    """Memory in float32 that no value outlives the call in."""
-    memory = torch.empty(shape, dtype=torch.float32, device=device)
+def scratch(
+    shape: tuple[int, ...] | torch.Size, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Memory that no value outlives the call in."""
+    memory = torch.empty(shape, dtype=dtype, device=device)
     record = _RECORD.get()
     if record is not None:
         record.scratch.append(memory)

@@ -63,13 +63,20 @@ def _no_plans() -> None:
 
 
 def problem(
-    *, B: int = 8, Lq: int, Lk: int, P: int, pad: bool = False, dtype: torch.dtype = torch.bfloat16
+    *,
+    B: int = 8,
+    Lq: int,
+    Lk: int,
+    P: int,
+    pad: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    **options: Tensor,
 ) -> Call:
     """A causal call with Hq 8, Hkv 2 and D 16."""
     shapes = [(B, 8, Lq, 16), (B, 2, Lk, 16), (B, 2, Lk, 16), (2, P, 16), (2, P, 16)]
     tensors = {n: torch.zeros(s, dtype=dtype) for n, s in zip(FIVE, shapes, strict=True)}
     mask = torch.ones(B, Lk, dtype=torch.bool) if pad else None
-    return Call(tensors, Options(True, 0.25, key_padding_mask=mask))
+    return Call(tensors, Options(True, 0.25, key_padding_mask=mask, **options))
 
 
 def attend(call: Call) -> Tensor:
@@ -90,13 +97,43 @@ def train(call: Call) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out, leaves, torch.empty_like(out))
 
 
+def alone(call: Call) -> tuple[Tensor | None, ...]:
+    """The launcher of the forward."""
+    return launch_forward(*call.five, call.options)
+
+
+def alone_both_ways(call: Call) -> tuple[Tensor | None, ...]:
+    """The launchers of the forward and of all gradients of the tensors."""
+    out, lse = launch_forward(*call.five, call.options)
+    return launch_backward(out, *call.five, out, lse, call.options, (True,) * 5 + (False,) * 2)
+
+
+SEVERAL = {
+    "prefix_index": torch.tensor([0, 1, 2, -1, 0, 1, 2, 0], dtype=torch.int32),
+    "prefix_lengths": torch.tensor([3000, 1000, 96], dtype=torch.int32),
+}
+PACKED = {"cu_seqlens": torch.tensor([0, 20, 20, 64], dtype=torch.int32)}
 # What a layer runs: Triton's launches, and the kernels that PyTorch runs.
 LAYERS: dict[str, tuple[Callable[[Call], Any], dict[str, Any], int, dict[str, int]]] = {
     "decode": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "pad": True}, 2, {}),
     "decode behind a short prefix": (attend, {"Lq": 1, "Lk": 256, "P": 20}, 1, {}),
     "prefill": (attend, {"Lq": 64, "Lk": 64, "P": 128}, 1, {}),
+    # one launch more in each direction, for the tables
+    "decode, several prefixes": (alone, {"Lq": 1, "Lk": 256, "P": 4096, **SEVERAL}, 1 + 2, {}),
     # the forward; delta, dQ, dK and dV, the prefix in parts, and a sum for each of its gradients
     "training": (train, {"Lq": 64, "Lk": 64, "P": 128}, 1 + 6, {}),
+    "training, several prefixes": (
+        alone_both_ways,
+        {"Lq": 64, "Lk": 64, "P": 4096, **SEVERAL},
+        (1 + 1) + (1 + 6),
+        {},
+    ),
+    "training, packed sequences": (
+        alone_both_ways,
+        {"B": 1, "Lq": 64, "Lk": 64, "P": 128, **PACKED},
+        (1 + 1) + (1 + 6),
+        {},
+    ),
 }
 
 

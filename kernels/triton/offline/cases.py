@@ -234,6 +234,9 @@ def table_jobs(target: str) -> list[Job]:
     for features in DECODE_MEETINGS:
         case = Case(target, 128, "fp16", features, value_head_size=64, **DECODE)
         jobs.append(Job(case, "decode", code=False))
+    # The tables of packed prefixes and sequences come with MEETINGS; decoding has more of them.
+    for features in (("packed",), ("packed", "batch_invariant")):
+        jobs.append(Job(Case(target, 128, "fp16", features, **DECODE), "tables", code=False))
     return jobs
 
 
