@@ -14,6 +14,7 @@ from .blocks import (
     additive,
     cap,
     kept,
+    keys_in_use,
     load_tile,
     locate,
     packed_rows,
@@ -115,6 +116,7 @@ def prefix_attn_bwd_dq_kernel(
     if tables.cu is not None:  # noqa: SIM102 (the inner test is no constant)
         if i_seq < 0:
             return
+    Lk = keys_in_use(masks, s, i_b, Lk)
     i_first, P = prefix_of(tables, i_seq, sizes.P)
 
     o_d = tl.arange(0, BLOCK_D)

@@ -127,6 +127,14 @@ def clamp(x, high):
 
 
 @triton.jit
+def keys_in_use(masks, s, i_b, Lk):
+    """How many of the Lk keys of a sequence are in use; whatever the table says, 0 .. Lk."""
+    if masks.lengths is not None:
+        Lk = clamp(tl.load(masks.lengths + i_b * s.lb), Lk)
+    return Lk
+
+
+@triton.jit
 def sequence_tiles(
     q_first, q_last, Lq, Lk, window,
     CAUSAL: tl.constexpr, UNMASKED_LOOP: tl.constexpr, BLOCK_N: tl.constexpr,

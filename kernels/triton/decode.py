@@ -119,7 +119,7 @@ def decode_launches(
     options = problem.options
     s = strides(
         q=problem.query, k=problem.key, v=problem.value, pk=problem.prefix_key,
-        pv=problem.prefix_value, pad=options.key_padding_mask,
+        pv=problem.prefix_value, pad=options.key_padding_mask, lengths=options.key_lengths,
     )  # fmt: skip
     arguments = {
         "buffers": DecodeBuffers(
@@ -128,7 +128,8 @@ def decode_launches(
         "rows": tables and tables.rows, "out": out, "lse": lse,
         "part_out": part_out, "part_lse": part_lse, "Hkv": shape.Hkv, "Lq": shape.Lq,
         # the merge adds the bias
-        "masks": Masks(options.key_padding_mask, None, None), "bias": options.prefix_bias,
+        "masks": Masks(options.key_padding_mask, None, None, options.key_lengths),
+        "bias": options.prefix_bias,
         "scores": Scores(options.scale, options.softcap),
         "s": s._replace(pb=None), "s_pb": s.pb,
         "sizes": FixedSizes(shape.Hkv, shape.Lq), "Lk": shape.Lk, "P": shape.P,

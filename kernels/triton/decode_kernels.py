@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from .arguments import Source, TileShape
-from .blocks import LN2, LOG2E, LOWEST, additive, cap, load_tile, packed_rows, store_tile
+from .blocks import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    additive,
+    cap,
+    keys_in_use,
+    load_tile,
+    packed_rows,
+    store_tile,
+)
 
 # Entries of a padding mask that one step of a scan reads: 16 bytes a thread.
 SCAN = tl.constexpr(2048)
@@ -176,6 +186,13 @@ def sequence_phase(
     i_h = (i_bh % Hkv).to(tl.int64)
     o_g, o_m, m_r = packed_rows(i_tile, Lq, GROUP, BLOCK_M)
 
+    if masks.lengths is not None:
+        # The host has cut the whole buffer. Here the keys in use are shared out among the splits.
+        Lk = keys_in_use(masks, s, i_b, Lk)
+        if window is not None:
+            first_key = tl.maximum(Lk - Lq - window + 1, 0)
+        if not FIXED:
+            split = tl.cdiv(tl.cdiv(Lk - first_key, n_splits), BLOCK_N) * BLOCK_N
     # The keys of this split. With FIXED splits start at the row's first real token, wherever the
     # batch's padding has put it, and those below every window are left out whole.
     p_pad = None

@@ -19,6 +19,7 @@ from .blocks import (
     additive,
     cap,
     kept,
+    keys_in_use,
     load_tile,
     locate,
     packed_rows,
@@ -125,6 +126,7 @@ def prefix_attn_fwd_kernel(
     if tables.cu is not None:  # noqa: SIM102 (the inner test is no constant)
         if i_seq < 0:
             return
+    Lk = keys_in_use(masks, s, i_b, Lk)
     i_first, P = prefix_of(tables, i_seq, sizes.P)
 
     o_d = tl.arange(0, BLOCK_D)
@@ -297,7 +299,7 @@ def known_forward(tensors: tuple[Tensor, ...], options: Options) -> tuple[Tensor
 
     Args:
         tensors: query, key, value, prefix_key, prefix_value.
-        options: with no tensor but perhaps a key_padding_mask.
+        options: with no tensors but perhaps key_padding_mask and key_lengths.
     """
     return plans.known(_launch_forward, tensors, options)
 
