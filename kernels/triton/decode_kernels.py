@@ -245,14 +245,14 @@ def sequence_phase(
 # specialisation, hence no recompilation, for those that are multiples of 16 or equal to 1.
 LENGTHS = [
     "B", "Lk", "P", "n_units", "n_splits", "split",
-    "first_key", "first_row", "n_sequence_splits", "sequence_split", "window", "s_pb",
+    "first_key", "n_sequence_splits", "sequence_split", "window", "s_pb",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def prefix_attn_decode_kernel(
     q, keys, masks, buffers, s, s_pb, B, sizes, Lk, P, n_units, n_splits, split,
-    first_key, first_row, n_sequence_splits, sequence_split, scores, window,
+    first_key, n_sequence_splits, sequence_split, scores, window,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
     CAUSAL: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -278,6 +278,8 @@ def prefix_attn_decode_kernel(
             scores, prefix_tile, GROUP,
         )  # fmt: skip
     else:
+        # the partial results of the prefix come first
+        first_row = tl.cast(n_prefix, tl.int64) * BLOCK_M
         sequence_phase(
             i_program - n_prefix, q, keys, masks, buffers, s, s_pb, sizes.Hkv, sizes.Lq, Lk,
             first_key, n_sequence_splits, sequence_split, first_row, scores, window,
