@@ -147,7 +147,7 @@ class DecodeBuffers(NamedTuple):
     """What the first launch of a decode step reads besides the operands, and what it writes.
 
     Attributes:
-        order: see `decode_tables.PrefixTables`; None for one prefix.
+        order: see `BatchTables`; None for one prefix.
         units: the same.
         part_out: [rows, Dv] float32, the normalised results of splits.
         part_lse: [rows] float32, their log-sum-exp (natural logarithm).
@@ -271,6 +271,79 @@ class Dropout(NamedTuple):
     keep: Any
     o_query: Any
     o_head: Any
+
+
+class BatchTables(NamedTuple):
+    """All tables of a batch, see :mod:`~fastprefix.kernels.tables`. int32; None: nothing reads it.
+
+    Attributes:
+        order: [B], for decoding: the batch rows sorted by prefix.
+        units: [units, 4], for decoding: of each unit the first packed row, the end of the prefix's
+            packed rows, the first key and the end of the keys. Surplus units have no rows.
+        rows: [B, 3], for decoding: of each batch row its first packed row counted from the first
+            one of its prefix, the first unit of its prefix, and the splits (0: no prefix).
+        starts: [N + 1], where prefixes begin and the last one ends.
+        forward: [tiles, 2], (sequence, tile) of packed sequences, for the forward.
+        dq: [tiles, 2], the same for dQ.
+        dkv: [tiles, 2], the same for tiles of keys.
+        key_tiles: see `Parts`; so are the next two.
+        query_tiles: [tiles, 2].
+        bounds: [N + 1].
+    """
+
+    order: Any
+    units: Any
+    rows: Any
+    starts: Any
+    forward: Any
+    dq: Any
+    dkv: Any
+    key_tiles: Any
+    query_tiles: Any
+    bounds: Any
+
+
+class Cut(NamedTuple):
+    """How decoding cuts packed prefixes, see `decode_grid.PrefixCut`.
+
+    Attributes:
+        packed, rows, keys, shortest: as there.
+        parts: how many splits a prefix has at most, or of how many units the table may be longer
+            than there are tiles of rows.
+    """
+
+    packed: Any
+    rows: Any
+    keys: Any
+    shortest: Any
+    parts: Any
+
+
+class PrefixPart(NamedTuple):
+    """Some of the packed prefixes, in registers, while tables are built.
+
+    Attributes:
+        o: their numbers.
+        key_first, key_end: their keys along P.
+        row_first, row_end: their rows in the order of prefixes.
+        tiles: tiles of packed rows.
+        split, splits: keys per split, and how many splits there are.
+        unit_first, unit_end: their units.
+        key, unit: how many keys and units come before the next part.
+    """
+
+    o: Any
+    key_first: Any
+    key_end: Any
+    row_first: Any
+    row_end: Any
+    tiles: Any
+    split: Any
+    splits: Any
+    unit_first: Any
+    unit_end: Any
+    key: Any
+    unit: Any
 
 
 # The strides of each tensor by their fields, but for that of the head dimension.

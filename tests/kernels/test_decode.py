@@ -101,7 +101,7 @@ def test_keys_in_use_are_shared_out_among_all_splits(monkeypatch):
     target = Target("interpreter", 64)
     monkeypatch.setattr(launch, "target_of", lambda device: target)
     problem = make_problem(*inputs, Options(**rule))
-    plan = decode.decode_plan(decode.shape_of_problem(problem), target, None, None)
+    plan = decode.decode_plan(decode.shape_of_problem(problem), target)
     splits = plan.grid.sequence_splits
     assert splits > 8
     part_out, part_lse = torch.zeros(plan.grid.partial_rows, 16), torch.zeros(splits)

@@ -71,16 +71,17 @@ def problem(
     pad: bool = False,
     in_use: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    **options: Tensor,
 ) -> Call:
     """A causal call with Hq 8, Hkv 2 and D 16. `in_use` of the Lk keys are in use, if not None."""
     shapes = [(B, 8, Lq, 16), (B, 2, Lk, 16), (B, 2, Lk, 16), (2, P, 16), (2, P, 16)]
     tensors = {n: torch.zeros(s, dtype=dtype) for n, s in zip(FIVE, shapes, strict=True)}
     mask = torch.ones(B, Lk, dtype=torch.bool) if pad else None
-    options = Options(True, 0.25, key_padding_mask=mask)
+    given = Options(True, 0.25, key_padding_mask=mask, **options)
     if in_use is not None:  # beside other things in one tensor, as models hand them on
         words = torch.full((B, 2 + Lk // 4), in_use, dtype=torch.int32)
-        options = options._replace(key_lengths=words[:, 1])
-    return Call(tensors, options)
+        given = given._replace(key_lengths=words[:, 1])
+    return Call(tensors, given)
 
 
 def attend(call: Call) -> Tensor:
@@ -102,16 +103,46 @@ def train(call: Call) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out, leaves, torch.empty_like(out))
 
 
+def alone(call: Call) -> tuple[Tensor | None, ...]:
+    """The launcher of the forward."""
+    return launch_forward(*call.five, call.options)
+
+
+def alone_both_ways(call: Call) -> tuple[Tensor | None, ...]:
+    """The launchers of the forward and of all gradients of the tensors."""
+    out, lse = launch_forward(*call.five, call.options)
+    return launch_backward(out, *call.five, out, lse, call.options, (True,) * 5 + (False,) * 2)
+
+
+SEVERAL = {
+    "prefix_index": torch.tensor([0, 1, 2, -1, 0, 1, 2, 0], dtype=torch.int32),
+    "prefix_lengths": torch.tensor([3000, 1000, 96], dtype=torch.int32),
+}
+PACKED = {"cu_seqlens": torch.tensor([0, 20, 20, 64], dtype=torch.int32)}
 # What a layer runs: Triton's launches, and the kernels that PyTorch runs.
 LAYERS: dict[str, tuple[Callable[[Call], Any], dict[str, Any], int, dict[str, int]]] = {
     "decode": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "pad": True}, 2, {}),
     "decode, buffer": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "in_use": 99}, 2, {}),
     "decode, pads": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "in_use": 99, "pad": True}, 2, {}),
-    "prefill, buffer": (attend, {"Lq": 64, "Lk": 256, "P": 128, "in_use": 64}, 1, {"clone": 1}),
+    "prefill, buffer": (attend, {"Lq": 64, "Lk": 256, "P": 128, "in_use": 64}, 1, {}),
     "decode behind a short prefix": (attend, {"Lq": 1, "Lk": 256, "P": 20}, 1, {}),
-    "prefill": (attend, {"Lq": 64, "Lk": 64, "P": 128}, 1, {"clone": 1}),
+    "prefill": (attend, {"Lq": 64, "Lk": 64, "P": 128}, 1, {}),
+    # one launch more in each direction, for the tables
+    "decode, several prefixes": (alone, {"Lq": 1, "Lk": 256, "P": 4096, **SEVERAL}, 1 + 2, {}),
     # the forward; delta, dQ, dK and dV, the prefix in parts, and a sum for each of its gradients
-    "training": (train, {"Lq": 64, "Lk": 64, "P": 128}, 1 + 6, {"clone": 4}),
+    "training": (train, {"Lq": 64, "Lk": 64, "P": 128}, 1 + 6, {}),
+    "training, several prefixes": (
+        alone_both_ways,
+        {"Lq": 64, "Lk": 64, "P": 4096, **SEVERAL},
+        (1 + 1) + (1 + 6),
+        {},
+    ),
+    "training, packed sequences": (
+        alone_both_ways,
+        {"B": 1, "Lq": 64, "Lk": 64, "P": 128, **PACKED},
+        (1 + 1) + (1 + 6),
+        {},
+    ),
 }
 
 
@@ -200,7 +231,8 @@ def launched(
     """What a call returns, and its launches."""
     driver.counts = simulated_gpu.Counts()
     returned = run(call)
-    return returned, [(x.name, x.grid, x.stream, x.arguments) for x in driver.counts.launches]
+    launches = driver.counts.launches
+    return returned, [(x.name, x.grid, x.stream, x.arguments, x.overlaps) for x in launches]
 
 
 @inside
@@ -343,6 +375,16 @@ def test_a_plan_runs_on_the_current_stream(driver, monkeypatch):
     with simulated_gpu.counting(driver) as counts:
         attend(call)
     assert [each.stream for each in counts.launches] == [7, 7]
+
+
+@inside
+def test_the_merge_overlaps_the_tiles_with_a_plan_too(driver):
+    call = problem(Lq=1, Lk=256, P=4096)
+    for _ in range(2):
+        with simulated_gpu.counting(driver) as counts:
+            attend(call)
+        assert [each.overlaps for each in counts.launches] == [False, True]
+    assert len(PLANS) == 1
 
 
 @inside

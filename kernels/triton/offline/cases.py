@@ -21,7 +21,7 @@ from fastprefix.options import Options
 from .. import launch, tilings
 from ..backward import launch_backward
 from ..forward import launch_forward
-from ..target import Target, family_of_amd, family_of_capability
+from ..target import Target, family_of_amd, target_of_capability
 
 TARGETS = (
     "cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100"
@@ -157,7 +157,7 @@ def launch_target(name: str) -> Target:
     """Our target of a launch for an entry of TARGETS."""
     backend, arch = name.split(":")
     if backend == "cuda":
-        return Target(family_of_capability(*divmod(int(arch), 10)), MULTIPROCESSORS)
+        return target_of_capability(*divmod(int(arch), 10), MULTIPROCESSORS)
     return Target(family_of_amd(arch), MULTIPROCESSORS)
 
 
@@ -235,6 +235,9 @@ def table_jobs(target: str) -> list[Job]:
     for features in DECODE_MEETINGS:
         case = Case(target, 128, "fp16", features, value_head_size=64, **DECODE)
         jobs.append(Job(case, "decode", code=False))
+    # The tables of packed prefixes and sequences come with MEETINGS; decoding has more of them.
+    for features in (("packed",), ("packed", "batch_invariant")):
+        jobs.append(Job(Case(target, 128, "fp16", features, **DECODE), "tables", code=False))
     return jobs
 
 

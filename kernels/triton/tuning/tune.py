@@ -174,7 +174,7 @@ class _Pass:
         lse = torch.empty(p.query.shape[:3], dtype=single, device=device)
         if self.name == "forward":
             return [forward_launch(p, out, lse)], [out]
-        plan = decode_plan(shape_of_problem(p), p.target, None, None)
+        plan = decode_plan(shape_of_problem(p), p.target)
         rows = plan.grid.partial_rows
         part_out = torch.empty((rows, out.shape[3]), dtype=single, device=device)
         part_lse = torch.empty((rows,), dtype=single, device=device)

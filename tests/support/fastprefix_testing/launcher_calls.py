@@ -99,6 +99,8 @@ def random_options(chosen: random.Random, call: dict[str, Any]) -> dict[str, Any
     if often(0.15):
         found["prefix_lengths"] = torch.tensor([P // 2, P - P // 2], dtype=torch.int32)
         found["prefix_index"] = torch.zeros(B, dtype=torch.int32)
+    if B == 1 and Lq == Lk and often(0.5):
+        found["cu_seqlens"] = torch.tensor([0, Lq], dtype=torch.int32)
     return found
 
 
