@@ -219,7 +219,7 @@ def plan_of(tensors: Sequence[Tensor], results: Results, record: launch.Record) 
             if compiled is None:
                 return None
             places = _places(_arguments(launched), numbers, pool, views)
-            seen.update(_flat(places))
+            seen.update(_flat(places), (number for _, number, _ in views))
             x, y, z = (*launched.grid, 1, 1)[:3]
             code = (compiled.function, compiled.packed_metadata)
             steps.append(Step(compiled, (x, y, z), compiled.run, code, picker(places)))
