@@ -35,7 +35,7 @@ from triton.compiler import CompiledKernel
 from fastprefix.attention import run, selection
 from fastprefix.attention.backends import triton as triton_backend
 from fastprefix.kernels import launch
-from fastprefix.kernels.target import Target, family_of_capability
+from fastprefix.kernels.target import target_of_capability
 
 # Operators of PyTorch that run no kernel: they allocate, or look at memory in another way.
 NO_KERNEL = frozenset({
@@ -53,12 +53,14 @@ class Launched:
         name: of the kernel.
         grid: programs along each axis.
         stream: number of the stream.
+        overlaps: whether it may begin before the launch in front of it has ended.
         arguments: of the kernel, compile-time ones included, in order. Tensors are addresses.
     """
 
     name: str
     grid: tuple[int, int, int]
     stream: int
+    overlaps: bool
     arguments: tuple[Any, ...]
 
 
@@ -117,12 +119,13 @@ class Driver(DriverBase):
 
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
         """What the launches of a compiled kernel call, with what JITFunction.run passes."""
-        name = metadata.name
+        name, overlaps = metadata.name, metadata.launch_pdl
 
         def launch(*arguments: Any) -> None:
             if self.counts is not None:
                 addresses = _addresses(arguments[9:])
-                self.counts.launches.append(Launched(name, arguments[:3], arguments[3], addresses))
+                launched = Launched(name, arguments[:3], arguments[3], overlaps, addresses)
+                self.counts.launches.append(launched)
 
         return launch
 
@@ -167,8 +170,9 @@ class Uncompiled(CompiledKernel):
         self.src = src
         self.name = src.fn.__name__
         self.metadata = SimpleNamespace(
-            name=self.name, shared=0, num_warps=options["num_warps"], tmem_size=None
-        )
+            name=self.name, shared=0, num_warps=options["num_warps"], tmem_size=None,
+            launch_pdl=options.get("launch_pdl", False),
+        )  # fmt: skip
         self.packed_metadata = ()
         self.hash, self.kernel, self.metadata_group, self.asm = "", b"", {}, {}
         self.module = self.function = self._run = None
@@ -193,7 +197,7 @@ def install(*, compiled: bool = True, capability: tuple[int, int] = (9, 0)) -> D
         triton.compiler.compile = lambda src, target=None, options=None, **_: Uncompiled(
             src, options
         )
-    target = Target(family_of_capability(*capability), 132)
+    target = target_of_capability(*capability, 132)
     launch._device_target = functools.lru_cache(lambda device: target)
     selection.interpreting = lambda: True
     triton_backend.PLANNED_ON.add("cpu")

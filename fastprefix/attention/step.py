@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from fastprefix.attention.backends import triton
-from fastprefix.options import INTEGERS, Options
+from fastprefix.options import Options
+
+# The integers that layers share. key_lengths belong to the cache of one layer.
+SHARED = ("prefix_index", "prefix_lengths", "cu_seqlens")
 
 
 class Step:
@@ -28,7 +31,7 @@ class Step:
 
     def is_new(self, options: Options, *sizes: int) -> bool:
         """Whether the values of these integers were not asked about before, for the same sizes."""
-        key = (*map(self._key, _integers(options)), *sizes)
+        key = (*[self._key(getattr(options, name)) for name in SHARED], *sizes)
         new = key not in self._checked
         self._checked.add(key)
         return new
@@ -61,7 +64,7 @@ class Step:
             *[x.shape for x in tensors],
             *[
                 x if not isinstance(x, Tensor)
-                else self._key(x) if name in INTEGERS
+                else self._key(x) if name in SHARED
                 else ("a tensor", x.dim())
                 for name, x in zip(Options._fields, options, strict=True)
             ],
@@ -80,8 +83,3 @@ class Step:
             return None
         self._kept[id(tensor)] = tensor
         return id(tensor), 0 if tensor.is_inference() else tensor._version
-
-
-def _integers(options: Options) -> list[Tensor | None]:
-    """Those of which layers share the values; key_lengths belong to the cache of one layer."""
-    return [options.prefix_index, options.prefix_lengths, options.cu_seqlens]

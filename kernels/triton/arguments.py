@@ -41,11 +41,13 @@ class Masks(NamedTuple):
         pad: [B, Lk] bool, True for real tokens.
         mask: [B, Hq, Lq, Lk], bool (True: attend) or added to the scores of the sequence.
         bias: [Hq] or [Hq, Lq, P], added to the scores of the prefix.
+        lengths: [B] int32, how many of the Lk keys are in use.
     """
 
     pad: Any
     mask: Any
     bias: Any
+    lengths: Any
 
 
 class Saved(NamedTuple):
@@ -98,7 +100,7 @@ class Strides(NamedTuple):
     """`kn` is the stride of k along n; that of the head dimension is 1. None: it is never read.
 
     b, h, m and n stand for sequence, head, query and key; in front of them p stands for the
-    padding mask, m for the mask, b for the bias.
+    padding mask, m for the mask, b for the bias, l for the lengths.
     """
 
     qb: Any = None
@@ -123,6 +125,7 @@ class Strides(NamedTuple):
     bh: Any = None
     bm: Any = None
     bn: Any = None
+    lb: Any = None
     dob: Any = None
     doh: Any = None
     dom: Any = None
@@ -347,14 +350,21 @@ class PrefixPart(NamedTuple):
 _STRIDES = {
     "q": ("qb", "qh", "qm"), "k": ("kb", "kh", "kn"), "v": ("vb", "vh", "vn"),
     "pk": ("pkh", "pkn"), "pv": ("pvh", "pvn"), "pad": ("pb", "pn"),
-    "mask": ("mb", "mh", "mm", "mn"), "bias": ("bh", "bm", "bn"), "do": ("dob", "doh", "dom"),
+    "mask": ("mb", "mh", "mm", "mn"), "bias": ("bh", "bm", "bn"), "lengths": ("lb",),
+    "do": ("dob", "doh", "dom"),
 }  # fmt: skip
 
 
 def strides(**tensors: Tensor | None) -> Strides:
-    """The strides of the tensors that a kernel may read, by their names in it; None: zeros."""
+    """The strides of the tensors that a kernel may read, by their names in it.
+
+    Those of None are zeros, so that an option changes no parameter of a kernel but its own; the
+    stride of `lengths` is left out, so that the option changes none where it is not used.
+    """
     found: dict[str, int] = {}
     for name, tensor in tensors.items():
+        if name == "lengths" and tensor is None:
+            continue
         fields = _STRIDES[name]
         found.update(dict.fromkeys(fields, 0))
         if tensor is not None:

@@ -26,7 +26,7 @@ from .arguments import (
     TileShape,
 )
 from .backward_dkv import key_gradients
-from .blocks import additive, load_tile, ranks, store_tile
+from .blocks import additive, keys_in_use, load_tile, ranks, store_tile
 from .problem import Problem
 from .target import Tile
 
@@ -133,6 +133,7 @@ def prefix_attn_bwd_dprefix_kernel(
         o_low = None
         if IN_WINDOW:
             m_m = i_m + o_m < n_q
+            n_k = keys_in_use(masks, s, i_b, n_k)
             o_low = P - i_n - window + 1 + ranks(tables.rank, i_b, i_m + o_m, m_m, n_q, n_k)
         b_shift = None
         p_rows = None
@@ -215,7 +216,7 @@ def dprefix_launches(
         ]  # fmt: skip
     own = {
         "keys": problem.arguments["keys"]._replace(k=None, v=None),
-        "masks": Masks(pad=None, mask=None, bias=problem.options.prefix_bias),
+        "masks": Masks(None, None, problem.options.prefix_bias, problem.options.key_lengths),
         "parts": parts, "tables": problem.tables(None, None)._replace(index=None, starts=starts),
         "saved": Saved(grad_out, lse2, delta), "sums": PrefixSums(*sums),
         "n_tiles": key_tiles, "row_tiles": row_tiles, "split_tiles": split_tiles,

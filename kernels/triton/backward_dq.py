@@ -14,6 +14,7 @@ from .blocks import (
     additive,
     cap,
     kept,
+    keys_in_use,
     load_tile,
     locate,
     packed_rows,
@@ -21,6 +22,7 @@ from .blocks import (
     prefix_of,
     prefix_tiles,
     ranks,
+    result_rows,
     sequence_end,
     sequence_tiles,
     store_tile,
@@ -114,6 +116,7 @@ def prefix_attn_bwd_dq_kernel(
     if tables.cu is not None:  # noqa: SIM102 (the inner test is no constant)
         if i_seq < 0:
             return
+    Lk = keys_in_use(masks, s, i_b, Lk)
     i_first, P = prefix_of(tables, i_seq, sizes.P)
 
     o_d = tl.arange(0, BLOCK_D)
@@ -121,7 +124,7 @@ def prefix_attn_bwd_dq_kernel(
     o_g, o_q, m_r = packed_rows(i_tile, Lq, GROUP, BLOCK_M)
     o_head = i_h * GROUP + o_g
     o_token = (i_start + o_q).to(tl.int64)
-    # lse2, delta and dq are contiguous: the packed rows of a KV head lie end to end.
+    # lse2, delta and dbias are contiguous: the packed rows of a KV head lie end to end.
     o_r = tl.arange(0, BLOCK_M)
     if tables.cu is not None:
         row = o_head * sizes.Lq + o_token
@@ -216,15 +219,12 @@ def prefix_attn_bwd_dq_kernel(
         scores, dropout, shape, True, False,
     )  # fmt: skip
 
-    m_r = i_tile * BLOCK_M + o_r < GROUP * Lq
+    o_g, o_q, m_r = result_rows(i_tile, Lq, GROUP, BLOCK_M)
     if dbias is not None:
         tl.store(dbias + row, b_dbias, mask=m_r)
     if dq is not None:
-        if tables.cu is not None:
-            p_dq = dq + (row[:, None] * HEAD + o_d[None, :])
-        else:
-            row = (i_b * sizes.Hkv + i_h) * GROUP * Lq + i_tile * BLOCK_M
-            p_dq = dq + row * HEAD + (o_r[:, None] * HEAD + o_d[None, :])
+        row = (i_b * sizes.Lq + i_start + o_q) * (sizes.Hkv * GROUP) + i_h * GROUP + o_g
+        p_dq = dq + row[:, None] * HEAD + o_d[None, :]
         store_tile(p_dq, b_dq * scale, m_r, o_d, HEAD, BLOCK_D)
 
 
@@ -237,7 +237,7 @@ def dq_launch(
     grad_bias_rows: Tensor | None = None,
     tables: BatchTables | None = None,
 ) -> launch.Launch:
-    """The launch that fills the contiguous `grad_query` [B, Hq, Lq, D].
+    """The launch that fills `grad_query` [B, Hq, Lq, D], in memory [B, Lq, Hq, D].
 
     And `grad_bias_rows` [B, Hq, Lq] fp32: the sums of each row's gradients of prefix scores.
     """

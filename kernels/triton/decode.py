@@ -7,6 +7,7 @@ The kernels are in :mod:`~fastprefix.kernels.decode_kernels`, their tiles and sp
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +110,7 @@ def decode_launches(
         plan: its plan.
         part_out: [grid.partial_rows, Dv] in fp32, scratch space.
         part_lse: [grid.partial_rows] in fp32, scratch space.
-        out: [B, Hq, Lq, Dv], contiguous.
+        out: [B, Hq, Lq, Dv], in memory as [B, Lq, Hq, Dv].
         lse: [B, Hq, Lq] in fp32, contiguous.
         tables: of packed prefixes.
     """
@@ -118,7 +119,7 @@ def decode_launches(
     options = problem.options
     s = strides(
         q=problem.query, k=problem.key, v=problem.value, pk=problem.prefix_key,
-        pv=problem.prefix_value, pad=options.key_padding_mask,
+        pv=problem.prefix_value, pad=options.key_padding_mask, lengths=options.key_lengths,
     )  # fmt: skip
     arguments = {
         "buffers": DecodeBuffers(
@@ -127,7 +128,8 @@ def decode_launches(
         "rows": tables and tables.rows, "out": out, "lse": lse,
         "part_out": part_out, "part_lse": part_lse, "Hkv": shape.Hkv, "Lq": shape.Lq,
         # the merge adds the bias
-        "masks": Masks(options.key_padding_mask, None, None), "bias": options.prefix_bias,
+        "masks": Masks(options.key_padding_mask, None, None, options.key_lengths),
+        "bias": options.prefix_bias,
         "scores": Scores(options.scale, options.softcap),
         "s": s._replace(pb=None), "s_pb": s.pb,
         "sizes": FixedSizes(shape.Hkv, shape.Lq), "Lk": shape.Lk, "P": shape.P,
@@ -141,12 +143,15 @@ def decode_launches(
         "CAUSAL": problem.options.is_causal and shape.Lq > 1,
         "FIXED": shape.batch_invariant,
         "BLOCK_R": grid.sequence_rows,
+        "OVERLAPS": plan.target.overlaps,
     }
-    merged = {"BLOCK_M": tile.rows, "BLOCK_R": grid.merge_tile.rows}
+    overlaps = plan.target.overlaps and grid.programs > 0
+    merged = {"BLOCK_M": tile.rows, "BLOCK_R": grid.merge_tile.rows, "OVERLAPS": overlaps}
     attend = problem.launch(prefix_attn_decode_kernel, grid.programs, tile, arguments, constants)
     merge = problem.launch(
         prefix_attn_decode_merge_kernel, grid.merge_programs, grid.merge_tile, arguments, merged
     )
+    merge = dataclasses.replace(merge, overlaps=overlaps)
     return [attend, merge] if grid.programs else [merge]
 
 
@@ -161,7 +166,7 @@ def decode(problem: Problem, tables: BatchTables | None) -> tuple[Tensor, Tensor
     plan = decode_plan(shape, problem.target)
     query, rows = problem.query, plan.grid.partial_rows
     device = query.device
-    out = torch.empty((*query.shape[:3], shape.Dv), dtype=query.dtype, device=device)
+    out = launch.result((*query.shape[:3], shape.Dv), query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
     if lse.numel():
         part_out = launch.scratch((rows, shape.Dv), device)
@@ -192,9 +197,9 @@ def decode_forward(
         options: see :class:`~fastprefix.options.Options`.
 
     Returns:
-        out [B, Hq, Lq, Dv] in the query's dtype and the log-sum-exp (natural log, sinks included)
-        [B, Hq, Lq] in float32. Rows that see nothing get zeros and -inf (or the sink, if there is
-        one).
+        out [B, Hq, Lq, Dv] in the query's dtype, in memory as [B, Lq, Hq, Dv], and the log-sum-exp
+        (natural log, sinks included) [B, Hq, Lq] in float32. Rows that see nothing get zeros and
+        -inf (or the sink, if there is one).
 
     Raises:
         ValueError: operands that do not fit together, or a feature that decode does not have.

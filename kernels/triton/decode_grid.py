@@ -19,10 +19,12 @@ from .target import Target, Tile
 MAX_QUERY_LENGTH = 16
 # How many programs per multiprocessor each phase should have, as in `tilings.splits`.
 WAVES = 2
-# The fewest keys of a split. A split of 256 keys reads 256 * (D + Dv) * 2 bytes and writes
-# 4 * Dv + 4 bytes per row. With fewer keys, the merge of 64 rows would move more than a quarter of
-# the bytes that the tiles read.
-MIN_SPLIT = 256
+# The fewest keys of a split, the longest first: the one with which a step is shortest. A program of
+# s keys and r rows reads s * (D + Dv) * 2 bytes and writes r * (4 * Dv + 4), which the merge reads
+# again. With 256 keys and 64 rows that is half of what it reads, and no gain from shorter splits
+# where the device is full anyway. With 64 keys it is twice as much, and still shorter where most
+# multiprocessors would have nothing to do.
+SHORTEST_SPLITS = (256, 128, 64)
 # Keys per split with batch_invariant. Long prefixes have longer splits: no more than
 # FIXED_PREFIX_SPLITS, so that the partial results of a packed batch stay small.
 FIXED_SPLIT = 512
@@ -86,7 +88,7 @@ class PrefixCut(NamedTuple):
         units: how many units there are; for packed prefixes an upper bound.
         splits: splits of a shared prefix. 0 for packed ones, whose table has the numbers.
         split: keys per split of a shared prefix; 0 for packed ones.
-        shortest: the fewest keys per split of packed prefixes.
+        shortest: the fewest keys per split; with batch_invariant the keys of a sequence's split.
         free: how many units more than tiles of rows there may be; 0 if split lengths are fixed.
     """
 
@@ -134,9 +136,11 @@ class DecodeGrid:
     merge_programs: int
 
 
-def split_lengths(target: Target) -> tuple[int, int]:
-    """MIN_SPLIT and FIXED_SPLIT. In the interpreter they are shorter: tests have small problems."""
-    return (32, 64) if target.family == "interpreter" else (MIN_SPLIT, FIXED_SPLIT)
+def split_lengths(target: Target) -> tuple[tuple[int, ...], int]:
+    """SHORTEST_SPLITS and FIXED_SPLIT. In the interpreter all are shorter, as its problems are."""
+    if target.family == "interpreter":
+        return (32, 16), 64
+    return SHORTEST_SPLITS, FIXED_SPLIT
 
 
 def _tile(shape: DecodeShape, target: Target) -> Tile:
@@ -153,15 +157,17 @@ def round_up(length: int, step: int) -> int:
     return cdiv(length, step) * step
 
 
-def cut_prefixes(shape: DecodeShape, target: Target, tile: Tile, wanted: int) -> PrefixCut:
-    """The units of a KV head: its tiles of rows, split along P until there are `wanted` units."""
+def cut_prefixes(shape: DecodeShape, tile: Tile, wanted: int, shortest: int) -> PrefixCut:
+    """The units of a KV head: its tiles of rows, split along P until there are `wanted` units.
+
+    No split has fewer keys than `shortest`, unless the prefix has.
+    """
     packed = shape.Hq // shape.Hkv * shape.Lq
-    shortest, fixed = split_lengths(target)
     units = splits = split = free = 0
     if shape.P and shape.N is None:
         tiles = cdiv(shape.B * packed, tile.rows)
         if shape.batch_invariant:
-            split = max(fixed, round_up(cdiv(shape.P, FIXED_PREFIX_SPLITS), tile.keys))
+            split = max(shortest, round_up(cdiv(shape.P, FIXED_PREFIX_SPLITS), tile.keys))
         else:
             splits = max(1, min(wanted // max(1, tiles), cdiv(shape.P, shortest)))
             split = round_up(cdiv(shape.P, splits), tile.keys)
@@ -172,8 +178,7 @@ def cut_prefixes(shape: DecodeShape, target: Target, tile: Tile, wanted: int) ->
         used = min(shape.N, shape.B)
         tiles = (shape.B * packed + used * (tile.rows - 1)) // tile.rows
         if shape.batch_invariant:
-            shortest = fixed
-            units = tiles * min(FIXED_PREFIX_SPLITS, cdiv(shape.P, fixed))
+            units = tiles * min(FIXED_PREFIX_SPLITS, cdiv(shape.P, shortest))
         else:
             free = wanted
             units = min(tiles + free, tiles * cdiv(shape.P, shortest))
@@ -185,33 +190,29 @@ def grid_of(shape: DecodeShape, target: Target) -> DecodeGrid:
     """Tiles and splits of a shape on a target.
 
     Each phase is split until it has `WAVES` programs per multiprocessor, or until a split has only
-    `MIN_SPLIT` keys. With batch_invariant the lengths of splits are constants instead.
+    the fewest keys: the one of `SHORTEST_SPLITS` with which the busiest multiprocessor moves the
+    fewest bytes. With batch_invariant the lengths of splits are constants instead.
     """
+    shortest, fixed = split_lengths(target)
+    lengths = (fixed,) if shape.batch_invariant else shortest
+    grids = [_grid(shape, target, length) for length in lengths]
+    return min(grids, key=lambda grid: bytes_of_a_step(shape, target, grid))
+
+
+def _grid(shape: DecodeShape, target: Target, shortest: int) -> DecodeGrid:
+    """The grid whose splits have at least `shortest` keys."""
     tile = _tile(shape, target)
     wanted = cdiv(WAVES * target.multiprocessors, shape.Hkv)
-    cut = cut_prefixes(shape, target, tile, wanted)
+    cut = cut_prefixes(shape, tile, wanted, shortest)
 
-    shortest, fixed = split_lengths(target)
     first_key = 0
     if shape.sliding_window is not None:
         first_key = max(0, shape.Lk - shape.Lq - shape.sliding_window + 1)
-    seen = shape.Lk - first_key
     rows = min(tile.rows, max(16, next_power_of_2(cut.packed)))
-    if shape.batch_invariant:
-        length = fixed
-        splits = cdiv(shape.Lk, length)
-        if shape.sliding_window is not None:
-            # Splits start at the row's first real token, so a window may begin inside a split.
-            splits = min(splits, cdiv(seen, length) + 1)
-    else:
-        programs = shape.B * cdiv(cut.packed, rows)
-        splits = max(1, min(wanted // max(1, programs), cdiv(seen, shortest)))
-        length = max(shortest, round_up(cdiv(seen, splits), tile.keys))
-        splits = cdiv(seen, length)
+    wanted //= max(1, shape.B * cdiv(cut.packed, rows))
+    splits, length = _cut_sequences(shape, cut, shape.Lk - first_key, wanted)
     value_block = tilings.block_size(shape.Dv)
-    merged = min(16, max(1, next_power_of_2(cut.packed)))
-    # A warp for four rows of 128 values: enough threads for 16-byte loads, and enough programs.
-    merge_tile = Tile(merged, 1, max(1, min(4, merged * value_block // 512)), 1)
+    merge_tile = _merge_tile(shape, target, cut.packed)
     sequences = shape.B * shape.Hkv
     return DecodeGrid(
         tile=tile,
@@ -225,8 +226,36 @@ def grid_of(shape: DecodeShape, target: Target) -> DecodeGrid:
         programs=shape.Hkv * cut.units + sequences * cdiv(cut.packed, rows) * splits,
         partial_rows=shape.Hkv * cut.units * cut.rows + sequences * splits * cut.packed,
         merge_tile=merge_tile,
-        merge_programs=sequences * cdiv(cut.packed, merged),
+        merge_programs=sequences * cdiv(cut.packed, merge_tile.rows),
     )
+
+
+def _cut_sequences(shape: DecodeShape, cut: PrefixCut, seen: int, wanted: int) -> tuple[int, int]:
+    """How many splits a sequence has, and the keys of each; `seen` is how many keys are read."""
+    length = cut.shortest
+    if shape.batch_invariant:
+        splits = cdiv(shape.Lk, length)
+        if shape.sliding_window is not None:
+            # Splits start at the row's first real token, so a window may begin inside a split.
+            splits = min(splits, cdiv(seen, length) + 1)
+        return splits, length
+    splits = max(1, min(wanted, cdiv(seen, length)))
+    length = max(length, round_up(cdiv(seen, splits), cut.keys))
+    return cdiv(seen, length), length
+
+
+def _merge_tile(shape: DecodeShape, target: Target, packed: int) -> Tile:
+    """The tile of the merge: fewer rows where its programs would not fill the device."""
+    rows = min(16, max(1, next_power_of_2(packed)))
+    sequences = shape.B * shape.Hkv
+    while (
+        not shape.batch_invariant
+        and rows > 1
+        and sequences * cdiv(packed, rows) < target.multiprocessors
+    ):
+        rows //= 2
+    # A warp for four rows of 128 values: enough threads for 16-byte loads, and enough programs.
+    return Tile(rows, 1, max(1, min(4, rows * tilings.block_size(shape.Dv) // 512)), 1)
 
 
 def partial_bytes(grid: DecodeGrid, value_head_size: int) -> int:
@@ -241,17 +270,52 @@ def partial_bytes(grid: DecodeGrid, value_head_size: int) -> int:
     return grid.partial_rows * (value_head_size + 1) * 4
 
 
+def bytes_of_a_step(shape: DecodeShape, target: Target, grid: DecodeGrid) -> int:
+    """The bytes that the busiest multiprocessor moves in both launches, by a model.
+
+    In the first one, these are its share of everything that is read and of the partial results, but
+    at least those of the longest program. In the merge, they are its share of the partial results,
+    but at least those of one program.
+    """
+    cut, packed = grid.prefix, grid.prefix.packed
+    key_bytes = (shape.D + shape.Dv) * shape.dtype.itemsize
+    row_bytes = (shape.Dv + 1) * 4
+    prefix, seen = _mean_prefix(shape), shape.Lk - grid.first_key
+    used = 1 if shape.N is None else min(shape.N, shape.B)
+    tiles = max(used, cdiv(shape.B * packed, cut.rows))
+    # For packed prefixes the device cuts; this is what it does if they are equally long.
+    split = cut.split or max(cut.shortest, cdiv(tiles * prefix, max(1, cut.free)))
+    prefix_splits = cdiv(prefix, max(1, split))
+    row_tiles = cdiv(packed, grid.sequence_rows)
+
+    read = shape.Hkv * (tiles * prefix + shape.B * row_tiles * seen) * key_bytes
+    rows = tiles * prefix_splits * cut.rows + shape.B * grid.sequence_splits * packed
+    written = shape.Hkv * rows * row_bytes
+    longest = max(
+        min(prefix, split) * key_bytes + min(prefix, 1) * cut.rows * row_bytes,
+        min(seen, grid.sequence_split) * key_bytes + min(grid.sequence_rows, packed) * row_bytes,
+    )
+    merged = (prefix_splits + grid.sequence_splits) * grid.merge_tile.rows * row_bytes
+    share = written // target.multiprocessors
+    return max(read // target.multiprocessors + share, longest) + max(share, merged)
+
+
+def _mean_prefix(shape: DecodeShape) -> int:
+    """The length of a prefix, if all are equally long."""
+    return shape.P if shape.N is None else cdiv(shape.P, max(1, shape.N))
+
+
 def two_phase_pays(shape: DecodeShape, target: Target) -> bool:
     """Whether decode should run in two phases, rather than in the one-pass forward kernel.
 
     The answer comes from a model. Every multiprocessor reads at the same rate, so the time of a
-    kernel is the bytes that its busiest multiprocessor reads.
+    kernel is the bytes that its busiest multiprocessor moves.
 
     - One pass has B * Hkv programs (for short queries). Each of them reads a whole prefix and a
       whole sequence.
     - Two phases cut this work into splits and spread them over all multiprocessors. The prefix is
-      read once per tile of rows. They also write and read partial results, and launch one more
-      kernel (`LAUNCH_BYTES`).
+      read once per tile of rows. They also write and read partial results (`bytes_of_a_step`), and
+      launch one more kernel (`LAUNCH_BYTES`).
 
     So short prefixes and small batches stay with one pass, because the second launch would cost
     more than reading all their bytes.
@@ -263,15 +327,7 @@ def two_phase_pays(shape: DecodeShape, target: Target) -> bool:
     if not shape.B or not shape.Lq:
         return False
     grid = grid_of(shape, target)
-    cut = grid.prefix
     key_bytes = (shape.D + shape.Dv) * shape.dtype.itemsize
-    prefix = shape.P if shape.N is None else cdiv(shape.P, max(1, shape.N))
-    seen = shape.Lk - grid.first_key
-    tiles = cdiv(shape.B * cut.packed, cut.rows)
     waves = cdiv(shape.B * shape.Hkv, target.multiprocessors)
-    one_pass = waves * (prefix + seen) * key_bytes
-    spread = shape.Hkv * (tiles * prefix + shape.B * seen) * key_bytes
-    spread += 2 * partial_bytes(grid, shape.Dv)
-    longest = max(min(prefix, cut.split or cut.shortest), min(seen, grid.sequence_split))
-    busiest = max(spread // target.multiprocessors, longest * key_bytes)
-    return busiest + LAUNCH_BYTES < one_pass
+    one_pass = waves * (_mean_prefix(shape) + shape.Lk - grid.first_key) * key_bytes
+    return bytes_of_a_step(shape, target, grid) + LAUNCH_BYTES < one_pass

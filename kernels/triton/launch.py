@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .plan_cache import PLANS
-from .target import Target, Tile, family_of_amd, family_of_capability
+from .target import Target, Tile, family_of_amd, target_of_capability
 from .tuning.store import load
 
 
@@ -31,11 +31,10 @@ def _device_target(device: torch.device) -> Target:
         # Few, so that small test shapes still split their reductions.
         return Target("interpreter", 4, tuned)
     properties = torch.cuda.get_device_properties(device)
+    count = properties.multi_processor_count
     if torch.version.hip:
-        family = family_of_amd(properties.gcnArchName)
-    else:
-        family = family_of_capability(properties.major, properties.minor)
-    return Target(family, properties.multi_processor_count, tuned)
+        return Target(family_of_amd(properties.gcnArchName), count, tuned)
+    return target_of_capability(properties.major, properties.minor, count, tuned)
 
 
 def device_name(device: torch.device) -> str:
@@ -66,7 +65,9 @@ def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
 class Launch:
     """A kernel, its grid, its run-time and its compile-time arguments: all that a launch is.
 
-    Arguments are values, or groups of them (see :mod:`~fastprefix.kernels.arguments`).
+    Arguments are values, or groups of them (see :mod:`~fastprefix.kernels.arguments`). One that
+    `overlaps` may begin before the launch in front of it has ended. Its kernel waits for that one
+    before it reads what that one wrote. Only for targets that overlap launches.
     """
 
     kernel: Any
@@ -74,6 +75,13 @@ class Launch:
     arguments: dict[str, Any]
     constants: dict[str, Any]
     tile: Tile
+    overlaps: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's compiler and its launcher are told, besides the arguments."""
+        options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
+        return options | {"launch_pdl": True} if self.overlaps else options
 
     @property
     def values(self) -> dict[str, Any]:
@@ -90,12 +98,7 @@ class Launch:
         if collecting is not None:
             collecting[1].append(self)
             return
-        compiled = self.kernel[self.grid](
-            **self.arguments,
-            **self.constants,
-            num_warps=self.tile.warps,
-            num_stages=self.tile.stages,
-        )
+        compiled = self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
         record = _RECORD.get()
         if record is not None:
             record.launches.append((self, compiled))
@@ -126,6 +129,19 @@ def recorded() -> Iterator[Record]:
         yield record
     finally:
         _RECORD.reset(token)
+
+
+def result(
+    shape: tuple[int, ...] | torch.Size, like: Tensor, allocate: Callable[..., Tensor] | None = None
+) -> Tensor:
+    """A result [B, H, L, D], in memory [B, L, H, D] whatever the operands' layout is.
+
+    This is the order in which a model's projections read and write. `allocate` takes the place of
+    :func:`torch.empty`.
+    """
+    B, H, L, D = shape
+    allocate = allocate or torch.empty
+    return allocate((B, L, H, D), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
 def scratch(

@@ -157,12 +157,13 @@ def known(launcher: Callable[..., Results], tensors: tuple[Tensor, ...], options
     Args:
         launcher: see :func:`planned`.
         tensors: of the call; not checked.
-        options: not checked, with no tensor but perhaps a key_padding_mask.
+        options: not checked, with no tensors but perhaps key_padding_mask and key_lengths.
     """
     if launch.collecting():
         return None
-    mask = options.key_padding_mask
+    mask, lengths = options.key_padding_mask, options.key_lengths
     every = tensors if mask is None else (*tensors, mask)
+    every = every if lengths is None else (*every, lengths)
     try:
         addresses = [tensor.data_ptr() for tensor in every]
         plan = PLANS.get(key_of(launcher, every, addresses, options, ()))

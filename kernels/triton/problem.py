@@ -86,9 +86,12 @@ class Problem:
     @functools.cached_property
     def rank(self) -> Tensor | None:
         """[B, Lq] int32: the real tokens before each query, where the window needs them."""
-        if not self.options.prefix_in_window or self.options.key_padding_mask is None:
+        options = self.options
+        if not options.prefix_in_window or options.key_padding_mask is None:
             return None
-        return ragged.query_ranks(self.options.key_padding_mask, self.query.shape[2])
+        return ragged.query_ranks(
+            options.key_padding_mask, options.key_lengths, self.query.shape[2]
+        )
 
     def tile(self, pass_name: str) -> Tile:
         """The tile of one of the passes forward, dq, dkv and dprefix."""
@@ -116,7 +119,12 @@ class Problem:
         return {
             "q": self.query,
             "keys": Keys(self.key, self.value, self.prefix_key, self.prefix_value),
-            "masks": Masks(options.key_padding_mask, options.attn_mask, options.prefix_bias),
+            "masks": Masks(
+                options.key_padding_mask,
+                options.attn_mask,
+                options.prefix_bias,
+                options.key_lengths,
+            ),
             "sinks": options.sinks,
             "seed": options.dropout_seed if dropped is not None else None,
             "sizes": Sizes(Hkv, Lq, Lk, P),
@@ -146,7 +154,7 @@ class Problem:
     ) -> Strides:
         """The strides of the operands that a kernel reads."""
         options = self.options
-        found: dict[str, Tensor | None] = {"q": self.query}
+        found: dict[str, Tensor | None] = {"q": self.query, "lengths": options.key_lengths}
         if sequence:
             found |= {"k": self.key, "v": self.value}
             found |= {"pad": options.key_padding_mask, "mask": options.attn_mask}
@@ -276,6 +284,7 @@ def _check_tensors_of_options(problem: Problem) -> None:
     M = problem.sequences
     tensors: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "key_padding_mask": ((B, Lk), (torch.bool,)),
+        "key_lengths": ((B,), (torch.int32,)),
         "attn_mask": ((B, Hq, Lq, Lk), (torch.bool, *numbers)),
         "prefix_index": ((M,), (torch.int32,)),
         "prefix_lengths": ((problem.prefixes,), (torch.int32,)),
@@ -311,8 +320,8 @@ def _check_options(problem: Problem) -> None:
             raise ValueError(f"cu_seqlens needs B = 1 and Lq = Lk, got {B}, {Lq} and {Lk}")
         if options.key_padding_mask is not None or options.attn_mask is not None:
             raise ValueError("cu_seqlens does not go with key_padding_mask or attn_mask")
-    if options.key_lengths is not None:
-        raise ValueError("key_lengths: the kernels cannot do it")
+        if options.key_lengths is not None:
+            raise ValueError("cu_seqlens does not go with key_lengths")
     if options.prefix_in_window and options.sliding_window is None:
         raise ValueError("prefix_in_window needs a sliding_window")
     window, softcap = options.sliding_window, options.softcap

@@ -36,12 +36,15 @@ class Target:
         multiprocessors: how many there are.
         tuned: tiles that :mod:`.tuning` found to be faster on this device than those of the tile
             table, by :func:`~fastprefix.kernels.tilings.row_name`.
+        overlaps: whether a launch can begin while the one before it ends (on NVIDIA "programmatic
+            dependent launch").
     """
 
     family: str
     multiprocessors: int
     # no part of the hash, because a dict has none
     tuned: Mapping[str, Tile] = field(default_factory=dict, hash=False)
+    overlaps: bool = False
 
 
 def family_of_capability(major: int, minor: int) -> str:
@@ -52,6 +55,14 @@ def family_of_capability(major: int, minor: int) -> str:
         return "blackwell"
     # sm_80 and sm_87 have 164 KiB of shared memory; Turing, sm_86, sm_89 and sm_12x 100 or less.
     return "ampere" if (major, minor) in ((8, 0), (8, 7)) else "ampere-small"
+
+
+def target_of_capability(
+    major: int, minor: int, multiprocessors: int, tuned: Mapping[str, Tile] | None = None
+) -> Target:
+    """The target for an NVIDIA device."""
+    family = family_of_capability(major, minor)
+    return Target(family, multiprocessors, tuned or {}, overlaps=major >= 9)
 
 
 def family_of_amd(arch: str) -> str:

@@ -85,3 +85,45 @@ def test_tables_cover_every_row_and_key_once(data):
 )
 def test_where_two_phases_pay(changes, pays):
     assert decode_grid.two_phase_pays(plan_shape(**changes), hopper()) is pays
+
+
+# The programs of the first launch and the keys of prefix and sequence splits, on 132
+# multiprocessors. With at least 256 keys in every split the first three had 40, 96 and 18 programs.
+SPLITS = {
+    "one sequence": ({"B": 1, "P": 1024, "Lk": 256}, 128 + 32, 64, 64),
+    "eight sequences": ({"B": 8, "P": 1024, "Lk": 256}, 64 + 128, 128, 128),
+    "few heads": ({"B": 4, "Hq": 9, "Hkv": 3, "P": 512, "Lk": 64, "D": 64}, 24 + 12, 64, 64),
+    "a full tile of rows": ({"B": 16, "P": 1024, "Lk": 0}, 128, 64, 64),
+    # 64 keys would keep all programs busy too, but their partial results would be twice as many.
+    "and a longer prefix": ({"B": 16, "P": 2112, "Lk": 0}, 17 * 8, 128, 128),
+    "a full device": ({"B": 32, "P": 1024, "Lk": 256}, 64 + 256, 256, 256),
+    "a long prefix": ({"B": 128, "P": 4096, "Lk": 256}, 256 + 1024, 1024, 256),
+    "batch invariant": ({"B": 1, "P": 1024, "Lk": 256, "batch_invariant": True}, 16 + 8, 512, 512),
+}
+
+
+@pytest.mark.parametrize(("changes", "programs", "prefix", "sequence"), SPLITS.values(), ids=SPLITS)
+def test_splits_fill_the_device_without_more_partials_than_that_takes(
+    changes, programs, prefix, sequence
+):
+    size = changes.get("D", 128)
+    shape = plan_shape(**changes, Dv=size)
+    grid = decode_grid.grid_of(shape, hopper())
+    assert (grid.programs, grid.prefix.split, grid.sequence_split) == (programs, prefix, sequence)
+    assert decode_grid.two_phase_pays(shape, hopper())
+
+
+def test_fixed_splits_and_the_merges_tile_do_not_depend_on_the_batch():
+    for P in (300, 1024, 1 << 16):
+        lengths = set()
+        for B in (1, 7, 64, 500):
+            grid = decode_grid.grid_of(plan_shape(B=B, P=P, batch_invariant=True), hopper())
+            lengths.add((grid.prefix.split, grid.sequence_split, grid.merge_tile))
+        assert lengths == {(max(512, P // 16), 512, (4, 1, 1, 1))}
+
+
+def test_the_merge_of_a_small_batch_has_more_programs():
+    for B, rows in ((1, 1), (8, 1), (16, 2), (32, 4), (500, 4)):
+        grid = decode_grid.grid_of(plan_shape(B=B), hopper())
+        assert grid.merge_tile.rows == rows
+        assert grid.merge_programs == B * 8 * 4 // rows

@@ -75,6 +75,7 @@ def attend(call: Call) -> Tensor:
             *call.five,
             is_causal=True,
             key_padding_mask=call.options.key_padding_mask,
+            key_lengths=call.options.key_lengths,
             backend="triton",
         )
 
@@ -100,12 +101,15 @@ def alone_both_ways(call: Call) -> tuple[Tensor | None, ...]:
 # What a layer runs: Triton's launches, and the kernels that PyTorch runs.
 LAYERS: dict[str, tuple[Callable[[Call], Any], dict[str, Any], int, dict[str, int]]] = {
     "decode": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "pad": True}, 2, {}),
+    "decode, buffer": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "in_use": 99}, 2, {}),
+    "decode, pads": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "in_use": 99, "pad": True}, 2, {}),
+    "prefill, buffer": (attend, {"Lq": 64, "Lk": 256, "P": 128, "in_use": 64}, 1, {}),
     "decode behind a short prefix": (attend, {"Lq": 1, "Lk": 256, "P": 20}, 1, {}),
-    "prefill": (attend, {"Lq": 64, "Lk": 64, "P": 128}, 1, {"clone": 1}),
+    "prefill": (attend, {"Lq": 64, "Lk": 64, "P": 128}, 1, {}),
     # one launch more in each direction, for the tables
     "decode, several prefixes": (alone, {"Lq": 1, "Lk": 256, "P": 4096, **SEVERAL}, 1 + 2, {}),
     # the forward; delta, dQ, dK and dV, the prefix in parts, and a sum for each of its gradients
-    "training": (train, {"Lq": 64, "Lk": 64, "P": 128}, 1 + 6, {"clone": 4}),
+    "training": (train, {"Lq": 64, "Lk": 64, "P": 128}, 1 + 6, {}),
     "training, several prefixes": (
         alone_both_ways,
         {"Lq": 64, "Lk": 64, "P": 4096, **SEVERAL},
@@ -156,6 +160,19 @@ def test_nothing_is_compiled_while_a_text_grows(driver, P, pad, cache):
     assert counts.loaded == []
 
 
+@inside
+@pytest.mark.parametrize("P", [20, 4096])
+@pytest.mark.parametrize("pad", [False, True])
+def test_a_static_cache_has_one_plan_while_a_text_grows(driver, P, pad):
+    first = causal_call(Lq=1, Lk=300, P=P, pad=pad, in_use=1)
+    attend(first)
+    with simulated_gpu.counting(driver) as counts:
+        for length in range(1, 301):
+            attend(causal_call(Lq=1, Lk=300, P=P, pad=pad, in_use=length))
+    assert counts.loaded == []
+    assert len(PLANS) == 1
+
+
 def forward(call: Call) -> tuple[Tensor | None, ...]:
     return launch_forward(*call.five, call.options)
 
@@ -193,7 +210,8 @@ def launched(
     """What a call returns, and its launches."""
     driver.counts = simulated_gpu.Counts()
     returned = run(call)
-    return returned, [(x.name, x.grid, x.stream, x.arguments) for x in driver.counts.launches]
+    launches = driver.counts.launches
+    return returned, [(x.name, x.grid, x.stream, x.arguments, x.overlaps) for x in launches]
 
 
 @inside
@@ -339,6 +357,16 @@ def test_a_plan_runs_on_the_current_stream(driver, monkeypatch):
 
 
 @inside
+def test_the_merge_overlaps_the_tiles_with_a_plan_too(driver):
+    call = causal_call(Lq=1, Lk=256, P=4096)
+    for _ in range(2):
+        with simulated_gpu.counting(driver) as counts:
+            attend(call)
+        assert [each.overlaps for each in counts.launches] == [False, True]
+    assert len(PLANS) == 1
+
+
+@inside
 def test_listed_launches_are_neither_planned_nor_from_a_plan(driver):
     """The offline compiler and the tuner list what a call would launch."""
     call = causal_call(Lq=1, Lk=256, P=4096)
@@ -404,8 +432,9 @@ def test_a_kernel_that_is_compiled_is_launched_the_same_way(driver, monkeypatch)
 
 
 @inside
-def test_a_call_like_one_that_ran_before_is_not_checked_again(driver, monkeypatch):
-    call = causal_call(Lq=1, Lk=256, P=4096, pad=True)
+@pytest.mark.parametrize("in_use", [None, 100])
+def test_a_call_like_one_that_ran_before_is_not_checked_again(driver, monkeypatch, in_use):
+    call = causal_call(Lq=1, Lk=256, P=4096, pad=True, in_use=in_use)
     expected = launched(driver, attend, call)[1]
     with monkeypatch.context() as patch:
         patch.setattr(checks, "check_tensors", lambda *a: pytest.fail("checked"))
@@ -413,7 +442,8 @@ def test_a_call_like_one_that_ran_before_is_not_checked_again(driver, monkeypatc
         found = launched(driver, attend, other)[1]
     names = {**call.addresses(), **other.addresses()}
     assert [x[0] for x in found] == [x[0] for x in expected]
-    assert {names[x] for x in flat(found[0][3]) if x in names} == {*FIVE, "key_padding_mask"}
+    expected = {*FIVE, "key_padding_mask"} | ({"key_lengths"} if in_use else set())
+    assert {names[x] for x in flat(found[0][3]) if x in names} == expected
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
@@ -422,6 +452,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "prefix_key": ({"prefix_key": torch.zeros(2, 4096, 16)}, TypeError),
     "prefix_value": ({"prefix_value": [1.0]}, TypeError),
     "key_padding_mask": ({"key_padding_mask": [True]}, TypeError),
+    "key_lengths": ({"key_lengths": torch.ones(8, 1, dtype=torch.int32)}, ValueError),
     "is_causal": ({"is_causal": "yes"}, TypeError),
     "scale": ({"scale": "0.25"}, TypeError),
 }
@@ -432,6 +463,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
 def test_a_wrong_call_is_refused_after_a_right_one(driver, changed, error):
     call = causal_call(Lq=1, Lk=256, P=4096, pad=True)
     given = {**call.tensors, "is_causal": True, "key_padding_mask": call.options.key_padding_mask}
+    given["key_lengths"] = torch.ones(8, dtype=torch.int32)
     (name,) = changed
     with torch.no_grad():
         prefix_attention(**given, backend="triton")

@@ -168,10 +168,9 @@ def source(step: launch.Launch, target: GPUTarget) -> ASTSource:
 def compile_launch(step: launch.Launch, target: str) -> Any:
     """Compile a launch, without line numbers: they would take a tenth of the time."""
     chosen = gpu_target(target)
-    options = {"num_warps": step.tile.warps, "num_stages": step.tile.stages}
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True
-        return triton.compile(source(step, chosen), target=chosen, options=options)
+        return triton.compile(source(step, chosen), target=chosen, options=step.options)
 
 
 def nvidia_costs(asm: dict[str, Any], warps: int, code: bool) -> dict[str, Any]:

@@ -76,6 +76,9 @@ def random_options(chosen: random.Random, call: dict[str, Any]) -> dict[str, Any
     found: dict[str, Any] = {}
     if often(0.4):
         found["key_padding_mask"] = torch.ones(B, Lk + 3, dtype=torch.bool)[:, :Lk]
+    if often(0.3):  # in a table of its own, or a column of a larger one
+        table = torch.ones(B, 1 + 3 * often(0.5), dtype=torch.int32)
+        found["key_lengths"] = table[:, -1]
     if often(0.2):
         mask = [n if often(0.5) else 1 for n in (B, Hq, Lq, Lk)]
         found["attn_mask"] = torch.zeros(mask, dtype=chosen.choice([torch.bool, number]))
@@ -135,14 +138,19 @@ def causal_call(
     Lk: int,
     P: int,
     pad: bool = False,
+    in_use: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     **options: Any,
 ) -> Call:
-    """A causal call with Hq 8, Hkv 2 and D 16."""
+    """A causal call with Hq 8, Hkv 2 and D 16. `in_use` of the Lk keys are in use, if not None."""
     shapes = [(B, 8, Lq, 16), (B, 2, Lk, 16), (B, 2, Lk, 16), (2, P, 16), (2, P, 16)]
     tensors = {n: torch.zeros(s, dtype=dtype) for n, s in zip(FIVE, shapes, strict=True)}
     mask = torch.ones(B, Lk, dtype=torch.bool) if pad else None
-    return Call(tensors, Options(True, 0.25, key_padding_mask=mask, **options))
+    given = Options(True, 0.25, key_padding_mask=mask, **options)
+    if in_use is not None:  # beside other things in one tensor, as models hand them on
+        words = torch.full((B, 2 + Lk // 4), in_use, dtype=torch.int32)
+        given = given._replace(key_lengths=words[:, 1])
+    return Call(tensors, given)
 
 
 # Options of such a call, for 8 rows and for a text of 64 tokens.
