@@ -98,6 +98,7 @@ def alone_both_ways(call: Call) -> tuple[Tensor | None, ...]:
     return launch_backward(out, *call.five, out, lse, call.options, (True,) * 5 + (False,) * 2)
 
 
+IN_WINDOW = {"sliding_window": 32, "prefix_in_window": True}
 # What a layer runs: Triton's launches, and the kernels that PyTorch runs.
 LAYERS: dict[str, tuple[Callable[[Call], Any], dict[str, Any], int, dict[str, int]]] = {
     "decode": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "pad": True}, 2, {}),
@@ -106,6 +107,12 @@ LAYERS: dict[str, tuple[Callable[[Call], Any], dict[str, Any], int, dict[str, in
     "prefill, buffer": (attend, {"Lq": 64, "Lk": 256, "P": 128, "in_use": 64}, 1, {}),
     "decode behind a short prefix": (attend, {"Lq": 1, "Lk": 256, "P": 20}, 1, {}),
     "prefill": (attend, {"Lq": 64, "Lk": 64, "P": 128}, 1, {}),
+    "prefill, a padded text behind a prompt in a window": (
+        alone,
+        {"Lq": 64, "Lk": 64, "P": 128, "pad": True, **IN_WINDOW},
+        1 + 1,
+        {},
+    ),
     # one launch more in each direction, for the tables
     "decode, several prefixes": (alone, {"Lq": 1, "Lk": 256, "P": 4096, **SEVERAL}, 1 + 2, {}),
     # the forward; delta, dQ, dK and dV, the prefix in parts, and a sum for each of its gradients

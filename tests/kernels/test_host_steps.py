@@ -58,23 +58,23 @@ def layers(call: Call, count: int) -> None:
 
 
 LONG = tuple({name: x.long() for name, x in given.items()} for given in (SEVERAL, PACKED))
-# Launches of a layer, and PyTorch's kernels: results are copied, and autograd adds gradients up.
+# Launches of a layer, and PyTorch's kernels: autograd adds the gradients of the layers up.
 STEPS: dict[str, tuple[dict[str, Any], bool, int, dict[str, int]]] = {
     "decode": ({"Lq": 1, "Lk": 256, "P": 4096, **SEVERAL}, False, 2, {}),
     "decode, int64": ({"Lq": 1, "Lk": 256, "P": 4096, **LONG[0]}, False, 2, {}),
-    "prefill": ({"Lq": 64, "Lk": 64, "P": 4096, **SEVERAL}, False, 1, {"clone": 1}),
-    "training": ({"Lq": 64, "Lk": 64, "P": 4096, **SEVERAL}, True, 1 + 6, {"clone": 4, "add": 5}),
+    "prefill": ({"Lq": 64, "Lk": 64, "P": 4096, **SEVERAL}, False, 1, {}),
+    "training": ({"Lq": 64, "Lk": 64, "P": 4096, **SEVERAL}, True, 1 + 6, {"add": 5}),
     "training, packed sequences": (
         {"B": 1, "Lq": 64, "Lk": 64, "P": 128, **PACKED},
         True,
         1 + 6,
-        {"clone": 4, "add": 5},
+        {"add": 5},
     ),
     "training, packed sequences, int64": (
         {"B": 1, "Lq": 64, "Lk": 64, "P": 128, **LONG[1]},
         True,
         1 + 6,
-        {"clone": 4, "add": 5},
+        {"add": 5},
     ),
 }
 
