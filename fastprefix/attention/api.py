@@ -13,6 +13,7 @@ from fastprefix.arguments import check_flag, check_number, unknown_argument
 from fastprefix.attention import checks
 from fastprefix.attention.run import run_known, run_op
 from fastprefix.attention.selection import UNEQUAL_HEAD_SIZES, choose_backend
+from fastprefix.attention.step import Step
 from fastprefix.options import (
     FLAGS,
     INTEGERS,
@@ -225,6 +226,7 @@ def attention_with_options(
     prefix_value: Tensor | None,
     options: Options,
     backend: str = "auto",
+    step: Step | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`prefix_attention` does, for callers that hold the options as one value.
 
@@ -236,6 +238,8 @@ def attention_with_options(
         prefix_value: [Hkv, P, Dv], or None.
         options: as the user gave them: not checked yet, and integers may be int64.
         backend: see :func:`prefix_attention`.
+        step: what other calls with the same prefix_index, prefix_lengths and cu_seqlens left for
+            this one, such as those of the layers before.
 
     Returns:
         out [B, Hq, Lq, Dv] and the log-sum-exp [B, Hq, Lq], which is not detached.
@@ -257,8 +261,8 @@ def attention_with_options(
     plain = not asks_for_features(options)
     features = _NO_FEATURES
     if not plain:
-        checks.check_features(options, query, key, prefix_key.shape[1], has_prefix)
-        options = _for_backends(options, query)
+        checks.check_features(options, query, key, prefix_key.shape[1], has_prefix, step)
+        options = _for_backends(options, query, step)
         features = features_of(options)
     elif type(options.is_causal) is not bool or type(options.scale) is not float:
         options = _for_backends(options, query)
@@ -266,7 +270,7 @@ def attention_with_options(
     if Dv != D:
         features = features | _UNEQUAL_HEAD_SIZES  # PyTorch 2.9 cannot trace |= of frozensets
     name, _ = choose_backend(backend, query.device.type, query.dtype, features, max(D, Dv))
-    return run_op(query, key, value, prefix_key, prefix_value, options, name)
+    return run_op(query, key, value, prefix_key, prefix_value, options, name, step)
 
 
 _NO_FEATURES: frozenset[str] = frozenset()
@@ -289,7 +293,7 @@ def _no_prefix(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return key.new_empty(Hkv, 0, key.shape[3]), value.new_empty(Hkv, 0, value.shape[3])
 
 
-def _for_backends(options: Options, query: Tensor) -> Options:
+def _for_backends(options: Options, query: Tensor, step: Step | None = None) -> Options:
     """Checked options as the op and the backends read them, with a seed if there is dropout."""
     changes: dict[str, Any] = {}
     for name in FLAGS:
@@ -299,7 +303,7 @@ def _for_backends(options: Options, query: Tensor) -> Options:
     for name in INTEGERS:
         tensor = getattr(options, name)
         if tensor is not None:
-            changes[name] = tensor.to(torch.int32)
+            changes[name] = tensor.to(torch.int32) if step is None else step.as_int32(tensor)
     if type(options.scale) is not float:
         changes["scale"] = float(options.scale)
     if options.dropout_p is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.arguments import check_flag, check_number
+from fastprefix.attention.step import Step
 from fastprefix.options import Options, asks_for_features
 
 
@@ -123,14 +124,27 @@ def check_plain_options(options: Options, query: Tensor, key: Tensor) -> None:
     _check_scale(options.scale)
 
 
-def check_features(options: Options, query: Tensor, key: Tensor, P: int, has_prefix: bool) -> None:
-    """The options that ask for features, against checked tensors; see :func:`check_call`."""
+def check_features(
+    options: Options,
+    query: Tensor,
+    key: Tensor,
+    P: int,
+    has_prefix: bool,
+    step: Step | None = None,
+) -> None:
+    """The options that ask for features, against checked tensors; see :func:`check_call`.
+
+    Values that were checked in this step are not checked again.
+    """
     tensors = _Tensors(query, key, P, has_prefix)
     for place, unused, check in _CHECKS_BY_PLACE:
         if options[place] is not unused:
             check(options, tensors)
     if not torch.compiler.is_compiling():
-        _check_values(options, tensors)
+        if options.key_lengths is not None:
+            _check_values_of_key_lengths(options.key_lengths, options, tensors)
+        if step is None or step.is_new(options, P, query.shape[2]):
+            _check_values(options, tensors)
 
 
 class _Tensors(NamedTuple):
@@ -349,8 +363,6 @@ def _check_values(options: Options, tensors: _Tensors) -> None:
     """
     lengths, index, cu_seqlens = options.prefix_lengths, options.prefix_index, options.cu_seqlens
     P = tensors.P
-    if options.key_lengths is not None:
-        _check_values_of_key_lengths(options.key_lengths, options, tensors)
     if lengths is not None and index is not None:
         N = lengths.shape[0]
         _check_value(

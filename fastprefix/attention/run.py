@@ -18,6 +18,7 @@ from torch import Tensor
 from fastprefix.attention import op
 from fastprefix.attention.backends import reference
 from fastprefix.attention.selection import AUTO
+from fastprefix.attention.step import Step
 from fastprefix.attention.transforms import is_differentiated
 from fastprefix.options import GRADIENTS, Options
 
@@ -34,8 +35,21 @@ def run_op(
     prefix_value: Tensor,
     options: Options,
     backend: str,
+    step: Step | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of a checked call by the named backend, differentiable."""
+    """Output and log-sum-exp of a checked call by the named backend, differentiable.
+
+    Args:
+        query: [B, Hq, Lq, D]; see :func:`fastprefix.prefix_attention` for the other tensors.
+        key: [B, Hkv, Lk, D].
+        value: [B, Hkv, Lk, Dv].
+        prefix_key: [Hkv, P, D].
+        prefix_value: [Hkv, P, Dv].
+        options: as the backends read them.
+        backend: its name.
+        step: what other calls with the same integers left for this one. A compiler, which must see
+            all that a call reads, gets the call without it.
+    """
     if backend == "reference":
         return reference.forward(query, key, value, prefix_key, prefix_value, options)
     tensors = (query, key, value, prefix_key, prefix_value)
@@ -45,6 +59,8 @@ def run_op(
         return forward(*tensors, *options, backend)
     if is_watched(query):
         return op.prefix_attention_op(*tensors, *options, backend)
+    if step is not None and backend == "triton":
+        options = step.with_tables(tensors, options)
     if torch.is_grad_enabled() and _needs_gradient(tensors, options):
         if torch._C._get_tracing_state() is not None:  # torch.jit.trace records ops
             return op.prefix_attention_op(*tensors, *options, backend)

@@ -6,11 +6,11 @@ Importing this package imports Triton; nothing above imports it before a kernel 
 import triton
 
 from .backward import launch_backward
-from .forward import known_forward, launch_forward
+from .forward import known_forward, launch_forward, launch_tables
 
 if triton.knobs.runtime.interpret:
     from .interpret import repair
 
     repair()
 
-__all__ = ["known_forward", "launch_backward", "launch_forward"]
+__all__ = ["known_forward", "launch_backward", "launch_forward", "launch_tables"]

@@ -33,7 +33,7 @@ from .blocks import (
     store_tile,
 )
 from .problem import Problem, make_problem
-from .tables import tables_of
+from .tables import new_tables, tables_of
 
 
 @triton.jit
@@ -302,6 +302,41 @@ def known_forward(tensors: tuple[Tensor, ...], options: Options) -> tuple[Tensor
         options: with no tensors but perhaps key_padding_mask and key_lengths.
     """
     return plans.known(_launch_forward, tensors, options)
+
+
+def launch_tables(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    options: Options,
+) -> Tensor:
+    """The option `tables` of a call of `launch_forward` and its backward, and of others like it.
+
+    Those have the same shapes, dtype and device, and options that differ at most in other tensors
+    than `prefix_index`, `prefix_lengths` and `cu_seqlens`. The arguments are those of
+    `launch_forward`, with several prefixes or packed sequences.
+
+    Returns:
+        int32, as many as the launchers ask for.
+    """
+    inputs = (query, key, value, prefix_key, prefix_value)
+    (made,) = plans.planned(_launch_tables, inputs, options)
+    return made
+
+
+def _launch_tables(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    options: Options,
+) -> tuple[Tensor]:
+    """`launch_tables` without a plan."""
+    problem = make_problem(query, key, value, prefix_key, prefix_value, options)
+    return (new_tables(problem, decode.cut_of(problem)),)
 
 
 def _launch_forward(

@@ -6,8 +6,8 @@ the compiled kernels with their arguments. A later call looks its kind up, alloc
 addresses of its tensors into the arguments and launches.
 
 A call is planned only if everything its kernels read or write is one of its tensors, one of its
-results, or memory from :func:`~fastprefix.kernels.launch.scratch`. A call that computes tables, or
-copies an operand, runs the launchers every time; so does Triton's interpreter.
+results, or memory from :func:`~fastprefix.kernels.launch.scratch`, or a part of one. A call that
+copies an operand runs the launchers every time; so does Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def plan_of(tensors: Sequence[Tensor], results: Results, record: launch.Record) 
             if compiled is None:
                 return None
             places = _places(_arguments(launched), numbers, pool, views)
-            seen.update(_flat(places))
+            seen.update(_flat(places), (number for _, number, _ in views))
             x, y, z = (*launched.grid, 1, 1)[:3]
             code = (compiled.function, compiled.packed_metadata)
             steps.append(Step(compiled, (x, y, z), compiled.run, code, picker(places)))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import launch, ragged, tilings
+from . import launch, ranks, tilings
 from .arguments import Keys, Masks, Sizes, Strides, Tables, strides
 from .target import Target, Tile
 
@@ -89,9 +89,11 @@ class Problem:
         options = self.options
         if not options.prefix_in_window or options.key_padding_mask is None:
             return None
-        return ragged.query_ranks(
-            options.key_padding_mask, options.key_lengths, self.query.shape[2]
-        )
+        shape = self.query.shape[0], self.query.shape[2]
+        rank = launch.scratch(shape, self.query.device, torch.int32)
+        if rank.numel():
+            ranks.ranks_launch(options.key_padding_mask, options.key_lengths, rank).run()
+        return rank
 
     def tile(self, pass_name: str) -> Tile:
         """The tile of one of the passes forward, dq, dkv and dprefix."""

@@ -149,6 +149,20 @@ def tables_of(problem: Problem, cut: PrefixCut | None) -> BatchTables | None:
     return layout.views(memory)
 
 
+def new_tables(problem: Problem, cut: PrefixCut | None) -> Tensor:
+    """What a call's option `tables` may be; see :func:`tables_of`.
+
+    Raises:
+        ValueError: the call needs no tables.
+    """
+    layout = layout_of(problem, cut)
+    if layout is None:
+        raise ValueError("tables: got neither prefix_lengths nor cu_seqlens, takes one of them")
+    memory = torch.empty((layout.size(),), dtype=torch.int32, device=problem.query.device)
+    tables_launch(problem.options, layout, layout.views(memory)).run()
+    return memory
+
+
 def tables_launch(options: Options, layout: Layout, tables: BatchTables) -> launch.Launch:
     """The launch that fills the tables."""
     cut = layout.cut

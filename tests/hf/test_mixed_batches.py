@@ -1,11 +1,16 @@
 """Rows of one batch with prefixes of their own: each row is what it is alone on a bare model."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import MistralConfig, set_seed
 
 import fastprefix_testing.models as tiny
 from fastprefix import PackedPrefixKV, PrefixKV, patch_model, use_prefix
+from fastprefix.attention import checks
+from fastprefix.attention.step import Step
 from fastprefix.hf import patch_of
 from fastprefix_testing import zoo
 
@@ -282,3 +287,32 @@ def test_rows_that_do_not_fit(model):
         with pytest.raises(ValueError, match=message), use_prefix(model, *arguments):
             pass
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_values_are_checked_once_in_a_forward(train, monkeypatch):
+    model = tiny.build("llama", torch.float64)
+    ids, mask = tiny.batch(LENGTHS, "left")
+    checked, check = [], checks._check_values
+    monkeypatch.setattr(checks, "_check_values", lambda *a: checked.append(a) or check(*a))
+    steps = []
+    made = Step.__init__
+    monkeypatch.setattr(
+        Step, "__init__", lambda self: steps.append(weakref.ref(self)) or made(self)
+    )
+    if train:
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        patch_model(model)
+    kv = prefixes(model, requires_grad=train)
+    with use_prefix(model, kv, ROWS):
+        checked.clear()
+        for count in (1, 2):
+            with torch.set_grad_enabled(train):
+                logits = model(ids, attention_mask=mask).logits
+            if train:
+                logits.sum().backward()
+            assert len(checked) == count
+    del logits
+    gc.collect()
+    assert [each() for each in steps] == [None] * len(steps)

@@ -27,8 +27,14 @@ from fastprefix import prefix_attention
 from fastprefix.attention import checks
 from fastprefix.kernels import launch, launch_backward, launch_forward, plan_cache, plans
 from fastprefix.kernels.plan_cache import PLANS
-from fastprefix.options import Options
-from fastprefix_testing.launcher_calls import FIVE, Call, random_call
+from fastprefix_testing.launcher_calls import (
+    FIVE,
+    PACKED,
+    SEVERAL,
+    Call,
+    causal_call,
+    random_call,
+)
 
 SIMULATED = os.environ.get("TRITON_INTERPRET") == "0"
 inside = pytest.mark.skipif(not SIMULATED, reason="runs in the Python of test_on_a_simulated_gpu")
@@ -62,28 +68,6 @@ def _no_plans() -> None:
     PLANS.clear()
 
 
-def problem(
-    *,
-    B: int = 8,
-    Lq: int,
-    Lk: int,
-    P: int,
-    pad: bool = False,
-    in_use: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    **options: Tensor,
-) -> Call:
-    """A causal call with Hq 8, Hkv 2 and D 16. `in_use` of the Lk keys are in use, if not None."""
-    shapes = [(B, 8, Lq, 16), (B, 2, Lk, 16), (B, 2, Lk, 16), (2, P, 16), (2, P, 16)]
-    tensors = {n: torch.zeros(s, dtype=dtype) for n, s in zip(FIVE, shapes, strict=True)}
-    mask = torch.ones(B, Lk, dtype=torch.bool) if pad else None
-    given = Options(True, 0.25, key_padding_mask=mask, **options)
-    if in_use is not None:  # beside other things in one tensor, as models hand them on
-        words = torch.full((B, 2 + Lk // 4), in_use, dtype=torch.int32)
-        given = given._replace(key_lengths=words[:, 1])
-    return Call(tensors, given)
-
-
 def attend(call: Call) -> Tensor:
     """The operator, as generation calls it."""
     with torch.no_grad():
@@ -114,11 +98,7 @@ def alone_both_ways(call: Call) -> tuple[Tensor | None, ...]:
     return launch_backward(out, *call.five, out, lse, call.options, (True,) * 5 + (False,) * 2)
 
 
-SEVERAL = {
-    "prefix_index": torch.tensor([0, 1, 2, -1, 0, 1, 2, 0], dtype=torch.int32),
-    "prefix_lengths": torch.tensor([3000, 1000, 96], dtype=torch.int32),
-}
-PACKED = {"cu_seqlens": torch.tensor([0, 20, 20, 64], dtype=torch.int32)}
+IN_WINDOW = {"sliding_window": 32, "prefix_in_window": True}
 # What a layer runs: Triton's launches, and the kernels that PyTorch runs.
 LAYERS: dict[str, tuple[Callable[[Call], Any], dict[str, Any], int, dict[str, int]]] = {
     "decode": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "pad": True}, 2, {}),
@@ -127,6 +107,12 @@ LAYERS: dict[str, tuple[Callable[[Call], Any], dict[str, Any], int, dict[str, in
     "prefill, buffer": (attend, {"Lq": 64, "Lk": 256, "P": 128, "in_use": 64}, 1, {}),
     "decode behind a short prefix": (attend, {"Lq": 1, "Lk": 256, "P": 20}, 1, {}),
     "prefill": (attend, {"Lq": 64, "Lk": 64, "P": 128}, 1, {}),
+    "prefill, a padded text behind a prompt in a window": (
+        alone,
+        {"Lq": 64, "Lk": 64, "P": 128, "pad": True, **IN_WINDOW},
+        1 + 1,
+        {},
+    ),
     # one launch more in each direction, for the tables
     "decode, several prefixes": (alone, {"Lq": 1, "Lk": 256, "P": 4096, **SEVERAL}, 1 + 2, {}),
     # the forward; delta, dQ, dK and dV, the prefix in parts, and a sum for each of its gradients
@@ -149,7 +135,7 @@ LAYERS: dict[str, tuple[Callable[[Call], Any], dict[str, Any], int, dict[str, in
 @inside
 @pytest.mark.parametrize(("layer", "shape", "launches", "kernels"), LAYERS.values(), ids=LAYERS)
 def test_what_a_layer_runs(driver, layer, shape, launches, kernels):
-    call = problem(**shape)
+    call = causal_call(**shape)
     layer(call)
     for planned in (True, False):
         if not planned:
@@ -167,7 +153,7 @@ def test_what_a_layer_runs(driver, layer, shape, launches, kernels):
 @pytest.mark.parametrize("P", [20, 4096])
 @pytest.mark.parametrize("pad", [False, True])
 def test_nothing_is_compiled_while_a_text_grows(driver, P, pad, cache):
-    first = problem(Lq=1, Lk=1, P=P, pad=pad)
+    first = causal_call(Lq=1, Lk=1, P=P, pad=pad)
     buffer = torch.zeros(8, 2, 300, 16, dtype=torch.bfloat16)
     attend(first)
     with simulated_gpu.counting(driver) as counts:
@@ -185,11 +171,11 @@ def test_nothing_is_compiled_while_a_text_grows(driver, P, pad, cache):
 @pytest.mark.parametrize("P", [20, 4096])
 @pytest.mark.parametrize("pad", [False, True])
 def test_a_static_cache_has_one_plan_while_a_text_grows(driver, P, pad):
-    first = problem(Lq=1, Lk=300, P=P, pad=pad, in_use=1)
+    first = causal_call(Lq=1, Lk=300, P=P, pad=pad, in_use=1)
     attend(first)
     with simulated_gpu.counting(driver) as counts:
         for length in range(1, 301):
-            attend(problem(Lq=1, Lk=300, P=P, pad=pad, in_use=length))
+            attend(causal_call(Lq=1, Lk=300, P=P, pad=pad, in_use=length))
     assert counts.loaded == []
     assert len(PLANS) == 1
 
@@ -278,7 +264,7 @@ def test_arguments_are_picked_alone_and_in_groups():
 
 @inside
 def test_scratch_memory_does_not_overlap(driver, monkeypatch):
-    call = problem(Lq=64, Lk=64, P=128)
+    call = causal_call(Lq=64, Lk=64, P=128)
     call.tensors.update(
         {name: torch.zeros(8, 8, 64, 16, dtype=torch.bfloat16) for name in ("grad_out", "out")}
     )
@@ -308,7 +294,7 @@ def key_of(run: Any, call: Call, needs: tuple[bool, ...]) -> Any:
 
 @inside
 def test_calls_of_different_kinds_share_no_plan():
-    base = problem(Lq=1, Lk=40, P=64)
+    base = causal_call(Lq=1, Lk=40, P=64)
     assert kind_of(base) == kind_of(base.again())
 
     def on(device: str, offset: int = 0) -> Call:
@@ -322,14 +308,14 @@ def test_calls_of_different_kinds_share_no_plan():
         }  # fmt: skip
         return Call(made, base.options)
 
-    longer = problem(Lq=1, Lk=40, P=64)
+    longer = causal_call(Lq=1, Lk=40, P=64)
     longer.tensors["key"] = torch.zeros(8, 2, 50, 16, dtype=torch.bfloat16)[:, :, :40]
     masked = base.options._replace(key_padding_mask=torch.ones(8, 40, dtype=torch.bool))
     kinds = [
         kind_of(base),
-        kind_of(problem(Lq=1, Lk=41, P=64)),
-        kind_of(problem(Lq=1, Lk=40, P=64, dtype=torch.float16)),
-        kind_of(problem(Lq=1, Lk=40, P=64, dtype=torch.float32)),
+        kind_of(causal_call(Lq=1, Lk=41, P=64)),
+        kind_of(causal_call(Lq=1, Lk=40, P=64, dtype=torch.float16)),
+        kind_of(causal_call(Lq=1, Lk=40, P=64, dtype=torch.float32)),
         kind_of(longer),
         kind_of(base, options=masked),
         kind_of(base, options=base.options._replace(scale=0.5)),
@@ -341,7 +327,7 @@ def test_calls_of_different_kinds_share_no_plan():
     ]
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = not before
-    kinds.append(kind_of(problem(Lq=1, Lk=40, P=64, dtype=torch.float32)))
+    kinds.append(kind_of(causal_call(Lq=1, Lk=40, P=64, dtype=torch.float32)))
     torch.backends.cuda.matmul.allow_tf32 = before
     assert len(set(kinds)) == len(kinds)
 
@@ -360,7 +346,7 @@ def test_the_cache_is_bounded_and_forgets_the_least_recently_used(monkeypatch):
 
 @inside
 def test_other_tiles_on_a_device_make_other_plans(driver):
-    call = problem(Lq=1, Lk=40, P=64)
+    call = causal_call(Lq=1, Lk=40, P=64)
     attend(call)
     assert len(PLANS) == 1
     launch.forget_devices()
@@ -369,7 +355,7 @@ def test_other_tiles_on_a_device_make_other_plans(driver):
 
 @inside
 def test_a_plan_runs_on_the_current_stream(driver, monkeypatch):
-    call = problem(Lq=1, Lk=256, P=4096)
+    call = causal_call(Lq=1, Lk=256, P=4096)
     attend(call)
     monkeypatch.setattr(driver, "stream", 7)
     with simulated_gpu.counting(driver) as counts:
@@ -379,7 +365,7 @@ def test_a_plan_runs_on_the_current_stream(driver, monkeypatch):
 
 @inside
 def test_the_merge_overlaps_the_tiles_with_a_plan_too(driver):
-    call = problem(Lq=1, Lk=256, P=4096)
+    call = causal_call(Lq=1, Lk=256, P=4096)
     for _ in range(2):
         with simulated_gpu.counting(driver) as counts:
             attend(call)
@@ -390,7 +376,7 @@ def test_the_merge_overlaps_the_tiles_with_a_plan_too(driver):
 @inside
 def test_listed_launches_are_neither_planned_nor_from_a_plan(driver):
     """The offline compiler and the tuner list what a call would launch."""
-    call = problem(Lq=1, Lk=256, P=4096)
+    call = causal_call(Lq=1, Lk=256, P=4096)
     with launch.collected(launch.target_of(CPU)) as steps:
         forward(call)
     assert len(steps) == 2
@@ -403,7 +389,7 @@ def test_listed_launches_are_neither_planned_nor_from_a_plan(driver):
 
 @inside
 def test_a_plan_keeps_no_tensor_alive(driver):
-    call = problem(Lq=1, Lk=256, P=4096, pad=True)
+    call = causal_call(Lq=1, Lk=256, P=4096, pad=True)
     with simulated_gpu.counting(driver) as counts:
         attend(call.again())
     assert len(PLANS) == 1
@@ -413,7 +399,7 @@ def test_a_plan_keeps_no_tensor_alive(driver):
 @inside
 def test_threads_share_plans_and_mix_nothing_up(driver):
     """Every launch has the tensors of one call."""
-    kinds = [problem(Lq=1, Lk=Lk, P=4096) for Lk in (1, 16, 100, 256)]
+    kinds = [causal_call(Lq=1, Lk=Lk, P=4096) for Lk in (1, 16, 100, 256)]
     calls = [[kind.again() for kind in kinds] for _ in range(8)]
     driver.counts = counts = simulated_gpu.Counts()
 
@@ -441,7 +427,7 @@ def test_threads_share_plans_and_mix_nothing_up(driver):
 
 @inside
 def test_a_kernel_that_is_compiled_is_launched_the_same_way(driver, monkeypatch):
-    call = problem(B=1, Lq=16, Lk=16, P=0)
+    call = causal_call(B=1, Lq=16, Lk=16, P=0)
     launches = [launched(driver, forward, call)[1] for _ in range(2)]
     PLANS.clear()
     monkeypatch.setattr(triton.compiler, "compile", COMPILE)
@@ -455,7 +441,7 @@ def test_a_kernel_that_is_compiled_is_launched_the_same_way(driver, monkeypatch)
 @inside
 @pytest.mark.parametrize("in_use", [None, 100])
 def test_a_call_like_one_that_ran_before_is_not_checked_again(driver, monkeypatch, in_use):
-    call = problem(Lq=1, Lk=256, P=4096, pad=True, in_use=in_use)
+    call = causal_call(Lq=1, Lk=256, P=4096, pad=True, in_use=in_use)
     expected = launched(driver, attend, call)[1]
     with monkeypatch.context() as patch:
         patch.setattr(checks, "check_tensors", lambda *a: pytest.fail("checked"))
@@ -492,7 +478,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
 @pytest.mark.parametrize(("changed", "error"), WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_wrong_call_is_refused_after_a_right_one(driver, changed, error, plain):
-    call = problem(Lq=1, Lk=256, P=4096, pad=True)
+    call = causal_call(Lq=1, Lk=256, P=4096, pad=True)
     given = {**call.tensors, "is_causal": True, "key_padding_mask": call.options.key_padding_mask}
     given |= {} if plain else FEATURES
     (name,) = changed

@@ -228,6 +228,8 @@ def decoding(**options):
         launch_forward(
             *(x.bfloat16() for x in (q, k, k, p, p)), Options(is_causal=True, scale=1.0, **options)
         )
+    if "prefix_lengths" in options:
+        assert launches.pop(0).kernel.__name__ == "prefix_attn_tables_kernel"
     assert [step.kernel.__name__[12:] for step in launches] == [
         "decode_kernel",
         "decode_merge_kernel",

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastprefix.kernels import decode_grid, tables
+from fastprefix.kernels import decode_grid, ranks, tables
 from fastprefix.kernels.arguments import BatchTables
 from fastprefix.options import Options
 from fastprefix_testing import tables as oracle
@@ -131,3 +131,24 @@ def test_wrong_values_write_nothing_outside(cu, index, lengths):
         assert ((table[:, 0] >= -1) & (table[:, 0] < M)).all()
     assert ((found.key_tiles[:, 0] >= -1) & (found.key_tiles[:, 0] < N)).all()
     assert ((found.starts >= 0) & (found.starts <= 100)).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    B=st.integers(1, 4),
+    Lq=st.integers(1, 40),
+    Lk=st.sampled_from([1, 30, 40, ranks.CHUNK, ranks.CHUNK + 70]),
+    in_use=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_ranks_of_queries_behind_padding(B, Lq, Lk, in_use, seed):
+    """More queries than keys, and more keys than the kernel counts at a time, among them."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.randint(0, 2, (B, Lk + 3), generator=generator).bool()[:, 1:-2]
+    lengths = torch.randint(-2, Lk + 3, (B, 2), generator=generator).int()[:, 1] if in_use else None
+    whole = torch.full((B * Lq + 64,), -77, dtype=torch.int32)
+    rank = whole[32:-32].view(B, Lq)
+    ranks.ranks_launch(mask, lengths, rank).run()
+    assert torch.equal(rank, oracle.query_ranks(mask, lengths, Lq))
+    assert (whole[:32] == -77).all()
+    assert (whole[-32:] == -77).all()

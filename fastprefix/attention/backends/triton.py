@@ -33,6 +33,18 @@ def forward(
         return _kernels().launch_forward(*inputs, options)
 
 
+def tables(tensors: tuple[Tensor, ...], options: Options) -> Tensor:
+    """The option `tables` of a call with several prefixes or packed sequences, and of its like.
+
+    Args:
+        tensors: query, key, value, prefix_key and prefix_value.
+        options: of the call.
+    """
+    with torch.cuda.device_of(tensors[0]):
+        made: Tensor = _kernels().launch_tables(*tensors, options)
+        return made
+
+
 # Device types whose calls get plans.
 PLANNED_ON = {"cuda"}
 

@@ -6,8 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from fastprefix.attention.step import Step
 from fastprefix.hf.multimodal import OuterInputs
 from fastprefix.kv import PackedPrefixKV, PrefixKV
 
@@ -38,6 +40,10 @@ class ActivePrefix:
         attended: a list of one number: how often the module has attended in its current run; None
             for a module that attends once.
         turns: for each module that several layers share, by id, how often it has run.
+        step: what the layers share in this forward call, made anew by the hook; None: nothing, as
+            under torch.compile.
+        moved: prefixes of layers on other devices, by tensor and device. They stay there as long
+            as this prefix is active.
         masses: where layers leave the share of the attention that falls on the prefix: [B, Hq, Lq]
             by slot; None if nobody wants to know.
     """
@@ -55,7 +61,29 @@ class ActivePrefix:
     turn: int = 0
     attended: list[int] | None = None
     turns: dict[int, int] = field(default_factory=dict)
+    step: Step | None = None
+    moved: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masses: dict[int, Tensor] | None = None
+
+    def integers_on(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """prefix_index and the like on a layer's device, moved once in a step."""
+        return tensor.to(device) if self.step is None else self.step.on(tensor, device)
+
+    def prefix_for(self, tensor: Tensor, query: Tensor) -> Tensor:
+        """A layer's prefix in the query's dtype and on its device, moved once unless it learns."""
+        if tensor.device == query.device or self.step is None or not _keeps_values(tensor):
+            return tensor.to(query.device, query.dtype)
+        key = (id(tensor), tensor._version, query.device, query.dtype)
+        if key not in self.moved:
+            self.moved[key] = tensor, tensor.to(query.device, query.dtype)
+        return self.moved[key][1]
+
+
+def _keeps_values(tensor: Tensor) -> bool:
+    """Whether a copy of a tensor serves until the tensor's version changes."""
+    if tensor.requires_grad or tensor.is_inference() or torch.is_inference_mode_enabled():
+        return False  # what is made in inference mode serves nothing else
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 @dataclass(eq=False)

@@ -160,7 +160,8 @@ def _attend(inputs: _Inputs, active: ActivePrefix | None) -> Tensor:
     given, changes, longest = ({}, {}, 0) if active is None else _prefix_arguments(inputs, active)
     cu_seqlens = None if active is None else active.cu_seqlens
     if cu_seqlens is not None:
-        changes["cu_seqlens"] = cu_seqlens.to(inputs.query.device)
+        assert active is not None
+        changes["cu_seqlens"] = active.integers_on(cu_seqlens, inputs.query.device)
     elif mask is not None and mask.dim() == 2:
         changes["key_padding_mask"] = mask
     options = inputs.options._replace(**changes) if changes else inputs.options
@@ -263,8 +264,9 @@ def _prefix_arguments(
     options: dict[str, Any] = {}
     given: dict[str, Any] = {
         "backend": active.backend,
-        "prefix_key": prefix_key.to(query.device, query.dtype),
-        "prefix_value": prefix_value.to(query.device, query.dtype),
+        "prefix_key": active.prefix_for(prefix_key, query),
+        "prefix_value": active.prefix_for(prefix_value, query),
+        "step": active.step,
     }
     if isinstance(kv, PrefixKV):
         if kv.reweighting is not None and P:
@@ -272,8 +274,8 @@ def _prefix_arguments(
             given[name] = kv.reweighting.heads[slot].to(query.device)
     else:
         assert active.prefix_index is not None
-        options["prefix_index"] = active.prefix_index.to(query.device)
-        options["prefix_lengths"] = kv.prefix_lengths[slot].to(query.device)
+        options["prefix_index"] = active.integers_on(active.prefix_index, query.device)
+        options["prefix_lengths"] = active.integers_on(kv.prefix_lengths[slot], query.device)
         longest = kv.longest[slot]
         ids = active.prefix_ids
         kinds = {kv.kinds[n] for n in ids if n >= 0} if any(kv.kinds) and P else set()

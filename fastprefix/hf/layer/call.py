@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastprefix.attention.api import attention_with_options
+from fastprefix.attention.step import Step
 from fastprefix.options import Options
 
 
@@ -27,6 +28,7 @@ class Call(NamedTuple):
         prefix_ids: prefix_index as numbers on the host: one for each row, or one for each group of
             rows if the groups are equally large. Given only if packed prefixes have a head_bias or
             a gate.
+        step: what the layers of this forward share, or None.
     """
 
     query: Tensor
@@ -40,6 +42,7 @@ class Call(NamedTuple):
     gate: Tensor | None = None
     gated: frozenset[int] = frozenset()
     prefix_ids: tuple[int, ...] = ()
+    step: Step | None = None
 
     def run(self) -> Tensor:
         """[B, Hq, Lq, Dv]. Ignores head_bias and gate: :mod:`fastprefix.hf.layer.reweighted`."""
@@ -51,6 +54,7 @@ class Call(NamedTuple):
             self.prefix_value,
             self.options,
             self.backend,
+            self.step,
         )
         return out
 

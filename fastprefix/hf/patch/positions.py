@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastprefix.attention.step import Step
 from fastprefix.hf.layer.active import ActivePrefix, Recorder
 from fastprefix.hf.layer.packing import inputs_of, refuse_packed, unpack
 from fastprefix.hf.multimodal import OuterInputs
@@ -70,7 +71,7 @@ class Placing:
             call.active, call.module, call.kwargs, call.cu_seqlens
         )
         self._move(call)
-        # a new dict of turns for each call: several calls may come before one backward
+        # new turns and a new step for each call: several calls may come before one backward
         return replace(
             call.active,
             positioned=True,
@@ -78,6 +79,7 @@ class Placing:
             cu_seqlens=call.cu_seqlens,
             prefix_bias=call.prefix_bias,
             turns={},
+            step=None if torch.compiler.is_compiling() else Step(),
             **placed_text,
         )
 

@@ -129,3 +129,33 @@ def random_call(chosen: random.Random) -> Call:
     tensors["lse"] = torch.zeros(B, Hq, Lq)
     scale, is_causal = chosen.choice([0.25, -1.0, 1]), chosen.random() < 0.6
     return Call(tensors, Options(is_causal, scale, **random_options(chosen, call)))
+
+
+def causal_call(
+    *,
+    B: int = 8,
+    Lq: int,
+    Lk: int,
+    P: int,
+    pad: bool = False,
+    in_use: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    **options: Any,
+) -> Call:
+    """A causal call with Hq 8, Hkv 2 and D 16. `in_use` of the Lk keys are in use, if not None."""
+    shapes = [(B, 8, Lq, 16), (B, 2, Lk, 16), (B, 2, Lk, 16), (2, P, 16), (2, P, 16)]
+    tensors = {n: torch.zeros(s, dtype=dtype) for n, s in zip(FIVE, shapes, strict=True)}
+    mask = torch.ones(B, Lk, dtype=torch.bool) if pad else None
+    given = Options(True, 0.25, key_padding_mask=mask, **options)
+    if in_use is not None:  # beside other things in one tensor, as models hand them on
+        words = torch.full((B, 2 + Lk // 4), in_use, dtype=torch.int32)
+        given = given._replace(key_lengths=words[:, 1])
+    return Call(tensors, given)
+
+
+# Options of such a call, for 8 rows and for a text of 64 tokens.
+SEVERAL = {
+    "prefix_index": torch.tensor([0, 1, 2, -1, 0, 1, 2, 0], dtype=torch.int32),
+    "prefix_lengths": torch.tensor([3000, 1000, 96], dtype=torch.int32),
+}
+PACKED = {"cu_seqlens": torch.tensor([0, 20, 20, 64], dtype=torch.int32)}
