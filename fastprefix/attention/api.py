@@ -155,7 +155,7 @@ def prefix_attention(
             before query i, where r_i counts the row's real tokens before p_i.
         batch_invariant: a row (with cu_seqlens a sequence) has the same bits of output and
             log-sum-exp alone and in any batch, whatever prefixes the other rows have. With up to
-            16 queries this holds for any padding; with more, key_padding_mask is refused (use
+            64 queries this holds for any padding; with more, key_padding_mask is refused (use
             cu_seqlens). Not with dropout_p. It does not hold for gradients. Some calls take
             longer, because the work is not split by the size of the batch.
         return_lse: also return the log-sum-exp of the scores.
