@@ -242,6 +242,23 @@ def asks_for_features(options: Options) -> bool:
     return not all(map(is_, options[_FIRST:], _UNUSED))
 
 
+# Places of what a call's kind does not tell: the values of tensors, and the seed of a dropout.
+_NOT_TOLD = tuple(
+    place
+    for place, (name, hint) in enumerate(_TYPES.items())
+    if name == "dropout_p"
+    or (get_args(hint)[0] == Tensor | None and name not in ("key_padding_mask", "key_lengths"))
+)
+
+
+def told_by_kind(options: Options) -> bool:
+    """Whether shapes, dtypes and numbers say all that is checked in a call on a device.
+
+    Such options have no tensors but perhaps key_padding_mask and key_lengths.
+    """
+    return not [place for place in _NOT_TOLD if options[place] is not None]
+
+
 def features_of(options: Options) -> frozenset[str]:
     """The names of the features that the options ask for."""
     names = []

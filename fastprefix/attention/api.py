@@ -14,7 +14,14 @@ from fastprefix.attention import checks
 from fastprefix.attention.run import run_known, run_op
 from fastprefix.attention.selection import UNEQUAL_HEAD_SIZES, choose_backend
 from fastprefix.attention.step import Step
-from fastprefix.options import FLAGS, INTEGERS, Options, asks_for_features, features_of
+from fastprefix.options import (
+    FLAGS,
+    INTEGERS,
+    Options,
+    asks_for_features,
+    features_of,
+    told_by_kind,
+)
 
 BackendName = Literal["auto", "reference", "composed", "triton"]
 
@@ -148,7 +155,7 @@ def prefix_attention(
             before query i, where r_i counts the row's real tokens before p_i.
         batch_invariant: a row (with cu_seqlens a sequence) has the same bits of output and
             log-sum-exp alone and in any batch, whatever prefixes the other rows have. With up to
-            16 queries this holds for any padding; with more, key_padding_mask is refused (use
+            64 queries this holds for any padding; with more, key_padding_mask is refused (use
             cu_seqlens). Not with dropout_p. It does not hold for gradients. Some calls take
             longer, because the work is not split by the size of the batch.
         return_lse: also return the log-sum-exp of the scores.
@@ -245,14 +252,13 @@ def attention_with_options(
     has_prefix = prefix_key is not None
     if prefix_key is None or prefix_value is None:
         prefix_key, prefix_value = _no_prefix(key, value)
-    plain = not asks_for_features(options)
-    lengths = options.key_lengths
-    if plain or (lengths is not None and not asks_for_features(options._replace(key_lengths=None))):
+    if told_by_kind(options):
         known = run_known((query, key, value, prefix_key, prefix_value), options, backend)
         if known is not None:
             return known
     checks.check_tensors(query, key, value, prefix_key, prefix_value)
     checks.check_plain_options(options, query, key)
+    plain = not asks_for_features(options)
     features = _NO_FEATURES
     if not plain:
         checks.check_features(options, query, key, prefix_key.shape[1], has_prefix, step)

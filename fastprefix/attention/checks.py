@@ -357,7 +357,10 @@ _CHECKS_BY_PLACE = tuple(
 
 
 def _check_values(options: Options, tensors: _Tensors) -> None:
-    """Values of integers: read on the CPU, asserted on other devices without waiting for them."""
+    """Values of integers: read on the CPU, asserted on other devices without waiting for them.
+
+    But for key_lengths, which are read on the CPU only.
+    """
     lengths, index, cu_seqlens = options.prefix_lengths, options.prefix_index, options.cu_seqlens
     P = tensors.P
     if lengths is not None and index is not None:
@@ -384,10 +387,11 @@ def _check_values(options: Options, tensors: _Tensors) -> None:
 
 
 def _check_values_of_key_lengths(key_lengths: Tensor, options: Options, tensors: _Tensors) -> None:
-    """0 .. Lk; and Lq .. Lk where there must be a key for each query and the values are at hand."""
+    """0 .. Lk, or Lq .. Lk where there must be a key for each query. On the CPU only."""
     Lq, Lk = tensors.query.shape[2], tensors.key.shape[2]
     if type(key_lengths) is not Tensor or key_lengths.device.type != "cpu":
-        return  # the backends limit them; an assertion would cost each layer of a step five kernels
+        # The backends limit the values. An assertion would cost each layer of a step five kernels.
+        return
     least = Lq if options.is_causal or options.prefix_in_window else 0
     values: list[int] = key_lengths.tolist()  # a static cache asks this in every layer
     if values and not (least <= min(values) and max(values) <= Lk):

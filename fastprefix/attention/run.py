@@ -9,6 +9,7 @@ directly.
 from __future__ import annotations
 
 import operator
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from fastprefix.attention.selection import AUTO
 from fastprefix.attention.step import Step
 from fastprefix.attention.transforms import is_differentiated
 from fastprefix.options import GRADIENTS, Options
+
+# Other types may be wrong, but equal to a right one: 1 is True, and 2.0 is 2.
+_NUMBERS = operator.attrgetter("is_causal", "scale", "prefix_in_window", "batch_invariant")
+_NUMBER_TYPES = (bool, float, bool, bool)
 
 
 def run_op(
@@ -74,7 +79,7 @@ def run_known(
 
     Args:
         tensors: query, key, value, prefix_key, prefix_value.
-        options: that ask for no features but perhaps key_lengths.
+        options: that are :func:`~fastprefix.options.told_by_kind`.
         backend: as the user gave it.
     """
     query = tensors[0]
@@ -85,8 +90,9 @@ def run_known(
         first != "triton"
         or is_watched(query)
         or is_differentiated(backend)
-        or type(options.is_causal) is not bool
-        or type(options.scale) is not float
+        or any(map(operator.is_not, map(type, _NUMBERS(options)), _NUMBER_TYPES))
+        or type(options.sliding_window) not in (int, NoneType)
+        or type(options.softcap) not in (float, NoneType)
     ):
         return None
     return op.known_forward(tensors, options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from rich.table import Table
 
@@ -14,7 +16,9 @@ def run_tuning(
     sizes: dict[str, int],
     device: torch.device | None = None,
 ) -> None:
-    """Tunes every pass for each head size and dtype, keeps the tiles, and prints them.
+    """Tunes every pass for each head size and dtype, then how decode cuts its keys.
+
+    What is found is kept and printed.
 
     Args:
         head_sizes: D, each from 1 to 256.
@@ -32,7 +36,7 @@ def run_tuning(
         device = torch.device("cuda", torch.cuda.current_device())
     from fastprefix.kernels import launch, tilings
     from fastprefix.kernels.offline.cases import DTYPES
-    from fastprefix.kernels.tuning import store, tune
+    from fastprefix.kernels.tuning import splitting, store, tune
 
     for dtype in dtypes:
         if dtype not in DTYPES:
@@ -42,24 +46,36 @@ def run_tuning(
             raise ValueError(f"head_dim: got {size}, takes 1 to {tilings.MAX_HEAD_SIZE}")
     _no_tiles_shared(head_sizes, dtypes, device)
     name_of_device = launch.device_name(device)
-    jobs = [(D, dtype, name) for D in head_sizes for dtype in dtypes for name in tilings.PASSES]
+    names = (*tilings.PASSES, "splits")
+    jobs = [(D, dtype, name) for D in head_sizes for dtype in dtypes for name in names]
     table = Table(title=name_of_device)
     table.add_column("pass, head size, bits", no_wrap=True)
-    for title in ("tile before", "ms", "tile now", "ms", "tried"):
+    for title in ("before", "ms", "now", "ms", "tried"):
         table.add_column(title)
     with progress("tuning", len(jobs)) as show:
         for done, (D, dtype, name) in enumerate(jobs, start=1):
-            found = tune.tune(tune.TimedProblem(D, DTYPES[dtype], **sizes), name, device)
-            # Tiles are saved one by one, so that an interruption does not lose them.
-            file = store.save(name_of_device, {found.name: found.best})
+            timed = tune.TimedProblem(D, DTYPES[dtype], **sizes)
+            found: tune.Choice[Any]
+            if name == "splits":
+                launch.forget_devices()  # they are timed with the tile that was found for decode
+                found = splitting.tune_splitting(timed, device)
+            else:
+                found = tune.tune(timed, name, device)
+            # Each is saved at once, so that an interruption does not lose it.
+            file = store.save(name_of_device, found.name, found.best)
             table.add_row(
-                found.name, str(tuple(found.table)), f"{found.table_ms:.3f}",
+                found.name.replace("decode", name),
+                str(tuple(found.table)), f"{found.table_ms:.3f}",
                 str(tuple(found.best)), f"{found.best_ms:.3f}", str(found.tried),
             )  # fmt: skip
             show(done, f"{name} {D} {dtype}")
     launch.forget_devices()
     console.print(table)
-    console.print(f"rows, keys, warps, stages; kept in {file}", soft_wrap=True)
+    console.print(
+        "tiles: rows, keys, warps, stages; splits: programs per multiprocessor, fewest keys, bytes "
+        f"that a launch costs; kept in {file.parent}",
+        soft_wrap=True,
+    )
 
 
 def _no_tiles_shared(head_sizes: list[int], dtypes: list[str], device: torch.device) -> None:

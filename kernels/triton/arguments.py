@@ -177,10 +177,16 @@ class OnePassSizes(NamedTuple):
 
 
 class FixedSizes(NamedTuple):
-    """The sizes of a decode step that do not grow with every token."""
+    """What does not grow with every token of a decode step.
+
+    Attributes:
+        Hkv, Lq: as in `Sizes`.
+        overlaps: 1 if the merge is launched while the tiles still run, None otherwise.
+    """
 
     Hkv: Any
     Lq: Any
+    overlaps: Any
 
 
 class Scores(NamedTuple):

@@ -116,6 +116,7 @@ def decode_launches(
     """
     shape, grid, cut = plan.shape, plan.grid, plan.grid.prefix
     tile = grid.tile
+    overlaps = plan.target.overlaps and grid.programs > 0
     options = problem.options
     s = strides(
         q=problem.query, k=problem.key, v=problem.value, pk=problem.prefix_key,
@@ -132,8 +133,8 @@ def decode_launches(
         "bias": options.prefix_bias,
         "scores": Scores(options.scale, options.softcap),
         "s": s._replace(pb=None), "s_pb": s.pb,
-        "sizes": FixedSizes(shape.Hkv, shape.Lq), "Lk": shape.Lk, "P": shape.P,
-        "B": shape.B, "window": shape.sliding_window,
+        "sizes": FixedSizes(shape.Hkv, shape.Lq, 1 if overlaps else None),
+        "Lk": shape.Lk, "P": shape.P, "B": shape.B, "window": shape.sliding_window,
         "n_units": cut.units, "n_splits": cut.splits, "split": cut.split,
         "first_key": grid.first_key, "first_row": shape.Hkv * cut.units * cut.rows,
         "n_sequence_splits": grid.sequence_splits, "sequence_split": grid.sequence_split,
@@ -143,9 +144,7 @@ def decode_launches(
         "CAUSAL": problem.options.is_causal and shape.Lq > 1,
         "FIXED": shape.batch_invariant,
         "BLOCK_R": grid.sequence_rows,
-        "OVERLAPS": plan.target.overlaps,
     }
-    overlaps = plan.target.overlaps and grid.programs > 0
     merged = {"BLOCK_M": tile.rows, "BLOCK_R": grid.merge_tile.rows, "OVERLAPS": overlaps}
     attend = problem.launch(prefix_attn_decode_kernel, grid.programs, tile, arguments, constants)
     merge = problem.launch(
@@ -187,7 +186,7 @@ def decode_forward(
     """Softmax attention of a few queries per sequence over [prefix ; sequence], in two launches.
 
     Args:
-        query: [B, Hq, Lq, D], fp32, bf16 or fp16; Lq from 1 to 16, D and Dv from 1 to 256. Any
+        query: [B, Hq, Lq, D], fp32, bf16 or fp16; Lq from 1 to 64, D and Dv from 1 to 256. Any
             strides, here and below.
         key: [B, Hkv, Lk, D], Hq a multiple of Hkv. Padding at the beginning or the end of a
             sequence is not read.

@@ -14,25 +14,15 @@ from torch import Tensor
 
 from . import tilings
 from .integers import cdiv, next_power_of_2
-from .target import Target, Tile
+from .target import Splitting, Target, Tile
 
-MAX_QUERY_LENGTH = 16
-# How many programs per multiprocessor each phase should have, as in `tilings.splits`.
-WAVES = 2
-# The fewest keys of a split, the longest first: the one with which a step is shortest. A program of
-# s keys and r rows reads s * (D + Dv) * 2 bytes and writes r * (4 * Dv + 4), which the merge reads
-# again. With 256 keys and 64 rows that is half of what it reads, and no gain from shorter splits
-# where the device is full anyway. With 64 keys it is twice as much, and still shorter where most
-# multiprocessors would have nothing to do.
-SHORTEST_SPLITS = (256, 128, 64)
+MAX_QUERY_LENGTH = 64
+# Splits have at least this many keys, or half or a quarter of them where that is faster.
+LONGEST_SHORTEST = 256
 # Keys per split with batch_invariant. Long prefixes have longer splits: no more than
 # FIXED_PREFIX_SPLITS, so that the partial results of a packed batch stay small.
 FIXED_SPLIT = 512
 FIXED_PREFIX_SPLITS = 16
-# The cost of one more launch, in bytes that a multiprocessor could read meanwhile: a launch takes
-# about 3 us, and on an A100 or H100 one multiprocessor's share of the memory bandwidth is about 20
-# bytes per nanosecond.
-LAUNCH_BYTES = 64 * 1024
 
 
 class DecodeShape(NamedTuple):
@@ -136,20 +126,38 @@ class DecodeGrid:
     merge_programs: int
 
 
-def split_lengths(target: Target) -> tuple[tuple[int, ...], int]:
-    """SHORTEST_SPLITS and FIXED_SPLIT. In the interpreter all are shorter, as its problems are."""
-    if target.family == "interpreter":
-        return (32, 16), 64
-    return SHORTEST_SPLITS, FIXED_SPLIT
+def splitting_of(shape: DecodeShape, target: Target) -> Splitting:
+    """What was tuned on the device for these heads, or the default."""
+    name, _ = tilings.row("decode", target.family, max(shape.D, shape.Dv), shape.dtype)
+    return target.splittings.get(name, Splitting())
+
+
+def split_lengths(shape: DecodeShape, target: Target) -> list[int]:
+    """The fewest keys that a split may have: one of these, the longest first.
+
+    In the interpreter they are an eighth, as its problems are small.
+    """
+    part = 8 if target.family == "interpreter" else 1
+    if shape.batch_invariant:
+        return [FIXED_SPLIT // part]
+    shortest = splitting_of(shape, target).shortest
+    lengths = [LONGEST_SHORTEST]
+    while lengths[-1] > shortest:
+        lengths.append(lengths[-1] // 2)
+    return [length // part for length in lengths]
 
 
 def _tile(shape: DecodeShape, target: Target) -> Tile:
     """The tile of a step. Its rows are chosen for the average number of rows of a prefix."""
     prefixes = 1 if shape.N is None else max(1, min(shape.N, shape.B))
     rows = cdiv(shape.B * (shape.Hq // shape.Hkv) * shape.Lq, prefixes)
+    return tilings.choose_tile("decode", _work(shape, target), rows)
+
+
+def _work(shape: DecodeShape, target: Target) -> tilings.Work:
+    """What the choice of a tile depends on."""
     head_size = max(shape.D, shape.Dv)
-    work = tilings.Work(target, head_size, shape.dtype, full_tile=shape.batch_invariant)
-    return tilings.choose_tile("decode", work, rows)
+    return tilings.Work(target, head_size, shape.dtype, full_tile=shape.batch_invariant)
 
 
 def round_up(length: int, step: int) -> int:
@@ -189,20 +197,18 @@ def cut_prefixes(shape: DecodeShape, tile: Tile, wanted: int, shortest: int) -> 
 def grid_of(shape: DecodeShape, target: Target) -> DecodeGrid:
     """Tiles and splits of a shape on a target.
 
-    Each phase is split until it has `WAVES` programs per multiprocessor, or until a split has only
-    the fewest keys: the one of `SHORTEST_SPLITS` with which the busiest multiprocessor moves the
-    fewest bytes. With batch_invariant the lengths of splits are constants instead.
+    Each phase is split until it has `Splitting.waves` programs per multiprocessor, or until a split
+    has only the fewest keys: the one of `split_lengths` with which the busiest multiprocessor moves
+    the fewest bytes. With batch_invariant the lengths of splits are constants instead.
     """
-    shortest, fixed = split_lengths(target)
-    lengths = (fixed,) if shape.batch_invariant else shortest
-    grids = [_grid(shape, target, length) for length in lengths]
+    grids = [_grid(shape, target, length) for length in split_lengths(shape, target)]
     return min(grids, key=lambda grid: bytes_of_a_step(shape, target, grid))
 
 
 def _grid(shape: DecodeShape, target: Target, shortest: int) -> DecodeGrid:
     """The grid whose splits have at least `shortest` keys."""
     tile = _tile(shape, target)
-    wanted = cdiv(WAVES * target.multiprocessors, shape.Hkv)
+    wanted = cdiv(splitting_of(shape, target).waves * target.multiprocessors, shape.Hkv)
     cut = cut_prefixes(shape, tile, wanted, shortest)
 
     first_key = 0
@@ -262,10 +268,10 @@ def partial_bytes(grid: DecodeGrid, value_head_size: int) -> int:
     """Size of the partial results: one fp32 row of Dv and one lse for each row and split.
 
     This is Hkv * (units * rows + B * sequence_splits * packed) * (Dv + 1) * 4 bytes. Both phases
-    split only until the device is full. So whatever P is, a KV head has at most one prefix partial
-    for each row of a tile, and `WAVES` tiles of partials per multiprocessor. With batch_invariant a
-    row has up to `FIXED_PREFIX_SPLITS` prefix partials, and one for every `FIXED_SPLIT` sequence
-    keys.
+    split only until the device is full, however short splits may be. So whatever P is, a KV head
+    has at most one prefix partial for each row of a tile, and `Splitting.waves` tiles of partials
+    per multiprocessor. With batch_invariant a row has up to `FIXED_PREFIX_SPLITS` prefix partials,
+    and one for every `FIXED_SPLIT` sequence keys.
     """
     return grid.partial_rows * (value_head_size + 1) * 4
 
@@ -311,11 +317,11 @@ def two_phase_pays(shape: DecodeShape, target: Target) -> bool:
     The answer comes from a model. Every multiprocessor reads at the same rate, so the time of a
     kernel is the bytes that its busiest multiprocessor moves.
 
-    - One pass has B * Hkv programs (for short queries). Each of them reads a whole prefix and a
-      whole sequence.
+    - One pass has a program for each tile of rows of a sequence (one tile for short queries) and
+      KV head. Each of them reads a whole prefix and a whole sequence.
     - Two phases cut this work into splits and spread them over all multiprocessors. The prefix is
       read once per tile of rows. They also write and read partial results (`bytes_of_a_step`), and
-      launch one more kernel (`LAUNCH_BYTES`).
+      launch one more kernel (`Splitting.launch_bytes`).
 
     So short prefixes and small batches stay with one pass, because the second launch would cost
     more than reading all their bytes.
@@ -328,6 +334,9 @@ def two_phase_pays(shape: DecodeShape, target: Target) -> bool:
         return False
     grid = grid_of(shape, target)
     key_bytes = (shape.D + shape.Dv) * shape.dtype.itemsize
-    waves = cdiv(shape.B * shape.Hkv, target.multiprocessors)
+    tile = tilings.choose_tile("forward", _work(shape, target), grid.prefix.packed)
+    programs = shape.B * shape.Hkv * cdiv(grid.prefix.packed, tile.rows)
+    waves = cdiv(programs, target.multiprocessors)
     one_pass = waves * (_mean_prefix(shape) + shape.Lk - grid.first_key) * key_bytes
-    return bytes_of_a_step(shape, target, grid) + LAUNCH_BYTES < one_pass
+    launch = splitting_of(shape, target).launch_bytes
+    return bytes_of_a_step(shape, target, grid) + launch < one_pass

@@ -256,10 +256,10 @@ def prefix_attn_decode_kernel(
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
     CAUSAL: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """The first Hkv * n_units programs are prefix tiles, the others sequence tiles."""
-    if OVERLAPS:
+    if sizes.overlaps is not None:
         # The merge may be launched as soon as all programs have come here. It waits for their end.
         tl.extra.cuda.gdc_launch_dependents()
     prefix_tile: tl.constexpr = TileShape(

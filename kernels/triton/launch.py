@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .plan_cache import PLANS
-from .target import Target, Tile, family_of_amd, target_of_capability
+from .target import Splitting, Target, Tile, family_of_amd, target_of_capability
 from .tuning.store import load
 
 
@@ -25,16 +26,21 @@ def target_of(device: torch.device) -> Target:
 
 @functools.lru_cache
 def _device_target(device: torch.device) -> Target:
+    """The target of a device, with what was tuned on it."""
+    name, target = device_name(device), _untuned_target(device)
+    return dataclasses.replace(target, tuned=load(name, Tile), splittings=load(name, Splitting))
+
+
+def _untuned_target(device: torch.device) -> Target:
     """The target of a device; anything that is no GPU is Triton's interpreter."""
-    tuned = load(device_name(device))
     if device.type != "cuda":
         # Few, so that small test shapes still split their reductions.
-        return Target("interpreter", 4, tuned)
+        return Target("interpreter", 4)
     properties = torch.cuda.get_device_properties(device)
     count = properties.multi_processor_count
     if torch.version.hip:
-        return Target(family_of_amd(properties.gcnArchName), count, tuned)
-    return target_of_capability(properties.major, properties.minor, count, tuned)
+        return Target(family_of_amd(properties.gcnArchName), count)
+    return target_of_capability(properties.major, properties.minor, count)
 
 
 def device_name(device: torch.device) -> str:
@@ -44,7 +50,7 @@ def device_name(device: torch.device) -> str:
 
 
 def forget_devices() -> None:
-    """Makes the next launch look at the device, and for tiles tuned on it, again."""
+    """Makes the next launch look at the device, and for what was tuned on it, again."""
     _device_target.cache_clear()
     PLANS.clear()
 

@@ -27,6 +27,26 @@ class Tile(NamedTuple):
     stages: int
 
 
+class Splitting(NamedTuple):
+    """How decode cuts its keys, and what it counts the second launch for.
+
+    Attributes:
+        waves: how many programs per multiprocessor each phase has at most, if splits can give it
+            more. Two, as in `tilings.splits`.
+        shortest: the fewest keys that a split may have. A program of s keys and r rows reads
+            s * (D + Dv) * 2 bytes and writes r * (4 * Dv + 4), which the merge reads again. With
+            64 keys and 64 rows that is twice what it reads: pure loss where the device is full
+            anyway, but not where most multiprocessors would have nothing to do.
+        launch_bytes: the cost of one more launch, in bytes that a multiprocessor could read
+            meanwhile. A launch takes about 3 us, and on an A100 or H100 one multiprocessor's share
+            of the memory bandwidth is about 20 bytes per nanosecond.
+    """
+
+    waves: int = 2
+    shortest: int = 64
+    launch_bytes: int = 64 * 1024
+
+
 @dataclass(frozen=True)
 class Target:
     """What the choice of a tile needs to know about a device.
@@ -36,6 +56,7 @@ class Target:
         multiprocessors: how many there are.
         tuned: tiles that :mod:`.tuning` found to be faster on this device than those of the tile
             table, by :func:`~fastprefix.kernels.tilings.row_name`.
+        splittings: as `tuned`, by the name of a row of decode.
         overlaps: whether a launch can begin while the one before it ends (on NVIDIA "programmatic
             dependent launch").
     """
@@ -44,6 +65,7 @@ class Target:
     multiprocessors: int
     # no part of the hash, because a dict has none
     tuned: Mapping[str, Tile] = field(default_factory=dict, hash=False)
+    splittings: Mapping[str, Splitting] = field(default_factory=dict, hash=False)
     overlaps: bool = False
 
 
@@ -57,12 +79,9 @@ def family_of_capability(major: int, minor: int) -> str:
     return "ampere" if (major, minor) in ((8, 0), (8, 7)) else "ampere-small"
 
 
-def target_of_capability(
-    major: int, minor: int, multiprocessors: int, tuned: Mapping[str, Tile] | None = None
-) -> Target:
-    """The target for an NVIDIA device."""
-    family = family_of_capability(major, minor)
-    return Target(family, multiprocessors, tuned or {}, overlaps=major >= 9)
+def target_of_capability(major: int, minor: int, multiprocessors: int) -> Target:
+    """The target for an NVIDIA device on which nothing was tuned."""
+    return Target(family_of_capability(major, minor), multiprocessors, overlaps=major >= 9)
 
 
 def family_of_amd(arch: str) -> str:

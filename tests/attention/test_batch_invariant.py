@@ -88,6 +88,20 @@ def test_padding_of_a_decoding_step(P):
         assert torch.equal(one_lse[0], lse[i]), n
 
 
+@pytest.mark.parametrize("Lq", [1, 20])
+def test_a_row_of_a_longer_buffer(Lq):
+    """It has the bits of a call over its own keys."""
+    query, key, value, *prefix = operands(Lq, 150, 20)
+    lengths = (150, 25, 64, 33, 20)
+    in_use = torch.tensor(lengths)
+    out, lse = attend(query, key, value, *prefix, is_causal=True, key_lengths=in_use)
+    for i, n in enumerate(lengths):
+        keys = (x[i : i + 1, :, :n] for x in (key, value))
+        one, one_lse = attend(query[i : i + 1], *keys, *prefix, is_causal=True)
+        assert torch.equal(one[0], out[i]), n
+        assert torch.equal(one_lse[0], lse[i]), n
+
+
 @pytest.mark.parametrize("lengths", [(5, 37, 12, 1), (3, 2)])
 def test_a_sequence_alone_is_the_sequence_among_packed_ones(lengths):
     total, index = sum(lengths), torch.tensor([0, 2, -1, 1][: len(lengths)])
@@ -109,9 +123,9 @@ def test_a_sequence_alone_is_the_sequence_among_packed_ones(lengths):
 
 def test_padding_of_a_prefill_is_refused():
     """It would move a row's keys from tile to tile."""
-    mask = torch.ones(len(INDEX), 17, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"batch_invariant: key_padding_mask .* Lq = 17"):
-        attend(*operands(17, 17, 5), key_padding_mask=mask)
+    mask = torch.ones(len(INDEX), 65, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"batch_invariant: key_padding_mask .* Lq = 65"):
+        attend(*operands(65, 65, 5), key_padding_mask=mask)
 
 
 def test_no_other_backend_promises_it():

@@ -67,7 +67,7 @@ def test_a_row_is_a_call_over_its_own_keys(backend, case, lengths, Lq):
     """Output and all gradients, with NaN behind the keys in use. Gradients there are zeros."""
     if backend == "triton":  # one case: the kernels have tests of their own
         if case != {"is_causal": True, "sliding_window": 4, "prefix_in_window": True, "pads": True}:
-            return
+            pytest.skip("the kernels have tests of their own")
         lengths = lengths[:2]
     if case.get("is_causal"):
         lengths = [length + Lq for length in lengths]

@@ -17,6 +17,7 @@ from fastprefix.options import (
     Options,
     asks_for_features,
     features_of,
+    told_by_kind,
 )
 
 ARGUMENTS = [name for name, option in OPTIONS.items() if option.argument]
@@ -84,6 +85,15 @@ def test_an_option_in_use_asks_for_its_feature(name):
     assert asks_for_features(options)
     assert len(features_of(options)) == 1
     assert features_of(options) <= {feature.name for feature in OPTIONS[name].features}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_the_kind_of_a_call_tells(name):
+    """Numbers, and tensors whose values are not checked on a device."""
+    tensors = {other for other, kind in TYPES.items() if kind == "Tensor?"}
+    not_told = {*tensors, "dropout_p"} - {"key_padding_mask", "key_lengths"}
+    options = PLAIN._replace(**{name: VALUES.get(TYPES[name], 0.5)})
+    assert told_by_kind(options) == (name not in not_told)
 
 
 def inputs(device="cpu"):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from fastprefix.cli.app import app
 from fastprefix.cli.tune import run_tuning
 from fastprefix.kernels import launch
+from fastprefix.kernels.target import Splitting, Tile
 from fastprefix.kernels.tilings import PASSES
 from fastprefix.kernels.tuning import store
 
@@ -29,11 +30,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_tiles_are_kept_and_later_launches_take_them(capsys: pytest.CaptureFixture[str]) -> None:
     """In the interpreter it does not matter which tile is fastest."""
     run_tuning([16], ["fp32"], SIZES, CPU)
-    kept = store.load("interpreter")
+    kept = store.load("interpreter", Tile)
     assert set(kept) == {f"{step} 256 32" for step in PASSES}
     assert launch.target_of(CPU).tuned == kept
+    splittings = store.load("interpreter", Splitting)
+    assert set(splittings) == {"decode 256 32"}
+    assert launch.target_of(CPU).splittings == splittings
     printed = capsys.readouterr().out
-    assert all(f"{step} 256 32" in printed for step in PASSES)
+    assert all(f"{step} 256 32" in printed for step in (*PASSES, "splits"))
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_heads_and_dtypes(heads, dtype):
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("Lq", [1, 3, 16])
+@pytest.mark.parametrize("Lq", [1, 3, 16, 64])
 @pytest.mark.parametrize("lengths", [None, (33, 0, 1, 40)], ids=["shared", "packed"])
 def test_query_lengths(Lq, lengths, is_causal):
     agree(decoding(Lq=Lq, lengths=lengths, is_causal=is_causal))

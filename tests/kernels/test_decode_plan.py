@@ -80,6 +80,12 @@ def test_tables_cover_every_row_and_key_once(data):
         ({"P": 0, "B": 1, "Lk": 8192}, True),
         ({"P": 20, "B": 1, "Lk": 60, "batch_invariant": True}, True),
         ({"B": 0}, False),
+        # up to 64 queries: where a tile holds the rows of several sequences, or one pass has few
+        # programs; not where a sequence fills the tiles of one pass, and the batch the device
+        ({"Lq": 17, "Hq": 8, "B": 64}, True),
+        ({"Lq": 64, "B": 1, "P": 4096, "Lk": 64}, True),
+        ({"Lq": 64, "B": 64, "Lk": 64}, False),
+        ({"Lq": 64, "B": 4, "P": 20, "Lk": 64}, False),
     ],
     ids=str,
 )

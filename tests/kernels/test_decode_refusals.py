@@ -16,7 +16,7 @@ pytestmark = interpreted
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"query": torch.zeros(2, 4, 17, 8)}, "query: got Lq = 17, decode takes at most 16"),
+        ({"query": torch.zeros(2, 4, 65, 8)}, "query: got Lq = 65, decode takes at most 64"),
         ({"attn_mask": torch.zeros(2, 1, 1, 7)}, "attn_mask: decode takes none"),
         ({"dropout_p": 0.1, "dropout_seed": torch.zeros(1, dtype=torch.int64)}, "dropout_p: got 0"),
         ({"sliding_window": 3, "prefix_in_window": True}, "prefix_in_window: got True"),

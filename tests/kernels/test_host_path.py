@@ -453,6 +453,11 @@ def test_a_call_like_one_that_ran_before_is_not_checked_again(driver, monkeypatc
     assert {names[x] for x in flat(found[0][3]) if x in names} == expected
 
 
+FEATURES = {
+    "key_lengths": torch.ones(8, dtype=torch.int32),
+    "sliding_window": 100,
+    "softcap": 30.0,
+}
 WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "key": ({"key": torch.zeros(8, 2, 255, 16, dtype=torch.bfloat16)}, ValueError),
     "value": ({"value": None}, TypeError),
@@ -460,6 +465,10 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "prefix_value": ({"prefix_value": [1.0]}, TypeError),
     "key_padding_mask": ({"key_padding_mask": [True]}, TypeError),
     "key_lengths": ({"key_lengths": torch.ones(8, 1, dtype=torch.int32)}, ValueError),
+    "sliding_window": ({"sliding_window": 100.0}, TypeError),
+    "softcap": ({"softcap": "30"}, TypeError),
+    "prefix_in_window": ({"prefix_in_window": 2}, TypeError),
+    "batch_invariant": ({"batch_invariant": 2}, TypeError),
     "is_causal": ({"is_causal": "yes"}, TypeError),
     "scale": ({"scale": "0.25"}, TypeError),
 }
@@ -467,10 +476,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
 
 @inside
 @pytest.mark.parametrize(("changed", "error"), WRONG.values(), ids=WRONG)
-def test_a_wrong_call_is_refused_after_a_right_one(driver, changed, error):
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_wrong_call_is_refused_after_a_right_one(driver, changed, error, plain):
     call = causal_call(Lq=1, Lk=256, P=4096, pad=True)
     given = {**call.tensors, "is_causal": True, "key_padding_mask": call.options.key_padding_mask}
-    given["key_lengths"] = torch.ones(8, dtype=torch.int32)
+    given |= {} if plain else FEATURES
     (name,) = changed
     with torch.no_grad():
         prefix_attention(**given, backend="triton")

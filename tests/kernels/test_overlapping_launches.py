@@ -56,12 +56,13 @@ def test_only_the_merge_overlaps_and_only_where_the_device_can():
     assert (attend.overlaps, merge.overlaps) == (False, True)
     assert "launch_pdl" not in attend.options
     assert merge.options["launch_pdl"] is True
-    assert attend.constants["OVERLAPS"]
+    assert attend.values["overlaps"] == 1
     assert merge.constants["OVERLAPS"]
     for step in step_on(hopper()):
         assert not step.overlaps
         assert "launch_pdl" not in step.options
-        assert not step.constants["OVERLAPS"]
+        assert not step.constants.get("OVERLAPS")
+        assert step.values.get("overlaps") is None
 
 
 def test_a_merge_without_tiles_follows_a_launch_that_is_not_ours():

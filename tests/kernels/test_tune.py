@@ -14,7 +14,7 @@ from fastprefix.kernels import (
     launch_forward,
     tilings,
 )
-from fastprefix.kernels.target import SHARED_MEMORY
+from fastprefix.kernels.target import SHARED_MEMORY, Tile
 from fastprefix.kernels.tuning import store, tune
 from fastprefix.options import Options
 
@@ -123,17 +123,17 @@ def test_neighbours_stay_within_what_kernels_take():
 
 def test_tuned_tiles_are_what_launches_take():
     """They change only their own row, and a launch treats them as it treats the table's tiles."""
-    q = torch.empty(1, 1, 4096, 64, device="meta", dtype=torch.bfloat16)
-    k, p = q, q[0, :, :128]
+    whole = torch.empty(1, 1, 4096, 64, device="meta", dtype=torch.bfloat16)
     tuned = {"forward 64 16": tilings.Tile(64, 32, 2, 4)}
     for dtype, length, tile in (
         (torch.bfloat16, 4096, tuned["forward 64 16"]),
         (torch.bfloat16, 20, tilings.Tile(32, 32, 2, 4)),
         (torch.float32, 4096, tilings.TILES["hopper"]["forward"][0][2]),
     ):
-        q, k, p = (x.to(dtype) for x in (q, k, p))
+        x = whole[:, :, :length].to(dtype)  # 20 queries behind a longer text would be decode's
+        p = whole[0, :, :128].to(dtype)
         with launch.collected(replace(HOPPER, tuned=tuned)) as launches:
-            launch_forward(q[:, :, :length], k, k, p, p, Options(is_causal=False, scale=1.0))
+            launch_forward(x, x, x, p, p, Options(is_causal=False, scale=1.0))
         assert launches[0].tile == tile
 
 
@@ -160,11 +160,11 @@ def test_the_whole_operator_with_tuned_tiles(monkeypatch):
 
 def test_what_is_kept_is_loaded_for_that_device_alone():
     first, second = tilings.Tile(64, 32, 4, 2), tilings.Tile(16, 16, 8, 1)
-    assert store.load("GPU A") == {}
-    store.save("GPU A", {"forward 64 16": first})
-    store.save("GPU A", {"dq 64 16": second})
-    assert store.load("GPU A") == {"forward 64 16": first, "dq 64 16": second}
-    assert store.load("GPU B") == {}
+    assert store.load("GPU A", Tile) == {}
+    store.save("GPU A", "forward 64 16", first)
+    store.save("GPU A", "dq 64 16", second)
+    assert store.load("GPU A", Tile) == {"forward 64 16": first, "dq 64 16": second}
+    assert store.load("GPU B", Tile) == {}
 
 
 @pytest.mark.parametrize(
@@ -172,17 +172,17 @@ def test_what_is_kept_is_loaded_for_that_device_alone():
     ["", "[]", '{"a": 1}', '{"a": [64, 64, 4]}', '{"a": [64, 48, 4, 2]}', '{"a": [8, 64, 4, 2]}'],
 )
 def test_a_broken_file_is_named(content):
-    file = store.save("GPU", {"a": tilings.Tile(64, 32, 4, 2)})
+    file = store.save("GPU", "a", tilings.Tile(64, 32, 4, 2))
     assert json.loads(file.read_text())["tiles"] == {"a": [64, 32, 4, 2]}
     file.write_text(content)
     with pytest.raises(ValueError, match=f"{file.name}: no tiles"):
-        store.load("GPU")
+        store.load("GPU", Tile)
 
 
 def test_a_file_that_was_cut_short_or_damaged():
     """Refused, or equal: a tile's number that is another one would be one that nobody timed."""
     tiles = {"forward 64 16": tilings.Tile(64, 32, 4, 2), "dq 64 16": tilings.Tile(16, 16, 8, 1)}
-    file = store.save("GPU", tiles)
+    file = [store.save("GPU", *each) for each in tiles.items()][-1]
     content = file.read_bytes()
     damaged = [content[: len(content) * i // 17] for i in range(16)]
     for place in range(len(content)):
@@ -193,7 +193,7 @@ def test_a_file_that_was_cut_short_or_damaged():
     for one in damaged:
         file.write_bytes(one)
         try:
-            found = store.load("GPU")
+            found = store.load("GPU", Tile)
         except ValueError as error:
             assert str(error).startswith(f"{file}: no tiles")  # noqa: PT017
             refused += 1
@@ -205,7 +205,7 @@ def test_a_file_that_was_cut_short_or_damaged():
 def test_a_cache_that_cannot_be_made_holds_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
-    assert store.load("GPU") == {}
+    assert store.load("GPU", Tile) == {}
 
 
 def test_steps_and_sizes_that_do_not_exist():

@@ -1,1 +1,4 @@
-"""Tiles are timed on the GPU at hand (:mod:`.tune`) and kept on disk (:mod:`.store`)."""
+"""What is timed on the GPU at hand: tiles (:mod:`.tune`), and how decode cuts its keys.
+
+The latter is :mod:`.splitting`. :mod:`.store` keeps both on disk.
+"""

@@ -1,8 +1,9 @@
-"""Tiles that were tuned on a device, kept in Triton's cache on disk (TRITON_CACHE_DIR).
+"""What was tuned on a device, kept in Triton's cache on disk (TRITON_CACHE_DIR).
 
-Their key holds the device's name, Triton's version and the source of this package. After an update
-of Triton or of this package, the tiles of :mod:`~fastprefix.kernels.tilings` are used until the
-device is tuned again.
+These are tiles and splittings, a file for each kind. Their key holds the device's name, Triton's
+version and the source of this package. After an update of Triton or of this package, the tiles of
+:mod:`~fastprefix.kernels.tilings` are used until the device is tuned again, and the default
+splitting.
 """
 
 from __future__ import annotations
@@ -11,14 +12,22 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import triton
 from triton.runtime.cache import get_cache_manager
 
-from ..target import Tile
+from ..target import Splitting, Tile
 
-_FILE = "fastprefix-tiles.json"
+Tuned = TypeVar("Tuned", bound=Tile | Splitting)
+KINDS = {
+    Tile: ("tiles", "rows, keys, warps and stages of each"),
+    Splitting: ("splittings", "waves, shortest and launch_bytes of each"),
+}
+
+
+def _file(kind: type) -> str:
+    return f"fastprefix-{KINDS[kind][0]}.json"
 
 
 def _cache(device: str) -> Any:
@@ -28,60 +37,65 @@ def _cache(device: str) -> Any:
     return get_cache_manager(digest.hexdigest())
 
 
-def load(device: str) -> dict[str, Tile]:
-    """The tuned tiles of a device, by :func:`~fastprefix.kernels.tilings.row_name`.
+def load(device: str, kind: type[Tuned]) -> dict[str, Tuned]:
+    """What was tuned on a device, by :func:`~fastprefix.kernels.tilings.row_name`.
 
     Args:
         device: the name that its driver gives it.
+        kind: Tile or Splitting.
 
     Returns:
         An empty dict if the device was never tuned.
 
     Raises:
-        ValueError: the file holds no tiles, or other tiles than were saved.
+        ValueError: the file holds none, or others than were saved.
     """
+    title, fields = KINDS[kind]
     try:
-        file = _cache(device).get_file(_FILE)
+        file = _cache(device).get_file(_file(kind))
     except OSError:  # there is no such folder and none can be made, so nothing was kept
         file = None
     if file is None:
         return {}
     try:
-        found = json.loads(Path(file).read_text())
-        tiles = {str(name): Tile(*numbers) for name, numbers in found["tiles"].items()}
-        sound = all(_sound(tile) for tile in tiles.values()) and _digest(tiles) == found["sha256"]
+        text = json.loads(Path(file).read_text())
+        found = {str(name): kind(*numbers) for name, numbers in text[title].items()}
+        sound = all(map(_sound, found.values())) and _digest(found) == text["sha256"]
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(
-            f"{file}: no tiles (rows, keys, warps and stages of each) in it, or damaged ones; "
-            "delete it and tune again"
+            f"{file}: no {title} ({fields}) in it, or damaged ones; delete it and tune again"
         )
-    return tiles
+    return found
 
 
-def _sound(tile: Tile) -> bool:
-    powers = all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in tile[:3])
-    return powers and min(tile.rows, tile.keys) >= 16 and isinstance(tile.stages, int)
+def _sound(tuned: Tile | Splitting) -> bool:
+    powers = all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in tuned[:3])
+    if isinstance(tuned, Splitting):
+        return powers
+    return powers and min(tuned.rows, tuned.keys) >= 16 and isinstance(tuned.stages, int)
 
 
-def _digest(tiles: Mapping[str, Tile]) -> str:
-    return hashlib.sha256(json.dumps(tiles, sort_keys=True).encode()).hexdigest()
+def _digest(tuned: Mapping[str, Tuned]) -> str:
+    return hashlib.sha256(json.dumps(tuned, sort_keys=True).encode()).hexdigest()
 
 
-def save(device: str, tiles: Mapping[str, Tile]) -> Path:
-    """Keeps tiles for a device, beside those kept before under other names.
+def save(device: str, name: str, tuned: Tuned) -> Path:
+    """Keeps a tile or a splitting for a device, beside those kept before under other names.
 
     Args:
         device: the name that its driver gives it.
-        tiles: the tiles by :func:`~fastprefix.kernels.tilings.row_name`.
+        name: its :func:`~fastprefix.kernels.tilings.row_name`.
+        tuned: what was tuned.
 
     Returns:
-        The file that holds them.
+        The file that holds it.
 
     Raises:
         ValueError: the file that is there is damaged.
     """
-    kept = load(device) | dict(tiles)
-    text = json.dumps({"tiles": kept, "sha256": _digest(kept)}, indent=1)
-    return Path(_cache(device).put(text, _FILE, binary=False))
+    kind = type(tuned)
+    kept = load(device, kind) | {name: tuned}
+    text = json.dumps({KINDS[kind][0]: kept, "sha256": _digest(kept)}, indent=1)
+    return Path(_cache(device).put(text, _file(kind), binary=False))

@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import torch
 import triton
@@ -34,11 +34,12 @@ from ..backward import delta_launch
 from ..backward_dkv import dkv_launch
 from ..backward_dprefix import dprefix_launches
 from ..backward_dq import dq_launch
-from ..decode import decode_launches, decode_plan, shape_of_problem
+from ..decode import DecodePlan, decode_launches, decode_plan, shape_of_problem
 from ..forward import forward_launch
 from ..launch import Launch
 from ..problem import Problem, make_problem
 from ..target import Tile
+from .store import Tuned
 
 # A neighbour must be faster by more than timings of the same code differ.
 GAIN = 0.02
@@ -69,22 +70,22 @@ class TimedProblem:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What was found for a row of the tile table.
+class Choice(Generic[Tuned]):
+    """What was found for a row of the tile table: a tile, or the splitting of its decoding steps.
 
     Attributes:
         name: :func:`~fastprefix.kernels.tilings.row_name`.
-        table: the tile in the table.
+        table: the tile in the table, or the default.
         table_ms: its time, in milliseconds.
-        best: the fastest tile.
+        best: the fastest one.
         best_ms: its time, in milliseconds.
-        tried: how many tiles were tried.
+        tried: how many were tried.
     """
 
     name: str
-    table: Tile
+    table: Tuned
     table_ms: float
-    best: Tile
+    best: Tuned
     best_ms: float
     tried: int
 
@@ -121,6 +122,20 @@ def _problem(
         query, random(B, Hkv, L, D), random(B, Hkv, L, D), random(Hkv, P, D), random(Hkv, P, D),
         Options(is_causal=True, scale=D**-0.5, **options),
     )  # fmt: skip
+
+
+def decode_problem(timed: TimedProblem, device: torch.device) -> Problem:
+    """A decoding step of these sizes."""
+    return _problem("decode", timed, _random(timed, device), featured=False)
+
+
+def scratch_of(plan: DecodePlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory for the partial results of a step, and for their log-sum-exp."""
+    rows, size = plan.grid.partial_rows, plan.shape.Dv
+    return (
+        torch.empty((rows, size), dtype=torch.float32, device=device),
+        torch.empty((rows,), dtype=torch.float32, device=device),
+    )
 
 
 class _Pass:
@@ -175,10 +190,7 @@ class _Pass:
         if self.name == "forward":
             return [forward_launch(p, out, lse)], [out]
         plan = decode_plan(shape_of_problem(p), p.target)
-        rows = plan.grid.partial_rows
-        part_out = torch.empty((rows, out.shape[3]), dtype=single, device=device)
-        part_lse = torch.empty((rows,), dtype=single, device=device)
-        return decode_launches(p, plan, part_out, part_lse, out, lse), [out]
+        return decode_launches(p, plan, *scratch_of(plan, device), out, lse), [out]
 
     def runs_with(self, tile: Tile) -> bool:
         """Whether the pass runs with a tile."""
@@ -226,7 +238,7 @@ def tune(
     device: torch.device,
     *,
     timer: Callable[[Sequence[Launch], torch.device], float] = milliseconds,
-) -> Choice:
+) -> Choice[Tile]:
     """The fastest tile for a pass.
 
     Args:

@@ -31,7 +31,8 @@ def without_unused(
 
     Returns:
         Views of both, and options without key_lengths if all rows use the same number of keys, Lq
-        at least. Where the host does not read values, copies of both and the same options.
+        at least. Where the host does not read values, copies of both. Lengths that are left are
+        limited to 0 .. Lk.
     """
     if options.key_lengths is None:
         return key, value, options
