@@ -105,11 +105,11 @@ def store_sums(
 
 
 @triton.jit
-def part_of(index, lengths, i_n, key, unit, split, B, N, P, cut):
+def part_of(index, lengths, i_n, key, unit, split, B, N, P, cut, FREE: tl.constexpr):
     """The prefixes from i_n on, with `key` keys and `unit` units before them.
 
-    `split` are the keys per split; None for at most `cut.parts` splits of each prefix. Lengths that
-    add up to more than P are cut.
+    `split` are the keys per split if FREE; otherwise each prefix has at most `cut.parts` splits.
+    Lengths that add up to more than P are cut.
     """
     o_n = i_n + tl.arange(0, PREFIXES)
     length = tl.load(lengths + o_n, mask=o_n < N, other=0).to(tl.int64)
@@ -124,11 +124,11 @@ def part_of(index, lengths, i_n, key, unit, split, B, N, P, cut):
     key_first = tl.minimum(end - length, P).to(tl.int32)
     key_end = tl.minimum(end, P).to(tl.int32)
     tiles = (own * cut.packed + cut.rows - 1) // cut.rows
-    if split is None:
+    if FREE:
+        n_split = tl.zeros([PREFIXES], dtype=tl.int32) + split
+    else:
         n_split = ceil_to(key_end - key_first, cut.parts, cut.keys)
         n_split = tl.maximum(n_split, cut.shortest)
-    else:
-        n_split = tl.zeros([PREFIXES], dtype=tl.int32) + split
     n_splits = (key_end - key_first + n_split - 1) // n_split
     unit_end = unit + tl.cumsum(tiles * n_splits, 0)
     return PrefixPart(
@@ -146,23 +146,23 @@ def ceil_to(total, parts, step):
 
 @triton.jit
 def common_split(index, lengths, B, N, P, cut, FREE: tl.constexpr):
-    """The keys per split of all prefixes; None if each has its own number.
+    """The keys per split of all prefixes if FREE.
 
     Units <= tiles + keys of all tiles / split, so with this split there are at most tiles + parts.
     """
-    if not FREE:
-        return None
-    else:
+    split = tl.cast(1, tl.int32)
+    if FREE:
         key = tl.cast(0, tl.int64)
         unit = tl.cast(0, tl.int32)
         total = tl.cast(0, tl.int64)
         for i_n in tl.range(0, N, PREFIXES):
-            part = part_of(index, lengths, i_n, key, unit, 1, B, N, P, cut)
+            part = part_of(index, lengths, i_n, key, unit, split, B, N, P, cut, True)
             key = part.key
             length = (part.key_end - part.key_first).to(tl.int64)
             total += tl.sum(part.tiles.to(tl.int64) * length, 0)
-        split = ceil_to(total, tl.cast(cut.parts, tl.int64), cut.keys)
-        return tl.maximum(tl.minimum(split, 1 << 30).to(tl.int32), cut.shortest)
+        total = ceil_to(total, tl.cast(cut.parts, tl.int64), cut.keys)
+        split = tl.maximum(tl.minimum(total, 1 << 30).to(tl.int32), cut.shortest)
+    return split
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def store_units(table, size, i_program, index, lengths, B, N, P, cut, FREE: tl.c
     key = tl.cast(0, tl.int64)
     unit = tl.cast(0, tl.int32)
     for i_n in tl.range(0, N, PREFIXES):
-        part = part_of(index, lengths, i_n, key, unit, split, B, N, P, cut)
+        part = part_of(index, lengths, i_n, key, unit, split, B, N, P, cut, FREE)
         key = part.key
         unit = part.unit
         i_u = o_u[:, None] - part.unit_first[None, :]  # [UNITS, PREFIXES], as the next ones
@@ -219,7 +219,7 @@ def store_rows(order, table, i_program, index, lengths, B, N, P, cut, FREE: tl.c
     key = tl.cast(0, tl.int64)
     unit = tl.cast(0, tl.int32)
     for i_n in tl.range(0, N, PREFIXES):
-        part = part_of(index, lengths, i_n, key, unit, split, B, N, P, cut)
+        part = part_of(index, lengths, i_n, key, unit, split, B, N, P, cut, FREE)
         key = part.key
         unit = part.unit
         m_n = n_b[:, None] == part.o[None, :]

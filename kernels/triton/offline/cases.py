@@ -238,6 +238,8 @@ def table_jobs(target: str) -> list[Job]:
     # The tables of packed prefixes and sequences come with MEETINGS; decoding has more of them.
     for features in (("packed",), ("packed", "batch_invariant")):
         jobs.append(Job(Case(target, 128, "fp16", features, **DECODE), "tables", code=False))
+    ranked = Case(target, features=("padding", "prefix_in_window", "key_lengths"))
+    jobs.append(Job(ranked, "ranks", code=False))
     return jobs
 
 
