@@ -194,6 +194,14 @@ class Options(NamedTuple):
             (Feature("batch_invariant"),),
         ),
     ] = False
+    tables: Annotated[
+        Tensor | None,
+        Option(
+            "[size] int32: what the triton backend made of prefix_index, prefix_lengths and "
+            "cu_seqlens for another call with these; None: each call makes its own",
+            argument=False,
+        ),
+    ] = None
 
 
 _TYPES = get_type_hints(Options, include_extras=True)

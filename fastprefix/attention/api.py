@@ -162,9 +162,10 @@ def prefix_attention(
 
     Raises:
         ValueError: a shape, device, mask, length or number does not fit, or two arguments do not
-            go together; the message names the argument. Values of prefix_index, prefix_lengths,
-            key_lengths and cu_seqlens are read on the CPU, asserted on the device elsewhere, and
-            trusted under torch.compile.
+            go together; the message names the argument. Values of prefix_index, prefix_lengths
+            and cu_seqlens are read on the CPU, asserted on the device elsewhere, and trusted under
+            torch.compile. Those of key_lengths are read on the CPU alone; elsewhere, and under
+            torch.compile, the backends limit them to 0 .. Lk.
         TypeError: an unknown argument, not a tensor, number or flag where one goes, or a dtype
             does not fit.
         RuntimeError: the backend cannot do what the call needs; the message names those that can.
@@ -241,7 +242,8 @@ def attention_with_options(
     if prefix_key is None or prefix_value is None:
         prefix_key, prefix_value = _no_prefix(key, value)
     plain = not asks_for_features(options)
-    if plain:
+    lengths = options.key_lengths
+    if plain or (lengths is not None and not asks_for_features(options._replace(key_lengths=None))):
         known = run_known((query, key, value, prefix_key, prefix_value), options, backend)
         if known is not None:
             return known

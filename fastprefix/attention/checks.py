@@ -375,9 +375,7 @@ def _check_values_of_key_lengths(key_lengths: Tensor, options: Options, tensors:
     """0 .. Lk; and Lq .. Lk where there must be a key for each query and the values are at hand."""
     Lq, Lk = tensors.query.shape[2], tensors.key.shape[2]
     if type(key_lengths) is not Tensor or key_lengths.device.type != "cpu":
-        holds = ((key_lengths >= 0) & (key_lengths <= Lk)).all()
-        _check_value(holds, f"key_lengths: takes 0 to Lk = {Lk}", key_lengths)
-        return
+        return  # the backends limit them; an assertion would cost each layer of a step five kernels
     least = Lq if options.is_causal or options.prefix_in_window else 0
     values: list[int] = key_lengths.tolist()  # a static cache asks this in every layer
     if values and not (least <= min(values) and max(values) <= Lk):

@@ -3,7 +3,8 @@
 :mod:`fastprefix.attention.run` gives them their gradient, and decides which calls they serve.
 
 Output and gradients of [B, H, L, D] tensors are laid out in memory as [B, L, H, D], the order in
-which a model's projections produce and consume them.
+which a model's projections produce and consume them, whatever the layout of the query. Backends
+return them so.
 
 A registered op has a flat signature: five tensors, the fields of
 :class:`~fastprefix.options.Options` in order, and the backend. Only this module packs and unpacks
@@ -36,14 +37,12 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a checked call by the named fused backend, without a gradient."""
     module = triton if backend == "triton" else composed
-    out, lse = module.forward(*tensors, options)
-    return _as_blhd(out), lse.contiguous()
+    return module.forward(*tensors, options)
 
 
 def known_forward(tensors: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Tensor] | None:
     """What :func:`run_forward` returns, for a call like one that ran before; None for others."""
-    found = triton.known(tensors, options)
-    return None if found is None else (_as_blhd(found[0]), found[1])
+    return triton.known(tensors, options)
 
 
 def run_backward(
@@ -57,13 +56,7 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of :data:`DIFFERENTIABLE`, None for each that is not needed."""
     module = triton if backend == "triton" else composed
-    dq, dk, dv, *others = module.backward(grad_out, *tensors, out, lse, options, needs)
-    return (
-        None if dq is None else _as_blhd(dq),
-        None if dk is None else _as_blhd(dk),
-        None if dv is None else _as_blhd(dv),
-        *(None if grad is None else grad.contiguous() for grad in others),
-    )
+    return module.backward(grad_out, *tensors, out, lse, options, needs)
 
 
 @torch.library.custom_op(
@@ -202,12 +195,6 @@ def refuse_second(ctx: Any, *grads: Tensor) -> None:
 
 
 prefix_attention_backward_op.register_autograd(refuse_second, setup_context=keep_backend)
-
-
-def _as_blhd(x: Tensor) -> Tensor:
-    """[B, H, L, D] laid out in memory as [B, L, H, D]; copies only if it is not."""
-    transposed = x.transpose(1, 2)
-    return x if transposed.is_contiguous() else transposed.contiguous().transpose(1, 2)
 
 
 def _new_blhd(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:

@@ -54,11 +54,11 @@ def run_known(
     """What :func:`run_op` returns, for a call without gradients that is like one that ran before.
 
     None for others. The tensors need no checks: the kind of a call, by which it is recognised, says
-    everything that the checks look at.
+    everything that the checks look at. Nobody reads the values of key_lengths on a device.
 
     Args:
         tensors: query, key, value, prefix_key, prefix_value.
-        options: that ask for no features.
+        options: that ask for no features but perhaps key_lengths.
         backend: as the user gave it.
     """
     query = tensors[0]

@@ -6,7 +6,7 @@
 | dtypes                  | all four  | all four       | fp32 bf16 fp16  | fp32 bf16 fp16 |
 | largest head size       | any       | any            | any             | 256            |
 | D != Dv                 | yes       | yes            | yes             | yes            |
-| key_lengths             | yes       | yes            | yes             | no             |
+| key_lengths             | yes       | yes            | yes             | yes            |
 | attn_mask               | yes       | yes            | yes             | yes            |
 | attn_mask gradient      | yes       | no             | no              | no             |
 | packed prefixes         | yes       | yes            | yes             | yes            |
@@ -92,7 +92,7 @@ BACKENDS: dict[str, Backend] = {
     "triton": Backend(
         frozenset({"cuda"}),
         _ALL - {torch.float64},
-        frozenset(FEATURES) - LARGE_GRADIENTS - {"key_lengths"},
+        frozenset(FEATURES) - LARGE_GRADIENTS,
         max_head_size=256,
     ),
 }

@@ -41,11 +41,13 @@ class Masks(NamedTuple):
         pad: [B, Lk] bool, True for real tokens.
         mask: [B, Hq, Lq, Lk], bool (True: attend) or added to the scores of the sequence.
         bias: [Hq] or [Hq, Lq, P], added to the scores of the prefix.
+        lengths: [B] int32, how many of the Lk keys are in use.
     """
 
     pad: Any
     mask: Any
     bias: Any
+    lengths: Any
 
 
 class Saved(NamedTuple):
@@ -98,7 +100,7 @@ class Strides(NamedTuple):
     """`kn` is the stride of k along n; that of the head dimension is 1. None: it is never read.
 
     b, h, m and n stand for sequence, head, query and key; in front of them p stands for the
-    padding mask, m for the mask, b for the bias.
+    padding mask, m for the mask, b for the bias, l for the lengths.
     """
 
     qb: Any = None
@@ -123,6 +125,7 @@ class Strides(NamedTuple):
     bh: Any = None
     bm: Any = None
     bn: Any = None
+    lb: Any = None
     dob: Any = None
     doh: Any = None
     dom: Any = None
@@ -144,7 +147,7 @@ class DecodeBuffers(NamedTuple):
     """What the first launch of a decode step reads besides the operands, and what it writes.
 
     Attributes:
-        order: see `decode_tables.PrefixTables`; None for one prefix.
+        order: see `BatchTables`; None for one prefix.
         units: the same.
         part_out: [rows, Dv] float32, the normalised results of splits.
         part_lse: [rows] float32, their log-sum-exp (natural logarithm).
@@ -276,18 +279,98 @@ class Dropout(NamedTuple):
     o_head: Any
 
 
+class BatchTables(NamedTuple):
+    """All tables of a batch, see :mod:`~fastprefix.kernels.tables`. int32; None: nothing reads it.
+
+    Attributes:
+        order: [B], for decoding: the batch rows sorted by prefix.
+        units: [units, 4], for decoding: of each unit the first packed row, the end of the prefix's
+            packed rows, the first key and the end of the keys. Surplus units have no rows.
+        rows: [B, 3], for decoding: of each batch row its first packed row counted from the first
+            one of its prefix, the first unit of its prefix, and the splits (0: no prefix).
+        starts: [N + 1], where prefixes begin and the last one ends.
+        forward: [tiles, 2], (sequence, tile) of packed sequences, for the forward.
+        dq: [tiles, 2], the same for dQ.
+        dkv: [tiles, 2], the same for tiles of keys.
+        key_tiles: see `Parts`; so are the next two.
+        query_tiles: [tiles, 2].
+        bounds: [N + 1].
+    """
+
+    order: Any
+    units: Any
+    rows: Any
+    starts: Any
+    forward: Any
+    dq: Any
+    dkv: Any
+    key_tiles: Any
+    query_tiles: Any
+    bounds: Any
+
+
+class Cut(NamedTuple):
+    """How decoding cuts packed prefixes, see `decode_grid.PrefixCut`.
+
+    Attributes:
+        packed, rows, keys, shortest: as there.
+        parts: how many splits a prefix has at most, or of how many units the table may be longer
+            than there are tiles of rows.
+    """
+
+    packed: Any
+    rows: Any
+    keys: Any
+    shortest: Any
+    parts: Any
+
+
+class PrefixPart(NamedTuple):
+    """Some of the packed prefixes, in registers, while tables are built.
+
+    Attributes:
+        o: their numbers.
+        key_first, key_end: their keys along P.
+        row_first, row_end: their rows in the order of prefixes.
+        tiles: tiles of packed rows.
+        split, splits: keys per split, and how many splits there are.
+        unit_first, unit_end: their units.
+        key, unit: how many keys and units come before the next part.
+    """
+
+    o: Any
+    key_first: Any
+    key_end: Any
+    row_first: Any
+    row_end: Any
+    tiles: Any
+    split: Any
+    splits: Any
+    unit_first: Any
+    unit_end: Any
+    key: Any
+    unit: Any
+
+
 # The strides of each tensor by their fields, but for that of the head dimension.
 _STRIDES = {
     "q": ("qb", "qh", "qm"), "k": ("kb", "kh", "kn"), "v": ("vb", "vh", "vn"),
     "pk": ("pkh", "pkn"), "pv": ("pvh", "pvn"), "pad": ("pb", "pn"),
-    "mask": ("mb", "mh", "mm", "mn"), "bias": ("bh", "bm", "bn"), "do": ("dob", "doh", "dom"),
+    "mask": ("mb", "mh", "mm", "mn"), "bias": ("bh", "bm", "bn"), "lengths": ("lb",),
+    "do": ("dob", "doh", "dom"),
 }  # fmt: skip
 
 
 def strides(**tensors: Tensor | None) -> Strides:
-    """The strides of the tensors that a kernel may read, by their names in it; None: zeros."""
+    """The strides of the tensors that a kernel may read, by their names in it.
+
+    Those of None are zeros, so that an option changes no parameter of a kernel but its own; the
+    stride of `lengths` is left out, so that the option changes none where it is not used.
+    """
     found: dict[str, int] = {}
     for name, tensor in tensors.items():
+        if name == "lengths" and tensor is None:
+            continue
         fields = _STRIDES[name]
         found.update(dict.fromkeys(fields, 0))
         if tensor is not None:

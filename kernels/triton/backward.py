@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import launch, plans, tilings
+from . import decode, launch, plans, tilings
 from .backward_dkv import dkv_launch
 from .backward_dprefix import dprefix_launches
 from .backward_dq import dq_launch
 from .blocks import LOG2E, load_tile
 from .problem import Problem, make_problem
+from .tables import tables_of
 from .target import Tile
 
 # Of a tile of out and one of its gradient: 64 rows of D 128; gfx1100 spills at twice that.
@@ -101,10 +102,10 @@ def launch_backward(
             prefix_bias to compute. Passes that no wanted gradient requires do not run.
 
     Returns:
-        Gradients of query, key, value, prefix_key [Hkv, P, D], prefix_value [Hkv, P, Dv], sinks
-        [Hq] and prefix_bias [Hq], in the dtypes of the inputs; None where not needed. Those of the
-        prefix are summed over the rows that have it, bit for bit the same in every run on the same
-        device.
+        Gradients of query, key and value, in memory as [B, L, H, D], of prefix_key [Hkv, P, D],
+        prefix_value [Hkv, P, Dv], sinks [Hq] and prefix_bias [Hq], in the dtypes of the inputs;
+        None where not needed. Those of the prefix are summed over the rows that have it, bit for
+        bit the same in every run on the same device.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
@@ -133,12 +134,7 @@ def _launch_backward(
     grad_out, out = launch.rows_contiguous(grad_out, out)
     lse = lse.contiguous()
     inputs = (query, key, value, prefix_key, prefix_value)
-    # Without a query row nothing is launched, so nothing would be written.
-    allocate = torch.empty if query.numel() else torch.zeros
-    dq, dk, dv, dpk, dpv = (
-        allocate(x.shape, dtype=x.dtype, device=x.device) if need else None
-        for x, need in zip(inputs, needs[:5], strict=True)
-    )
+    dq, dk, dv, dpk, dpv = _allocated(inputs, needs)
     sinks, bias = problem.options.sinks, problem.options.prefix_bias
     need_sinks, need_bias = needs[5] and sinks is not None, needs[6] and bias is not None
     if need_bias and bias is not None and bias.dim() != 1:
@@ -153,19 +149,20 @@ def _launch_backward(
     delta = launch.scratch(lse.shape, lse.device)
     lse2 = launch.scratch(lse.shape, lse.device)
     delta_launch(out, grad_out, lse, delta, lse2).run()
+    tables = tables_of(problem, decode.cut_of(problem))
     if dq is not None or dbias is not None:
         rows = None
         if dbias is not None:
             rows = launch.scratch(lse.shape, lse.device)
-        dq_launch(problem, grad_out, lse2, delta, dq, rows).run()
+        dq_launch(problem, grad_out, lse2, delta, dq, rows, tables).run()
         if rows is not None and dbias is not None:
             dbias.copy_(rows.sum((0, 2)))
     if key.numel() and (dk is not None or dv is not None):
         for grads in tilings.gradients_in_one_pass(problem.work, dk, dv):
-            dkv_launch(problem, grad_out, lse2, delta, *grads).run()
+            dkv_launch(problem, grad_out, lse2, delta, *grads, tables).run()
     if prefix_key.numel() and (dpk is not None or dpv is not None):
         for grads in tilings.gradients_in_one_pass(problem.work, dpk, dpv):
-            for step in dprefix_launches(problem, grad_out, lse2, delta, *grads):
+            for step in dprefix_launches(problem, grad_out, lse2, delta, *grads, tables):
                 step.run()
     if dsinks is not None and sinks is not None:
         # The sink's weight is exp(sink - lse) and its value is nothing: dS = P * (0 - delta).
@@ -173,6 +170,21 @@ def _launch_backward(
         weight = weight.masked_fill(lse == float("-inf"), 0.0)  # a sink of -inf, and nothing seen
         dsinks.copy_(-(weight * delta).sum((0, 2)))
     return dq, dk, dv, dpk, dpv, dsinks, dbias
+
+
+def _allocated(inputs: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """Memory for the gradients of query, key, value, prefix_key and prefix_value that are needed.
+
+    Without a query row nothing is launched, so nothing would be written: zeros.
+    """
+    allocate = torch.empty if inputs[0].numel() else torch.zeros
+    made: list[Tensor | None] = [None] * len(inputs)
+    for i, x in enumerate(inputs):
+        if needs[i] and x.dim() == 4:
+            made[i] = launch.result(x.shape, x, allocate)
+        elif needs[i]:
+            made[i] = allocate(x.shape, dtype=x.dtype, device=x.device)
+    return made
 
 
 def check_forward_results(problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> None:

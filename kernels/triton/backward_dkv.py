@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, ragged, tilings
-from .arguments import Dropout, KeyTile, Rows, Saved, Scores, TileShape
-from .blocks import LOG2E, add_mask, cap, kept, load_tile, prefix_of, store_tile
+from . import launch, tilings
+from .arguments import BatchTables, Dropout, KeyTile, Rows, Saved, Scores, TileShape
+from .blocks import LOG2E, add_mask, cap, kept, keys_in_use, load_tile, prefix_of, store_tile
 from .problem import Problem
 
 
@@ -213,6 +213,7 @@ def prefix_attn_bwd_dkv_kernel(
         i_b = i_seq.to(tl.int64)
         i_h = (i_bh % Hkv).to(tl.int64)
         i_start = 0
+        Lk = keys_in_use(masks, s, i_b, Lk)
 
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
@@ -233,6 +234,12 @@ def prefix_attn_bwd_dkv_kernel(
     if not UNMASKED_LOOP:
         t_all = t_end
         t_tail = t_end
+    if masks.lengths is not None:  # a tile without a key in use gets zeros at once
+        used = tl.where(i_n < Lk, 1, 0)
+        t_first *= used
+        t_all *= used
+        t_tail *= used
+        t_end *= used
 
     i_row = (i_b * Hkv + i_h) * GROUP * s_row + i_start
     rows = Rows(
@@ -269,17 +276,19 @@ def prefix_attn_bwd_dkv_kernel(
     if masks.pad is not None:
         p_pad = masks.pad + i_b * s.pb + o_start * s.pn + o_n * s.pn
         m_real = tl.load(p_pad, mask=m_n, other=0) != 0
-    # dk and dv are contiguous. The offsets inside the tile depend on nothing but the thread, so
-    # that no register has to hold them through the loops.
-    o_base = (i_b * Hkv + i_h) * total + o_start
+    m_all = m_n
+    if masks.lengths is not None:
+        m_all = i_n + o_n < total
+    # dk and dv lie in memory as [B, Lk, Hkv, D].
+    o_base = (i_b * total + o_start) * Hkv + i_h
     if dk is not None:
         b_dk = tl.where(m_real[:, None], b_dk * scale, 0.0)
-        o_tile = o_n[:, None] * HEAD + o_d[None, :]
-        store_tile(dk + o_base * HEAD + o_tile, b_dk, m_n, o_d, HEAD, BLOCK_D)
+        o_tile = o_n[:, None] * (Hkv * HEAD) + o_d[None, :]
+        store_tile(dk + o_base * HEAD + o_tile, b_dk, m_all, o_d, HEAD, BLOCK_D)
     if dv is not None:
         b_dv = tl.where(m_real[:, None], b_dv, 0.0)
-        o_tile = o_n[:, None] * HEAD_V + o_dv[None, :]
-        store_tile(dv + o_base * HEAD_V + o_tile, b_dv, m_n, o_dv, HEAD_V, BLOCK_DV)
+        o_tile = o_n[:, None] * (Hkv * HEAD_V) + o_dv[None, :]
+        store_tile(dv + o_base * HEAD_V + o_tile, b_dv, m_all, o_dv, HEAD_V, BLOCK_DV)
 
 
 def dkv_launch(
@@ -289,19 +298,19 @@ def dkv_launch(
     delta: Tensor,
     grad_key: Tensor | None,
     grad_value: Tensor | None,
+    tables: BatchTables | None = None,
 ) -> launch.Launch:
-    """The launch that fills the contiguous `grad_key` and `grad_value`, if not None."""
-    B, _, Hkv, Lq, Lk, _ = problem.sizes
-    tile = tilings.choose_tile("dkv", problem.work, Lq)
-    table, tiles = None, B * triton.cdiv(Lk, tile.keys)
-    if problem.options.cu_seqlens is not None:
-        table = ragged.tiles(problem.options.cu_seqlens, Lk, tile.keys)
-        tiles = table.shape[0]
+    """The launch that fills `grad_key` and `grad_value`, in memory [B, Lk, Hkv, D], if not None."""
+    B, _, Hkv, _, Lk, _ = problem.sizes
+    tile = problem.tile("dkv")
+    table = tables and tables.dkv
+    tiles = B * triton.cdiv(Lk, tile.keys) if table is None else table.shape[0]
     own = {
         "keys": problem.arguments["keys"]._replace(pk=None, pv=None),
         "masks": problem.arguments["masks"]._replace(bias=None),
         "saved": Saved(grad_out, lse2, delta), "dk": grad_key, "dv": grad_value,
-        "tables": problem.tables(table, rank=False), "s": problem.strides(grad_out, prefix=False),
+        "tables": problem.tables(tables and tables.starts, table, rank=False),
+        "s": problem.strides(grad_out, prefix=False),
     }  # fmt: skip
     constants = {
         "UNMASKED_LOOP": tilings.unmasked_loop("dkv", problem.work),

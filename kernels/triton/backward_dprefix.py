@@ -8,15 +8,25 @@ stores one partial tile in fp32. The second adds the partials in a fixed order. 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, ragged, tilings
-from .arguments import Dropout, KeyTile, Masks, Parts, PrefixSums, Rows, Saved, Scores, TileShape
+from . import launch, tilings
+from .arguments import (
+    BatchTables,
+    Dropout,
+    KeyTile,
+    Masks,
+    Parts,
+    PrefixSums,
+    Rows,
+    Saved,
+    Scores,
+    TileShape,
+)
 from .backward_dkv import key_gradients
-from .blocks import additive, load_tile, ranks, store_tile
+from .blocks import additive, keys_in_use, load_tile, ranks, store_tile
 from .problem import Problem
 from .target import Tile
 
@@ -123,6 +133,7 @@ def prefix_attn_bwd_dprefix_kernel(
         o_low = None
         if IN_WINDOW:
             m_m = i_m + o_m < n_q
+            n_k = keys_in_use(masks, s, i_b, n_k)
             o_low = P - i_n - window + 1 + ranks(tables.rank, i_b, i_m + o_m, m_m, n_q, n_k)
         b_shift = None
         p_rows = None
@@ -172,48 +183,6 @@ def prefix_attn_bwd_dprefix_reduce_kernel(
     tl.store(grad + o_x, b_sum.to(grad.dtype.element_ty), mask=m_x)
 
 
-def query_tile_table(problem: Problem, rows: int) -> tuple[Tensor, Tensor]:
-    """The query tiles sorted by prefix: (sequence, tile) [tiles, 2] int32, and bounds [N + 1].
-
-    The tiles of prefix n are bounds[n] .. bounds[n + 1]; rows without a prefix come before all.
-    """
-    device, Lq = problem.query.device, problem.query.shape[2]
-    M, index = problem.sequences, problem.options.prefix_index
-    if index is None:
-        index = torch.zeros(M, dtype=torch.int32, device=device)
-    sorted_index, order = index.sort(stable=True)
-    if problem.options.cu_seqlens is None:
-        total = M * triton.cdiv(Lq, rows)
-        counts = torch.full((M,), triton.cdiv(Lq, rows), device=device)
-    else:
-        total = triton.cdiv(Lq, rows) + M
-        counts = ((problem.options.cu_seqlens.diff() + rows - 1) // rows)[order]
-    run, tile = ragged.expand(counts, total)
-    sequence = torch.where(run < 0, -1, order[run.clamp(min=0)])
-    prefixes = problem.prefixes
-    first_row = torch.searchsorted(sorted_index, torch.arange(prefixes + 1, device=device).int())
-    bounds = ragged.boundaries(counts)[first_row]
-    return torch.stack([sequence, tile], 1).to(torch.int32), bounds
-
-
-def parts_of(problem: Problem, tile: Tile) -> tuple[Parts | None, Tensor | None, int, int]:
-    """The lists of tiles, where prefixes begin, and how many tiles of keys and of rows there are.
-
-    One prefix for all rows needs no lists.
-    """
-    B, _, _, Lq, _, P = problem.sizes
-    if problem.options.prefix_lengths is None and problem.options.cu_seqlens is None:
-        row_tiles = B * problem.group * triton.cdiv(Lq, tile.rows)
-        return None, None, triton.cdiv(P, tile.keys), row_tiles
-    starts = problem.starts
-    if starts is None:
-        starts = torch.tensor([0, P], dtype=torch.int32, device=problem.query.device)
-    key_tiles = ragged.tiles(starts, P, tile.keys)
-    query_tiles, bounds = query_tile_table(problem, tile.rows)
-    parts = Parts(key_tiles, query_tiles, bounds)
-    return parts, starts, key_tiles.shape[0], query_tiles.shape[0]
-
-
 def dprefix_launches(
     problem: Problem,
     grad_out: Tensor,
@@ -221,11 +190,18 @@ def dprefix_launches(
     delta: Tensor,
     grad_prefix_key: Tensor | None,
     grad_prefix_value: Tensor | None,
+    tables: BatchTables | None = None,
 ) -> list[launch.Launch]:
     """The launches that fill the (contiguous) prefix gradients that are not None, in order."""
-    _, _, Hkv, Lq, _, _ = problem.sizes
-    tile = tilings.choose_tile("dprefix", problem.work, Lq)
-    parts, starts, key_tiles, row_tiles = parts_of(problem, tile)
+    B, _, Hkv, Lq, _, P = problem.sizes
+    tile = problem.tile("dprefix")
+    if tables is None:  # one prefix for all rows needs no lists
+        parts, starts, key_tiles = None, None, triton.cdiv(P, tile.keys)
+        row_tiles = B * problem.group * triton.cdiv(Lq, tile.rows)
+    else:
+        parts = Parts(tables.key_tiles, tables.query_tiles, tables.bounds)
+        starts, key_tiles = tables.starts, tables.key_tiles.shape[0]
+        row_tiles = tables.query_tiles.shape[0]
     programs = Hkv * key_tiles
     splits = tilings.splits(programs, row_tiles, problem.target)
     split_tiles = triton.cdiv(row_tiles, splits)
@@ -240,8 +216,8 @@ def dprefix_launches(
         ]  # fmt: skip
     own = {
         "keys": problem.arguments["keys"]._replace(k=None, v=None),
-        "masks": Masks(pad=None, mask=None, bias=problem.options.prefix_bias),
-        "parts": parts, "tables": problem.tables(None)._replace(index=None, starts=starts),
+        "masks": Masks(None, None, problem.options.prefix_bias, problem.options.key_lengths),
+        "parts": parts, "tables": problem.tables(None, None)._replace(index=None, starts=starts),
         "saved": Saved(grad_out, lse2, delta), "sums": PrefixSums(*sums),
         "n_tiles": key_tiles, "row_tiles": row_tiles, "split_tiles": split_tiles,
         "s": problem.strides(grad_out, sequence=False),

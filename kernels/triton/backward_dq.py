@@ -7,13 +7,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tilings
-from .arguments import Dropout, Rows, Saved, Scores, Source, TileShape
+from .arguments import BatchTables, Dropout, Rows, Saved, Scores, Source, TileShape
 from .blocks import (
     LOG2E,
     add_mask,
     additive,
     cap,
     kept,
+    keys_in_use,
     load_tile,
     locate,
     packed_rows,
@@ -21,6 +22,7 @@ from .blocks import (
     prefix_of,
     prefix_tiles,
     ranks,
+    result_rows,
     sequence_end,
     sequence_tiles,
     store_tile,
@@ -114,6 +116,7 @@ def prefix_attn_bwd_dq_kernel(
     if tables.cu is not None:  # noqa: SIM102 (the inner test is no constant)
         if i_seq < 0:
             return
+    Lk = keys_in_use(masks, s, i_b, Lk)
     i_first, P = prefix_of(tables, i_seq, sizes.P)
 
     o_d = tl.arange(0, BLOCK_D)
@@ -121,7 +124,7 @@ def prefix_attn_bwd_dq_kernel(
     o_g, o_q, m_r = packed_rows(i_tile, Lq, GROUP, BLOCK_M)
     o_head = i_h * GROUP + o_g
     o_token = (i_start + o_q).to(tl.int64)
-    # lse2, delta and dq are contiguous: the packed rows of a KV head lie end to end.
+    # lse2, delta and dbias are contiguous: the packed rows of a KV head lie end to end.
     o_r = tl.arange(0, BLOCK_M)
     if tables.cu is not None:
         row = o_head * sizes.Lq + o_token
@@ -216,15 +219,12 @@ def prefix_attn_bwd_dq_kernel(
         scores, dropout, shape, True, False,
     )  # fmt: skip
 
-    m_r = i_tile * BLOCK_M + o_r < GROUP * Lq
+    o_g, o_q, m_r = result_rows(i_tile, Lq, GROUP, BLOCK_M)
     if dbias is not None:
         tl.store(dbias + row, b_dbias, mask=m_r)
     if dq is not None:
-        if tables.cu is not None:
-            p_dq = dq + (row[:, None] * HEAD + o_d[None, :])
-        else:
-            row = (i_b * sizes.Hkv + i_h) * GROUP * Lq + i_tile * BLOCK_M
-            p_dq = dq + row * HEAD + (o_r[:, None] * HEAD + o_d[None, :])
+        row = (i_b * sizes.Lq + i_start + o_q) * (sizes.Hkv * GROUP) + i_h * GROUP + o_g
+        p_dq = dq + row[:, None] * HEAD + o_d[None, :]
         store_tile(p_dq, b_dq * scale, m_r, o_d, HEAD, BLOCK_D)
 
 
@@ -235,17 +235,19 @@ def dq_launch(
     delta: Tensor,
     grad_query: Tensor | None,
     grad_bias_rows: Tensor | None = None,
+    tables: BatchTables | None = None,
 ) -> launch.Launch:
-    """The launch that fills the contiguous `grad_query` [B, Hq, Lq, D].
+    """The launch that fills `grad_query` [B, Hq, Lq, D], in memory [B, Lq, Hq, D].
 
     And `grad_bias_rows` [B, Hq, Lq] fp32: the sums of each row's gradients of prefix scores.
     """
-    _, _, Hkv, Lq, _, _ = problem.sizes
-    tile = tilings.choose_tile("dq", problem.work, problem.group * Lq)
-    table, tiles = problem.query_tiles(tile.rows, problem.group)
+    Hkv = problem.key.shape[1]
+    tile = problem.tile("dq")
+    table = tables and tables.dq
+    tiles = problem.query_tiles(table, tile.rows)
     own = {
         "saved": Saved(grad_out, lse2, delta), "dq": grad_query, "dbias": grad_bias_rows,
-        "tables": problem.tables(table), "s": problem.strides(grad_out),
+        "tables": problem.tables(tables and tables.starts, table), "s": problem.strides(grad_out),
     }  # fmt: skip
     constants = {"UNMASKED_LOOP": tilings.unmasked_loop("dq", problem.work)}
     return problem.launch(prefix_attn_bwd_dq_kernel, tiles * Hkv, tile, own, constants)

@@ -53,6 +53,20 @@ def packed_rows(i_tile, Lq, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def result_rows(i_tile, Lq, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Heads, positions and mask of `packed_rows`, for what is stored after the loops.
+
+    They are computed again, from where the tile begins. The compiler does not see that these are
+    the same numbers, so it keeps none of them in a register through the loops.
+    """
+    first = i_tile * BLOCK_M
+    o_r = tl.arange(0, BLOCK_M)
+    o_q = first % Lq + o_r
+    o_g = o_q // Lq
+    return first // Lq + o_g, o_q - o_g * Lq, first + o_r < GROUP * Lq
+
+
+@triton.jit
 def packed_span(i_tile, Lq, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """First and last query position among the rows of a packed tile."""
     r_first = i_tile * BLOCK_M
@@ -110,6 +124,14 @@ def prefix_of(tables, i_seq, P):
 def clamp(x, high):
     """Limit x to 0 .. high."""
     return tl.minimum(tl.maximum(x, 0), high)
+
+
+@triton.jit
+def keys_in_use(masks, s, i_b, Lk):
+    """How many of the Lk keys of a sequence are in use; whatever the table says, 0 .. Lk."""
+    if masks.lengths is not None:
+        Lk = clamp(tl.load(masks.lengths + i_b * s.lb), Lk)
+    return Lk
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 The kernels are in :mod:`~fastprefix.kernels.decode_kernels`, their tiles and splits in
 :mod:`~fastprefix.kernels.decode_grid`, and the tables that sort a batch by prefix in
-:mod:`~fastprefix.kernels.decode_tables`.
+:mod:`~fastprefix.kernels.tables`.
 """
 
 from __future__ import annotations
@@ -15,39 +15,34 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import decode_tables, launch
-from .arguments import DecodeBuffers, FixedSizes, Masks, Scores, strides
-from .decode_grid import MAX_QUERY_LENGTH, DecodeGrid, DecodeShape, grid_of, shape_of
+from . import decode_grid, launch
+from .arguments import BatchTables, DecodeBuffers, FixedSizes, Masks, Scores, strides
+from .decode_grid import (
+    MAX_QUERY_LENGTH,
+    DecodeGrid,
+    DecodeShape,
+    PrefixCut,
+    grid_of,
+    shape_of,
+)
 from .decode_kernels import prefix_attn_decode_kernel, prefix_attn_decode_merge_kernel
 from .problem import Problem, make_problem
+from .tables import tables_of
 from .target import Target
 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """A grid, and tables if the prefixes are packed. All layers of one shape can share a plan."""
+    """A grid, and what it was made for. All layers of one shape can share a plan."""
 
     shape: DecodeShape
     target: Target
     grid: DecodeGrid
-    tables: decode_tables.PrefixTables | None
 
 
-def decode_plan(
-    shape: DecodeShape,
-    target: Target,
-    prefix_index: Tensor | None,
-    prefix_lengths: Tensor | None,
-    *,
-    cached: bool = True,
-) -> DecodePlan:
-    """The plan of a shape; the tables of packed prefixes come from their cache if `cached`."""
-    grid = grid_of(shape, target)
-    tables = None
-    if prefix_index is not None and prefix_lengths is not None and grid.prefix.units:
-        get = decode_tables.CACHE.get if cached else decode_tables.build_tables
-        tables = get(prefix_index, prefix_lengths, grid.prefix)
-    return DecodePlan(shape, target, grid, tables)
+def decode_plan(shape: DecodeShape, target: Target) -> DecodePlan:
+    """The plan of a shape."""
+    return DecodePlan(shape, target, grid_of(shape, target))
 
 
 def obstacle(problem: Problem) -> str | None:
@@ -75,6 +70,30 @@ def shape_of_problem(problem: Problem) -> DecodeShape:
     )  # fmt: skip
 
 
+def in_two_phases(problem: Problem) -> bool:
+    """Whether a call runs in two phases.
+
+    With batch_invariant the answer does not depend on the batch, and neither do the tiles of the
+    one pass, except for padding: it would move a row's keys from tile to tile.
+
+    Raises:
+        ValueError: batch_invariant and padding, and the two phases cannot do the call.
+    """
+    reason = obstacle(problem)
+    if reason is not None:
+        if problem.options.batch_invariant and problem.options.key_padding_mask is not None:
+            raise ValueError(f"batch_invariant: key_padding_mask for decode alone; {reason}")
+        return False
+    return decode_grid.two_phase_pays(shape_of_problem(problem), problem.target)
+
+
+def cut_of(problem: Problem) -> PrefixCut | None:
+    """How the prefixes of a call are cut; None if it runs in one pass."""
+    if not in_two_phases(problem):
+        return None
+    return grid_of(shape_of_problem(problem), problem.target).prefix
+
+
 def decode_launches(
     problem: Problem,
     plan: DecodePlan,
@@ -82,6 +101,7 @@ def decode_launches(
     part_lse: Tensor,
     out: Tensor,
     lse: Tensor,
+    tables: BatchTables | None = None,
 ) -> list[launch.Launch]:
     """The launches that fill `out` and `lse`: two, or only the merge if there are no keys at all.
 
@@ -90,16 +110,17 @@ def decode_launches(
         plan: its plan.
         part_out: [grid.partial_rows, Dv] in fp32, scratch space.
         part_lse: [grid.partial_rows] in fp32, scratch space.
-        out: [B, Hq, Lq, Dv], contiguous.
+        out: [B, Hq, Lq, Dv], in memory as [B, Lq, Hq, Dv].
         lse: [B, Hq, Lq] in fp32, contiguous.
+        tables: of packed prefixes.
     """
     shape, grid, cut = plan.shape, plan.grid, plan.grid.prefix
-    tables, tile = plan.tables, grid.tile
+    tile = grid.tile
     overlaps = plan.target.overlaps and grid.programs > 0
     options = problem.options
     s = strides(
         q=problem.query, k=problem.key, v=problem.value, pk=problem.prefix_key,
-        pv=problem.prefix_value, pad=options.key_padding_mask,
+        pv=problem.prefix_value, pad=options.key_padding_mask, lengths=options.key_lengths,
     )  # fmt: skip
     arguments = {
         "buffers": DecodeBuffers(
@@ -108,7 +129,8 @@ def decode_launches(
         "rows": tables and tables.rows, "out": out, "lse": lse,
         "part_out": part_out, "part_lse": part_lse, "Hkv": shape.Hkv, "Lq": shape.Lq,
         # the merge adds the bias
-        "masks": Masks(options.key_padding_mask, None, None), "bias": options.prefix_bias,
+        "masks": Masks(options.key_padding_mask, None, None, options.key_lengths),
+        "bias": options.prefix_bias,
         "scores": Scores(options.scale, options.softcap),
         "s": s._replace(pb=None), "s_pb": s.pb,
         "sizes": FixedSizes(shape.Hkv, shape.Lq, 1 if overlaps else None),
@@ -132,30 +154,23 @@ def decode_launches(
     return [attend, merge] if grid.programs else [merge]
 
 
-def decode(problem: Problem, plan: DecodePlan | None = None) -> tuple[Tensor, Tensor]:
+def decode(problem: Problem, tables: BatchTables | None) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a problem without an :func:`obstacle`.
 
     Args:
         problem: a checked problem.
-        plan: a plan for this shape and these prefixes, instead of the cached one.
-
-    Raises:
-        ValueError: a plan for another shape.
+        tables: of packed prefixes, cut as :func:`decode_plan` cuts them.
     """
     shape = shape_of_problem(problem)
-    if plan is None:
-        index, lengths = problem.options.prefix_index, problem.options.prefix_lengths
-        plan = decode_plan(shape, problem.target, index, lengths)
-    elif plan.shape != shape:
-        raise ValueError(f"plan: got one for {plan.shape}, takes one for {shape}")
+    plan = decode_plan(shape, problem.target)
     query, rows = problem.query, plan.grid.partial_rows
     device = query.device
-    out = torch.empty((*query.shape[:3], shape.Dv), dtype=query.dtype, device=device)
+    out = launch.result((*query.shape[:3], shape.Dv), query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
     if lse.numel():
         part_out = launch.scratch((rows, shape.Dv), device)
         part_lse = launch.scratch((rows,), device)
-        for step in decode_launches(problem, plan, part_out, part_lse, out, lse):
+        for step in decode_launches(problem, plan, part_out, part_lse, out, lse, tables):
             step.run()
     return out, lse
 
@@ -167,7 +182,6 @@ def decode_forward(
     prefix_key: Tensor,
     prefix_value: Tensor,
     options: Options,
-    plan: DecodePlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of a few queries per sequence over [prefix ; sequence], in two launches.
 
@@ -180,20 +194,18 @@ def decode_forward(
         prefix_key: [Hkv, P, D], one prefix for all rows or several end to end; P may be 0.
         prefix_value: [Hkv, P, Dv].
         options: see :class:`~fastprefix.options.Options`.
-        plan: a plan from :func:`~fastprefix.kernels.decode.decode_plan` for this shape and these
-            prefixes, instead of the cached one.
 
     Returns:
-        out [B, Hq, Lq, Dv] in the query's dtype and the log-sum-exp (natural log, sinks included)
-        [B, Hq, Lq] in float32. Rows that see nothing get zeros and -inf (or the sink, if there is
-        one).
+        out [B, Hq, Lq, Dv] in the query's dtype, in memory as [B, Lq, Hq, Dv], and the log-sum-exp
+        (natural log, sinks included) [B, Hq, Lq] in float32. Rows that see nothing get zeros and
+        -inf (or the sink, if there is one).
 
     Raises:
-        ValueError: operands that do not fit together, a feature that decode does not have, or a
-            plan for other shapes.
+        ValueError: operands that do not fit together, or a feature that decode does not have.
     """
     problem = make_problem(query, key, value, prefix_key, prefix_value, options)
     reason = obstacle(problem)
     if reason is not None:
         raise ValueError(reason)
-    return decode(problem, plan)
+    cut = grid_of(shape_of_problem(problem), problem.target).prefix
+    return decode(problem, tables_of(problem, cut))

@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from .arguments import Source, TileShape
-from .blocks import LN2, LOG2E, LOWEST, additive, cap, load_tile, packed_rows, store_tile
+from .blocks import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    additive,
+    cap,
+    keys_in_use,
+    load_tile,
+    packed_rows,
+    store_tile,
+)
 
 # Entries of a padding mask that one step of a scan reads: 16 bytes a thread.
 SCAN = tl.constexpr(2048)
@@ -176,6 +186,13 @@ def sequence_phase(
     i_h = (i_bh % Hkv).to(tl.int64)
     o_g, o_m, m_r = packed_rows(i_tile, Lq, GROUP, BLOCK_M)
 
+    if masks.lengths is not None:
+        # The host has cut the whole buffer. Here the keys in use are shared out among the splits.
+        Lk = keys_in_use(masks, s, i_b, Lk)
+        if window is not None:
+            first_key = tl.maximum(Lk - Lq - window + 1, 0)
+        if not FIXED:
+            split = tl.cdiv(tl.cdiv(Lk - first_key, n_splits), BLOCK_N) * BLOCK_N
     # The keys of this split. With FIXED splits start at the row's first real token, wherever the
     # batch's padding has put it, and those below every window are left out whole.
     p_pad = None
@@ -228,14 +245,14 @@ def sequence_phase(
 # specialisation, hence no recompilation, for those that are multiples of 16 or equal to 1.
 LENGTHS = [
     "B", "Lk", "P", "n_units", "n_splits", "split",
-    "first_key", "first_row", "n_sequence_splits", "sequence_split", "window", "s_pb",
+    "first_key", "n_sequence_splits", "sequence_split", "window", "s_pb",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def prefix_attn_decode_kernel(
     q, keys, masks, buffers, s, s_pb, B, sizes, Lk, P, n_units, n_splits, split,
-    first_key, first_row, n_sequence_splits, sequence_split, scores, window,
+    first_key, n_sequence_splits, sequence_split, scores, window,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
     CAUSAL: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -261,6 +278,8 @@ def prefix_attn_decode_kernel(
             scores, prefix_tile, GROUP,
         )  # fmt: skip
     else:
+        # the partial results of the prefix come first
+        first_row = tl.cast(n_prefix, tl.int64) * BLOCK_M
         sequence_phase(
             i_program - n_prefix, q, keys, masks, buffers, s, s_pb, sizes.Hkv, sizes.Lq, Lk,
             first_key, n_sequence_splits, sequence_split, first_row, scores, window,
@@ -358,9 +377,10 @@ def prefix_attn_decode_merge_kernel(
     m_some = b_sum > 0.0
     b_sum = tl.where(m_some, b_sum, 1.0)
     b_lse = tl.where(m_some, (b_max + tl.math.log2(b_sum)) * LN2, float("-inf"))
-    o_row = i_bh.to(tl.int64) * (GROUP * Lq) + o_r
+    # out lies in memory as [B, Lq, Hq, Dv], and lse as [B, Hq, Lq].
+    o_row = (i_b.to(tl.int64) * Lq + o_r % Lq) * (Hkv * GROUP) + o_head
     store_tile(
         out + o_row[:, None] * HEAD_V + o_dv[None, :], b_acc / b_sum[:, None],
         m_r, o_dv, HEAD_V, BLOCK_DV,
     )  # fmt: skip
-    tl.store(lse + o_row, b_lse, mask=m_r)
+    tl.store(lse + i_bh.to(tl.int64) * (GROUP * Lq) + o_r, b_lse, mask=m_r)

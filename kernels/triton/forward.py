@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastprefix.options import Options
 
-from . import decode, decode_grid, launch, plans, tilings
-from .arguments import Dropout, OnePassSizes, Scores, Sizes, Source, TileShape
+from . import decode, launch, plans, tilings
+from .arguments import BatchTables, Dropout, OnePassSizes, Scores, Sizes, Source, TileShape
 from .blocks import (
     LN2,
     LOG2E,
@@ -19,6 +19,7 @@ from .blocks import (
     additive,
     cap,
     kept,
+    keys_in_use,
     load_tile,
     locate,
     packed_rows,
@@ -26,11 +27,13 @@ from .blocks import (
     prefix_of,
     prefix_tiles,
     ranks,
+    result_rows,
     sequence_end,
     sequence_tiles,
     store_tile,
 )
 from .problem import Problem, make_problem
+from .tables import tables_of
 
 
 @triton.jit
@@ -123,6 +126,7 @@ def prefix_attn_fwd_kernel(
     if tables.cu is not None:  # noqa: SIM102 (the inner test is no constant)
         if i_seq < 0:
             return
+    Lk = keys_in_use(masks, s, i_b, Lk)
     i_first, P = prefix_of(tables, i_seq, sizes.P)
 
     o_d = tl.arange(0, BLOCK_D)
@@ -224,52 +228,35 @@ def prefix_attn_fwd_kernel(
     if seed is not None:
         b_sum *= keep
     b_out = b_acc / b_sum[:, None]
-    # out and lse are contiguous.
-    o_r = tl.arange(0, BLOCK_M)
-    if tables.cu is not None:
-        row = o_head * sizes.Lq + o_token
-        p_out = out + (row[:, None] * HEAD_V + o_dv[None, :])
-        p_lse = lse + row
-    else:
-        # Packed rows lie end to end: no division outlives the loops.
-        row = (i_b * sizes.Hkv + i_h) * GROUP * Lq + i_tile * BLOCK_M
-        p_out = out + row * HEAD_V + (o_r[:, None] * HEAD_V + o_dv[None, :])
-        p_lse = lse + row + o_r
-    m_r = i_tile * BLOCK_M + o_r < GROUP * Lq
-    store_tile(p_out, b_out, m_r, o_dv, HEAD_V, BLOCK_DV)
-    tl.store(p_lse, b_lse, mask=m_r)
+    # out lies in memory as [B, Lq, Hq, Dv], and lse as [B, Hq, Lq].
+    o_g, o_q, m_r = result_rows(i_tile, Lq, GROUP, BLOCK_M)
+    n_heads = sizes.Hkv * GROUP
+    o_head = i_h * GROUP + o_g
+    o_token = i_start + o_q
+    p_out = out + ((i_b * sizes.Lq + o_token) * n_heads + o_head)[:, None] * HEAD_V
+    store_tile(p_out + o_dv[None, :], b_out, m_r, o_dv, HEAD_V, BLOCK_DV)
+    tl.store(lse + (i_b * n_heads + o_head) * sizes.Lq + o_token, b_lse, mask=m_r)
 
 
-def forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> launch.Launch:
-    """The launch that fills the contiguous `out` [B, Hq, Lq, Dv] and `lse` [B, Hq, Lq]."""
+def forward_launch(
+    problem: Problem, out: Tensor, lse: Tensor, tables: BatchTables | None = None
+) -> launch.Launch:
+    """The launch that fills `out` [B, Hq, Lq, Dv] and the contiguous `lse` [B, Hq, Lq].
+
+    Both `out` here and `grad_query` in the backward are :func:`~fastprefix.kernels.launch.result`.
+    """
     _, _, Hkv, Lq, Lk, P = problem.sizes
-    tile = tilings.choose_tile("forward", problem.work, problem.group * Lq)
-    table, tiles = problem.query_tiles(tile.rows, problem.group)
+    tile = problem.tile("forward")
+    table = tables and tables.forward
+    tiles = problem.query_tiles(table, tile.rows)
     s = problem.strides()
     own = {
-        "out": out, "lse": lse, "tables": problem.tables(table),
+        "out": out, "lse": lse, "tables": problem.tables(tables and tables.starts, table),
         # what grows with a text stands outside of the groups
         "s": s._replace(pb=None), "s_pb": s.pb, "sizes": OnePassSizes(Hkv, Lq, P), "Lk": Lk,
     }  # fmt: skip
     constants = {"UNMASKED_LOOP": tilings.unmasked_loop("forward", problem.work)}
     return problem.launch(prefix_attn_fwd_kernel, tiles * Hkv, tile, own, constants)
-
-
-def decode_in_two_phases(problem: Problem) -> bool:
-    """Whether a call runs in the two phases of :mod:`~fastprefix.kernels.decode`.
-
-    With batch_invariant the answer does not depend on the batch, and neither do the tiles of the
-    one pass, except for padding: it would move a row's keys from tile to tile.
-
-    Raises:
-        ValueError: batch_invariant and padding, and the two phases cannot do the call.
-    """
-    obstacle = decode.obstacle(problem)
-    if obstacle is not None:
-        if problem.options.batch_invariant and problem.options.key_padding_mask is not None:
-            raise ValueError(f"batch_invariant: key_padding_mask for decode alone; {obstacle}")
-        return False
-    return decode_grid.two_phase_pays(decode.shape_of_problem(problem), problem.target)
 
 
 def launch_forward(
@@ -295,8 +282,9 @@ def launch_forward(
         options: see :class:`~fastprefix.options.Options`.
 
     Returns:
-        out [B, Hq, Lq, Dv] in the query's dtype and the log-sum-exp (natural log) [B, Hq, Lq] in
-        float32. Rows that see nothing: zeros and -inf (with a sink: the sink).
+        out [B, Hq, Lq, Dv] in the query's dtype, in memory as [B, Lq, Hq, Dv], and the log-sum-exp
+        (natural log) [B, Hq, Lq] in float32. Rows that see nothing: zeros and -inf (with a sink:
+        the sink).
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or batch_invariant for a
@@ -311,7 +299,7 @@ def known_forward(tensors: tuple[Tensor, ...], options: Options) -> tuple[Tensor
 
     Args:
         tensors: query, key, value, prefix_key, prefix_value.
-        options: with no tensor but perhaps a key_padding_mask.
+        options: with no tensors but perhaps key_padding_mask and key_lengths.
     """
     return plans.known(_launch_forward, tensors, options)
 
@@ -326,11 +314,12 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """`launch_forward` without a plan."""
     problem = make_problem(query, key, value, prefix_key, prefix_value, options)
-    if decode_in_two_phases(problem):
-        return decode.decode(problem)
+    cut = decode.cut_of(problem)
+    if cut is not None:
+        return decode.decode(problem, tables_of(problem, cut))
     shape = (*query.shape[:3], value.shape[-1])
-    out = torch.empty(shape, dtype=query.dtype, device=query.device)
+    out = launch.result(shape, query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if out.numel():
-        forward_launch(problem, out, lse).run()
+        forward_launch(problem, out, lse, tables_of(problem, None)).run()
     return out, lse

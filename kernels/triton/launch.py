@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -137,9 +137,24 @@ def recorded() -> Iterator[Record]:
         _RECORD.reset(token)
 
 
-def scratch(shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
-    """Memory in float32 that no value outlives the call in."""
-    memory = torch.empty(shape, dtype=torch.float32, device=device)
+def result(
+    shape: tuple[int, ...] | torch.Size, like: Tensor, allocate: Callable[..., Tensor] | None = None
+) -> Tensor:
+    """A result [B, H, L, D], in memory [B, L, H, D] whatever the operands' layout is.
+
+    This is the order in which a model's projections read and write. `allocate` takes the place of
+    :func:`torch.empty`.
+    """
+    B, H, L, D = shape
+    allocate = allocate or torch.empty
+    return allocate((B, L, H, D), dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
+def scratch(
+    shape: tuple[int, ...] | torch.Size, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Memory that no value outlives the call in."""
+    memory = torch.empty(shape, dtype=dtype, device=device)
     record = _RECORD.get()
     if record is not None:
         record.scratch.append(memory)

@@ -75,8 +75,10 @@ class Plan:
         results: what to allocate and return; None where nothing is returned.
         scratch: bytes of scratch memory.
         offsets: where its parts begin.
-        values: the arguments that are no addresses.
+        values: the arguments that are no addresses of the above.
         steps: the launches, in order.
+        views: where among all arguments the address of a part of a tensor goes, the number of the
+            tensor, and how many bytes into it the part begins.
     """
 
     results: tuple[Allocation | None, ...]
@@ -84,6 +86,7 @@ class Plan:
     offsets: tuple[int, ...]
     values: tuple[Any, ...]
     steps: tuple[Step, ...]
+    views: tuple[tuple[int, int, int], ...] = ()
 
     def run(self, query: Tensor, addresses: list[int]) -> Results:
         """Allocates and launches; `addresses` are those of the call's tensors."""
@@ -101,6 +104,8 @@ class Plan:
             start = scratch.data_ptr()
             addresses += [start + offset for offset in self.offsets]
         pool = [*addresses, *self.values]
+        for place, number, offset in self.views:
+            pool[place] = addresses[number] + offset
         active = driver.active
         stream = active.get_current_stream(active.get_current_device())
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -152,12 +157,13 @@ def known(launcher: Callable[..., Results], tensors: tuple[Tensor, ...], options
     Args:
         launcher: see :func:`planned`.
         tensors: of the call; not checked.
-        options: not checked, with no tensor but perhaps a key_padding_mask.
+        options: not checked, with no tensors but perhaps key_padding_mask and key_lengths.
     """
     if launch.collecting():
         return None
-    mask = options.key_padding_mask
+    mask, lengths = options.key_padding_mask, options.key_lengths
     every = tensors if mask is None else (*tensors, mask)
+    every = every if lengths is None else (*every, lengths)
     try:
         addresses = [tensor.data_ptr() for tensor in every]
         plan = PLANS.get(key_of(launcher, every, addresses, options, ()))
@@ -206,13 +212,14 @@ def plan_of(tensors: Sequence[Tensor], results: Results, record: launch.Record) 
         return None
     pool: list[Any] = [None] * (len(tensors) + len(made) + len(record.scratch))
     first_value = len(pool)
+    views: list[tuple[int, int, int]] = []
     steps: list[Step] = []
     seen: set[int] = set()
     try:
         for launched, compiled in record.launches:
             if compiled is None:
                 return None
-            places = _places(_arguments(launched), numbers, pool)
+            places = _places(_arguments(launched), numbers, pool, views)
             seen.update(_flat(places))
             x, y, z = (*launched.grid, 1, 1)[:3]
             code = (compiled.function, compiled.packed_metadata)
@@ -226,15 +233,20 @@ def plan_of(tensors: Sequence[Tensor], results: Results, record: launch.Record) 
     allocations = tuple(
         None if x is None else Allocation(tuple(x.shape), x.stride(), x.dtype) for x in results
     )
-    return Plan(allocations, size, offsets, tuple(pool[first_value:]), tuple(steps))
+    values = tuple(pool[first_value:])
+    return Plan(allocations, size, offsets, values, tuple(steps), tuple(views))
 
 
 def _places(
-    arguments: Sequence[Any], number_of: Callable[[Tensor], int | None], pool: list[Any]
+    arguments: Sequence[Any],
+    number_of: Callable[[Tensor], tuple[int, int] | None],
+    pool: list[Any],
+    views: list[tuple[int, int, int]],
 ) -> list[Any]:
     """Where arguments stand in the list that a plan picks them from; a tuple for a group of them.
 
-    Tensors have their number, and what is no tensor is added to the end of the list.
+    Tensors have their number. Parts of a tensor, which are noted in `views`, and what is no tensor
+    are added to the end of the list.
 
     Raises:
         LookupError: a tensor has no number.
@@ -245,12 +257,17 @@ def _places(
             places.append(len(pool))
             pool.append(argument)
         elif isinstance(argument, Tensor):
-            number = number_of(argument)
-            if number is None:
+            found = number_of(argument)
+            if found is None:
                 raise LookupError
+            number, offset = found
+            if offset:
+                views.append((len(pool), number, offset))
+                number = len(pool)
+                pool.append(None)
             places.append(number)
         elif isinstance(argument, tuple):
-            places.append(tuple(_places(argument, number_of, pool)))
+            places.append(tuple(_places(argument, number_of, pool, views)))
         else:
             places.append(len(pool))
             pool.append(argument)
@@ -265,8 +282,8 @@ def _flat(places: Sequence[Any]) -> Iterator[int]:
             yield place
 
 
-def _numbers(tensors: Sequence[Tensor]) -> Callable[[Tensor], int | None] | None:
-    """The number of a tensor among these, by identity, or of the only one at its address.
+def _numbers(tensors: Sequence[Tensor]) -> Callable[[Tensor], tuple[int, int] | None] | None:
+    """The number of a tensor among these, by identity or by memory, and where it begins in bytes.
 
     None if one tensor stands in two places: which of the two a kernel reads cannot be told.
     """
@@ -274,14 +291,22 @@ def _numbers(tensors: Sequence[Tensor]) -> Callable[[Tensor], int | None] | None
     if len(by_identity) < len(tensors):
         return None
 
-    def number_of(tensor: Tensor) -> int | None:
-        found = by_identity.get(id(tensor))
-        if found is None and tensor.numel():
-            # It may be a view of one of them, such as a mask that was expanded.
-            address = tensor.data_ptr()
-            at = [i for i, x in enumerate(tensors) if x.numel() and x.data_ptr() == address]
-            found = at[0] if len(at) == 1 else None
-        return found
+    def number_of(tensor: Tensor) -> tuple[int, int] | None:
+        number = by_identity.get(id(tensor))
+        if number is not None:
+            return number, 0
+        if not tensor.numel():
+            return None
+        # It may be a view of one of them, such as a mask that was expanded, or a part.
+        address = tensor.data_ptr()
+        at = [i for i, x in enumerate(tensors) if x.numel() and x.data_ptr() == address]
+        if not at and tensor.is_contiguous():
+            last = address + tensor.nbytes
+            at = [
+                i for i, x in enumerate(tensors)
+                if x.is_contiguous() and x.data_ptr() < address and last <= x.data_ptr() + x.nbytes
+            ]  # fmt: skip
+        return (at[0], address - tensors[at[0]].data_ptr()) if len(at) == 1 else None
 
     return number_of
 

@@ -84,30 +84,31 @@ class Problem:
         return tilings.Work(self.target, head_size, self.query.dtype, heavy, full_tile)
 
     @functools.cached_property
-    def starts(self) -> Tensor | None:
-        """[N + 1] int32: where each prefix begins, and where the last one ends."""
-        lengths = self.options.prefix_lengths
-        return None if lengths is None else ragged.boundaries(lengths)
-
-    @functools.cached_property
     def rank(self) -> Tensor | None:
         """[B, Lq] int32: the real tokens before each query, where the window needs them."""
-        if not self.options.prefix_in_window or self.options.key_padding_mask is None:
+        options = self.options
+        if not options.prefix_in_window or options.key_padding_mask is None:
             return None
-        return ragged.query_ranks(self.options.key_padding_mask, self.query.shape[2])
+        return ragged.query_ranks(
+            options.key_padding_mask, options.key_lengths, self.query.shape[2]
+        )
 
-    def query_tiles(self, rows: int, group: int) -> tuple[Tensor | None, int]:
-        """The tiles of packed rows: a table [tiles, 2] with cu_seqlens, and how many per KV head.
+    def tile(self, pass_name: str) -> Tile:
+        """The tile of one of the passes forward, dq, dkv and dprefix."""
+        Lq = self.query.shape[2]
+        rows = self.group * Lq if pass_name in ("forward", "dq") else Lq
+        return tilings.choose_tile(pass_name, self.work, rows)
+
+    def query_tiles(self, table: Tensor | None, rows: int) -> int:
+        """How many tiles of packed rows a KV head has: those of a table [tiles, 2], or of B rows.
 
         Args:
+            table: of packed sequences.
             rows: rows per tile.
-            group: heads packed into the rows, 1 for none.
         """
-        length = self.query.shape[2]
-        if self.options.cu_seqlens is None:
-            return None, self.query.shape[0] * triton.cdiv(group * length, rows)
-        table = ragged.tiles(self.options.cu_seqlens, length, rows, group)
-        return table, table.shape[0]
+        if table is not None:
+            return table.shape[0]
+        return self.query.shape[0] * triton.cdiv(self.group * self.query.shape[2], rows)
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
@@ -118,7 +119,12 @@ class Problem:
         return {
             "q": self.query,
             "keys": Keys(self.key, self.value, self.prefix_key, self.prefix_value),
-            "masks": Masks(options.key_padding_mask, options.attn_mask, options.prefix_bias),
+            "masks": Masks(
+                options.key_padding_mask,
+                options.attn_mask,
+                options.prefix_bias,
+                options.key_lengths,
+            ),
             "sinks": options.sinks,
             "seed": options.dropout_seed if dropped is not None else None,
             "sizes": Sizes(Hkv, Lq, Lk, P),
@@ -129,12 +135,18 @@ class Problem:
             "keep": self.keep,
         }
 
-    def tables(self, tiles: Tensor | None, rank: bool = True) -> Tables:
-        """The tables of a launch; `rank` says whether its kernel reads the ranks of queries."""
+    def tables(self, starts: Tensor | None, tiles: Tensor | None, rank: bool = True) -> Tables:
+        """The tables of a launch.
+
+        Args:
+            starts: where prefixes begin; left out unless there are several.
+            tiles: of packed sequences.
+            rank: whether the kernel reads the ranks of queries.
+        """
         options = self.options
         return Tables(
-            options.prefix_index, self.starts, self.rank if rank else None,
-            options.cu_seqlens, tiles,
+            options.prefix_index, None if options.prefix_lengths is None else starts,
+            self.rank if rank else None, options.cu_seqlens, tiles,
         )  # fmt: skip
 
     def strides(
@@ -142,7 +154,7 @@ class Problem:
     ) -> Strides:
         """The strides of the operands that a kernel reads."""
         options = self.options
-        found: dict[str, Tensor | None] = {"q": self.query}
+        found: dict[str, Tensor | None] = {"q": self.query, "lengths": options.key_lengths}
         if sequence:
             found |= {"k": self.key, "v": self.value}
             found |= {"pad": options.key_padding_mask, "mask": options.attn_mask}
@@ -272,6 +284,7 @@ def _check_tensors_of_options(problem: Problem) -> None:
     M = problem.sequences
     tensors: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "key_padding_mask": ((B, Lk), (torch.bool,)),
+        "key_lengths": ((B,), (torch.int32,)),
         "attn_mask": ((B, Hq, Lq, Lk), (torch.bool, *numbers)),
         "prefix_index": ((M,), (torch.int32,)),
         "prefix_lengths": ((problem.prefixes,), (torch.int32,)),
@@ -280,6 +293,8 @@ def _check_tensors_of_options(problem: Problem) -> None:
         "prefix_bias": (bias_shape, numbers),
         "dropout_seed": ((1,), (torch.int64,)),
     }
+    if problem.options.tables is not None:  # their number is checked where it is known
+        tensors["tables"] = ((problem.options.tables.numel(),), (torch.int32,))
     for name, (shape, dtypes) in tensors.items():
         tensor = getattr(problem.options, name)
         if tensor is not None and (
@@ -305,8 +320,8 @@ def _check_options(problem: Problem) -> None:
             raise ValueError(f"cu_seqlens needs B = 1 and Lq = Lk, got {B}, {Lq} and {Lk}")
         if options.key_padding_mask is not None or options.attn_mask is not None:
             raise ValueError("cu_seqlens does not go with key_padding_mask or attn_mask")
-    if options.key_lengths is not None:
-        raise ValueError("key_lengths: the kernels cannot do it")
+        if options.key_lengths is not None:
+            raise ValueError("cu_seqlens does not go with key_lengths")
     if options.prefix_in_window and options.sliding_window is None:
         raise ValueError("prefix_in_window needs a sliding_window")
     window, softcap = options.sliding_window, options.softcap

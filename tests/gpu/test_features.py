@@ -25,6 +25,11 @@ def padded(p, left):
     return real.flip(1) if left else real
 
 
+def in_use(p):
+    """Keys in use of each row, from one for each query to all."""
+    return torch.linspace(min(p.Lq, p.Lk), p.Lk, p.B, device=p.device).long()
+
+
 def additive(p):
     mask = torch.randn(p.B, 1, p.Lq, p.Lk, device=p.device)
     return mask.masked_fill(mask < -1.0, float("-inf"))
@@ -54,6 +59,12 @@ FEATURES = {
     "negative scale": lambda p: {"scale": -0.2},
     "right padding": lambda p: {"key_padding_mask": padded(p, left=False)},
     "left padding": lambda p: {"key_padding_mask": padded(p, left=True)},
+    "key lengths": lambda p: {"key_lengths": in_use(p)},
+    "key lengths and left padding": lambda p: {
+        "key_lengths": in_use(p),
+        "key_padding_mask": padded(p, left=True),
+        "sliding_window": 40,
+    },
     "bool attn_mask": lambda p: {
         "attn_mask": torch.rand(p.B, p.Hq, p.Lq, p.Lk, device=p.device) > 0.3
     },

@@ -26,6 +26,7 @@ from fastprefix.attention.selection import BACKENDS
 from fastprefix.hf.layer import call as layer_call
 from fastprefix.hf.layer import masks
 from fastprefix.hf.layer.buffered import is_packed, pack, unpack
+from fastprefix_testing.launchers import interpreted
 
 FULL = ["llama", "gpt2"]
 WINDOWED = ["mistral", "gemma3", "gpt_oss", "qwen2"]
@@ -77,6 +78,22 @@ def test_no_layer_gets_a_mask_of_queries_and_keys(calls, name, lengths, prefix):
     in_use = {tuple(options.key_lengths.tolist()) for options in buffers}
     assert in_use == {(ids.shape[1] + step,) * len(ids) for step in range(12)}
     assert {options.key_padding_mask is None for options in buffers} == {bool(mask.all())}
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_the_kernels_get_no_mask_either(calls, name):
+    model, bare = build(name), build(name)
+    front, (ids, mask) = tiny.prompt(), tiny.batch((7, 4))
+    options = {"max_new_tokens": 3, "min_new_tokens": 3}
+    expected = tiny.generate(bare, *tiny.concatenate(front, ids, mask), **options)
+    patch_model(model, backend="triton")
+    with use_prefix(model, PrefixKV.prefill(model, front)):
+        calls.clear()
+        got = tiny.generate(model, ids, mask, **options, cache_implementation="static")
+    assert torch.equal(got, expected)
+    assert all(options.attn_mask is None for _, _, options in calls)
+    assert any(options.key_lengths is not None for _, _, options in calls)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -255,15 +272,14 @@ class TestMasks:
         made, dense = self.make(**STANDARD, mask_function=function, local_size=4, sliding_window=4)
         assert torch.equal(made, dense)
 
-    @pytest.mark.parametrize("device", ["cuda", "meta"])
-    def test_other_devices(self, device):
-        """Where the default backend cannot do key_lengths, masks stay what they were."""
+    @pytest.mark.parametrize(("device", "packed"), [("cuda", True), ("meta", False)])
+    def test_other_devices(self, device, packed):
+        """Where there is no default backend, masks stay what they were."""
         request = {**STANDARD, "q_offset": 3, "mask_function": causal_mask_function}
         config = LlamaConfig()
         masks.add_patched(config, own_use=False)
-        if device == "cuda" and "key_lengths" in BACKENDS["triton"].features:
-            pytest.skip("it can")
-        assert not masks._may_be_packed({**request, "config": config, "device": device}, True)
+        request = {**request, "kv_offset": 0, "config": config, "device": device}
+        assert masks._may_be_packed(request, True) == packed
 
     def test_queries_ahead_of_the_keys(self):
         made, dense = self.make(**{**STANDARD, "q_offset": 9})

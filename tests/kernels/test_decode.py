@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprefix.kernels import decode_kernels
+from fastprefix.kernels import decode, decode_kernels, launch
 from fastprefix.kernels.decode import decode_forward
+from fastprefix.kernels.problem import make_problem
+from fastprefix.kernels.target import Target
 from fastprefix.options import Options
 from fastprefix_testing.launchers import HALF, HEADS, interpreted, judge, operands
 from fastprefix_testing.problems import Problem, decoding
@@ -77,6 +81,36 @@ def test_sliding_window(window, is_causal, padding, batch_invariant):
     agree(case, batch_invariant=batch_invariant)
 
 
+@pytest.mark.parametrize("window", [None, 1, 75])
+@pytest.mark.parametrize(
+    ("Lq", "padding", "batch_invariant"),
+    [(1, "none", False), (3, "left", False), (3, "left", True)],
+)
+def test_keys_in_use(Lq, padding, batch_invariant, window):
+    """None, fewer than a tile, several splits, and all; with more splits than tiles."""
+    case = decoding(
+        B=5, Lq=Lq, Lk=300, P=20, padding=padding, sliding_window=window,
+        in_use=(0, 3, 17, 130, 300),
+    )  # fmt: skip
+    agree(case, batch_invariant=batch_invariant)
+
+
+def test_keys_in_use_are_shared_out_among_all_splits(monkeypatch):
+    """Whatever the length of the buffer, no split has more than its share of what is in use."""
+    inputs, rule = operands(decoding(B=1, Hq=1, P=0, Lk=2048, in_use=(256,)).draw())
+    target = Target("interpreter", 64)
+    monkeypatch.setattr(launch, "target_of", lambda device: target)
+    problem = make_problem(*inputs, Options(**rule))
+    plan = decode.decode_plan(decode.shape_of_problem(problem), target)
+    splits = plan.grid.sequence_splits
+    assert splits > 8
+    part_out, part_lse = torch.zeros(plan.grid.partial_rows, 16), torch.zeros(splits)
+    out, lse = torch.empty(1, 1, 1, 16), torch.empty(1, 1, 1)
+    decode.decode_launches(problem, plan, part_out, part_lse, out, lse)[0].run()
+    used = int((part_lse > -math.inf).sum())
+    assert used == min(splits, 256 // plan.grid.tile.keys)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("feature", ["softcap", "sinks", "prefix_bias", "all"])
 def test_features(feature, dtype):
@@ -132,12 +166,14 @@ def test_random_problems(data):
     seed = draw(st.integers(0, 1000))
     B, (Hkv, group) = draw(st.integers(1, 3)), draw(st.sampled_from([(1, 1), (2, 1), (1, 3)]))
     lengths = draw(st.none() | st.lists(st.integers(0, 50), max_size=4).map(tuple))
+    Lk = draw(st.integers(0, 80))
     case = decoding(
         B=B,
         Hq=Hkv * group,
         Hkv=Hkv,
         Lq=draw(st.integers(1, 16)),
-        Lk=draw(st.integers(0, 80)),
+        Lk=Lk,
+        in_use=draw(st.none() | st.tuples(*[st.integers(0, Lk)] * B)),
         P=draw(st.integers(0, 80)),
         lengths=lengths,
         D=draw(st.sampled_from([3, 16, 24])),

@@ -61,4 +61,4 @@ def test_no_buffer_grows_with_the_prefix():
     # 80 rows are 3 tiles of 32; 2 * 4 stand-in multiprocessors allow 2 splits of each, and every
     # sequence has one. Out, lse, and one partial row and lse for every row and split.
     rows = 3 * 2 * 32 + 10 * 8
-    assert seen[0] == {(10, 8, 1, 16), (10, 8, 1), (rows, 16), (rows,)}
+    assert seen[0] == {(10, 1, 8, 16), (10, 8, 1), (rows, 16), (rows,)}

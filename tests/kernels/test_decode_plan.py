@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprefix.kernels import decode, decode_grid, tilings
-from fastprefix_testing.decode import Operators, hopper, plan_shape
+from fastprefix.kernels import decode_grid, tilings
+from fastprefix_testing.decode import hopper, plan_shape
 from fastprefix_testing.launchers import interpreted
+from fastprefix_testing.tables import build_tables
 
 pytestmark = interpreted
 
@@ -26,6 +27,7 @@ def test_partials_are_small():
 @settings(max_examples=80)
 @given(data=st.data())
 def test_tables_cover_every_row_and_key_once(data):
+    """The tables that test_tables.py holds the kernel to."""
     draw = data.draw
     lengths = draw(st.lists(st.integers(0, 3000), min_size=1, max_size=6))
     index = draw(st.lists(st.integers(-1, len(lengths) - 1), min_size=1, max_size=70))
@@ -35,15 +37,12 @@ def test_tables_cover_every_row_and_key_once(data):
         B=len(index), Hq=2 * group, Hkv=2, Lq=Lq, P=P, N=len(lengths),
         batch_invariant=draw(st.booleans()),
     )  # fmt: skip
-    tensors = torch.tensor(index), torch.tensor(lengths)
-    plan = decode.decode_plan(chosen, target, *tensors, cached=False)
-    if plan.tables is None:
+    cut, packed = decode_grid.grid_of(chosen, target).prefix, group * Lq
+    if not cut.units:
         assert P == 0
         return
-    cut, packed = plan.grid.prefix, group * Lq
-    order, units, rows = (
-        t.tolist() for t in (plan.tables.order, plan.tables.units, plan.tables.rows)
-    )
+    tables = build_tables(torch.tensor(index), torch.tensor(lengths), cut)
+    order, units, rows = (t.tolist() for t in (tables.order, tables.units, tables.rows))
     assert len(units) == cut.units
     assert [index[b] for b in order] == sorted(index)
     real = [u for u in units if u[0] < u[1]]
@@ -67,22 +66,6 @@ def test_tables_cover_every_row_and_key_once(data):
                 assert lo == at
                 at = hi
             assert at == begin + lengths[n]
-
-
-def test_a_plan_reads_nothing_back():
-    plan, index, lengths = (
-        plan_shape(B=3, P=70, N=2),
-        torch.tensor([1, 0, -1]),
-        torch.tensor([30, 40]),
-    )
-    with Operators() as operators:
-        decode.decode_plan(plan, hopper(), index, lengths, cached=False)
-    reads = {"_local_scalar_dense", "item", "nonzero", "bincount", "masked_select", "_unique2"}
-    assert operators.names
-    assert not reads & set(operators.names)
-    with Operators() as operators:
-        decode.decode_plan(plan._replace(N=None), hopper(), None, None)
-    assert not operators.names
 
 
 @pytest.mark.parametrize(

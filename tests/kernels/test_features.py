@@ -44,6 +44,21 @@ FEATURES: dict[str, dict[str, Any]] = {
     },
     "softcap": {"softcap": 2.0},
     "dropout": {"dropout_p": 0.3},
+    "keys in use": {"in_use": (70, 37, 64), "Lk": 80, "B": 3},
+    "fewer keys in use than queries": {"in_use": (0, 5, 36), "Lk": 64, "B": 3},
+    "keys in use, padded, with a window": {
+        "in_use": (40, 90), "Lk": 100, "B": 2, "padding": "left", "sliding_window": 20,
+    },
+    "keys in use, with a prefix in the window": {
+        "in_use": (40, 90, 9), "Lk": 100, "B": 3, "sliding_window": 60, "prefix_in_window": True,
+    },
+    "keys in use, with a padded prefix in the window": {
+        "in_use": (40, 90, 9), "Lk": 100, "B": 3, "sliding_window": 60, "prefix_in_window": True,
+        "padding": "left",
+    },
+    "keys in use behind packed prefixes": {
+        "in_use": (40, 0, 64), "Lk": 70, "lengths": (33, 0, 6), "index": (2, -1, 0), "B": 3,
+    },
     "smaller value": {"D": 40, "Dv": 24},
     "larger value": {"D": 16, "Dv": 72},
 }  # fmt: skip
@@ -62,7 +77,13 @@ def test_feature(feature, is_causal, dtype):
 
 @pytest.mark.parametrize(
     "feature",
-    ["cu_seqlens and packed prefixes", "broadcast mask", "padded prefix in window", "dropout"],
+    [
+        "cu_seqlens and packed prefixes",
+        "broadcast mask",
+        "padded prefix in window",
+        "dropout",
+        "keys in use, padded, with a window",
+    ],
 )
 @pytest.mark.parametrize(("is_causal", "clamped"), [(True, True), (True, False), (False, True)])
 def test_where_whole_tiles_have_no_loop_of_their_own(monkeypatch, feature, is_causal, clamped):
@@ -101,6 +122,8 @@ def combinations(draw: st.DrawFn) -> dict[str, Any]:
         call["Lq"] = draw(length)
         call["Lk"] = max(0, call["Lq"] + draw(st.sampled_from([0, 0, 7, 33, -5])))
         call["padding"] = draw(st.sampled_from(["none", "none", "left", "right", "holes", "row"]))
+        if draw(sometimes):
+            call["in_use"] = draw(st.tuples(*[st.integers(0, call["Lk"])] * sequences))
         if draw(sometimes):
             # both ways to say "do not attend" by a number, as models do
             call["attn_mask"] = draw(st.sampled_from(["bool", "additive", "lowest"]))

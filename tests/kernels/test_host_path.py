@@ -63,13 +63,25 @@ def _no_plans() -> None:
 
 
 def problem(
-    *, B: int = 8, Lq: int, Lk: int, P: int, pad: bool = False, dtype: torch.dtype = torch.bfloat16
+    *,
+    B: int = 8,
+    Lq: int,
+    Lk: int,
+    P: int,
+    pad: bool = False,
+    in_use: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    **options: Tensor,
 ) -> Call:
-    """A causal call with Hq 8, Hkv 2 and D 16."""
+    """A causal call with Hq 8, Hkv 2 and D 16. `in_use` of the Lk keys are in use, if not None."""
     shapes = [(B, 8, Lq, 16), (B, 2, Lk, 16), (B, 2, Lk, 16), (2, P, 16), (2, P, 16)]
     tensors = {n: torch.zeros(s, dtype=dtype) for n, s in zip(FIVE, shapes, strict=True)}
     mask = torch.ones(B, Lk, dtype=torch.bool) if pad else None
-    return Call(tensors, Options(True, 0.25, key_padding_mask=mask))
+    given = Options(True, 0.25, key_padding_mask=mask, **options)
+    if in_use is not None:  # beside other things in one tensor, as models hand them on
+        words = torch.full((B, 2 + Lk // 4), in_use, dtype=torch.int32)
+        given = given._replace(key_lengths=words[:, 1])
+    return Call(tensors, given)
 
 
 def attend(call: Call) -> Tensor:
@@ -79,6 +91,7 @@ def attend(call: Call) -> Tensor:
             *call.five,
             is_causal=True,
             key_padding_mask=call.options.key_padding_mask,
+            key_lengths=call.options.key_lengths,
             backend="triton",
         )
 
@@ -90,13 +103,46 @@ def train(call: Call) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out, leaves, torch.empty_like(out))
 
 
+def alone(call: Call) -> tuple[Tensor | None, ...]:
+    """The launcher of the forward."""
+    return launch_forward(*call.five, call.options)
+
+
+def alone_both_ways(call: Call) -> tuple[Tensor | None, ...]:
+    """The launchers of the forward and of all gradients of the tensors."""
+    out, lse = launch_forward(*call.five, call.options)
+    return launch_backward(out, *call.five, out, lse, call.options, (True,) * 5 + (False,) * 2)
+
+
+SEVERAL = {
+    "prefix_index": torch.tensor([0, 1, 2, -1, 0, 1, 2, 0], dtype=torch.int32),
+    "prefix_lengths": torch.tensor([3000, 1000, 96], dtype=torch.int32),
+}
+PACKED = {"cu_seqlens": torch.tensor([0, 20, 20, 64], dtype=torch.int32)}
 # What a layer runs: Triton's launches, and the kernels that PyTorch runs.
 LAYERS: dict[str, tuple[Callable[[Call], Any], dict[str, Any], int, dict[str, int]]] = {
     "decode": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "pad": True}, 2, {}),
+    "decode, buffer": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "in_use": 99}, 2, {}),
+    "decode, pads": (attend, {"Lq": 1, "Lk": 256, "P": 4096, "in_use": 99, "pad": True}, 2, {}),
+    "prefill, buffer": (attend, {"Lq": 64, "Lk": 256, "P": 128, "in_use": 64}, 1, {}),
     "decode behind a short prefix": (attend, {"Lq": 1, "Lk": 256, "P": 20}, 1, {}),
-    "prefill": (attend, {"Lq": 64, "Lk": 64, "P": 128}, 1, {"clone": 1}),
+    "prefill": (attend, {"Lq": 64, "Lk": 64, "P": 128}, 1, {}),
+    # one launch more in each direction, for the tables
+    "decode, several prefixes": (alone, {"Lq": 1, "Lk": 256, "P": 4096, **SEVERAL}, 1 + 2, {}),
     # the forward; delta, dQ, dK and dV, the prefix in parts, and a sum for each of its gradients
-    "training": (train, {"Lq": 64, "Lk": 64, "P": 128}, 1 + 6, {"clone": 4}),
+    "training": (train, {"Lq": 64, "Lk": 64, "P": 128}, 1 + 6, {}),
+    "training, several prefixes": (
+        alone_both_ways,
+        {"Lq": 64, "Lk": 64, "P": 4096, **SEVERAL},
+        (1 + 1) + (1 + 6),
+        {},
+    ),
+    "training, packed sequences": (
+        alone_both_ways,
+        {"B": 1, "Lq": 64, "Lk": 64, "P": 128, **PACKED},
+        (1 + 1) + (1 + 6),
+        {},
+    ),
 }
 
 
@@ -133,6 +179,19 @@ def test_nothing_is_compiled_while_a_text_grows(driver, P, pad, cache):
             options = first.options._replace(key_padding_mask=mask)
             attend(Call({**first.tensors, "key": key, "value": key}, options))
     assert counts.loaded == []
+
+
+@inside
+@pytest.mark.parametrize("P", [20, 4096])
+@pytest.mark.parametrize("pad", [False, True])
+def test_a_static_cache_has_one_plan_while_a_text_grows(driver, P, pad):
+    first = problem(Lq=1, Lk=300, P=P, pad=pad, in_use=1)
+    attend(first)
+    with simulated_gpu.counting(driver) as counts:
+        for length in range(1, 301):
+            attend(problem(Lq=1, Lk=300, P=P, pad=pad, in_use=length))
+    assert counts.loaded == []
+    assert len(PLANS) == 1
 
 
 def forward(call: Call) -> tuple[Tensor | None, ...]:
@@ -316,16 +375,7 @@ def test_a_plan_runs_on_the_current_stream(driver, monkeypatch):
     with simulated_gpu.counting(driver) as counts:
         attend(call)
     assert [each.stream for each in counts.launches] == [7, 7]
-
-
-@inside
-def test_the_merge_overlaps_the_tiles_with_a_plan_too(driver):
-    call = problem(Lq=1, Lk=256, P=4096)
-    for _ in range(2):
-        with simulated_gpu.counting(driver) as counts:
-            attend(call)
-        assert [each.overlaps for each in counts.launches] == [False, True]
-    assert len(PLANS) == 1
+    assert [each.overlaps for each in counts.launches] == [False, True]
 
 
 @inside
@@ -394,8 +444,9 @@ def test_a_kernel_that_is_compiled_is_launched_the_same_way(driver, monkeypatch)
 
 
 @inside
-def test_a_call_like_one_that_ran_before_is_not_checked_again(driver, monkeypatch):
-    call = problem(Lq=1, Lk=256, P=4096, pad=True)
+@pytest.mark.parametrize("in_use", [None, 100])
+def test_a_call_like_one_that_ran_before_is_not_checked_again(driver, monkeypatch, in_use):
+    call = problem(Lq=1, Lk=256, P=4096, pad=True, in_use=in_use)
     expected = launched(driver, attend, call)[1]
     with monkeypatch.context() as patch:
         patch.setattr(checks, "check_tensors", lambda *a: pytest.fail("checked"))
@@ -403,7 +454,8 @@ def test_a_call_like_one_that_ran_before_is_not_checked_again(driver, monkeypatc
         found = launched(driver, attend, other)[1]
     names = {**call.addresses(), **other.addresses()}
     assert [x[0] for x in found] == [x[0] for x in expected]
-    assert {names[x] for x in flat(found[0][3]) if x in names} == {*FIVE, "key_padding_mask"}
+    expected = {*FIVE, "key_padding_mask"} | ({"key_lengths"} if in_use else set())
+    assert {names[x] for x in flat(found[0][3]) if x in names} == expected
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
@@ -412,6 +464,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "prefix_key": ({"prefix_key": torch.zeros(2, 4096, 16)}, TypeError),
     "prefix_value": ({"prefix_value": [1.0]}, TypeError),
     "key_padding_mask": ({"key_padding_mask": [True]}, TypeError),
+    "key_lengths": ({"key_lengths": torch.ones(8, 1, dtype=torch.int32)}, ValueError),
     "is_causal": ({"is_causal": "yes"}, TypeError),
     "scale": ({"scale": "0.25"}, TypeError),
 }
@@ -422,6 +475,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
 def test_a_wrong_call_is_refused_after_a_right_one(driver, changed, error):
     call = problem(Lq=1, Lk=256, P=4096, pad=True)
     given = {**call.tensors, "is_causal": True, "key_padding_mask": call.options.key_padding_mask}
+    given["key_lengths"] = torch.ones(8, dtype=torch.int32)
     (name,) = changed
     with torch.no_grad():
         prefix_attention(**given, backend="triton")

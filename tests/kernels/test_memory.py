@@ -88,7 +88,7 @@ def test_no_buffer_grows_with_batch_times_prefix():
         with launch.collected(target) as steps, Allocations() as made:
             launched(call)
         assert steps
-        own = {(B, 2, 40, 16), (B, 2, 40), (B, 1, 20, 16), (0,)}
+        own = {(B, 40, 2, 16), (B, 2, 40), (B, 20, 1, 16), (B, 2, 40, 16), (0,)}
         seen.append({shape for shape in made.shapes if shape not in own})
     assert seen[0] == seen[1]
     # 4 stand-in multiprocessors and 5 tiles of the prefix: ceil(2 * 4 / 5) = 2 partial sums.
@@ -117,3 +117,15 @@ def test_operands_that_do_not_fit_are_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         launch_forward(**(operands | change))
+
+
+@pytest.mark.parametrize("Lq", [1, 5, 40])
+def test_results_lie_in_memory_with_positions_before_heads(Lq):
+    """[B, L, H, D], whatever the layout of the query is."""
+    call = tiles(B=3, Hq=4, Hkv=2, Lq=Lq, Lk=40, P=130, D=16, Dv=24).draw()
+    target = launch.target_of(call.grad_out.device)
+    with launch.collected(target):  # no kernel need run
+        found = launched(call)
+    for name in ("out", "query", "key", "value"):
+        _, H, L, D = found[name].shape
+        assert found[name].stride() == (L * H * D, D, H * D, 1), name

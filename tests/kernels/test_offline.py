@@ -174,7 +174,7 @@ def test_every_feature_of_the_launchers_can_be_compiled():
         name
         for name, option in OPTIONS.items()
         if not option.features or any(feature.name in taken for feature in option.features)
-    } - {"is_causal", "scale"}
+    } - {"is_causal", "scale", "tables"}  # tables that are given change no kernel
     made = {name for make in FEATURES.values() for name in make(Case("cuda:80"))}
     assert keywords <= made
 

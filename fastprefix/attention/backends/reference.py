@@ -47,8 +47,10 @@ def forward(
     query, key, value = query.to(wide), key.to(wide), value.to(wide)
     prefix_key, prefix_value = prefix_key.to(wide), prefix_value.to(wide)
     if options.key_lengths is not None:
+        in_use = options.key_lengths.clamp(0, key.shape[2])
+        options = options._replace(key_lengths=in_use)
         # zeros: a weight of 0 does not hide NaN, nor does the gradient of a score that is hidden
-        unused = ~_in_use(options.key_lengths, key.shape[2])[:, None, :, None]
+        unused = ~_in_use(in_use, key.shape[2])[:, None, :, None]
         key, value = key.masked_fill(unused, 0.0), value.masked_fill(unused, 0.0)
     with torch.autocast(query.device.type, enabled=False):  # which would round the products
         out, lse = _attend(query, key, value, prefix_key, prefix_value, options)

@@ -69,6 +69,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # The options that each feature sets. To compile a new feature, add its line.
 FEATURES: dict[str, Callable[[Case], dict[str, Any]]] = {
     "padding": lambda c: {"key_padding_mask": _empty(c.batch, c.length, dtype=torch.bool)},
+    "key_lengths": lambda c: {"key_lengths": _empty(c.batch, dtype=torch.int32)},
     "attn_mask": lambda c: {"attn_mask": _empty(c.batch, 1, c.query_length, c.length)},
     "bool_mask": lambda c: {
         "attn_mask": _empty(c.batch, 1, c.query_length, c.length, dtype=torch.bool)
@@ -91,14 +92,14 @@ FEATURES: dict[str, Callable[[Case], dict[str, Any]]] = {
     "batch_invariant": lambda c: {"batch_invariant": True},
 }
 # All features at least once, in as few kernels as possible. The two kinds of masks exclude each
-# other, and cu_seqlens excludes both.
+# other, and cu_seqlens excludes both, and key_lengths.
 MEETINGS: tuple[tuple[str, ...], ...] = (
     ("attn_mask", "prefix_bias", "sliding_window", "padding", "sinks", "negative_scale"),
-    ("bool_mask", "prefix_bias_columns", "prefix_in_window", "softcap"),
+    ("bool_mask", "prefix_bias_columns", "prefix_in_window", "softcap", "key_lengths"),
     ("cu_seqlens", "packed", "dropout"),
 )
 DECODE_MEETINGS: tuple[tuple[str, ...], ...] = (
-    ("padding", "sliding_window", "softcap", "sinks", "prefix_bias"),
+    ("padding", "key_lengths", "sliding_window", "softcap", "sinks", "prefix_bias"),
     ("padding", "sliding_window", "packed", "batch_invariant"),
 )
 # Queries that fill a tile of 32 rows, and a head size whose tiles have few keys. Most features add
@@ -234,6 +235,9 @@ def table_jobs(target: str) -> list[Job]:
     for features in DECODE_MEETINGS:
         case = Case(target, 128, "fp16", features, value_head_size=64, **DECODE)
         jobs.append(Job(case, "decode", code=False))
+    # The tables of packed prefixes and sequences come with MEETINGS; decoding has more of them.
+    for features in (("packed",), ("packed", "batch_invariant")):
+        jobs.append(Job(Case(target, 128, "fp16", features, **DECODE), "tables", code=False))
     return jobs
 
 

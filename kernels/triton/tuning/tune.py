@@ -189,7 +189,7 @@ class _Pass:
         lse = torch.empty(p.query.shape[:3], dtype=single, device=device)
         if self.name == "forward":
             return [forward_launch(p, out, lse)], [out]
-        plan = decode_plan(shape_of_problem(p), p.target, None, None)
+        plan = decode_plan(shape_of_problem(p), p.target)
         return decode_launches(p, plan, *scratch_of(plan, device), out, lse), [out]
 
     def runs_with(self, tile: Tile) -> bool:

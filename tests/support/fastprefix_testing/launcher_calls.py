@@ -76,6 +76,9 @@ def random_options(chosen: random.Random, call: dict[str, Any]) -> dict[str, Any
     found: dict[str, Any] = {}
     if often(0.4):
         found["key_padding_mask"] = torch.ones(B, Lk + 3, dtype=torch.bool)[:, :Lk]
+    if often(0.3):  # in a table of its own, or a column of a larger one
+        table = torch.ones(B, 1 + 3 * often(0.5), dtype=torch.int32)
+        found["key_lengths"] = table[:, -1]
     if often(0.2):
         mask = [n if often(0.5) else 1 for n in (B, Hq, Lq, Lk)]
         found["attn_mask"] = torch.zeros(mask, dtype=chosen.choice([torch.bool, number]))
@@ -96,6 +99,8 @@ def random_options(chosen: random.Random, call: dict[str, Any]) -> dict[str, Any
     if often(0.15):
         found["prefix_lengths"] = torch.tensor([P // 2, P - P // 2], dtype=torch.int32)
         found["prefix_index"] = torch.zeros(B, dtype=torch.int32)
+    if B == 1 and Lq == Lk and often(0.5):
+        found["cu_seqlens"] = torch.tensor([0, Lq], dtype=torch.int32)
     return found
 
 

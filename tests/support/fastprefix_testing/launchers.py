@@ -60,6 +60,11 @@ def rounded(call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
 
     def attend(**arguments: Any) -> tuple[Tensor, Tensor]:
         inputs, options = operands(Call(arguments, {}, call.grad_out, call.seed))
+        lengths = options.get("key_lengths")
+        if lengths is not None:  # what is not in use may be NaN
+            unused = torch.arange(inputs[1].shape[2]) >= lengths[:, None]
+            text = (x.masked_fill(unused[:, None, :, None], 0.0) for x in inputs[1:3])
+            inputs = (inputs[0], *text, *inputs[3:])
         # not `forward`, which computes in float32: kernels are held to these roundings too
         out, lse = reference._attend(*inputs, Options(**options))
         return out, lse.to(torch.promote_types(dtype, torch.float32))

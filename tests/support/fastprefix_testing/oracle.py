@@ -77,6 +77,7 @@ def concatenated_attention(
     prefix_index: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -89,6 +90,9 @@ def concatenated_attention(
     """
     B, Hq, Lq, _ = query.shape
     Lk, P = key.shape[2], 0
+    lengths = torch.full((B,), Lk) if key_lengths is None else key_lengths.long()
+    used = torch.arange(Lk) < lengths[:, None]
+    key, value = (x.masked_fill(~used[:, None, :, None], 0.0) for x in (key, value))
     if prefix_key is not None and prefix_value is not None:
         P = prefix_key.shape[1]
         key = torch.cat([prefix_key.expand(B, -1, -1, -1), key], dim=2)
@@ -102,7 +106,9 @@ def concatenated_attention(
     if prefix_bias is not None:
         column = prefix_bias.to(query.dtype)[:, None, None]
         bias = torch.cat([bias[..., :P] + column, bias[..., P:]], -1)
-    behind = torch.arange(Lq)[:, None] + (Lk - Lq) - torch.arange(Lk)
+    sees[..., P:] &= used[:, None, None]
+    newest = torch.arange(Lq)[:, None] + (lengths - Lq)[:, None, None, None]
+    behind = newest - torch.arange(Lk)  # [B, 1, Lq, Lk]
     if is_causal:
         sees[..., P:] &= behind >= 0
     if sliding_window is not None:

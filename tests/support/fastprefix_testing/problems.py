@@ -28,6 +28,7 @@ class Problem:
         dtype: of all tensors of numbers.
         layout: of query, key, value, prefix and gradient in memory; see :func:`laid_out`.
         padding: none, left, right, holes or row (holes, and one row that is all padding).
+        in_use: how many keys of each row are in use; the others are NaN. None for all of them.
         lengths: of several packed prefixes; P is then their sum.
         index: the prefix of each row, -1 for none; None draws it. For `lengths`.
         cu_seqlens: ends of packed sequences. B is then 1, and Lq and Lk are the last end.
@@ -49,6 +50,7 @@ class Problem:
     dtype: torch.dtype = torch.float32
     layout: str = "dense"
     padding: str = "none"
+    in_use: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     index: tuple[int, ...] | None = None
     cu_seqlens: tuple[int, ...] | None = None
@@ -86,10 +88,17 @@ class Problem:
             name: None if shape is None else laid_out(normal(shape), self.layout)
             for name, shape in shapes.items()
         }
+        if self.in_use is not None:
+            unused = torch.arange(Lk) >= torch.tensor(self.in_use)[:, None]
+            for x in (tensors["key"], tensors["value"]):
+                assert x is not None
+                x.masked_fill_(unused[:, None, :, None], math.nan)
         grad_out = laid_out(normal((B, Hq, Lq, Dv)), self.layout)
         options = self._plain_options()
         if self.padding != "none":
             options["key_padding_mask"] = key_padding_mask(self.padding, B, Lk, g)
+        if self.in_use is not None:
+            options["key_lengths"] = torch.tensor(self.in_use, dtype=torch.int32)
         if self.cu_seqlens is not None:
             options["cu_seqlens"] = torch.tensor(self.cu_seqlens, dtype=torch.int32)
         if self.lengths is not None:

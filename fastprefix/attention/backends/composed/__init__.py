@@ -36,11 +36,16 @@ def forward(
     prefix_value: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as :func:`fastprefix.attention.backends.reference.forward`."""
-    key, value, options = without_unused(query, key, value, options)
+    """Same contract as :func:`fastprefix.attention.backends.reference.forward`.
+
+    The output lies in memory as [B, Lq, Hq, Dv].
+    """
+    if options.key_lengths is not None:
+        key, value, options = without_unused(query, key, value, options)
     inputs = (query, key, value, prefix_key, prefix_value)
     chosen = plain if plain.is_plain(options) else features
-    return chosen.forward(*inputs, options)
+    out, lse = chosen.forward(*inputs, options)
+    return _as_blhd(out), lse.contiguous()
 
 
 def backward(
@@ -70,7 +75,8 @@ def backward(
         needs: which of the seven gradients to compute.
 
     Returns:
-        The gradients, None where not needed; that of prefix_bias only where it is [Hq].
+        The gradients, None where not needed; that of prefix_bias only where it is [Hq]. Those of
+        query, key and value lie in memory as [B, L, H, D], the others are contiguous.
     """
     buffers = key, value
     key, value, options = without_unused(query, key, value, options)
@@ -80,4 +86,13 @@ def backward(
     else:
         found = features.backward(*inputs, out, lse, options, needs)
     dk, dv = map(with_unused, found[1:3], buffers)
-    return (found[0], dk, dv, *found[3:])
+    return (
+        *(None if grad is None else _as_blhd(grad) for grad in (found[0], dk, dv)),
+        *(None if grad is None else grad.contiguous() for grad in found[3:]),
+    )
+
+
+def _as_blhd(x: Tensor) -> Tensor:
+    """[B, H, L, D] laid out in memory as [B, L, H, D]; copies only if it is not."""
+    transposed = x.transpose(1, 2)
+    return x if transposed.is_contiguous() else transposed.contiguous().transpose(1, 2)

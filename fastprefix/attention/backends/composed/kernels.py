@@ -68,8 +68,15 @@ def equal_head_sizes(*tensors: Tensor) -> tuple[Tensor, ...]:
     The zeros change no score and no output but their own columns.
     """
     kernels = kernels_of(tensors[0])
+    can_load, width = kernels.can_load, tensors[0].shape[-1]
+    if kernels.head_size(width) == width:
+        for x in tensors:
+            if x.shape[-1] != width or not can_load(x):
+                break
+        else:  # nearly always: every layer of a generated token asks
+            return tensors
     width = kernels.head_size(max(x.shape[-1] for x in tensors))
     padded = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors)
     return tuple(
-        x if kernels.can_load(x) else x.clone(memory_format=torch.contiguous_format) for x in padded
+        x if can_load(x) else x.clone(memory_format=torch.contiguous_format) for x in padded
     )

@@ -35,17 +35,19 @@ def without_unused(
     """
     if options.key_lengths is None:
         return key, value, options
+    limited = options.key_lengths.clamp(0, key.shape[2])
+    options = options._replace(key_lengths=limited)
     if not kernels_of(query).host_reads:
         column = torch.arange(key.shape[2], device=key.device)
-        unused = (column >= options.key_lengths[:, None])[:, None, :, None]
+        unused = (column >= limited[:, None])[:, None, :, None]
         return key.masked_fill(unused, 0.0), value.masked_fill(unused, 0.0), options
-    lengths: list[int] = options.key_lengths.tolist()
+    lengths: list[int] = limited.tolist()
     most, mask, padding = max(lengths, default=0), options.attn_mask, options.key_padding_mask
     if mask is not None and mask.dim() > 0 and mask.shape[-1] > 1:
         mask = mask[..., :most]
     equal = min(lengths, default=0) == most >= query.shape[2]
     options = options._replace(
-        key_lengths=None if equal else options.key_lengths,
+        key_lengths=None if equal else limited,
         key_padding_mask=None if padding is None else padding[:, :most],
         attn_mask=mask,
     )

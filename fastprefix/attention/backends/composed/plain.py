@@ -47,7 +47,7 @@ def forward(
         return query.new_zeros(B, Hq, Lq, Dv), lse
     if Lq == 1 and P > 0 and Lk > 0 and not masked:
         out, lse = _decode(query, key, value, prefix_key, prefix_value, scale)
-        return out[..., :Dv], lse
+        return (out if out.shape[-1] == Dv else out[..., :Dv]), lse
 
     attend = kernels_of(query).forward
     if Lk > 0:

@@ -1,22 +1,14 @@
-"""Tables that sort a batch by prefix, for decoding with packed prefixes, and their cache.
-
-Tables depend on the contents of `prefix_index` and `prefix_lengths`. They are computed on the
-device and never read back; the host only knows their sizes. `CACHE` keeps them, so that the layers
-of a step share one table, and so do all steps until the batch changes.
-"""
+"""The tables of a batch, made by PyTorch's operators: the oracle of the kernel that builds them."""
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from .decode_grid import FIXED_PREFIX_SPLITS, PrefixCut
+from fastprefix.kernels.decode_grid import FIXED_PREFIX_SPLITS, PrefixCut
 
 
 @dataclass(frozen=True)
@@ -92,61 +84,62 @@ def ceil_to(total: Tensor, parts: int, step: int) -> Tensor:
     return (total + parts * step - 1) // (parts * step) * step
 
 
-class TableCache:
-    """Tables by the identity and the version of `prefix_index` and `prefix_lengths`.
+def boundaries(lengths: Tensor) -> Tensor:
+    """[N] lengths -> [N + 1] int32: where each begins, and where the last ends."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
-    The version is the counter that every in-place operation of PyTorch raises. Some changes do not
-    raise it: the replay of a CUDA graph, another library's kernel, `.data`. They need an explicit
-    plan. Tensors made in `torch.inference_mode` have no version, so their tables are not cached.
 
-    The cache keeps no tensor alive: entries hold weak references and go when their tensors do.
-    Tables belong to the stream that built them. Tables built while a CUDA graph is captured serve
-    only that capture, so that a replay of the graph computes them again.
+def expand(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The run that each item is in, and its place there: two tensors [total].
 
-    Several threads may use it at the same time.
+    Items past the sum of the counts are in run -1.
+
+    Args:
+        counts: [N], the lengths of the runs, which follow each other.
+        total: how many items there are.
     """
-
-    SIZE = 32  # entries; the one that was used longest ago goes first
-
-    def __init__(self) -> None:
-        """An empty cache."""
-        self._lock = threading.RLock()  # reentrant: a weak reference may die inside
-        self._entries: OrderedDict[Any, Any] = OrderedDict()
-        self._captured: OrderedDict[Any, Any] = OrderedDict()
-
-    def get(self, prefix_index: Tensor, prefix_lengths: Tensor, cut: PrefixCut) -> PrefixTables:
-        """The tables of these arguments, as :func:`build_tables` makes them."""
-        if prefix_index.is_inference() or prefix_lengths.is_inference():
-            return build_tables(prefix_index, prefix_lengths, cut)
-        tensors = (prefix_index, prefix_lengths)
-        stream, capturing = 0, False
-        if prefix_index.is_cuda:
-            stream = torch.cuda.current_stream(prefix_index.device).cuda_stream
-            capturing = torch.cuda.is_current_stream_capturing()
-        key = (*((id(t), t._version) for t in tensors), stream, cut)
-        with self._lock:
-            if not capturing:
-                self._captured.clear()
-            entries = self._captured if capturing else self._entries
-            found = entries.get(key)
-            if found is not None and all(r() is t for r, t in zip(found[0], tensors, strict=True)):
-                entries.move_to_end(key)
-                return found[1]
-            tables = build_tables(*tensors, cut)
-
-            def forget(_: Any) -> None:
-                with self._lock:
-                    entries.pop(key, None)
-
-            entries[key] = (tuple(weakref.ref(t, forget) for t in tensors), tables)
-            while len(entries) > self.SIZE:
-                entries.popitem(last=False)
-            return tables
-
-    def __len__(self) -> int:
-        """How many entries there are."""
-        with self._lock:
-            return len(self._entries) + len(self._captured)
+    ends = counts.cumsum(0)
+    item = torch.arange(total, device=counts.device)
+    run = torch.searchsorted(ends, item, right=True)
+    inside = run < counts.shape[0]
+    safe = run.clamp(max=counts.shape[0] - 1)
+    place = item - (ends - counts)[safe]
+    return torch.where(inside, run, -1), place
 
 
-CACHE = TableCache()
+def tiles(boundaries: Tensor, length: int, rows: int, group: int = 1) -> Tensor:
+    """Tiles of runs packed along an axis: [tiles, 2] int32 (run, tile inside it; -1: none).
+
+    Args:
+        boundaries: [N + 1], where the runs begin, and where the last one ends.
+        length: length of the axis. It bounds the number of tiles without asking the device.
+        rows: rows per tile.
+        group: how many times the rows of a run count, for heads that are packed into rows.
+    """
+    runs = boundaries.shape[0] - 1
+    counts = (boundaries.diff() * group + rows - 1) // rows
+    run, tile = expand(counts, triton.cdiv(length * group, rows) + runs)
+    return torch.stack([run, tile], 1).to(torch.int32)
+
+
+def query_tile_table(
+    index: Tensor | None, cu_seqlens: Tensor | None, M: int, N: int, Lq: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """The query tiles sorted by prefix: (sequence, tile) [tiles, 2] int32, and bounds [N + 1].
+
+    The tiles of prefix n are bounds[n] .. bounds[n + 1]; rows without a prefix come before all.
+    """
+    if index is None:
+        index = torch.zeros(M, dtype=torch.int32)
+    sorted_index, order = index.sort(stable=True)
+    if cu_seqlens is None:
+        total = M * triton.cdiv(Lq, rows)
+        counts = torch.full((M,), triton.cdiv(Lq, rows))
+    else:
+        total = triton.cdiv(Lq, rows) + M
+        counts = ((cu_seqlens.diff() + rows - 1) // rows)[order]
+    run, tile = expand(counts, total)
+    sequence = torch.where(run < 0, -1, order[run.clamp(min=0)])
+    first_row = torch.searchsorted(sorted_index, torch.arange(N + 1).int())
+    bounds = boundaries(counts)[first_row]
+    return torch.stack([sequence, tile], 1).to(torch.int32), bounds
