@@ -20,7 +20,7 @@ from .. import tilings
 from ..decode import decode_launches, decode_plan, shape_of_problem
 from ..decode_grid import two_phase_pays
 from ..forward import forward_launch
-from ..launch import Launch
+from ..launch import Launch, result
 from ..problem import Problem
 from ..target import Splitting
 from .tune import GAIN, Choice, TimedProblem, decode_problem, milliseconds, scratch_of
@@ -59,7 +59,7 @@ class _Step:
         plan = decode_plan(shape, target) if two_phase_pays(shape, target) else None
         grid = plan and plan.grid
         if grid not in self.times:
-            out = torch.empty_like(p.query)
+            out = result(p.query.shape, p.query)
             lse = torch.empty(p.query.shape[:3], dtype=torch.float32, device=device)
             if plan is None:
                 launches = [forward_launch(p, out, lse)]
