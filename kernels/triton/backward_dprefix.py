@@ -223,8 +223,9 @@ def dprefix_launches(
     grad_prefix_value: Tensor | None,
 ) -> list[launch.Launch]:
     """The launches that fill the (contiguous) prefix gradients that are not None, in order."""
-    _, _, Hkv, Lq, _, _ = problem.sizes
-    tile = tilings.choose_tile("dprefix", problem.work, Lq)
+    _, _, Hkv, Lq, _, P = problem.sizes
+    # Only the device knows the lengths of several prefixes, so the tile fits their mean.
+    tile = tilings.choose_tile("dprefix", problem.work, Lq, triton.cdiv(P, problem.prefixes or 1))
     parts, starts, key_tiles, row_tiles = parts_of(problem, tile)
     programs = Hkv * key_tiles
     splits = tilings.splits(programs, row_tiles, problem.target)
