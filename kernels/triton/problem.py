@@ -99,7 +99,11 @@ class Problem:
         """The tile of one of the passes forward, dq, dkv and dprefix."""
         Lq = self.query.shape[2]
         rows = self.group * Lq if pass_name in ("forward", "dq") else Lq
-        return tilings.choose_tile(pass_name, self.work, rows)
+        length = None
+        if pass_name == "dprefix":
+            # Only the device knows the lengths of several prefixes, so the tile fits their mean.
+            length = triton.cdiv(self.prefix_key.shape[1], self.prefixes or 1)
+        return tilings.choose_tile(pass_name, self.work, rows, length)
 
     def query_tiles(self, table: Tensor | None, rows: int) -> int:
         """How many tiles of packed rows a KV head has: those of a table [tiles, 2], or of B rows.

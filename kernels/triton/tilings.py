@@ -278,13 +278,16 @@ def row(pass_name: str, family: str, head_size: int, dtype: torch.dtype) -> tupl
     raise ValueError(f"head size {head_size} exceeds {MAX_HEAD_SIZE}")
 
 
-def choose_tile(pass_name: str, work: Work, query_rows: int) -> Tile:
+def choose_tile(
+    pass_name: str, work: Work, query_rows: int, prefix_length: int | None = None
+) -> Tile:
     """The tile for one of PASSES over runs of `query_rows` rows.
 
     Heavy work gets half of the table's rows. With all of them ptxas spills, and it does not
     compile dprefix with a bias at all. Other work gets the tile that was tuned on the device, if
     there is one. If there are fewer query rows than the tile has, the tile shrinks to the next
-    power of two that holds them.
+    power of two that holds them. With a `prefix_length` it shrinks to that too: see
+    :func:`fit_prefix`.
     """
     target = work.target
     name, tile = row(pass_name, target.family, work.head_size, work.dtype)
@@ -292,9 +295,34 @@ def choose_tile(pass_name: str, work: Work, query_rows: int) -> Tile:
         tile = target.tuned.get(name, tile)
     elif target.family != "interpreter":
         tile = tile._replace(rows=max(16, tile.rows // 2))
+    if prefix_length is not None:
+        tile = fit_prefix(tile, work, prefix_length)
     if work.full_tile:
         return tile
     return tile._replace(rows=min(tile.rows, max(16, next_power_of_2(query_rows))))
+
+
+def fit_prefix(tile: Tile, work: Work, length: int) -> Tile:
+    """A dprefix tile with no more keys than a prefix of this length needs.
+
+    The table's tile has up to 128 keys. A prefix of 20 to 32 tokens needs a quarter of its
+    products, and the tile that has 32 keys a third to a half of its instructions (static). It has
+    fewer warps, 4 at least (D 256 spills with so few), and up to 64 rows where registers allow it.
+
+    On sm_90 fewer than 64 keys run on mma.sync. There is no tile of 64 keys: at D 64 ptxas
+    serialises its products or needs as many instructions as for 128 keys, at D 128 it spills.
+    """
+    family = work.target.family
+    keys = max(16, next_power_of_2(length))
+    if keys >= tile.keys or (family == "hopper" and keys > 32):
+        return tile
+    rows = tile.rows
+    if keys * 4 <= tile.keys and not work.heavy and family != "rdna":
+        rows = max(rows, min(2 * rows, 64))
+    warps = tile.warps
+    if block_size(work.head_size) <= 128:
+        warps = min(warps, max(4, warps * keys // tile.keys))
+    return tile._replace(rows=rows, keys=keys, warps=warps)
 
 
 def gradients_in_one_pass(

@@ -22,6 +22,7 @@ from fastprefix.kernels.offline.cases import (
     TARGETS,
     Case,
     full_jobs,
+    launch_target,
     launches,
     parse_target,
     table_jobs,
@@ -140,6 +141,18 @@ def test_jobs_cover_the_rows_and_the_features(target):
     # alone, too
     alone = {job.case.features for job in full_jobs() if job.case.target == target}
     assert {(name,) for name in FEATURES} <= alone
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("P", "keys"), [(3, 16), (16, 16), (20, 32), (32, 32), (500, 512)])
+def test_short_prefixes_have_tiles_of_few_keys(target, P, keys):
+    for head_size in (64, 128, 256):
+        steps = launches(Case(target, head_size, prefix=P))
+        (tile, *_) = (x.tile for x in steps if x.kernel.__name__.endswith("dprefix_kernel"))
+        family = launch_target(target).family
+        _, table = tilings.row("dprefix", family, head_size, torch.bfloat16)
+        assert tile.keys == min(keys, table.keys)
+        assert tile.keys < table.keys or tile == table
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from fastprefix.kernels import tilings
-from fastprefix.kernels.offline.cases import FEATURES, launch_target
+from fastprefix.kernels.offline.cases import FEATURES, SHORT_PREFIXES, launch_target
 
 SHARED_LIMIT = {
     "cuda:80": 166_912, "cuda:90": 232_448, "cuda:100": 232_448, "cuda:120": 101_376,
@@ -176,7 +176,8 @@ class Lean:
         }
         seen = set()
         for r in main_path(found):
-            if r["case"]["head_size"] == head_size:
+            # Tiles for short prefixes cost more per FLOP, and have fewer of them.
+            if r["case"]["head_size"] == head_size and r["case"]["prefix"] > max(SHORT_PREFIXES):
                 for loop in r["loops"]:
                     name = (r["kernel"], loop["name"])
                     seen.add(name)

@@ -20,7 +20,7 @@ from fastprefix.options import Options
 
 CPU = torch.device("cpu")
 SHAPE = tune.TimedProblem(
-    16, torch.float32, batch=1, kv_heads=1, group=1, length=24, prefix=20, decode_batch=20
+    16, torch.float32, batch=1, kv_heads=1, group=1, length=24, prefix=40, decode_batch=20
 )
 HOPPER = tilings.Target("hopper", 132)
 

@@ -108,6 +108,8 @@ DECODE_MEETINGS: tuple[tuple[str, ...], ...] = (
 SHORT: dict[str, Any] = {
     "query_length": 32, "length": 32, "group": 1, "head_size": 128, "value_head_size": 64
 }  # fmt: skip
+# Lengths of prefixes for which the prefix's gradient has tiles of its own.
+SHORT_PREFIXES = (16, 32, 64)
 # A step of decoding. Its lengths are odd, so that no kernel is specialised for multiples of 16.
 DECODE: dict[str, Any] = {"batch": 33, "query_length": 1, "length": 2047, "prefix": 4097}
 
@@ -211,10 +213,14 @@ def is_main(case: Case) -> bool:
 
 
 def plain_jobs(target: str, head_size: int, dtype: str) -> list[Job]:
-    """Forward, backward and decoding without features."""
+    """Forward, backward, decoding, and the gradient of short prefixes, without features."""
     case = Case(target, head_size, dtype)
     step = dataclasses.replace(case, **DECODE)
-    return [Job(case, code=is_main(case)), Job(step, "decode", code=is_main(case))]
+    jobs = [Job(case, code=is_main(case)), Job(step, "decode", code=is_main(case))]
+    if dtype != "fp32":
+        short = (dataclasses.replace(case, prefix=P) for P in SHORT_PREFIXES)
+        jobs += [Job(each, "dprefix_kernel", code=is_main(case)) for each in short]
+    return jobs
 
 
 def table_jobs(target: str) -> list[Job]:

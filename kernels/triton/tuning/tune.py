@@ -36,7 +36,7 @@ from ..backward_dprefix import dprefix_launches
 from ..backward_dq import dq_launch
 from ..decode import DecodePlan, decode_launches, decode_plan, shape_of_problem
 from ..forward import forward_launch
-from ..launch import Launch
+from ..launch import Launch, result
 from ..problem import Problem, make_problem
 from ..target import Tile
 from .store import Tuned
@@ -154,7 +154,7 @@ class _Pass:
         self._saved: tuple[Tensor, Tensor, Tensor] | None = None
         if name not in ("forward", "decode"):
             grad_out = random(*query.shape)
-            out = torch.empty_like(query)
+            out = result(query.shape, query)
             lse, lse2, delta = (
                 torch.empty(query.shape[:3], dtype=torch.float32, device=device) for _ in range(3)
             )
@@ -169,11 +169,11 @@ class _Pass:
         if self._saved is None:
             return self._forward(p)
         if self.name == "dq":
-            dq = torch.empty_like(p.query)
+            dq = result(p.query.shape, p.query)
             return [dq_launch(p, *self._saved, dq)], [dq]
         sequence = self.name == "dkv"
         inputs = (p.key, p.value) if sequence else (p.prefix_key, p.prefix_value)
-        grads = [torch.empty_like(x) for x in inputs]
+        grads = [result(x.shape, x) if sequence else torch.empty_like(x) for x in inputs]
         launches: list[Launch] = []
         for pair in tilings.gradients_in_one_pass(p.work, *grads):
             if sequence:
@@ -185,7 +185,7 @@ class _Pass:
     def _forward(self, p: Problem) -> tuple[list[Launch], list[Tensor]]:
         """The launches of a forward or of a decoding step, and the output."""
         single, device = torch.float32, p.query.device
-        out = torch.empty_like(p.query)
+        out = result(p.query.shape, p.query)
         lse = torch.empty(p.query.shape[:3], dtype=single, device=device)
         if self.name == "forward":
             return [forward_launch(p, out, lse)], [out]
