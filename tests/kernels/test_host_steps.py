@@ -5,6 +5,7 @@ The one test that runs in Triton's interpreter starts a Python without it, in wh
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import simulated_gpu
+from fastprefix import prefix_attention
 from fastprefix.attention.api import attention_with_options
 from fastprefix.attention.step import Step
 from fastprefix.kernels import launch_forward
@@ -113,3 +115,35 @@ def test_a_captured_call_makes_its_tables_itself(driver):
             launch_forward(*call.five, call.options)
         assert counts.launches[0].name == "prefix_attn_tables_kernel"
         assert not counts.outliving
+
+
+def living() -> set[int]:
+    """The tensors that are alive, by id."""
+    gc.collect()
+    return {id(x) for x in gc.get_objects() if type(x) is torch.Tensor}
+
+
+@inside
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"Lq": 1, "Lk": 256, "P": 4096, **SEVERAL},
+        {"B": 1, "Lq": 64, "Lk": 64, "P": 128, **PACKED},
+    ],
+    ids=["decode, several prefixes", "packed sequences"],
+)
+def test_no_tensor_outlives_a_compiled_call(driver, shape):
+    """A tensor that stayed in the memory pool of CUDA graphs would be an error of their trees."""
+    call = causal_call(**shape)
+    asked = ("prefix_index", "prefix_lengths", "cu_seqlens")
+    given = {name: getattr(call.options, name) for name in asked}
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def attend() -> torch.Tensor:
+        return prefix_attention(*call.five, **given, is_causal=True, backend="triton")
+
+    with torch.no_grad():
+        attend()
+        before = living()
+        out = attend()
+        assert living() - before <= {id(out)}
