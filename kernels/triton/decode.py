@@ -26,9 +26,16 @@ from .decode_grid import (
     shape_of,
 )
 from .decode_kernels import prefix_attn_decode_kernel, prefix_attn_decode_merge_kernel
+from .plan_cache import PlanCache
 from .problem import Problem, make_problem
-from .tables import tables_of
+from .tables import layout_of, tables_launch, tables_of
 from .target import Target
+
+# The most queries of a sequence that a step of a generation may have, where tokens are guessed
+# ahead. Longer calls are prompts, whose text does not grow by calls like them.
+STEP_LENGTH = 16
+# The kinds of steps for which :func:`compile_ahead` was called.
+AHEAD = PlanCache()
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,34 @@ def decode(problem: Problem, tables: BatchTables | None) -> tuple[Tensor, Tensor
         for step in decode_launches(problem, plan, part_out, part_lse, out, lse, tables):
             step.run()
     return out, lse
+
+
+def compile_ahead(problem: Problem) -> None:
+    """Compiles what a step of a generation will run when its text has grown.
+
+    Short texts run in one pass, longer ones in two phases. Without this, the first step in two
+    phases would wait for the compiler, seconds long. Each kind of step is compiled once.
+    """
+    options, shape = problem.options, shape_of_problem(problem)
+    if shape.Lq > STEP_LENGTH or launch.collecting() or problem.target.family == "interpreter":
+        return
+    if problem.query.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # nothing may be loaded now
+    used = tuple(value is not None for value in options)
+    key = (problem.query.device, options.is_causal, shape._replace(Lk=0, sliding_window=None), used)
+    if AHEAD.get(key) or not shape.B or obstacle(problem) is not None:
+        return
+    AHEAD.keep(key, True)
+    plan, device = decode_plan(shape, problem.target), problem.query.device
+    part_out = torch.empty((1,), dtype=torch.float32, device=device)
+    out = launch.result((1, 1, 1, 1), problem.query)
+    layout, tables = layout_of(problem, plan.grid.prefix), None
+    if layout is not None:
+        memory = torch.empty((layout.size(),), dtype=torch.int32, device=device)
+        tables = layout.views(memory)
+        tables_launch(options, layout, tables).compile()
+    for step in decode_launches(problem, plan, part_out, part_out, out, part_out, tables):
+        step.compile()
 
 
 def decode_forward(

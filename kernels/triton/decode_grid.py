@@ -53,13 +53,13 @@ def shape_of(
 ) -> DecodeShape:
     """The shape that a plan for these operands is made for.
 
-    A window that hides nothing is dropped. With batch_invariant it stays: the instructions for one
-    row must not depend on whether other rows are longer than the window.
+    A window that hides nothing yet stays one. So a text that grows past its window runs the same
+    kernels as before.
     """
     B, Hq, Lq, D = query.shape
     Lk = key.shape[2]
-    if sliding_window is not None and sliding_window >= max(Lk, Lq):
-        sliding_window = max(Lk, Lq) if batch_invariant else None
+    if sliding_window is not None:
+        sliding_window = min(sliding_window, max(Lk, Lq))
     return DecodeShape(
         B, Hq, key.shape[1], Lq, Lk, prefix_key.shape[1],
         None if prefix_lengths is None else prefix_lengths.shape[0],

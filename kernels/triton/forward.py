@@ -352,6 +352,7 @@ def _launch_forward(
     cut = decode.cut_of(problem)
     if cut is not None:
         return decode.decode(problem, tables_of(problem, cut))
+    decode.compile_ahead(problem)
     shape = (*query.shape[:3], value.shape[-1])
     out = launch.result(shape, query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)

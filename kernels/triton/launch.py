@@ -109,6 +109,13 @@ class Launch:
         if record is not None:
             record.launches.append((self, compiled))
 
+    def compile(self) -> None:
+        """Compiles the kernel for these arguments and loads it, so that a later launch need not."""
+        compiled = self.kernel.warmup(
+            grid=self.grid, **self.arguments, **self.constants, **self.options
+        )
+        _ = compiled.run  # loads it
+
 
 class Record(NamedTuple):
     """What happened inside :func:`recorded`.

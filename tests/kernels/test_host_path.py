@@ -1,16 +1,11 @@
 """What a call does on the host before its kernels start, on a simulated GPU.
 
-Triton's JIT needs a Python in which the interpreter is off. Where it is on, the one test that runs
-starts that Python, and the others run inside of it. Kernels are specialised there, and only one is
-compiled.
+Kernels are specialised there, and only one is compiled.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,26 +27,18 @@ from fastprefix_testing.launcher_calls import (
     PACKED,
     SEVERAL,
     Call,
+    attend,
     causal_call,
     random_call,
 )
-
-SIMULATED = os.environ.get("TRITON_INTERPRET") == "0"
-inside = pytest.mark.skipif(not SIMULATED, reason="runs in the Python of test_on_a_simulated_gpu")
+from fastprefix_testing.simulated import inside, outside, run_inside
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.skipif(SIMULATED, reason="this is that Python")
+@outside
 def test_on_a_simulated_gpu():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_inside(__file__)
 
 
 COMPILE = triton.compiler.compile
@@ -66,18 +53,6 @@ def driver() -> simulated_gpu.Driver:
 @pytest.fixture(autouse=True)
 def _no_plans() -> None:
     PLANS.clear()
-
-
-def attend(call: Call) -> Tensor:
-    """The operator, as generation calls it."""
-    with torch.no_grad():
-        return prefix_attention(
-            *call.five,
-            is_causal=True,
-            key_padding_mask=call.options.key_padding_mask,
-            key_lengths=call.options.key_lengths,
-            backend="triton",
-        )
 
 
 def train(call: Call) -> tuple[Tensor, ...]:
@@ -146,38 +121,6 @@ def test_what_a_layer_runs(driver, layer, shape, launches, kernels):
         assert counts.kernels == kernels
         assert not counts.loaded
         assert not counts.outliving
-
-
-@inside
-@pytest.mark.parametrize("cache", ["grown by cat", "a longer buffer"])
-@pytest.mark.parametrize("P", [20, 4096])
-@pytest.mark.parametrize("pad", [False, True])
-def test_nothing_is_compiled_while_a_text_grows(driver, P, pad, cache):
-    first = causal_call(Lq=1, Lk=1, P=P, pad=pad)
-    buffer = torch.zeros(8, 2, 300, 16, dtype=torch.bfloat16)
-    attend(first)
-    with simulated_gpu.counting(driver) as counts:
-        for Lk in range(1, 301):
-            key = buffer[:, :, :Lk]
-            if cache == "grown by cat":
-                key = key.contiguous()
-            mask = torch.ones(8, Lk, dtype=torch.bool) if pad else None
-            options = first.options._replace(key_padding_mask=mask)
-            attend(Call({**first.tensors, "key": key, "value": key}, options))
-    assert counts.loaded == []
-
-
-@inside
-@pytest.mark.parametrize("P", [20, 4096])
-@pytest.mark.parametrize("pad", [False, True])
-def test_a_static_cache_has_one_plan_while_a_text_grows(driver, P, pad):
-    first = causal_call(Lq=1, Lk=300, P=P, pad=pad, in_use=1)
-    attend(first)
-    with simulated_gpu.counting(driver) as counts:
-        for length in range(1, 301):
-            attend(causal_call(Lq=1, Lk=300, P=P, pad=pad, in_use=length))
-    assert counts.loaded == []
-    assert len(PLANS) == 1
 
 
 def forward(call: Call) -> tuple[Tensor | None, ...]:

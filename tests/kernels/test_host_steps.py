@@ -1,14 +1,8 @@
-"""What the layers of one forward launch together, on a simulated GPU.
-
-The one test that runs in Triton's interpreter starts a Python without it, in which the others run.
-"""
+"""What the layers of one forward launch together, on a simulated GPU."""
 
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -21,21 +15,12 @@ from fastprefix.attention.step import Step
 from fastprefix.kernels import launch_forward
 from fastprefix.kernels.plan_cache import PLANS
 from fastprefix_testing.launcher_calls import PACKED, SEVERAL, Call, causal_call
-
-SIMULATED = os.environ.get("TRITON_INTERPRET") == "0"
-inside = pytest.mark.skipif(not SIMULATED, reason="runs in the Python of test_on_a_simulated_gpu")
+from fastprefix_testing.simulated import inside, outside, run_inside
 
 
-@pytest.mark.skipif(SIMULATED, reason="this is that Python")
+@outside
 def test_on_a_simulated_gpu():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_inside(__file__)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprefix import prefix_attention
 from fastprefix.options import Options
 
 FIVE = ("query", "key", "value", "prefix_key", "prefix_value")
@@ -159,3 +160,13 @@ SEVERAL = {
     "prefix_lengths": torch.tensor([3000, 1000, 96], dtype=torch.int32),
 }
 PACKED = {"cu_seqlens": torch.tensor([0, 20, 20, 64], dtype=torch.int32)}
+ATTENDED = ("is_causal", "key_padding_mask", "key_lengths", "sliding_window", *SEVERAL, *PACKED)
+
+
+def attend(call: Call) -> Tensor:
+    """The operator by the triton backend, as generation calls it."""
+    options = call.options._asdict()
+    given = {name: options[name] for name in ATTENDED}
+    with torch.no_grad():
+        out: Tensor = prefix_attention(*call.five, **given, backend="triton")
+        return out
