@@ -1,15 +1,11 @@
 """The merge of a decode step may be launched while the tiles still run, and waits for them.
 
-What the kernels compile to needs Triton's JIT, so those tests run in a Python of their own, as in
-test_host_path.py.
+What the kernels compile to needs Triton's JIT, so those tests run in a Python of their own.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -22,24 +18,14 @@ from fastprefix.kernels.offline.cases import DECODE, Case, launch_target, launch
 from fastprefix.kernels.target import Target
 from fastprefix.options import Options
 from fastprefix_testing.decode import hopper
+from fastprefix_testing.simulated import inside, outside, run_inside
 
-COMPILING = os.environ.get("TRITON_INTERPRET") == "0"
-inside = pytest.mark.skipif(
-    not COMPILING, reason="runs in the Python of test_in_a_compiling_python"
-)
 OVERLAPPING = ("cuda:90", "cuda:100", "cuda:120")
 
 
-@pytest.mark.skipif(COMPILING, reason="this is that Python")
-def test_in_a_compiling_python():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+@outside
+def test_on_a_simulated_gpu():
+    run_inside(__file__)
 
 
 def step_on(target: Target, Lk: int = 64, P: int = 64) -> list[launch.Launch]:
