@@ -119,11 +119,11 @@ def test_pickles_in_place_of_an_adapters_files(tmp_path, kind, safe):
 
 def test_pickles_in_place_of_other_files(tmp_path, monkeypatch):
     """In place of a prefix, a budget, a folder to convert, records, results and tuned tiles."""
-    from fastprefix.kernels import tilings
+    from fastprefix.kernels import target
     from fastprefix.kernels.tuning import store
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    tiles = store.save("GPU", {"a": tilings.Tile(64, 32, 4, 2)})
+    tiles = store.save("GPU", "a", target.Tile(64, 32, 4, 2))
     folder = tmp_path / "prefixes"
     x = torch.randn(1, 2, 2)
     KVBudget(10**6, folder).put("a", PrefixKV([x], [x], 2))
@@ -139,7 +139,7 @@ def test_pickles_in_place_of_other_files(tmp_path, monkeypatch):
         tmp_path / "records.jsonl": [load_records],
         tmp_path / "records.txt": [load_records],
         tmp_path / "result.json": [lambda file: known(file, "x")],
-        tiles: [lambda _: store.load("GPU")],
+        tiles: [lambda _: store.load("GPU", target.Tile)],
     }
     for what, content in pickles(canary).items():
         for file, readings in readers.items():

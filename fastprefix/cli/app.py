@@ -412,9 +412,9 @@ def tune(
     prefix: Annotated[int, typer.Option(**_SIZES, help="Prefix length.")] = 1024,
     decode_batch: Annotated[int, typer.Option(**_SIZES, help="Sequences in a decoding step.")] = 64,
 ) -> None:
-    """Time the kernels' tiles, and how decoding cuts its keys, on this GPU and keep the fastest.
+    """Time the kernels' tiles on this GPU and keep the fastest.
 
-    Later processes take them from the disk.
+    The same for how decoding cuts its keys. Later processes take both from the disk.
     """
     from fastprefix.cli.tune import run_tuning
 

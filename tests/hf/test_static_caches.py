@@ -43,9 +43,9 @@ def calls(monkeypatch):
     made = []
     real = layer_call.attention_with_options
 
-    def run(query, key, value, prefix_key, prefix_value, options, backend):
+    def run(query, key, value, prefix_key, prefix_value, options, *others):
         made.append((query.shape[2], key.shape[2], options))
-        return real(query, key, value, prefix_key, prefix_value, options, backend)
+        return real(query, key, value, prefix_key, prefix_value, options, *others)
 
     monkeypatch.setattr(layer_call, "attention_with_options", run)
     return made

@@ -37,6 +37,8 @@ OTHERS = {
     "prefix_attn_bwd_delta_kernel",
     "prefix_attn_bwd_dprefix_reduce_kernel",
     "prefix_attn_decode_merge_kernel",
+    "prefix_attn_tables_kernel",
+    "prefix_attn_ranks_kernel",
 }
 LOOPS = {
     "prefix_attn_fwd_kernel": ["prefix", "prefix tail", "sequence", "sequence, masked"],
