@@ -172,7 +172,7 @@ def prefix_attention(
         ValueError: a shape, device, mask, length or number does not fit, or two arguments do not
             go together; the message names the argument. Values of prefix_index, prefix_lengths
             and cu_seqlens are read on the CPU, asserted on the device elsewhere, and trusted under
-            torch.compile. Those of key_lengths are read on the CPU alone; elsewhere, and under
+            torch.compile. Values of key_lengths are checked only on the CPU; elsewhere, and under
             torch.compile, the backends limit them to 0 .. Lk.
         TypeError: an unknown argument, not a tensor, number or flag where one goes, or a dtype
             does not fit.

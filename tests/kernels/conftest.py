@@ -1,4 +1,4 @@
-"""Buffers that catch stray accesses of the kernels."""
+"""Buffers that catch stray accesses of the kernels, and the simulated GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+
+import simulated_gpu
+from fastprefix.kernels.plan_cache import PLANS
 
 GUARD = 12345.0
 
@@ -36,3 +39,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[Tensor,
         return handed
 
     return check
+
+
+@pytest.fixture(scope="session")
+def driver() -> simulated_gpu.Driver:
+    """The driver of the simulated GPU, for tests that are `inside`; it stays for good."""
+    return simulated_gpu.install(compiled=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_plans() -> None:
+    PLANS.clear()

@@ -39,17 +39,6 @@ def test_on_a_simulated_gpu():
     run_inside(__file__)
 
 
-@pytest.fixture(scope="module")
-def driver() -> simulated_gpu.Driver:
-    """The driver of the simulated GPU."""
-    return simulated_gpu.install(compiled=False)
-
-
-@pytest.fixture(autouse=True)
-def _no_plans() -> None:
-    PLANS.clear()
-
-
 @inside
 @pytest.mark.parametrize("cache", ["grown by cat", "a longer buffer"])
 @pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)

@@ -44,17 +44,6 @@ def test_on_a_simulated_gpu():
 COMPILE = triton.compiler.compile
 
 
-@pytest.fixture(scope="module")
-def driver() -> simulated_gpu.Driver:
-    """The driver of the simulated GPU."""
-    return simulated_gpu.install(compiled=False)
-
-
-@pytest.fixture(autouse=True)
-def _no_plans() -> None:
-    PLANS.clear()
-
-
 def train(call: Call) -> tuple[Tensor, ...]:
     """The operator and all of its gradients."""
     leaves = [x.requires_grad_() for x in call.five]

@@ -13,7 +13,6 @@ from fastprefix import prefix_attention
 from fastprefix.attention.api import attention_with_options
 from fastprefix.attention.step import Step
 from fastprefix.kernels import launch_forward
-from fastprefix.kernels.plan_cache import PLANS
 from fastprefix_testing.launcher_calls import PACKED, SEVERAL, Call, causal_call
 from fastprefix_testing.simulated import inside, outside, run_inside
 
@@ -21,17 +20,6 @@ from fastprefix_testing.simulated import inside, outside, run_inside
 @outside
 def test_on_a_simulated_gpu():
     run_inside(__file__)
-
-
-@pytest.fixture(scope="module")
-def driver() -> simulated_gpu.Driver:
-    """The driver of the simulated GPU."""
-    return simulated_gpu.install(compiled=False)
-
-
-@pytest.fixture(autouse=True)
-def _no_plans() -> None:
-    PLANS.clear()
 
 
 def layers(call: Call, count: int) -> None:

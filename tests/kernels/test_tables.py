@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,12 +30,12 @@ def built(layout: tables.Layout, **tensors: Tensor | None) -> BatchTables:
     return found
 
 
-def sizes(**changes: object) -> tables.Layout:
+def sizes(**changes: Any) -> tables.Layout:
     base = tables.Layout(
         M=1, N=1, length=1, P=0, group=1, packed=False, cut=None, forward=16, dq=32, dkv=16,
         prefix_keys=16, prefix_rows=32,
     )  # fmt: skip
-    return base._replace(**changes)  # type: ignore[arg-type]
+    return base._replace(**changes)
 
 
 def assert_tiles(found: Tensor, expected: Tensor) -> None:
