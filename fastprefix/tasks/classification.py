@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset
 
 from fastprefix.arguments import methods_refuse_unknown_arguments, refuses_unknown_arguments
+from fastprefix.tasks.splitting import side_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,24 +73,24 @@ def split_examples(
     if not 0 < heldout_share < 1:
         raise ValueError(f"heldout_share: got {heldout_share}, takes a number between 0 and 1")
     unique: dict[str, Example] = {}
-    sides: tuple[list[Example], list[Example]] = ([], [])
+    sides: dict[str, list[Example]] = {"train": [], "heldout": []}
     for example in examples:
         key = " ".join(example.text.split())
         known = unique.get(key)
         if known is None:
             unique[key] = example
-            digest = hashlib.sha256(key.encode()).digest()
-            sides[int.from_bytes(digest[:8], "big") < heldout_share * 2**64].append(example)
+            sides[side_of(key, heldout_share)].append(example)
         elif known.label != example.label:
             raise ValueError(
                 f"examples: {key[:60]!r}... is in {known.label!r} and in {example.label!r}"
             )
-    if not all(sides):
+    train, heldout = sides.values()
+    if not (train and heldout):
         raise ValueError(
-            f"heldout_share: {heldout_share} leaves {len(sides[0])} and {len(sides[1])} of "
+            f"heldout_share: {heldout_share} leaves {len(train)} and {len(heldout)} of "
             f"{len(unique)} texts"
         )
-    return sides
+    return train, heldout
 
 
 @methods_refuse_unknown_arguments
