@@ -32,7 +32,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fastprefix.cli.loading import DEFAULT_MODEL, load
+from fastprefix.training.base_models import DEFAULT_MODEL, load
 from training.pictures import compared, stability
 from training.plan import BUDGETS, METHODS, Run, TaskName
 from training.report import Comparison, report

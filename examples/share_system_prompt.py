@@ -9,7 +9,7 @@ import sys
 import torch
 
 from fastprefix import PrefixKV, use_prefix
-from fastprefix.cli.loading import load
+from fastprefix.training.base_models import load
 
 SYSTEM = "<|im_start|>system\nYou answer in one short sentence.<|im_end|>\n"
 QUESTIONS = ["What is the capital of France?", "Name a fruit that is red.", "What is ice made of?"]

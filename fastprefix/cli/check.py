@@ -13,13 +13,13 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from fastprefix.cli.console import console, working
-from fastprefix.cli.loading import load_model
 from fastprefix.hf.checking.check_prefix import check_prefix
 from fastprefix.hf.checking.known import FACTS
 from fastprefix.hf.checking.samples import PREFIX
 from fastprefix.hf.patch.patch import patch_of
 from fastprefix.hf.patch.patching import patch_model, unpatch_model
 from fastprefix.kv import PrefixKV
+from fastprefix.training.base_models import load_model
 
 _QUESTIONS = {
     "patch": "the model patched, without a prefix",

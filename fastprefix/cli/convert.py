@@ -20,7 +20,6 @@ from torch import Tensor
 from fastprefix.cli.console import console, working
 from fastprefix.cli.errors import blaming, complain
 from fastprefix.cli.inputs import place_to_write
-from fastprefix.cli.loading import load_causal, load_config, load_seq2seq
 from fastprefix.files import finish, is_leftover, opened
 from fastprefix.formats.peft_files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from fastprefix.formats.peft_prefixes import (
@@ -32,6 +31,7 @@ from fastprefix.formats.peft_prefixes import (
 )
 from fastprefix.formats.peft_prompts import INFIX_KIND, PROMPT_KINDS, load_prompt, save_prompt
 from fastprefix.kv import Group, PrefixKV
+from fastprefix.training.base_models import load_causal, load_config, load_seq2seq
 
 FILE = "fastprefix"  # a PrefixKV file
 FORMATS = (FILE, *PREFIX_KINDS, *PROMPT_KINDS)

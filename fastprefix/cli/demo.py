@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fastprefix.cli.console import console, working
 from fastprefix.cli.errors import blaming
-from fastprefix.cli.loading import load
 from fastprefix.cli.outputs import write_text
 from fastprefix.cli.prompts import save_template
 from fastprefix.cli.training import train_prefix
@@ -24,6 +23,7 @@ from fastprefix.hf import unpatch_model
 from fastprefix.hf.versions import peft_mismatch
 from fastprefix.tasks import Collator, DescriptionDataset, Record, load_descriptions
 from fastprefix.tasks.evaluation import describe, target_loss
+from fastprefix.training.base_models import load
 from fastprefix.tuning import PrefixConfig, PrefixTuningModel
 from fastprefix.tuning.trainer import FitOptions
 

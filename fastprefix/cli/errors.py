@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
+
+from fastprefix.training.messages import reason
 
 # Newer releases of typer contain their own click; older ones use the installed click.
 _UsageError: Any = typer.BadParameter.__base__
@@ -85,22 +86,6 @@ def complain(message: str, code: int) -> int:
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     typer.echo(typer.style("error:", fg="red", bold=True) + " " + line, err=True)
     return code
-
-
-def reason(error: BaseException) -> str:
-    """An error's message without the error number of the operating system."""
-    if isinstance(error, OSError) and error.strerror:
-        what = error.strerror[0].lower() + error.strerror[1:]
-        return what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    message = str(error).partition("\nException raised from")[0].strip()
-    message = re.sub(r"\[Errno -?\d+\] ?| ?\(os error \d+\)", "", message)
-    if not message:
-        return type(error).__name__
-    # the message of these is only a name
-    told_by_kind = isinstance(error, (LookupError, AttributeError, AssertionError))
-    return f"{type(error).__name__}: {message}" if told_by_kind else message
 
 
 @contextlib.contextmanager

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fastprefix.cli.console import messages, tell, working
 from fastprefix.cli.errors import blaming
-from fastprefix.cli.loading import load_causal, load_tokenizer
 from fastprefix.cli.prompts import encode, shared, template_of
 from fastprefix.formats.peft_files import read_config
 from fastprefix.formats.peft_prefixes import OWN_KIND, PREFIX_KINDS, load_adapter
 from fastprefix.formats.peft_prompts import PROMPT_KINDS, load_prompt
 from fastprefix.hf import use_prefix
 from fastprefix.kv import PrefixKV
+from fastprefix.training.base_models import load_causal, load_tokenizer
 from fastprefix.tuning import PrefixTuningModel, PromptTuningModel
 
 

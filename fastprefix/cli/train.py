@@ -11,10 +11,10 @@ from transformers import set_seed
 
 from fastprefix.cli.console import tell, working
 from fastprefix.cli.errors import blaming
-from fastprefix.cli.loading import load_causal, load_tokenizer
 from fastprefix.cli.prompts import save_template
 from fastprefix.cli.training import train_prefix
 from fastprefix.tasks import Collator, DescriptionDataset, load_descriptions, load_records
+from fastprefix.training.base_models import load_causal, load_tokenizer
 from fastprefix.tuning import PrefixConfig, PrefixTuningModel
 from fastprefix.tuning.trainer import FitOptions
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
-from fastprefix.cli.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
 from fastprefix.hf.versions import enable_checkpointing, peft_mismatch
 from fastprefix.kv import PrefixKV, to_flat
+from fastprefix.training.memory import ALLOCATOR_ENVIRONMENT, PeakMemory
 from fastprefix.tuning import PrefixConfig, PrefixTuningModel
 
 

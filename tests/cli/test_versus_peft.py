@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastprefix.cli.memory import PeakMemory
 from fastprefix.cli.versus_peft import Workload, compare
+from fastprefix.training.memory import PeakMemory
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:

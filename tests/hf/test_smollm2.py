@@ -8,8 +8,8 @@ import torch
 
 import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, use_prefix
-from fastprefix.cli.loading import load
 from fastprefix.tasks import load_descriptions
+from fastprefix.training.base_models import load
 
 pytestmark = pytest.mark.slow
 NEW = {"max_new_tokens": 64, "min_new_tokens": 64}  # none stops early

