@@ -52,15 +52,22 @@ def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     return load_causal(name, dtype), tokenizer
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of :func:`load`. Loading it is fast compared with the model."""
+def load_tokenizer(name: str, task_type: str = "CAUSAL_LM") -> Tokenizer:
+    """The tokenizer of :func:`load`. Loading it is fast compared with the model.
+
+    Args:
+        name: as in :func:`load`.
+        task_type: PEFT's name of what the model does. For "CAUSAL_LM" texts are padded on the left,
+            for the others where the tokenizer does it.
+    """
     folder, gguf = model_source(name)
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     with _clear(name, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
+    if task_type == "CAUSAL_LM":
+        tokenizer.padding_side = "left"
     return tokenizer
 
 

@@ -1,0 +1,112 @@
+"""The examples of a run: which split has which, and as what a Trainer gets them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from accelerate import PartialState
+
+from fastprefix.tasks.encoding import Encoding, TaskType, task_types
+from fastprefix.tasks.loading import load_examples, splits_of
+from fastprefix.tasks.task import Example, Extraction, Generation, Split, Task
+from fastprefix.training.base_models import load_config
+from fastprefix.training.config import RunConfig
+from fastprefix.training.sources import model_source
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a run trains with and is measured by.
+
+    Attributes:
+        train: items for the Trainer.
+        train_examples: how many examples they come from; None if that is not known beforehand.
+        steps: optimizer steps of the run.
+        collator: makes batches of items.
+        validation: held-out examples that decide when to stop; None if there are none.
+        validation_items: the same as items.
+        test: held-out examples that are reported; None if there are none.
+    """
+
+    train: Any
+    train_examples: int | None
+    steps: int
+    collator: Callable[[list[dict[str, Any]]], Any]
+    validation: Sequence[Example] | None
+    validation_items: list[dict[str, Any]]
+    test: Sequence[Example] | None
+
+
+def task_type_of(config: RunConfig, task: Task) -> TaskType:
+    """What the model does in a run: as configured, or what suits task and model.
+
+    Raises:
+        ValueError: the task cannot be trained like this.
+    """
+    kinds = task_types(task)
+    if config.task_type is not None:
+        if config.task_type not in kinds:
+            raise ValueError(
+                f"task_type: got {config.task_type}, {task.name} takes one of {list(kinds)}"
+            )
+        return config.task_type
+    if isinstance(task, Extraction):
+        return "QUESTION_ANS"
+    _, gguf = model_source(config.model)
+    if gguf is not None:
+        return "CAUSAL_LM"
+    described = load_config(config.model)
+    if getattr(described, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    writes = any("LM" in name for name in described.architectures or ["ForCausalLM"])
+    masked = any("Masked" in name for name in described.architectures or [])
+    if isinstance(task, Generation) or (writes and not masked):
+        return "CAUSAL_LM"
+    return "SEQ_CLS"
+
+
+def read_splits(config: RunConfig, task: Task, encoding: Encoding) -> Splits:
+    """All examples of a run.
+
+    Raises:
+        ValueError: see :func:`fastprefix.tasks.loading.load_examples`.
+    """
+    there = splits_of(task, _files(config))
+    train = _sample(_load(config, task, "train"), config.train_size, f"{config.seed}")
+    validation = test = None
+    if "validation" in there:
+        validation = _sample(_load(config, task, "validation"), config.validation_size, "")
+    if "test" in there:
+        test = _sample(_load(config, task, "test"), config.test_size, "")
+    items = list(encoding.items(train))
+    processes = PartialState().num_processes
+    return Splits(
+        train=items,
+        train_examples=len(train),
+        steps=config.steps_of(len(items), processes),
+        collator=encoding.collator(),
+        validation=validation,
+        validation_items=list(encoding.items(validation or [])),
+        test=test,
+    )
+
+
+def _load(config: RunConfig, task: Task, split: str) -> list[Example]:
+    return load_examples(
+        task, cast(Split, split), data_files=_files(config), columns=config.columns
+    )
+
+
+def _files(config: RunConfig) -> dict[str, str] | None:
+    return None if config.data_files is None else {str(k): v for k, v in config.data_files.items()}
+
+
+def _sample(examples: list[Example], size: int | None, salt: str) -> list[Example]:
+    """Some of the examples, chosen by their content, so that their order does not matter."""
+    if size is None or size >= len(examples):
+        return examples
+    ordered = sorted(examples, key=lambda each: hashlib.sha256(f"{salt}{each!r}".encode()).digest())
+    return ordered[:size]
