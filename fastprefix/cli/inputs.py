@@ -22,8 +22,10 @@ from fastprefix.training.sources import (
 )
 
 __all__ = [
+    "ADAPTER_WEIGHTS",
     "DEFAULT_MODEL",
     "adapter",
+    "exists",
     "file_to_read",
     "file_to_write",
     "folder_to_read",
@@ -31,6 +33,7 @@ __all__ = [
     "model",
     "package",
     "place_to_write",
+    "run_to_write",
     "texts",
 ]
 
@@ -139,6 +142,26 @@ def folder_to_write(path: Path, argument: str, replace: bool = True) -> None:
     problem = place_to_write(path)
     if problem is not None:
         raise ValueError(f"{argument}: got {path}, but {problem}")
+
+
+def run_to_write(path: Path, argument: str, replace: bool) -> None:
+    """Refuses a path that cannot become the folder of a run.
+
+    Args:
+        path: of the folder, which need not exist.
+        argument: what the path was given as, for messages.
+        replace: what is in it. Without it a run in it is one that goes on.
+
+    Raises:
+        ValueError: it is a file, cannot be written, or holds something else than a run.
+    """
+    folder_to_write(path, argument)
+    taken = path.is_dir() and any(path.iterdir()) and not exists(path / "config.yaml")
+    if taken and not replace:
+        raise ValueError(
+            f"{argument}: got {path}, which holds something else than a run; takes another "
+            "folder, or --force"
+        )
 
 
 def file_to_write(path: Path, argument: str) -> None:

@@ -3,48 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from transformers import set_seed
+from accelerate import PartialState
 
-from fastprefix.cli.console import tell, working
-from fastprefix.cli.errors import blaming
-from fastprefix.cli.prompts import save_template
-from fastprefix.cli.training import train_prefix
-from fastprefix.tasks import Collator, DescriptionDataset, load_descriptions, load_records
-from fastprefix.training.base_models import load_causal, load_tokenizer
-from fastprefix.tuning import PrefixConfig, PrefixTuningModel
-from fastprefix.tuning.trainer import FitOptions
+from fastprefix.cli.console import progress, tell
+from fastprefix.training.config import ADAPTER, CONFIG, RunConfig
+from fastprefix.training.run import CHECKPOINTS, RESULT, train_run
 
 
-def run_training(
-    model_name: str,
-    dtype: str,
-    data: Path | None,
-    output: Path,
-    config: PrefixConfig,
-    options: FitOptions,
-    max_length: int,
-) -> None:
-    """Reads the records, loads the model, trains and saves."""
-    with blaming("--data"):
-        records = load_descriptions("train") if data is None else load_records(data)
-    tokenizer = load_tokenizer(model_name)
-    with blaming("--data"):  # before the model: a record may be too long
-        items = DescriptionDataset(records, tokenizer, max_length)
-    set_seed(options.seed)
-    with working(f"loading {model_name}"):
-        model = load_causal(model_name, getattr(torch, dtype))
-    tuned = PrefixTuningModel(model, config, tokenizer)
-    with contextlib.redirect_stdout(sys.stderr):
-        tuned.print_trainable_parameters()
-    losses = train_prefix(tuned, items, Collator(tokenizer), options)
-    with blaming("--output"):
-        tuned.save_pretrained(output)
-        save_template(tokenizer, output)
-    tell(
-        f"training loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; "
-        f"adapter saved in {output}"
-    )
+def run_training(config: RunConfig, output: Path, replace: bool) -> None:
+    """Trains, with a bar, and prints the result as JSON.
+
+    Of several processes only the first one prints.
+    """
+    first = PartialState().is_main_process
+    if replace and first:
+        for name in (CONFIG, RESULT):
+            (output / name).unlink(missing_ok=True)
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    PartialState().wait_for_everyone()
+    if not first:
+        train_run(config, output)
+        return
+    tell(f"training {config.method} of {config.model} on {config.task}")
+    with contextlib.ExitStack() as shown:
+        bars: list[Callable[[int, str], None]] = []
+
+        def show(done: int, total: int, note: str) -> None:
+            if not bars:  # how many steps there are is known once the data is read
+                bars.append(shown.enter_context(progress("training", total)))
+            bars[0](done, note)
+
+        result = train_run(config, output, show=show)
+    share = result["trainable"] / result["total"]
+    told = f"trained {result['trainable']:,d} numbers ({share:.3%}), {result['steps']} steps"
+    tell(f"{told}; adapter in {output / ADAPTER}" if config.save else told)
+    print(json.dumps({"validation": result["validation"], "test": result["test"]}, indent=1))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fastprefix.arguments import nearest
 from fastprefix.training.settings import Settings
 from fastprefix.training.sources import DEFAULT_MODEL
 
 TaskTypeName = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "QUESTION_ANS"]
 MethodName = Literal["prefix", "prompt", "lora", "full", "head", "bitfit", "none"]
 SplitName = Literal["train", "validation", "test"]
+
+# In a run's folder: its configuration, and what it has trained.
+CONFIG, ADAPTER = "config.yaml", "adapter"
 
 # Where a learning rate is not given. From comparisons on SmolLM2 and MiniLM: a prefix and a prompt
 # take rates that would destroy the weights of a model.
@@ -106,12 +109,9 @@ class RunConfig(Settings):
 
         known = [kind.value for kind in SchedulerType]
         if name not in known:
-            near = nearest(name, known)
-            raise ValueError(
-                f"got {name!r}, takes one of {known}"
-                if near is None
-                else f"got {name!r}, did you mean {near}?"
-            )
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"takes one of {known}"
+            raise ValueError(f"lr_scheduler: got {name!r}, {meant}")
         return name
 
     @model_validator(mode="after")
@@ -123,6 +123,13 @@ class RunConfig(Settings):
         if self.options and self.method in ("full", "head", "bitfit", "none"):
             raise ValueError(f"options: got {list(self.options)}, but {self.method} has none")
         return self
+
+    @property
+    def files(self) -> dict[str, str] | None:
+        """``data_files`` with names that any mapping of texts takes."""
+        if self.data_files is None:
+            return None
+        return {str(split): file for split, file in self.data_files.items()}
 
     @property
     def rate(self) -> float:

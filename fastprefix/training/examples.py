@@ -74,7 +74,7 @@ def read_splits(config: RunConfig, task: Task, encoding: Encoding) -> Splits:
     Raises:
         ValueError: see :func:`fastprefix.tasks.loading.load_examples`.
     """
-    there = splits_of(task, _files(config))
+    there = splits_of(task, config.files)
     train = _sample(_load(config, task, "train"), config.train_size, f"{config.seed}")
     validation = test = None
     if "validation" in there:
@@ -95,13 +95,7 @@ def read_splits(config: RunConfig, task: Task, encoding: Encoding) -> Splits:
 
 
 def _load(config: RunConfig, task: Task, split: str) -> list[Example]:
-    return load_examples(
-        task, cast(Split, split), data_files=_files(config), columns=config.columns
-    )
-
-
-def _files(config: RunConfig) -> dict[str, str] | None:
-    return None if config.data_files is None else {str(k): v for k, v in config.data_files.items()}
+    return load_examples(task, cast(Split, split), data_files=config.files, columns=config.columns)
 
 
 def _sample(examples: list[Example], size: int | None, salt: str) -> list[Example]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,26 +22,20 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fastprefix.files import json_text, read_json, written_whole
 from fastprefix.tasks.encoding import Encoding
-from fastprefix.tasks.measuring import evaluate, mean_loss, write
 from fastprefix.tasks.registry import get_task
-from fastprefix.tasks.task import Example, Generation, Task, WrittenText
+from fastprefix.tasks.task import Task
 from fastprefix.training.base_models import load_for, load_tokenizer
-from fastprefix.training.config import RunConfig
+from fastprefix.training.config import ADAPTER, CONFIG, RunConfig
 from fastprefix.training.environment import environment
+from fastprefix.training.evaluation import measured
 from fastprefix.training.examples import Splits, read_splits, task_type_of
 from fastprefix.training.memory import PeakMemory
 from fastprefix.training.methods import Trained, build
 from fastprefix.training.record import Record
 from fastprefix.tuning.trainer import PrefixTrainer
 
-CONFIG, ENVIRONMENT, METRICS, RESULT = (
-    "config.yaml",
-    "environment.json",
-    "metrics.jsonl",
-    "result.json",
-)
-ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
-SAMPLES = 5  # texts of a model in a result
+ENVIRONMENT, METRICS, RESULT = "environment.json", "metrics.jsonl", "result.json"
+CHECKPOINTS = "checkpoints"
 
 # Called with the steps done, all steps, and a note.
 Show = Callable[[int, int, str], object]
@@ -103,7 +96,7 @@ def train_run(
     PartialState().wait_for_everyone()
     result = _described(run) | trained
     if main:
-        result |= _evaluated(run)
+        result |= measured(config, run.trained.model, run.encoding, run.splits)
         if config.save and config.method != "none":
             run.trained.save(folder / ADAPTER)
             result["bytes"] = _size(folder / ADAPTER)
@@ -231,40 +224,6 @@ def _described(run: _Run) -> Result:
         "steps": 0,
         "best_step": 0,
     }
-
-
-def _evaluated(run: _Run) -> Result:
-    """The figures on held-out examples, and some texts."""
-    config, model = run.config, run.trained.model
-    device = next(model.parameters()).device.type
-    half = config.dtype != "float32"
-    with torch.autocast(device, getattr(torch, config.dtype)) if half else nullcontext():
-        found: Result = {
-            "validation": _figures(run, run.splits.validation, run.splits.test is None),
-            "test": _figures(run, run.splits.test, True),
-        }
-        shown = (run.splits.test or run.splits.validation or [])[:SAMPLES]
-        if isinstance(run.task, Generation) and shown:
-            texts = write(model, run.encoding, shown, config.eval_batch_size)
-            found["samples"] = [
-                _sample(example, text) for example, text in zip(shown, texts, strict=True)
-            ]
-    return found
-
-
-def _figures(run: _Run, examples: Sequence[Example] | None, whole: bool) -> dict[str, float] | None:
-    """All metrics; only the loss where the metrics need texts and nobody reports them."""
-    if not examples:
-        return None
-    size = run.config.eval_batch_size
-    if isinstance(run.task, Generation) and not whole:
-        return {"loss": mean_loss(run.trained.model, run.encoding, examples, size)}
-    return evaluate(run.trained.model, run.encoding, examples, size)
-
-
-def _sample(example: Any, text: str) -> dict[str, Any]:
-    assert isinstance(example, WrittenText)
-    return {"source": example.source, "written": text, "references": list(example.targets)}
 
 
 def _size(folder: Path) -> int:
