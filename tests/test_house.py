@@ -48,13 +48,14 @@ LAZY = {
     "peft": "optional",
     "safetensors": "errors are explained without it",
     "transformers": "slow to import; kv and cli work without it, and hf reads rare parts of it",
+    "torch.utils.tensorboard": "optional",
     "triton": "optional, and needed by kernels only",
     "fastprefix.attention.differentiated": "imports PyTorch's compiler",
     "fastprefix.hf": "imports transformers (for its own files this is no reason)",
     "fastprefix.kernels": "imports Triton (for its own files this is no reason)",
 }
 # Files whose functions may import all they need: `fastprefix --help` must not load torch.
-LAZY_FILES = {"fastprefix.cli.app"}
+LAZY_FILES = {"fastprefix.cli.app", "fastprefix.cli.run_commands", "fastprefix.cli.typed"}
 
 MAX_LINES = 500  # of a file
 MAX_CODE_LINES = 60  # of a function, with its signature and without its docstring
@@ -66,6 +67,7 @@ WIDE = {
     "prefix_attention": "the operator: torch's scaled_dot_product_attention and our options",
     "PrefixTuningModel.from_pretrained": "PEFT's, and our options",
     "train": "one parameter for each option of the command",
+    "generate": "one parameter for each option of the command",
     "inspect": "one parameter for each option of the command",
 }
 

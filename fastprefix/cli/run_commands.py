@@ -26,6 +26,39 @@ from fastprefix.training.config import MethodName
 METHODS = get_args(MethodName)
 
 
+TaskOption = Annotated[
+    str | None,
+    typer.Option(help="What to learn; `fastprefix tasks` lists them.", show_default="descriptions"),
+]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(help=f"What is trained: {', '.join(METHODS)}.", show_default="prefix"),
+]
+DataFilesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SPLIT=FILE",
+        help="Files in place of the task's own, by split: .csv, .json, .jsonl, "
+        ".parquet or .txt; repeatable.",
+    ),
+]
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OURS=YOURS", help="Your name of a column of the task; repeatable."),
+]
+OptionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Of the method's configuration, such as num_virtual_tokens=32; repeatable.",
+    ),
+]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of a run; repeatable."),
+]
+
+
 class Split(str, enum.Enum):
     """Parts of a task's data."""
 
@@ -48,55 +81,24 @@ def train(
     ] = None,
     *,
     output: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped goes on.")],
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="What to learn; `fastprefix tasks` lists them.", show_default="descriptions"
-        ),
-    ] = None,
+    task: TaskOption = None,
     model: Annotated[
         str | None, typer.Option(help=A_MODEL, show_default=inputs.DEFAULT_MODEL)
     ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help=f"What is trained: {', '.join(METHODS)}.", show_default="prefix"),
-    ] = None,
-    data_files: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SPLIT=FILE",
-            help="Files of your own in place of the task's: .csv, .json, .jsonl, .parquet or .txt; "
-            "repeatable.",
-        ),
-    ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OURS=YOURS", help="Your name of a column of the task; repeatable."),
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Of the method's configuration, such as num_virtual_tokens=32; repeatable.",
-        ),
-    ] = None,
+    method: MethodOption = None,
+    data_files: DataFilesOption = None,
+    columns: ColumnsOption = None,
+    option: OptionsOption = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
     epochs: Annotated[
         float | None, typer.Option(min=0.0, callback=finite, help="In place of --max-steps.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0, callback=finite)] = None,
-    max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of an example.")] = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="Of the computation.", show_default="float32")
-    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")
     ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of a run; repeatable."),
-    ] = None,
+    setting: SettingsOption = None,
     force: ForceOption = False,
 ) -> None:
     """Train on a task and measure the result.
@@ -113,8 +115,6 @@ def train(
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
-        "max_length": max_length,
-        "dtype": None if dtype is None else dtype.value,
         "seed": seed,
     }
     run = run_config(config, typed, option or [], setting or [])
@@ -137,10 +137,7 @@ def evaluate(
     split: Annotated[
         Split | None, typer.Option(help="Of the task.", show_default="test, or validation")
     ] = None,
-    data_files: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SPLIT=FILE", help="Other files than the run's; repeatable."),
-    ] = None,
+    data_files: DataFilesOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most that many examples.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
 ) -> None:
@@ -219,7 +216,8 @@ def generate(
     run = None if adapter is None else run_of(Path(adapter))
     if adapter is not None and run is None:
         inputs.adapter(adapter)
-    model = model or (inputs.DEFAULT_MODEL if run is None else run.model)
+    if model is None:
+        model = inputs.DEFAULT_MODEL if run is None else run.model
     inputs.model(model)
     quiet()
     from fastprefix.cli.generate import run_generation

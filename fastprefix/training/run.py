@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -35,7 +36,7 @@ from fastprefix.training.record import Record
 from fastprefix.tuning.trainer import PrefixTrainer
 
 ENVIRONMENT, METRICS, RESULT = "environment.json", "metrics.jsonl", "result.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 
 # Called with the steps done, all steps, and a note.
 Show = Callable[[int, int, str], object]
@@ -157,6 +158,8 @@ def _train(run: _Run, resume: bool, record: Record) -> Result:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    if config.report_to == "tensorboard":
+        trainer.add_callback(_tensorboard(run.folder / TENSORBOARD))
     if config.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(config.patience))
     last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
@@ -171,6 +174,17 @@ def _train(run: _Run, resume: bool, record: Record) -> Result:
         "peak_memory": round(memory.megabytes * 1e6),
         **record.summary(),
     }
+
+
+def _tensorboard(folder: Path) -> TensorBoardCallback:
+    """What writes into a folder of the run, which outlives its checkpoints."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "report_to: tensorboard needs the package tensorboard (pip install tensorboard)"
+        ) from error
+    return TensorBoardCallback(SummaryWriter(str(folder)))
 
 
 def _arguments(
@@ -204,7 +218,7 @@ def _arguments(
         use_cpu=not torch.accelerator.is_available(),  # else bfloat16 is refused without a GPU
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,  # items hold what the model takes, and nothing else
-        report_to=config.report_to,
+        report_to="none",
         disable_tqdm=True,
     )
 

