@@ -46,6 +46,7 @@ LAZY = {
     "datasets": "optional, and slow to import; only what reads data sets needs it",
     "huggingface_hub": "only what reads or writes the hub needs it",
     "peft": "optional",
+    "ray": "optional, and needed by one engine only",
     "safetensors": "errors are explained without it",
     "transformers": "slow to import; kv and cli work without it, and hf reads rare parts of it",
     "torch.utils.tensorboard": "optional",
