@@ -1,4 +1,4 @@
-"""The sub-commands about runs: train, eval, generate, tasks."""
+"""The sub-commands about runs: train, eval, compare, tasks, generate."""
 
 from __future__ import annotations
 
@@ -65,6 +65,13 @@ class Split(str, enum.Enum):
     train = "train"
     validation = "validation"
     test = "test"
+
+
+class EngineName(str, enum.Enum):
+    """Where the runs of a comparison are worked off."""
+
+    local = "local"
+    ray = "ray"
 
 
 @app.command(
@@ -153,6 +160,54 @@ def evaluate(
     from fastprefix.cli.evaluate import run_evaluation
 
     run_evaluation(config, run, None if split is None else split.value, files, limit, batch_size)
+
+
+@app.command(
+    epilog=examples(
+        "  fastprefix compare experiments/e2e.yaml --output e2e --jobs 2",
+        "  fastprefix compare mine.yaml --output mine --engine ray",
+    )
+)
+def compare(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file: base, methods, grid, seeds; see experiments/.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the runs and the report.")],
+    engine: Annotated[
+        EngineName, typer.Option(help="Processes of this machine, or a Ray cluster.")
+    ] = EngineName.local,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at a time.", show_default="1; with ray, all that fit"),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="PyTorch's threads in each run.")] = 1,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster.", show_default="RAY_ADDRESS, or a local cluster"),
+    ] = None,
+) -> None:
+    """Train in several ways, and write a report with tables and pictures.
+
+    Stopped, the same command goes on where it was: runs that have ended are not done again.
+    """
+    inputs.file_to_read(config, "config")
+    if address is not None and engine is not EngineName.ray:
+        raise ValueError(f"--address: got it with --engine {engine.value}, takes ray")
+    problem = inputs.place_to_write(output)
+    if problem is not None:
+        raise ValueError(f"--output: got {output}, but {problem}")
+    quiet()
+    from fastprefix.cli.compare import run_comparison
+    from fastprefix.training.engines import LocalEngine, RayEngine
+    from fastprefix.training.grid import CompareConfig
+
+    chosen = (
+        RayEngine(address, jobs, threads)
+        if engine is EngineName.ray
+        else LocalEngine(jobs or 1, threads)
+    )
+    command = f"fastprefix compare {config} --output {output}"
+    raise typer.Exit(run_comparison(CompareConfig.read(config), output, chosen, command))
 
 
 @app.command(epilog=examples("  fastprefix tasks", "  fastprefix tasks bbc"))
