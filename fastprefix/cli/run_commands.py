@@ -186,7 +186,7 @@ def compare(
         typer.Option(help="Of a Ray cluster.", show_default="RAY_ADDRESS, or a local cluster"),
     ] = None,
 ) -> None:
-    """Train in several ways, and write a report with tables and pictures.
+    """Train in several ways and write a report.
 
     Stopped, the same command goes on where it was: runs that have ended are not done again.
     """

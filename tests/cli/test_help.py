@@ -19,7 +19,10 @@ from fastprefix.formats.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from fastprefix.kernels.offline.cases import DTYPES, TARGETS
 from fastprefix.tuning.configs.prefix_config import PrefixInit
 
-NAMES = ["check", "convert", "demo", "generate", "info", "inspect", "train", "tune"]
+NAMES = [
+    *("check", "compare", "convert", "demo", "eval", "generate", "info", "inspect", "tasks", "train"),
+    "tune",
+]
 
 
 def run(*arguments: str) -> Result:
