@@ -20,8 +20,8 @@ from fastprefix.kernels.offline.cases import DTYPES, TARGETS
 from fastprefix.tuning.configs.prefix_config import PrefixInit
 
 NAMES = [
-    *("check", "compare", "convert", "demo", "eval", "generate", "info", "inspect", "tasks", "train"),
-    "tune",
+    *("check", "compare", "convert", "demo", "eval", "generate", "info", "inspect", "tasks"),
+    *("train", "tune"),
 ]
 
 
