@@ -376,3 +376,24 @@ def strides(**tensors: Tensor | None) -> Strides:
         if tensor is not None:
             found.update(zip(fields, tensor.stride(), strict=False))
     return Strides(**found)
+
+
+# Of Strides: those of query, keys, values and the output's gradient.
+_OPERANDS = tuple(name for x in ("q", "k", "v", "pk", "pv", "do") for name in _STRIDES[x])
+
+
+def stride_unit(s: Strides) -> int:
+    """The :func:`unit_of` the strides of the operands."""
+    return unit_of(*[getattr(s, name) or 0 for name in _OPERANDS])
+
+
+def unit_of(*strides: int) -> int:
+    """A power of two, 8 at most, of which all strides are multiples.
+
+    1 if they are multiples of 16. Triton knows those by itself, and nothing of the others: a head
+    of 72 would be loaded two bytes at a time.
+    """
+    together = 0
+    for stride in strides:
+        together |= stride
+    return 1 if together % 16 == 0 else together & -together

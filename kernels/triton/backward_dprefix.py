@@ -22,11 +22,10 @@ from .arguments import (
     PrefixSums,
     Rows,
     Saved,
-    Scores,
     TileShape,
 )
 from .backward_dkv import key_gradients
-from .blocks import additive, keys_in_use, load_tile, ranks, store_tile
+from .blocks import additive, in_units, keys_in_use, load_tile, ranks, store_tile
 from .problem import Problem
 from .target import Tile
 
@@ -36,10 +35,11 @@ REDUCE_BLOCK = 1024
 @triton.jit
 def prefix_attn_bwd_dprefix_kernel(
     q, keys, masks, tables, parts, seed, saved, sums, s,
-    sizes, n_tiles, row_tiles, split_tiles, scale, window, softcap, dropped, keep,
+    sizes, n_tiles, row_tiles, split_tiles, scores, window, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N positions of one prefix, one KV head, one part of the query tiles.
@@ -52,7 +52,7 @@ def prefix_attn_bwd_dprefix_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
-    scores = Scores(scale=scale, softcap=softcap)
+    s = in_units(s, UNIT)
     Hkv = sizes.Hkv
     Lq = sizes.Lq
     P = sizes.P
@@ -164,7 +164,7 @@ def prefix_attn_bwd_dprefix_kernel(
     o_base = (i_split * Hkv + i_h) * length + o_start
     if sums.dpk is not None:
         o_tile = o_n[:, None] * HEAD + o_d[None, :]
-        store_tile(sums.dpk + o_base * HEAD + o_tile, b_dk * scale, m_n, o_d, HEAD, BLOCK_D)
+        store_tile(sums.dpk + o_base * HEAD + o_tile, b_dk * scores.scale, m_n, o_d, HEAD, BLOCK_D)
     if sums.dpv is not None:
         o_tile = o_n[:, None] * HEAD_V + o_dv[None, :]
         store_tile(sums.dpv + o_base * HEAD_V + o_tile, b_dv, m_n, o_dv, HEAD_V, BLOCK_DV)

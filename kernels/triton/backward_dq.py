@@ -7,12 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tilings
-from .arguments import BatchTables, Dropout, Rows, Saved, Scores, Source, TileShape
+from .arguments import BatchTables, Dropout, Rows, Saved, Source, TileShape
 from .blocks import (
     LOG2E,
     add_mask,
     additive,
     cap,
+    in_units,
     kept,
     keys_in_use,
     load_tile,
@@ -97,10 +98,10 @@ def dq_sweep(
 @triton.jit
 def prefix_attn_bwd_dq_kernel(
     q, keys, masks, tables, seed, saved, dq, dbias, s,
-    sizes, scale, window, softcap, dropped, keep,
+    sizes, scores, window, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
     BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr, UNMASKED_LOOP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M packed rows of one KV head of one sequence, as in the forward.
@@ -111,7 +112,7 @@ def prefix_attn_bwd_dq_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
-    scores = Scores(scale=scale, softcap=softcap)
+    s = in_units(s, UNIT)
     i_b, i_seq, i_h, i_tile, i_start, Lq, Lk = locate(tables, sizes, GROUP, BLOCK_M, CAUSAL)
     if tables.cu is not None:  # noqa: SIM102 (the inner test is no constant)
         if i_seq < 0:
@@ -225,7 +226,7 @@ def prefix_attn_bwd_dq_kernel(
     if dq is not None:
         row = (i_b * sizes.Lq + i_start + o_q) * (sizes.Hkv * GROUP) + i_h * GROUP + o_g
         p_dq = dq + row[:, None] * HEAD + o_d[None, :]
-        store_tile(p_dq, b_dq * scale, m_r, o_d, HEAD, BLOCK_D)
+        store_tile(p_dq, b_dq * scores.scale, m_r, o_d, HEAD, BLOCK_D)
 
 
 def dq_launch(

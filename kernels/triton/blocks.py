@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arguments import Strides
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -14,6 +16,39 @@ LOWEST = tl.constexpr(-1.0e38)
 
 # An additive mask or bias this low hides the key, as -inf does.
 HIDDEN = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def multiple(stride, UNIT: tl.constexpr):
+    """The same stride, a multiple of UNIT, in a form that shows it to the compiler.
+
+    0 in place of None, which functions cannot return with Triton 3.6. Nothing reads it.
+    """
+    if stride is None:
+        return 0
+    elif UNIT == 1:
+        return stride
+    else:
+        return stride // UNIT * UNIT
+
+
+@triton.jit
+def in_units(s, UNIT: tl.constexpr):
+    """`Strides` whose multiples of UNIT the compiler knows; see :func:`.arguments.stride_unit`."""
+    if UNIT == 1:
+        return s
+    else:
+        return Strides(
+            qb=multiple(s.qb, UNIT), qh=multiple(s.qh, UNIT), qm=multiple(s.qm, UNIT),
+            kb=multiple(s.kb, UNIT), kh=multiple(s.kh, UNIT), kn=multiple(s.kn, UNIT),
+            vb=multiple(s.vb, UNIT), vh=multiple(s.vh, UNIT), vn=multiple(s.vn, UNIT),
+            pkh=multiple(s.pkh, UNIT), pkn=multiple(s.pkn, UNIT),
+            pvh=multiple(s.pvh, UNIT), pvn=multiple(s.pvn, UNIT),
+            pb=multiple(s.pb, 1), pn=multiple(s.pn, 1),
+            mb=multiple(s.mb, 1), mh=multiple(s.mh, 1), mm=multiple(s.mm, 1), mn=multiple(s.mn, 1),
+            bh=multiple(s.bh, 1), bm=multiple(s.bm, 1), bn=multiple(s.bn, 1), lb=multiple(s.lb, 1),
+            dob=multiple(s.dob, UNIT), doh=multiple(s.doh, UNIT), dom=multiple(s.dom, UNIT),
+        )  # fmt: skip
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastprefix.options import Options
 
 from . import decode_grid, launch
-from .arguments import BatchTables, DecodeBuffers, FixedSizes, Masks, Scores, strides
+from .arguments import BatchTables, DecodeBuffers, FixedSizes, Masks, strides
 from .decode_grid import (
     MAX_QUERY_LENGTH,
     DecodeGrid,
@@ -138,7 +138,6 @@ def decode_launches(
         # the merge adds the bias
         "masks": Masks(options.key_padding_mask, None, None, options.key_lengths),
         "bias": options.prefix_bias,
-        "scores": Scores(options.scale, options.softcap),
         "s": s._replace(pb=None), "s_pb": s.pb,
         "sizes": FixedSizes(shape.Hkv, shape.Lq, 1 if overlaps else None),
         "Lk": shape.Lk, "P": shape.P, "B": shape.B, "window": shape.sliding_window,

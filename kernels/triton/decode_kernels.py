@@ -18,6 +18,7 @@ from .blocks import (
     LOWEST,
     additive,
     cap,
+    in_units,
     keys_in_use,
     load_tile,
     packed_rows,
@@ -254,7 +255,7 @@ def prefix_attn_decode_kernel(
     q, keys, masks, buffers, s, s_pb, B, sizes, Lk, P, n_units, n_splits, split,
     first_key, n_sequence_splits, sequence_split, scores, window,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
-    CAUSAL: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -270,6 +271,7 @@ def prefix_attn_decode_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_R,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
+    s = in_units(s, UNIT)
     i_program = tl.program_id(0)
     n_prefix = sizes.Hkv * n_units
     if i_program < n_prefix:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastprefix.options import Options
 
 from . import decode, launch, plans, tilings
-from .arguments import BatchTables, Dropout, OnePassSizes, Scores, Sizes, Source, TileShape
+from .arguments import BatchTables, Dropout, OnePassSizes, Sizes, Source, TileShape
 from .blocks import (
     LN2,
     LOG2E,
@@ -18,6 +18,7 @@ from .blocks import (
     add_mask,
     additive,
     cap,
+    in_units,
     kept,
     keys_in_use,
     load_tile,
@@ -108,9 +109,9 @@ def fwd_sweep(
 @triton.jit(do_not_specialize=["Lk", "s_pb"])
 def prefix_attn_fwd_kernel(
     q, keys, masks, sinks, tables, seed, out, lse, s, s_pb,
-    sizes, Lk, scale, window, softcap, dropped, keep,
+    sizes, Lk, scores, window, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
-    PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
+    UNIT: tl.constexpr, PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
     UNMASKED_LOOP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +120,7 @@ def prefix_attn_fwd_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
-    scores = Scores(scale=scale, softcap=softcap)
+    s = in_units(s, UNIT)
     sizes = Sizes(Hkv=sizes.Hkv, Lq=sizes.Lq, Lk=Lk, P=sizes.P)
     # With a causal mask the last rows see the most keys: start them first.
     i_b, i_seq, i_h, i_tile, i_start, Lq, Lk = locate(tables, sizes, GROUP, BLOCK_M, CAUSAL)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastprefix.options import Options
 
 from . import launch, ranks, tilings
-from .arguments import Keys, Masks, Sizes, Strides, Tables, strides
+from .arguments import Keys, Masks, Scores, Sizes, Strides, Tables, stride_unit, strides
 from .target import Target, Tile
 
 
@@ -134,9 +134,8 @@ class Problem:
             "sinks": options.sinks,
             "seed": options.dropout_seed if dropped is not None else None,
             "sizes": Sizes(Hkv, Lq, Lk, P),
-            "scale": options.scale,
+            "scores": Scores(options.scale, options.softcap),
             "window": options.sliding_window,
-            "softcap": options.softcap,
             "dropped": dropped,
             "keep": self.keep,
         }
@@ -199,6 +198,8 @@ class Problem:
         run_time = self.arguments | arguments
         compile_time = self.constants() | {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
         compile_time |= constants or {}
+        if "s" in run_time:
+            compile_time["UNIT"] = stride_unit(run_time["s"])
         names = kernel.arg_names
         return launch.Launch(
             kernel,
