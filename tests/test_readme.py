@@ -251,20 +251,20 @@ def hub(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from fastprefix.tasks import load_descriptions
+    from fastprefix.tasks import load_examples
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    records = load_descriptions("train")
+    examples = load_examples("descriptions")
     trainer = trainers.BpeTrainer(
         vocab_size=1000,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [f"{record.prompt}\n{record.description}" for record in records]
+    texts = [f"{example.source}\n{example.targets[0]}" for example in examples]
     made.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made,

@@ -142,12 +142,12 @@ def write(
     texts: list[str] = []
     with evaluating(model):
         for start in range(0, len(examples), batch_size):
-            prompts = [encoding.prompt(example) for example in examples[start : start + batch_size]]
+            prompts = encoding.prompts(examples[start : start + batch_size])
             batch = {k: v.to(_device(model)) for k, v in collator(prompts).items()}
             pad = tokenizer.pad_token_id
             ids = model.generate(
                 **batch,
-                max_new_tokens=cast(Generation, encoding.task).max_new_tokens,
+                max_new_tokens=encoding.target_room,
                 do_sample=False,
                 pad_token_id=tokenizer.eos_token_id if pad is None else pad,
             )

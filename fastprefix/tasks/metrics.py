@@ -65,6 +65,7 @@ def text_scores(
     return {name: TEXT_METRICS[name](texts, references) for name in names}
 
 
+@refuses_unknown_arguments
 def perplexity(loss: float) -> float:
     """The exponential of a mean cross entropy in nats; infinite where that overflows."""
     try:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 from fastprefix.attention.selection import FEATURES, columns
 from fastprefix.cli.app import app
-from fastprefix.tasks import Record, encode_prompt
+from fastprefix.tasks.encode import encode_start
 
 
 def run(*arguments: str) -> Result:
@@ -105,8 +105,7 @@ def test_an_adapter_gets_prompts_as_it_was_trained(adapter: Path, tiny_folder: s
     tuned = PrefixTuningModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_folder), adapter
     )
-    record = Record({"name": "Fenwick House", "type": "hostel"}, "")
-    ids = torch.tensor([encode_prompt(record, tokenizer)])
+    ids = torch.tensor([encode_start("name: Fenwick House | type: hostel\n", tokenizer)])
     new = tuned.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
     assert shown(result) == words(tokenizer.decode(new, skip_special_tokens=True))
 
