@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -33,13 +34,16 @@ def encode_starts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> l
     return [[*first, *ids] for ids in rows]
 
 
-def prompt_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a chat template that writes a user's turn as training on descriptions wrote a source.
+def prompt_template(tokenizer: PreTrainedTokenizerBase, question: str = "\n") -> str:
+    """Return a chat template that writes a user's turn as training wrote what a model reads.
 
-    A turn with the attributes on one line gets the ids of ``Encoding.prompt`` for them.
+    Args:
+        tokenizer: the model's. A turn with an example's source gets the ids of
+            ``Encoding.prompt`` for that example.
+        question: of the task.
     """
     start = "{{ bos_token }}" if _puts_bos(tokenizer) else ""
-    return start + "{{ messages[0]['content'] + '\\n' }}"
+    return start + "{{ messages[0]['content'] + " + json.dumps(question) + " }}"
 
 
 def _puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

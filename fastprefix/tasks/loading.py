@@ -176,25 +176,6 @@ class _Rows:
                 )
 
 
-def splits_of(
-    task: Task, data_files: Mapping[str, str | PathLike[str]] | None = None
-) -> tuple[Split, ...]:
-    """The splits that :func:`load_examples` has for a task.
-
-    Args:
-        task: see :func:`load_examples`.
-        data_files: see :func:`load_examples`.
-    """
-    source = task.source
-    there: Collection[str] = ("train",)
-    if data_files is not None:
-        there = data_files
-    elif isinstance(source, HubSource):
-        there = source.splits
-    held_out = {"validation"} if "train" in there else set()
-    return tuple(split for split in SPLITS if split in {*there, *held_out})
-
-
 def _examples(
     task: Task,
     split: Split,

@@ -120,6 +120,13 @@ class RunConfig(Settings):
             raise ValueError("max_steps, epochs: got both, takes one of them")
         if self.streaming and self.max_steps is None:
             raise ValueError("streaming: got no max_steps, which it takes: a stream has no length")
+        if self.streaming and self.train_size is not None:
+            raise ValueError("streaming, train_size: got both, takes one of them")
+        if self.packing and self.method == "prompt":
+            raise ValueError(
+                "packing: got it for method prompt, takes others: each of the packed "
+                "examples would need the prompt"
+            )
         if self.options and self.method in ("full", "head", "bitfit", "none"):
             raise ValueError(f"options: got {list(self.options)}, but {self.method} has none")
         return self

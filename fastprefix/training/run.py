@@ -20,11 +20,13 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from fastprefix.files import json_text, read_json, written_whole
+from fastprefix.tasks.encode import prompt_template
 from fastprefix.tasks.encoding import Encoding
 from fastprefix.tasks.registry import get_task
-from fastprefix.tasks.task import Task
+from fastprefix.tasks.task import Generation, Task
 from fastprefix.training.base_models import load_for, load_tokenizer
 from fastprefix.training.config import ADAPTER, CONFIG, RunConfig
 from fastprefix.training.environment import environment
@@ -101,6 +103,7 @@ def train_run(
         if config.save and config.method != "none":
             run.trained.save(folder / ADAPTER)
             result["bytes"] = _size(folder / ADAPTER)
+            _write_template(run)
         _write(folder / RESULT, json_text(result))
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     PartialState().wait_for_everyone()
@@ -238,6 +241,13 @@ def _described(run: _Run) -> Result:
         "steps": 0,
         "best_step": 0,
     }
+
+
+def _write_template(run: _Run) -> None:
+    """Stores beside the adapter how its prompts are written, as a chat template."""
+    if isinstance(run.task, Generation) and run.encoding.task_type == "CAUSAL_LM":
+        template = prompt_template(run.encoding.tokenizer, run.task.question)
+        _write(run.folder / ADAPTER / CHAT_TEMPLATE_FILE, template)
 
 
 def _size(folder: Path) -> int:
