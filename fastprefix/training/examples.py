@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import PartialState
-
 from fastprefix.tasks.encoding import Encoding, TaskType, task_types
 from fastprefix.tasks.loading import load_examples, splits_of
 from fastprefix.tasks.streaming import StreamedItems
 from fastprefix.tasks.task import Example, Extraction, Generation, Split, Task
 from fastprefix.training.base_models import load_config
 from fastprefix.training.config import RunConfig
+from fastprefix.training.environment import processes
 from fastprefix.training.sources import model_source
 
 
@@ -89,7 +88,7 @@ def read_splits(config: RunConfig, task: Task, encoding: Encoding) -> Splits:
     else:
         train = _sample(_load(config, task, "train"), config.train_size, f"{config.seed}")
         items = list(encoding.items(train))
-        steps = config.steps_of(len(items), PartialState().num_processes)
+        steps = config.steps_of(len(items), processes().num_processes)
     return Splits(
         train=items,
         train_examples=None if train is None else len(train),

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -29,7 +28,7 @@ from fastprefix.tasks.registry import get_task
 from fastprefix.tasks.task import Generation, Task
 from fastprefix.training.base_models import load_for, load_tokenizer
 from fastprefix.training.config import ADAPTER, CONFIG, RunConfig
-from fastprefix.training.environment import environment
+from fastprefix.training.environment import environment, processes
 from fastprefix.training.evaluation import measured
 from fastprefix.training.examples import Splits, read_splits, task_type_of
 from fastprefix.training.memory import PeakMemory
@@ -88,7 +87,7 @@ def train_run(
     finished = _begun(config, folder)
     if finished is not None:
         return finished
-    main = PartialState().is_main_process
+    main = processes().is_main_process
     run = _prepared(config, folder)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +95,7 @@ def train_run(
         _write(folder / ENVIRONMENT, json_text(environment()))
     record = Record(folder / METRICS, main, show)
     trained = {} if config.method == "none" else _train(run, resume, record)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     result = _described(run) | trained
     if main:
         result |= measured(config, run.trained.model, run.encoding, run.splits)
@@ -106,7 +105,7 @@ def train_run(
             _write_template(run)
         _write(folder / RESULT, json_text(result))
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     return read_json(folder / RESULT)
 
 
