@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from fastprefix.arguments import refuses_unknown_arguments
+from fastprefix.arguments import nearest, refuses_unknown_arguments
 
 References = Sequence[Sequence[str]]
 
@@ -61,7 +61,9 @@ def text_scores(
             raise ValueError(f"references: got none for text {i}, takes at least one")
     for name in names:
         if name not in TEXT_METRICS:
-            raise ValueError(f"names: got {name!r}, takes some of {list(TEXT_METRICS)}")
+            near = nearest(name, TEXT_METRICS)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ValueError(f"names: got {name!r}, takes some of {list(TEXT_METRICS)}{hint}")
     return {name: TEXT_METRICS[name](texts, references) for name in names}
 
 
@@ -142,6 +144,7 @@ TEXT_METRICS: dict[str, Callable[[Sequence[str], References], float]] = {
     "rouge_1": _rouge("rouge1"),
     "rouge_2": _rouge("rouge2"),
     "rouge_l": _rouge("rougeL"),
+    "rouge_lsum": _rouge("rougeLsum"),  # of texts with a sentence a line, as for CNN/DailyMail
     "squad_em": _squad(_exact),
     "squad_f1": _squad(_token_f1),
 }
