@@ -183,7 +183,9 @@ class Options(NamedTuple):
     dropout_seed: Annotated[
         Tensor | None,
         Option(
-            "[1] int64 on the query's device, the Philox key; given if and only if dropout_p is",
+            "[1] int64 on the query's device, given if and only if dropout_p is: the Philox key of "
+            "reference and triton, which drop the same weights; composed seeds a generator of "
+            "PyTorch with it and drops others",
             argument=False,
         ),
     ] = None
