@@ -24,6 +24,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from fastprefix.files import json_text, read_json, written_whole
 from fastprefix.tasks.encode import prompt_template
 from fastprefix.tasks.encoding import Encoding
+from fastprefix.tasks.metrics import check_installed
 from fastprefix.tasks.registry import get_task
 from fastprefix.tasks.task import Generation, Task
 from fastprefix.training.base_models import load_for, load_tokenizer
@@ -130,6 +131,7 @@ def _begun(config: RunConfig, folder: Path) -> Result | None:
 
 def _prepared(config: RunConfig, folder: Path) -> _Run:
     task = get_task(config.task)
+    check_installed(task.metrics)
     task_type = task_type_of(config, task)
     tokenizer = load_tokenizer(config.model, task_type)
     encoding = Encoding(task, tokenizer, task_type, config.max_length, config.max_target_length)
