@@ -164,7 +164,7 @@ def _needs(module: str, package: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"this metric needs the package {package} (pip install {package}; fastprefix[tasks] has all)"
+            f"this metric needs the package {package} (pip install {package}, or fastprefix[tasks])"
         ) from error
 
 
