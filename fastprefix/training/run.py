@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from fastprefix.files import json_text, read_json, written_whole
+from fastprefix.hf.versions import checkpointing_arguments
 from fastprefix.tasks.encode import prompt_template
 from fastprefix.tasks.encoding import Encoding
 from fastprefix.tasks.metrics import check_installed
@@ -201,7 +202,7 @@ def _arguments(
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.eval_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
+        **(checkpointing_arguments(use_reentrant=False) if config.gradient_checkpointing else {}),
         learning_rate=config.rate,
         warmup_steps=round(config.warmup * steps),
         lr_scheduler_type=config.lr_scheduler,
