@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Splits:
         validation: held-out examples that decide when to stop; None if there are none.
         validation_items: the same as items.
         test: held-out examples that are reported; None if there are none.
+        more_tests: further ones, by name.
     """
 
     train: Any
@@ -38,6 +39,7 @@ class Splits:
     validation: Sequence[Example] | None
     validation_items: list[dict[str, Any]]
     test: Sequence[Example] | None
+    more_tests: Mapping[str, Sequence[Example]]
 
 
 def task_type_of(config: RunConfig, task: Task) -> TaskType:
@@ -97,6 +99,16 @@ def read_splits(config: RunConfig, task: Task, encoding: Encoding) -> Splits:
         validation=validation,
         validation_items=list(encoding.items(validation or [])),
         test=test,
+        more_tests={
+            name: load_examples(
+                task,
+                "test",
+                data_files={"test": file},
+                columns=config.columns,
+                limit=config.test_size,
+            )
+            for name, file in (config.more_tests or {}).items()
+        },
     )
 
 

@@ -91,6 +91,21 @@ def test_what_was_stored_is_what_was_measured(tmp_path: Path, tiny_folder: str) 
         assert set(result["validation"]) == {"loss"}
 
 
+def test_more_tests(tmp_path: Path, tiny_folder: str) -> None:
+    """Further test sets are measured as the first one is, under names of their own."""
+    lines = [
+        {"attributes": {"name": f"Inn {i}"}, "description": f"Inn {i} is an inn."} for i in range(3)
+    ]
+    file = tmp_path / "more.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = written(tiny_folder, max_steps=2, more_tests={"inns": str(file)})
+    test = train_run(config, tmp_path / "run")["test"]
+    own = {name for name in test if "(" not in name}
+    assert {name for name in test if name not in own} == {f"{name} (inns)" for name in own}
+    again = evaluate_run(config, tmp_path / "run", "test", {"test": str(file)})[2]
+    assert again == pytest.approx({name: test[f"{name} (inns)"] for name in own})
+
+
 class _StoppedError(Exception):
     pass
 
