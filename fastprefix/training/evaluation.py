@@ -29,8 +29,8 @@ def measured(
     """The figures of ``validation`` and ``test``, and ``samples`` of what a language model writes.
 
     The figures of further test sets are among those of ``test``, with the set's name behind
-    theirs. Where there is a test split, a generation's validation is its loss alone: its texts are not
-    reported.
+    theirs. Where there is a test split, a generation's validation is its loss alone: its texts are
+    not reported.
     """
     size = config.eval_batch_size
     writes = isinstance(encoding.task, Generation)
