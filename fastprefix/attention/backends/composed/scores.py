@@ -193,20 +193,22 @@ class _Part(NamedTuple):
 
 def _parts(chunk: Chunk, inputs: tuple[Tensor, ...], options: Options) -> tuple[_Part, _Part]:
     """The prefix and the sequence of a chunk."""
-    query, key, value, prefix_key, prefix_value = inputs
+    query, *others = inputs
     wide = torch.promote_types(query.dtype, torch.float32)
+    key, value = (chunk.of_keys(x).to(wide).flatten(0, 1) for x in others[:2])
+    prefix_key, prefix_value = (x[:, chunk.columns].to(wide) for x in others[2:])
     rows = chunk.of_queries(query).shape[:3]
-    some = chunk.options(options)
-    prefix, sequence = (
-        torch.where(seen, added, FLOOR)
-        for seen, added in seen_and_added(chunk.places(query.device), some, wide)
-    )
-    in_window = some.prefix_in_window and some.sliding_window is not None
-    by_place = some.is_causal or some.sliding_window is not None
-    masked = by_place or some.key_padding_mask is not None or some.attn_mask is not None
-    key, value = (chunk.of_keys(x).to(wide).flatten(0, 1) for x in (key, value))
-    prefix_key, prefix_value = (x[:, chunk.columns].to(wide) for x in (prefix_key, prefix_value))
-    biased = in_window or some.prefix_bias is not None
+    biased = options.prefix_in_window or options.prefix_bias is not None
+    asked = (options.key_padding_mask, options.attn_mask, options.sliding_window)
+    # one query is the last: it sees every key of its chunk
+    masked = any(x is not None for x in asked) or (options.is_causal and rows[2] > 1)
+    prefix: Tensor | None = None
+    sequence: Tensor | None = None
+    if biased or masked:
+        some, places = chunk.options(options), chunk.places(query.device)
+        prefix, sequence = (
+            torch.where(seen, added, FLOOR) for seen, added in seen_and_added(places, some, wide)
+        )
     return (
         _Part(prefix_key, prefix_value, prefix if biased else None, rows, True),
         _Part(key, value, sequence if masked else None, rows, False),
