@@ -254,7 +254,7 @@ def attention_with_options(
     if prefix_key is None or prefix_value is None:
         prefix_key, prefix_value = _no_prefix(key, value)
     if told_by_kind(options):
-        known = run_known((query, key, value, prefix_key, prefix_value), options, backend)
+        known = run_known((query, key, value, prefix_key, prefix_value), options, backend, step)
         if known is not None:
             return known
     checks.check_tensors(query, key, value, prefix_key, prefix_value)

@@ -17,6 +17,7 @@ from .blocks import (
     keys_in_use,
     load_tile,
     prefix_of,
+    span_of,
     store_tile,
 )
 from .problem import Problem
@@ -247,6 +248,13 @@ def prefix_attn_bwd_dkv_kernel(
         t_tail = t_end
     if masks.lengths is not None:  # a tile without a key in use gets zeros at once
         used = tl.where(i_n < Lk, 1, 0)
+        t_first *= used
+        t_all *= used
+        t_tail *= used
+        t_end *= used
+    if masks.spans is not None:  # a tile without a real token as well
+        span = span_of(masks.spans, i_b, Lk)
+        used = tl.where((i_n < span.end) & (i_n + BLOCK_N > span.first), 1, 0)
         t_first *= used
         t_all *= used
         t_tail *= used

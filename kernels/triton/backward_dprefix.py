@@ -17,7 +17,6 @@ from .arguments import (
     BatchTables,
     Dropout,
     KeyTile,
-    Masks,
     Parts,
     PrefixSums,
     Rows,
@@ -216,7 +215,7 @@ def dprefix_launches(
         ]  # fmt: skip
     own = {
         "keys": problem.arguments["keys"]._replace(k=None, v=None),
-        "masks": Masks(None, None, problem.options.prefix_bias, problem.options.key_lengths),
+        "masks": problem.arguments["masks"]._replace(pad=None, mask=None, spans=None),
         "parts": parts, "tables": problem.tables(None, None)._replace(index=None, starts=starts),
         "saved": Saved(grad_out, lse2, delta), "sums": PrefixSums(*sums),
         "n_tiles": key_tiles, "row_tiles": row_tiles, "split_tiles": split_tiles,
