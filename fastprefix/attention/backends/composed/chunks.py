@@ -1,8 +1,8 @@
 """The chunks that a call with materialised scores is cut into.
 
-A chunk's scores fit the processor's cache, so memory does not grow with the batch or with Lq. The
-cuts follow from the shapes and the integers of a call alone. So forward and backward, and a layer
-that checkpointing runs again, have the same chunks in the same order.
+A chunk's scores fit the processor's cache, but for very many keys, so memory does not grow with the
+batch or with Lq. The cuts follow only from the shapes and the integers of a call. So forward and
+backward, and a layer that checkpointing runs again, have the same chunks in the same order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastprefix.options import Options
 
 # Scores of a chunk: 1 MiB of float32, of which several copies fit a core's level 2 cache.
 _SCORES = 1 << 18
-# Queries of a chunk at least, if the call has as many: products of fewer rows are slow.
+# Queries of a chunk at least, if Lq has as many: products of fewer rows are slow.
 _QUERIES = 32
 
 
