@@ -16,12 +16,13 @@ PEERS_INSTALL := $(PEERS)/bin/python -m pip install --disable-pip-version-check 
 VERSION ?= 3.6.0
 OTHER_TRITON := .cache/triton-$(VERSION)
 
-.PHONY: help demo test fresh lint bench experiments experiments-methods kernels kernels-triton models gpu-here gpu-cache versions clean
+.PHONY: help demo test fresh lint examples bench experiments experiments-methods kernels kernels-triton models gpu-here gpu-cache versions clean
 
 help:
 	@echo "make demo   set up and run the demonstration, figures in demo.json (5 to 8 minutes)"
 	@echo "make test   set up, lint, type-check and run all tests"
 	@echo "make fresh  README's snippets and commands in an environment made by \`pip install .\` alone"
+	@echo "make examples  set up and run every example and notebook, offline (half an hour at most)"
 	@echo "make bench  set up and run the benchmarks behind the README's figures"
 	@echo "make experiments  every way to tune, compared on real models and data (about an hour)"
 	@echo "make kernels  compile every kernel for every GPU, head size, dtype and feature (hours the first time)"
@@ -45,6 +46,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+examples: $(VENV)/.test
+	$(BIN)/python examples/run_all.py
 
 bench: $(PEERS)/.bench
 	$(PEERS)/bin/python benchmarks/operator.py --output benchmarks/results

@@ -33,7 +33,7 @@ from fastprefix.kv import (
     orthogonality_penalty,
     plan_kv_bytes,
 )
-from fastprefix.tasks import load_descriptions, load_records
+from fastprefix.tasks import get_task, load_examples
 from fastprefix.tuning.callbacks import (
     PrefixMonitor,
     ProgressiveLayers,
@@ -227,8 +227,8 @@ CONFIGS = [
     ("patience", "2.0", "whole number", TypeError, lambda: StopOnCollapse(patience=2.0)),
     ("first", "'middle'", "'last'", ValueError, lambda: ProgressiveLayers(2, first="middle")),
     ("batch", "Tensor", "dict", TypeError, lambda: PrefixMonitor(T)),
-    ("split", "'test'", "'heldout'", ValueError, lambda: load_descriptions("test")),
-    ("path", "None", "a path", TypeError, lambda: load_records(None)),
+    ("split", "'heldout'", "'test'", ValueError, lambda: load_examples("bbc", "heldout")),
+    ("task", "None", "a Task", TypeError, lambda: get_task(None)),
 ]  # fmt: skip
 
 

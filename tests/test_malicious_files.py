@@ -21,7 +21,7 @@ from fastprefix import KVBudget, PrefixBank, PrefixConfig, PrefixKV, PrefixTunin
 from fastprefix.cli.convert import run_conversion
 from fastprefix.formats.peft_prefixes import load_adapter, save_adapter
 from fastprefix.formats.peft_prompts import load_prompt, save_prompt
-from fastprefix.tasks.descriptions import load_records
+from fastprefix.tasks import load_examples
 from fastprefix.tuning.peft_base import load_base_adapter
 from training.runs import known
 
@@ -136,8 +136,12 @@ def test_pickles_in_place_of_other_files(tmp_path, monkeypatch):
             lambda file: run_conversion(file, tmp_path / "out", None, None, "float32", False, True),
         ],
         folder / "index.json": [lambda _: KVBudget(10**6, folder)],
-        tmp_path / "records.jsonl": [load_records],
-        tmp_path / "records.txt": [load_records],
+        **{
+            tmp_path / f"records{suffix}": [
+                lambda file: load_examples("descriptions", data_files={"train": file})
+            ]
+            for suffix in (".jsonl", ".txt", ".csv", ".json", ".parquet")
+        },
         tmp_path / "result.json": [lambda file: known(file, "x")],
         tiles: [lambda _: store.load("GPU", target.Tile)],
     }

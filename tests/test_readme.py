@@ -211,11 +211,11 @@ def fresh(tmp_path_factory):
     pip = [python, "-m", "pip", "--disable-pip-version-check", "-q", "install"]
     if stamp.exists() and stamp.read_text(encoding="utf-8") == made_from:
         # the same dependencies; only fastprefix is new, built by the setuptools that torch brought
-        run([*pip, "--no-deps", "--no-build-isolation", "--force-reinstall", "."], source)
+        run([*pip, "--no-deps", "--no-build-isolation", "--force-reinstall", ".[tasks]"], source)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder, with_pip=True)
-        run([*pip, "-c", "constraints.txt", "."], source)
+        run([*pip, "-c", "constraints.txt", ".[tasks]"], source)
         stamp.write_text(made_from, encoding="utf-8")
     return Fresh(python, source)
 
@@ -251,20 +251,20 @@ def hub(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from fastprefix.tasks import load_descriptions
+    from fastprefix.tasks import load_examples
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    records = load_descriptions("train")
+    examples = load_examples("descriptions")
     trainer = trainers.BpeTrainer(
         vocab_size=1000,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [f"{record.prompt}\n{record.description}" for record in records]
+    texts = [f"{example.source}\n{example.targets[0]}" for example in examples]
     made.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made,
@@ -329,5 +329,5 @@ def test_the_commands_run_as_they_are(fresh, hub, tmp_path):
         HF_HUB_OFFLINE="1",
     )  # fmt: skip
     assert (tmp_path / "adapter.safetensors").is_file()
-    for told in ("composed", "training loss", "What is fog?", "adapter"):
+    for told in ("composed", "trained", "What is fog?", "perplexity", "adapter"):
         assert told in printed

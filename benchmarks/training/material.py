@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from fastprefix.tasks import (
-    ClassificationDataset,
-    Collator,
-    DescriptionDataset,
-    Record,
-    load_folders,
-    load_records,
-    split_examples,
+    Classification,
+    Encoding,
+    LabelledText,
+    WrittenText,
+    get_task,
+    load_examples,
 )
 from fastprefix.tasks.encode import IGNORED
+from fastprefix.tasks.files import folders_of_texts
+from fastprefix.tasks.splitting import position
 
 from .plan import Budget
 
@@ -32,30 +33,10 @@ def shuffled(things: Sequence[Any], key: Any) -> list[Any]:
     return sorted(things, key=lambda thing: hashlib.sha256(key(thing).encode()).digest())
 
 
-@dataclass(frozen=True)
-class Described:
-    """Records with the same attributes: one to compute a loss on, and all their descriptions."""
-
-    record: Record
-    references: tuple[str, ...]
-
-
-def described(records: Sequence[Record]) -> list[Described]:
-    """Records by their attributes, shuffled; the record of each is its first."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record.prompt, []).append(record)
-    grouped = [
-        Described(group[0], tuple(record.description for record in group))
-        for group in groups.values()
-    ]
-    return shuffled(grouped, lambda one: one.record.prompt)
-
-
 class InfixCollator:
     """A collator whose batches say where the description begins, which is where an infix goes."""
 
-    def __init__(self, collator: Collator) -> None:
+    def __init__(self, collator: Callable[[Any], dict[str, Tensor]]) -> None:
         self._collator = collator
 
     def __call__(self, items: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
@@ -67,14 +48,15 @@ class InfixCollator:
 
 @dataclass(frozen=True)
 class Material:
-    """A task's data; items are those of a data set of :mod:`fastprefix.tasks`.
+    """A task's data; items are those of an encoding of :mod:`fastprefix.tasks`.
 
     Attributes:
         train: items for the Trainer, shuffled.
         dev: held-out items to choose learning rates by.
         test: held-out items that are reported.
         collator: makes batches of them.
-        described: of E2E, what the test items describe; empty for news.
+        described: of E2E, what the test items describe, with all its sentences; empty for news.
+        encoding: of E2E.
         classes: of news; empty for E2E.
     """
 
@@ -82,14 +64,15 @@ class Material:
     dev: Any
     test: Any
     collator: Any
-    described: tuple[Described, ...] = ()
+    described: tuple[WrittenText, ...] = ()
+    encoding: Encoding | None = None
     classes: tuple[str, ...] = ()
 
 
 def e2e(
     train_file: str | Path, heldout_file: str | Path, tokenizer: PreTrainedTokenizerBase, b: Budget
 ) -> Material:
-    """Attributes to a sentence, from two files that :func:`load_records` takes.
+    """Attributes to a sentence, from two files that the task "descriptions" takes.
 
     No attributes of the held-out part occur in training.
 
@@ -97,15 +80,18 @@ def e2e(
         ValueError: the files hold fewer records than the budget asks for.
     """
 
-    def fits(record: Record) -> bool:
-        text = f"{record.prompt}\n{record.description}"
+    def fits(example: Any) -> bool:
+        text = f"{example.source}\n{example.targets[0]}"
         return len(tokenizer(text)["input_ids"]) + 2 <= b.max_length
 
-    every = described(load_records(heldout_file))
-    seen = {one.record.prompt for one in every}
-    heldout = list(islice((x for x in every if fits(x.record)), b.dev_size + b.test_size))
-    train = [r for r in load_records(train_file) if r.prompt not in seen]
-    train = shuffled(train, lambda r: f"{r.prompt}\n{r.description}")
+    data_files = {"train": train_file, "validation": train_file, "test": heldout_file}
+    every: list[Any] = load_examples("descriptions", "test", data_files=data_files)
+    every = shuffled(every, lambda one: one.source)
+    seen = {one.source for one in every}
+    heldout = list(islice(filter(fits, every), b.dev_size + b.test_size))
+    train: list[Any] = load_examples("descriptions", "train", data_files=data_files)
+    train = [one for one in train if one.source not in seen]
+    train = shuffled(train, lambda one: f"{one.source}\n{one.targets[0]}")
     train = list(islice(filter(fits, train), b.train_size))
     if len(heldout) < b.dev_size + b.test_size or len(train) < b.batch_size:
         raise ValueError(
@@ -113,41 +99,46 @@ def e2e(
             f"least {b.batch_size} and {b.dev_size + b.test_size}"
         )
     dev, test = heldout[: b.dev_size], heldout[b.dev_size :]
-
-    def encode(records: Sequence[Record]) -> DescriptionDataset:
-        return DescriptionDataset(records, tokenizer, b.max_length)
-
+    task = get_task("descriptions")
+    # all of a target is learned from, and fewer tokens are generated
+    encoding = Encoding(task, tokenizer, "CAUSAL_LM", 2 * b.max_length, b.max_length)
+    train_items, dev_items, test_items = (list(encoding.items(part)) for part in (train, dev, test))
     return Material(
-        encode(train),
-        encode([one.record for one in dev]),
-        encode([one.record for one in test]),
-        Collator(tokenizer),
+        train_items,
+        dev_items,
+        test_items,
+        encoding.collator(),
         described=tuple(test),
+        encoding=replace(encoding, max_target_length=b.max_new_tokens),
     )
 
 
 def news(folder: str | Path, tokenizer: PreTrainedTokenizerBase, b: Budget) -> Material:
-    """Texts to a class, from a folder that :func:`load_folders` takes.
+    """Texts to a class, from a folder that has a folder for each class.
 
     Raises:
         ValueError: the folder holds fewer texts than the budget asks for.
     """
-    train, heldout = split_examples(load_folders(folder))
-    train, heldout = (shuffled(part, lambda one: one.text) for part in (train, heldout))
+    rows = {" ".join(row["text"].split()): row for row in folders_of_texts(Path(folder))}
+    classes = tuple(sorted({row["label"] for row in rows.values()}))
+    task = Classification(
+        name="news", doc="news by topic", source=None, columns=("text", "label"), text="text",
+        labels=classes,
+    )  # fmt: skip
+    every = [LabelledText(row["text"], None, classes.index(row["label"])) for row in rows.values()]
+    every = shuffled(every, lambda one: one.text)
+    heldout = [one for one in every if position(one.text) < 0.2]
+    train = [one for one in every if position(one.text) >= 0.2]
     if len(heldout) < b.dev_size + b.test_size or len(train) < b.batch_size:
         raise ValueError(
             f"data: got {len(train)} texts to train with and {len(heldout)} held out, takes at "
             f"least {b.batch_size} and {b.dev_size + b.test_size}"
         )
-    classes = tuple(sorted({example.label for example in train}))
-
-    def encode(examples: Sequence[Any]) -> ClassificationDataset:
-        return ClassificationDataset(examples, tokenizer, b.max_length, classes)
-
+    encoding = Encoding(task, tokenizer, "SEQ_CLS", b.max_length)
     return Material(
-        encode(train[: b.train_size]),
-        encode(heldout[: b.dev_size]),
-        encode(heldout[b.dev_size : b.dev_size + b.test_size]),
+        list(encoding.items(train[: b.train_size])),
+        list(encoding.items(heldout[: b.dev_size])),
+        list(encoding.items(heldout[b.dev_size : b.dev_size + b.test_size])),
         DataCollatorWithPadding(tokenizer),
         classes=classes,
     )

@@ -26,7 +26,8 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from fastprefix.files import sealed, written_whole
-from fastprefix.tasks.evaluation import describe, target_loss
+from fastprefix.tasks import write
+from fastprefix.tasks.encode import IGNORED
 
 from . import material
 from .build import Built, build
@@ -96,7 +97,7 @@ def train(run: Run, source: Source) -> dict[str, Any]:
     began = time.perf_counter()
     b = run.budget
     data = material_of(source, run.task, b)
-    built, tokenizer = fresh(run.task, run.method, run.seed, source, data, b)
+    built, _ = fresh(run.task, run.method, run.seed, source, data, b)
     collator = InfixCollator(data.collator) if built.infix else data.collator
     known = len(data.train) if run.method.train_size is None else run.method.train_size
     items: Subset[Any] = Subset(data.train, range(min(known, len(data.train))))
@@ -113,7 +114,7 @@ def train(run: Run, source: Source) -> dict[str, Any]:
     }
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if b.bf16 else nullcontext():
         if run.task == "e2e":
-            result |= _of_descriptions(built, tokenizer, data, collator, b)
+            result |= _of_descriptions(built, data, collator, b)
         else:
             result |= _of_classes(built, data, collator)
     return result | {"seconds": time.perf_counter() - began}
@@ -146,17 +147,18 @@ def _fit(run: Run, built: Built, items: Any, collator: Callable[[Any], Any]) -> 
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _of_descriptions(
-    built: Built, tokenizer: Any, data: Material, collator: Any, b: Budget
-) -> dict[str, Any]:
+def _of_descriptions(built: Built, data: Material, collator: Any, b: Budget) -> dict[str, Any]:
     import sacrebleu
 
-    records = [one.record for one in data.described]
-    texts = describe(built.model, tokenizer, records, b.max_new_tokens)
-    most = max(len(one.references) for one in data.described)
+    assert data.encoding is not None
+    texts = [
+        text.split("\n")[0]
+        for text in write(built.model, data.encoding, data.described, len(data.described))
+    ]
+    most = max(len(one.targets) for one in data.described)
     # sacrebleu takes one list for each place among the references, with None where there is none
     references: Any = [
-        [one.references[i] if i < len(one.references) else None for one in data.described]
+        [one.targets[i] if i < len(one.targets) else None for one in data.described]
         for i in range(most)
     ]
     return {
@@ -165,6 +167,18 @@ def _of_descriptions(
         "bleu": sacrebleu.corpus_bleu(texts, references).score,
         "texts": texts[:3],
     }
+
+
+def target_loss(model: Any, items: Any, collator: Any, batch_size: int) -> float:
+    """Mean cross entropy in nats per target token, over all items."""
+    total, tokens = 0.0, 0
+    for start in range(0, len(items), batch_size):
+        batch = collator(items[start : start + batch_size])
+        # no token precedes the first one, so its label does not count
+        count = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total += float(model(**batch).loss) * count
+        tokens += count
+    return total / tokens
 
 
 def _of_classes(built: Built, data: Material, collator: Any) -> dict[str, float]:

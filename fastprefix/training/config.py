@@ -42,7 +42,9 @@ class RunConfig(Settings):
         options: of ``PrefixConfig``, ``PromptConfig`` or ``peft.LoraConfig``, by the method.
         task_type: PEFT's name of what the model does; found from model and task if None.
         data_files: files of your own by split, in place of the task's source.
-        columns: the names of the task's columns in them.
+        more_tests: further files of test examples, by a name that the figures get behind theirs:
+            "bleu (unseen)". For test sets that differ from the training data in kind.
+        columns: the names of the task's columns in the files.
         train_size: examples to train with, a sample that depends on the seed; all if None.
         validation_size: examples to evaluate with while training, always the same; all if None.
         test_size: examples that are reported, always the same; all if None.
@@ -76,6 +78,7 @@ class RunConfig(Settings):
     options: dict[str, Any] = Field(default_factory=dict)
     task_type: TaskTypeName | None = None
     data_files: dict[SplitName, str] | None = None
+    more_tests: dict[str, str] | None = None
     columns: dict[str, str] | None = None
     train_size: int | None = Field(default=None, ge=1)
     validation_size: int | None = Field(default=None, ge=1)
@@ -120,6 +123,13 @@ class RunConfig(Settings):
             raise ValueError("max_steps, epochs: got both, takes one of them")
         if self.streaming and self.max_steps is None:
             raise ValueError("streaming: got no max_steps, which it takes: a stream has no length")
+        if self.streaming and self.train_size is not None:
+            raise ValueError("streaming, train_size: got both, takes one of them")
+        if self.packing and self.method == "prompt":
+            raise ValueError(
+                "packing: got it for method prompt, takes others: each of the packed "
+                "examples would need the prompt"
+            )
         if self.options and self.method in ("full", "head", "bitfit", "none"):
             raise ValueError(f"options: got {list(self.options)}, but {self.method} has none")
         return self

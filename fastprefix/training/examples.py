@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
-
-from accelerate import PartialState
+from typing import Any
 
 from fastprefix.tasks.encoding import Encoding, TaskType, task_types
 from fastprefix.tasks.loading import load_examples, splits_of
+from fastprefix.tasks.streaming import StreamedItems
 from fastprefix.tasks.task import Example, Extraction, Generation, Split, Task
 from fastprefix.training.base_models import load_config
 from fastprefix.training.config import RunConfig
+from fastprefix.training.environment import processes
 from fastprefix.training.sources import model_source
 
 
@@ -29,6 +29,7 @@ class Splits:
         validation: held-out examples that decide when to stop; None if there are none.
         validation_items: the same as items.
         test: held-out examples that are reported; None if there are none.
+        more_tests: further ones, by name.
     """
 
     train: Any
@@ -38,6 +39,7 @@ class Splits:
     validation: Sequence[Example] | None
     validation_items: list[dict[str, Any]]
     test: Sequence[Example] | None
+    more_tests: Mapping[str, Sequence[Example]]
 
 
 def task_type_of(config: RunConfig, task: Task) -> TaskType:
@@ -75,27 +77,43 @@ def read_splits(config: RunConfig, task: Task, encoding: Encoding) -> Splits:
         ValueError: see :func:`fastprefix.tasks.loading.load_examples`.
     """
     there = splits_of(task, config.files)
-    train = _sample(_load(config, task, "train"), config.train_size, f"{config.seed}")
-    validation = test = None
+    validation = test = train = None
     if "validation" in there:
-        validation = _sample(_load(config, task, "validation"), config.validation_size, "")
+        validation = _load(config, task, "validation", config.validation_size)
     if "test" in there:
-        test = _sample(_load(config, task, "test"), config.test_size, "")
-    items = list(encoding.items(train))
-    processes = PartialState().num_processes
+        test = _load(config, task, "test", config.test_size)
+    if config.streaming:
+        items: Any = StreamedItems(
+            encoding, "train", data_files=config.files, columns=config.columns, seed=config.seed
+        )
+        steps = config.steps_of(0)
+    else:
+        train = _sample(_load(config, task, "train"), config.train_size, f"{config.seed}")
+        items = list(encoding.items(train))
+        steps = config.steps_of(len(items), processes().num_processes)
     return Splits(
         train=items,
-        train_examples=len(train),
-        steps=config.steps_of(len(items), processes),
-        collator=encoding.collator(),
+        train_examples=None if train is None else len(train),
+        steps=steps,
+        collator=encoding.collator(config.packing),
         validation=validation,
         validation_items=list(encoding.items(validation or [])),
         test=test,
+        more_tests={
+            name: load_examples(
+                task,
+                "test",
+                data_files={"test": file},
+                columns=config.columns,
+                limit=config.test_size,
+            )
+            for name, file in (config.more_tests or {}).items()
+        },
     )
 
 
-def _load(config: RunConfig, task: Task, split: str) -> list[Example]:
-    return load_examples(task, cast(Split, split), data_files=config.files, columns=config.columns)
+def _load(config: RunConfig, task: Task, split: Split, limit: int | None = None) -> list[Example]:
+    return load_examples(task, split, data_files=config.files, columns=config.columns, limit=limit)
 
 
 def _sample(examples: list[Example], size: int | None, salt: str) -> list[Example]:

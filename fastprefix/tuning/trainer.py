@@ -256,7 +256,7 @@ class FitOptions:
 @refuses_unknown_arguments
 def fit(
     tuned: PrefixTuningModel,
-    data: Dataset[Any],
+    data: Dataset[Any] | Sequence[Any],
     collator: Callable[[Any], Any],
     options: FitOptions,
     callbacks: Sequence[TrainerCallback] = (),

@@ -42,12 +42,14 @@ class Masks(NamedTuple):
         mask: [B, Hq, Lq, Lk], bool (True: attend) or added to the scores of the sequence.
         bias: [Hq] or [Hq, Lq, P], added to the scores of the prefix.
         lengths: [B] int32, how many of the Lk keys are in use.
+        spans: [B, 3] int32, where a row's real tokens lie, see `Span`.
     """
 
     pad: Any
     mask: Any
     bias: Any
     lengths: Any
+    spans: Any
 
 
 class Saved(NamedTuple):
@@ -218,6 +220,7 @@ class Source(NamedTuple):
         shift: [BM] or None, added to all scores of a row.
         length: its number of keys.
         column: where it begins in [prefix ; sequence], for dropout.
+        first, solid: of its `Span`; None if it has no padding or nobody has looked for its span.
     """
 
     k: Any
@@ -231,6 +234,22 @@ class Source(NamedTuple):
     shift: Any
     length: Any
     column: Any
+    first: Any
+    solid: Any
+
+
+class Span(NamedTuple):
+    """Where the real tokens of a row of the padding mask lie.
+
+    Attributes:
+        first: the first one; Lk if there is none.
+        solid: all tokens first .. solid are real. It is `end` unless there are holes.
+        end: behind the last one; 0 if there is none.
+    """
+
+    first: Any
+    solid: Any
+    end: Any
 
 
 class Rows(NamedTuple):
@@ -376,3 +395,24 @@ def strides(**tensors: Tensor | None) -> Strides:
         if tensor is not None:
             found.update(zip(fields, tensor.stride(), strict=False))
     return Strides(**found)
+
+
+# Of Strides: those of query, keys, values and the output's gradient.
+_OPERANDS = tuple(name for x in ("q", "k", "v", "pk", "pv", "do") for name in _STRIDES[x])
+
+
+def stride_unit(s: Strides) -> int:
+    """The :func:`unit_of` the strides of the operands."""
+    return unit_of(*[getattr(s, name) or 0 for name in _OPERANDS])
+
+
+def unit_of(*strides: int) -> int:
+    """A power of two, 8 at most, of which all strides are multiples.
+
+    1 if they are multiples of 16. Triton knows those by itself, and nothing of the others: a head
+    of 72 would be loaded two bytes at a time.
+    """
+    together = 0
+    for stride in strides:
+        together |= stride
+    return 1 if together % 16 == 0 else together & -together

@@ -10,10 +10,11 @@ from torch import Tensor
 from fastprefix.options import Options
 
 from . import decode, launch, plans, tilings
+from .arguments import unit_of
 from .backward_dkv import dkv_launch
 from .backward_dprefix import dprefix_launches
 from .backward_dq import dq_launch
-from .blocks import LOG2E, load_tile
+from .blocks import LOG2E, load_tile, multiple
 from .problem import Problem, make_problem
 from .tables import tables_of
 from .target import Tile
@@ -25,7 +26,7 @@ DELTA_ELEMENTS = 64 * 128
 @triton.jit
 def prefix_attn_bwd_delta_kernel(
     out, do, lse, delta, lse2, s_ob, s_oh, s_om, s_dob, s_doh, s_dom, H, Lq,
-    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """delta[i] = sum over d of out[i, d] * do[i, d]. One program: BLOCK_M rows of one head.
 
@@ -41,8 +42,10 @@ def prefix_attn_bwd_delta_kernel(
     o_m64 = o_m[:, None].to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_m = o_m < Lq
-    p_out = out + i_b * s_ob + i_h * s_oh + o_m64 * s_om + o_d[None, :]
-    p_do = do + i_b * s_dob + i_h * s_doh + o_m64 * s_dom + o_d[None, :]
+    p_out = out + i_b * multiple(s_ob, UNIT) + i_h * multiple(s_oh, UNIT)
+    p_out = p_out + o_m64 * multiple(s_om, UNIT) + o_d[None, :]
+    p_do = do + i_b * multiple(s_dob, UNIT) + i_h * multiple(s_doh, UNIT)
+    p_do = p_do + o_m64 * multiple(s_dom, UNIT) + o_d[None, :]
     b_out = load_tile(p_out, m_m, o_d, HEAD, BLOCK_D, True).to(tl.float32)  # [BM, BD]
     b_do = load_tile(p_do, m_m, o_d, HEAD, BLOCK_D, True).to(tl.float32)  # [BM, BD]
     o_row = i_bh.to(tl.int64) * Lq + o_m
@@ -59,6 +62,7 @@ def delta_launch(
     B, H, Lq, Dv = out.shape
     s_ob, s_oh, s_om, _ = out.stride()
     s_dob, s_doh, s_dom, _ = grad_out.stride()
+    unit = unit_of(s_ob, s_oh, s_om, s_dob, s_doh, s_dom)
     block = tilings.block_size(Dv)
     rows = min(DELTA_ELEMENTS // block, 64, triton.next_power_of_2(Lq))
     return launch.Launch(
@@ -69,7 +73,7 @@ def delta_launch(
             "s_ob": s_ob, "s_oh": s_oh, "s_om": s_om,
             "s_dob": s_dob, "s_doh": s_doh, "s_dom": s_dom, "H": H, "Lq": Lq,
         },
-        {"HEAD": Dv, "BLOCK_M": rows, "BLOCK_D": block},
+        {"HEAD": Dv, "UNIT": unit, "BLOCK_M": rows, "BLOCK_D": block},
         Tile(rows=rows, keys=1, warps=4, stages=1),
     )  # fmt: skip
 

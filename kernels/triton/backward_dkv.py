@@ -7,8 +7,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tilings
-from .arguments import BatchTables, Dropout, KeyTile, Rows, Saved, Scores, TileShape
-from .blocks import LOG2E, add_mask, cap, kept, keys_in_use, load_tile, prefix_of, store_tile
+from .arguments import BatchTables, Dropout, KeyTile, Rows, Saved, TileShape
+from .blocks import (
+    LOG2E,
+    add_mask,
+    cap,
+    in_units,
+    kept,
+    keys_in_use,
+    load_tile,
+    prefix_of,
+    span_of,
+    store_tile,
+)
 from .problem import Problem
 
 
@@ -178,9 +189,10 @@ def query_tiles(
 @triton.jit
 def prefix_attn_bwd_dkv_kernel(
     q, keys, masks, tables, seed, saved, dk, dv, s,
-    sizes, scale, window, softcap, dropped, keep,
+    sizes, scores, window, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
     UNMASKED_LOOP: tl.constexpr, REPEAT_LAST_ROW: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one KV head of one sequence. A gradient of None is skipped."""
@@ -188,7 +200,7 @@ def prefix_attn_bwd_dkv_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
-    scores = Scores(scale=scale, softcap=softcap)
+    s = in_units(s, UNIT)
     Hkv = sizes.Hkv
     Lq = sizes.Lq
     Lk = sizes.Lk
@@ -240,6 +252,13 @@ def prefix_attn_bwd_dkv_kernel(
         t_all *= used
         t_tail *= used
         t_end *= used
+    if masks.spans is not None:  # a tile without a real token as well
+        span = span_of(masks.spans, i_b, Lk)
+        used = tl.where((i_n < span.end) & (i_n + BLOCK_N > span.first), 1, 0)
+        t_first *= used
+        t_all *= used
+        t_tail *= used
+        t_end *= used
 
     i_row = (i_b * Hkv + i_h) * GROUP * s_row + i_start
     rows = Rows(
@@ -282,7 +301,7 @@ def prefix_attn_bwd_dkv_kernel(
     # dk and dv lie in memory as [B, Lk, Hkv, D].
     o_base = (i_b * total + o_start) * Hkv + i_h
     if dk is not None:
-        b_dk = tl.where(m_real[:, None], b_dk * scale, 0.0)
+        b_dk = tl.where(m_real[:, None], b_dk * scores.scale, 0.0)
         o_tile = o_n[:, None] * (Hkv * HEAD) + o_d[None, :]
         store_tile(dk + o_base * HEAD + o_tile, b_dk, m_all, o_d, HEAD, BLOCK_D)
     if dv is not None:

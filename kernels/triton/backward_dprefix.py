@@ -17,16 +17,14 @@ from .arguments import (
     BatchTables,
     Dropout,
     KeyTile,
-    Masks,
     Parts,
     PrefixSums,
     Rows,
     Saved,
-    Scores,
     TileShape,
 )
 from .backward_dkv import key_gradients
-from .blocks import additive, keys_in_use, load_tile, ranks, store_tile
+from .blocks import additive, in_units, keys_in_use, load_tile, ranks, store_tile
 from .problem import Problem
 from .target import Tile
 
@@ -36,10 +34,11 @@ REDUCE_BLOCK = 1024
 @triton.jit
 def prefix_attn_bwd_dprefix_kernel(
     q, keys, masks, tables, parts, seed, saved, sums, s,
-    sizes, n_tiles, row_tiles, split_tiles, scale, window, softcap, dropped, keep,
+    sizes, n_tiles, row_tiles, split_tiles, scores, window, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N positions of one prefix, one KV head, one part of the query tiles.
@@ -52,7 +51,7 @@ def prefix_attn_bwd_dprefix_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
-    scores = Scores(scale=scale, softcap=softcap)
+    s = in_units(s, UNIT)
     Hkv = sizes.Hkv
     Lq = sizes.Lq
     P = sizes.P
@@ -164,7 +163,7 @@ def prefix_attn_bwd_dprefix_kernel(
     o_base = (i_split * Hkv + i_h) * length + o_start
     if sums.dpk is not None:
         o_tile = o_n[:, None] * HEAD + o_d[None, :]
-        store_tile(sums.dpk + o_base * HEAD + o_tile, b_dk * scale, m_n, o_d, HEAD, BLOCK_D)
+        store_tile(sums.dpk + o_base * HEAD + o_tile, b_dk * scores.scale, m_n, o_d, HEAD, BLOCK_D)
     if sums.dpv is not None:
         o_tile = o_n[:, None] * HEAD_V + o_dv[None, :]
         store_tile(sums.dpv + o_base * HEAD_V + o_tile, b_dv, m_n, o_dv, HEAD_V, BLOCK_DV)
@@ -216,7 +215,7 @@ def dprefix_launches(
         ]  # fmt: skip
     own = {
         "keys": problem.arguments["keys"]._replace(k=None, v=None),
-        "masks": Masks(None, None, problem.options.prefix_bias, problem.options.key_lengths),
+        "masks": problem.arguments["masks"]._replace(pad=None, mask=None, spans=None),
         "parts": parts, "tables": problem.tables(None, None)._replace(index=None, starts=starts),
         "saved": Saved(grad_out, lse2, delta), "sums": PrefixSums(*sums),
         "n_tiles": key_tiles, "row_tiles": row_tiles, "split_tiles": split_tiles,

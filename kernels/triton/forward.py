@@ -10,7 +10,7 @@ from torch import Tensor
 from fastprefix.options import Options
 
 from . import decode, launch, plans, tilings
-from .arguments import BatchTables, Dropout, OnePassSizes, Scores, Sizes, Source, TileShape
+from .arguments import BatchTables, Dropout, OnePassSizes, Sizes, Source, TileShape
 from .blocks import (
     LN2,
     LOG2E,
@@ -18,6 +18,7 @@ from .blocks import (
     add_mask,
     additive,
     cap,
+    in_units,
     kept,
     keys_in_use,
     load_tile,
@@ -30,6 +31,7 @@ from .blocks import (
     result_rows,
     sequence_end,
     sequence_tiles,
+    span_of,
     store_tile,
 )
 from .problem import Problem, make_problem
@@ -77,7 +79,8 @@ def fwd_sweep(
             b_s = tl.where((i_n + o_n)[None, :] < o_high, b_s, float("-inf"))
             if o_low is not None:
                 b_s = tl.where((i_n + o_n)[None, :] >= o_low, b_s, float("-inf"))
-        if source.pad is not None:
+        # Where a span is known, the tiles without tests have no padding.
+        if (source.pad is not None) and (BOUND or (source.solid is None)):
             p_pad = source.pad + o_start * source.pn + o_n * source.pn
             if BOUND:
                 m_pad = tl.load(p_pad, mask=m_n, other=0) != 0
@@ -108,9 +111,9 @@ def fwd_sweep(
 @triton.jit(do_not_specialize=["Lk", "s_pb"])
 def prefix_attn_fwd_kernel(
     q, keys, masks, sinks, tables, seed, out, lse, s, s_pb,
-    sizes, Lk, scale, window, softcap, dropped, keep,
+    sizes, Lk, scores, window, dropped, keep,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, CAUSAL: tl.constexpr,
-    PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
+    UNIT: tl.constexpr, PRESCALE: tl.constexpr, BIAS_DIM: tl.constexpr, IN_WINDOW: tl.constexpr,
     UNMASKED_LOOP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +122,7 @@ def prefix_attn_fwd_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
-    scores = Scores(scale=scale, softcap=softcap)
+    s = in_units(s, UNIT)
     sizes = Sizes(Hkv=sizes.Hkv, Lq=sizes.Lq, Lk=Lk, P=sizes.P)
     # With a causal mask the last rows see the most keys: start them first.
     i_b, i_seq, i_h, i_tile, i_start, Lq, Lk = locate(tables, sizes, GROUP, BLOCK_M, CAUSAL)
@@ -163,7 +166,7 @@ def prefix_attn_fwd_kernel(
         k=keys.pk + i_h * s.pkh + tl.cast(i_first, tl.int64) * s.pkn,
         v=keys.pv + i_h * s.pvh + tl.cast(i_first, tl.int64) * s.pvn,
         pad=None, mask=p_bias, kn=s.pkn, vn=s.pvn, pn=None, mn=s.bn, shift=b_row,
-        length=P, column=0,
+        length=P, column=0, first=None, solid=None,
     )  # fmt: skip
     if UNMASKED_LOOP:
         if IN_WINDOW:
@@ -187,8 +190,13 @@ def prefix_attn_fwd_kernel(
     p_mask = None
     if masks.mask is not None:
         p_mask = masks.mask + (i_b * s.mb + o_head * s.mh + o_token * s.mm)[:, None]
+    span = None
+    solid = None
+    if masks.spans is not None:
+        span = span_of(masks.spans, i_b, Lk)
+        solid = span.solid
     n_any, n_low, n_whole, n_end = sequence_tiles(
-        q_first, q_last, Lq, Lk, window, CAUSAL, UNMASKED_LOOP, BLOCK_N
+        q_first, q_last, Lq, Lk, window, span, CAUSAL, UNMASKED_LOOP, BLOCK_N
     )
     o_high = sequence_end(o_q[:, None], Lq, Lk, window, CAUSAL)
     o_low = None
@@ -198,7 +206,7 @@ def prefix_attn_fwd_kernel(
         k=keys.k + i_b * s.kb + i_h * s.kh + tl.cast(i_start, tl.int64) * s.kn,
         v=keys.v + i_b * s.vb + i_h * s.vh + tl.cast(i_start, tl.int64) * s.vn,
         pad=p_pad, mask=p_mask, kn=s.kn, vn=s.vn, pn=s.pn, mn=s.mn, shift=None,
-        length=Lk, column=P,
+        length=Lk, column=P, first=None, solid=solid,
     )  # fmt: skip
     if UNMASKED_LOOP:
         if window is not None:

@@ -8,7 +8,7 @@ import torch
 
 import fastprefix_testing.models as tiny
 from fastprefix import PrefixKV, use_prefix
-from fastprefix.tasks import load_descriptions
+from fastprefix.tasks import load_examples
 from fastprefix.training.base_models import load
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,7 @@ def model(smollm2):
 def front(smollm2):
     """[1, 512] token ids of a system prompt."""
     _, tokenizer = smollm2
-    known = "\n".join(record.description for record in load_descriptions("train")[:40])
+    known = "\n".join(example.targets[0] for example in load_examples("descriptions")[:40])
     start = f"<|im_start|>system\nYou are a concierge. Answer from this list.\n{known}"
     end = tokenizer("<|im_end|>\n")["input_ids"]
     return torch.tensor([tokenizer(start)["input_ids"][: 512 - len(end)] + end])
@@ -43,10 +43,14 @@ def front(smollm2):
 def questions(smollm2):
     """Eight of different lengths, padded on the left: ids and mask [8, L]."""
     _, tokenizer = smollm2
+    names = [
+        example.source.partition(" | ")[0].removeprefix("name: ")
+        for example in load_examples("descriptions")[:8]
+    ]
     texts = [
-        f"<|im_start|>user\nWhat do you know about {record.attributes['name']}?{HINTS[row % 3]}"
+        f"<|im_start|>user\nWhat do you know about {name}?{HINTS[row % 3]}"
         "<|im_end|>\n<|im_start|>assistant\n"
-        for row, record in enumerate(load_descriptions("train")[:8])
+        for row, name in enumerate(names)
     ]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     assert len(set(batch["attention_mask"].sum(-1).tolist())) > 3

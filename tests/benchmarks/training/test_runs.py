@@ -76,9 +76,9 @@ def test_another_budget_makes_old_results_void_and_failures_keep_the_rest(
 
 def test_held_out_attributes_never_occur_in_training(source, budget):
     data = e2e(*source.data, source.tokenizer(), budget)
-    prompts = [one.record.prompt for one in data.described]
+    prompts = [one.source for one in data.described]
     assert len(prompts) == len(set(prompts)) == budget.test_size
-    assert all(one.references for one in data.described)
+    assert all(one.targets for one in data.described)
     tokenizer = source.tokenizer()
     texts = [tokenizer.decode(data.train[i]["input_ids"]) for i in range(len(data.train))]
     assert not any(text.startswith(f"{prompt}\n") for text in texts for prompt in prompts)
