@@ -13,9 +13,7 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from fastprefix import PrefixBank, PrefixConfig, PrefixKV, PrefixTuningModel, use_prefix
-from fastprefix.tasks import load_descriptions
-from fastprefix.tasks.loading import load_examples
-from fastprefix.tasks.registry import get_task
+from fastprefix.tasks import get_task, load_examples
 from fastprefix.tuning.trainer import FitOptions, fit
 from local_models import model_arguments, tokenizer_arguments
 
@@ -35,8 +33,8 @@ def headline(example):
 
 
 news = get_task("bbc")
-topics = [(headline(example), news.answer(example.label)) for example in load_examples(news)]
-sentences = [(record.prompt + "\n", record.description) for record in load_descriptions("train")]
+topics = [(headline(example), news.answer(example.label)) for example in load_examples("bbc")]
+sentences = [(each.source + "\n", each.targets[0]) for each in load_examples("descriptions")]
 tasks = {
     "describe": (sentences, "Describe it in one sentence."),
     "topic": (topics, "Name the topic: business, entertainment, politics, sports or tech."),
@@ -70,13 +68,13 @@ bank["describe"], bank["topic"] = map(tuned.export, tasks)
 bank["capitals"] = PrefixKV.from_text(model, tokenizer, capitals)
 
 tokenizer.padding_side = "left"  # as generate() wants it
-unseen = load_examples(news, "validation")
+unseen = load_examples("bbc", "test", limit=2)
 requests = [
-    ("describe", load_descriptions("heldout")[0].prompt + "\n"),
+    ("describe", load_examples("descriptions", "test")[0].source + "\n"),
     ("topic", headline(unseen[0])),
     (None, headline(unseen[0])),
     ("capitals", "Spain:"),
-    ("topic", headline(unseen[-1])),
+    ("topic", headline(unseen[1])),
 ]
 
 

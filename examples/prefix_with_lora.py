@@ -8,7 +8,6 @@ same steps on the same tweets.
 """
 
 import argparse
-import random
 import tempfile
 import time
 
@@ -18,10 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from transformers import TrainingArguments as Arguments
 
 from fastprefix import PrefixConfig, PrefixTuningModel
-from fastprefix.tasks.encoding import Encoding
-from fastprefix.tasks.loading import load_examples
-from fastprefix.tasks.measuring import evaluate
-from fastprefix.tasks.registry import get_task
+from fastprefix.tasks import Encoding, evaluate, get_task, load_examples
 from local_models import model_arguments, tokenizer_arguments
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -34,9 +30,8 @@ task = get_task("tweets")
 tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments(args.model))
 encoding = Encoding(task, tokenizer, "SEQ_CLS", max_length=32)
 collator = encoding.collator()
-draw = random.Random(0)  # the file is sorted
-heldout = draw.sample(load_examples(task, "validation"), size)
-items = list(encoding.items(draw.sample(load_examples(task), 10 * size)))
+heldout = load_examples(task, "test", limit=size)
+items = list(encoding.items(load_examples(task, limit=10 * size)))
 
 
 def base():
@@ -45,7 +40,7 @@ def base():
     return AutoModelForSequenceClassification.from_pretrained(
         **model_arguments(args.model),
         num_labels=len(task.labels),
-        attention_probs_dropout_prob=0.0,  # which has no fast way on the CPU
+        attention_probs_dropout_prob=0.0,  # costs time, on the CPU most
     )
 
 

