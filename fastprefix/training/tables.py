@@ -78,17 +78,18 @@ class Table:
 
 def is_better(metric: str, one: float, other: float) -> bool:
     """Whether the first value of a metric is better."""
-    return one < other if metric in _FALLING else one > other
+    return one < other if metric.partition(" ")[0] in _FALLING else one > other
 
 
 def metric_title(name: str) -> str:
     """A metric as papers spell it."""
-    return _TITLES.get(name, name.replace("_", " "))
+    base, space, test = name.partition(" ")
+    return _TITLES.get(base, base.replace("_", " ")) + space + test
 
 
 def digits_of(metric: str) -> int:
     """Decimals to show: scores of texts go up to 100, other metrics up to 1."""
-    return 2 if metric in TEXT_METRICS else 3
+    return 2 if metric.partition(" ")[0] in TEXT_METRICS else 3
 
 
 def held_out(result: Mapping[str, Any]) -> Mapping[str, float]:
