@@ -51,8 +51,8 @@ class Addresses:
 
     def _hash(self, config: RunConfig) -> str:
         """Of the configuration, and of the content of the files that it names."""
-        files = {**(config.data_files or {}), **(config.more_tests or {})}
-        content = {str(name): self._digest(Path(file)) for name, file in files.items()}
+        files = {**(config.files or {}), **(config.more_tests or {})}
+        content = {name: self._digest(Path(file)) for name, file in files.items()}
         source, _ = model_source(config.model)
         if Path(source).exists():  # else it is a name on the hub
             content["model"] = self._digest(Path(source))
