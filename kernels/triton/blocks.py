@@ -34,21 +34,21 @@ def multiple(stride, UNIT: tl.constexpr):
 
 @triton.jit
 def in_units(s, UNIT: tl.constexpr):
-    """`Strides` whose multiples of UNIT the compiler knows; see :func:`.arguments.stride_unit`."""
-    if UNIT == 1:
-        return s
-    else:
-        return Strides(
-            qb=multiple(s.qb, UNIT), qh=multiple(s.qh, UNIT), qm=multiple(s.qm, UNIT),
-            kb=multiple(s.kb, UNIT), kh=multiple(s.kh, UNIT), kn=multiple(s.kn, UNIT),
-            vb=multiple(s.vb, UNIT), vh=multiple(s.vh, UNIT), vn=multiple(s.vn, UNIT),
-            pkh=multiple(s.pkh, UNIT), pkn=multiple(s.pkn, UNIT),
-            pvh=multiple(s.pvh, UNIT), pvn=multiple(s.pvn, UNIT),
-            pb=multiple(s.pb, 1), pn=multiple(s.pn, 1),
-            mb=multiple(s.mb, 1), mh=multiple(s.mh, 1), mm=multiple(s.mm, 1), mn=multiple(s.mn, 1),
-            bh=multiple(s.bh, 1), bm=multiple(s.bm, 1), bn=multiple(s.bn, 1), lb=multiple(s.lb, 1),
-            dob=multiple(s.dob, UNIT), doh=multiple(s.doh, UNIT), dom=multiple(s.dom, UNIT),
-        )  # fmt: skip
+    """`Strides` whose multiples of UNIT the compiler knows; see :func:`.arguments.stride_unit`.
+
+    Without None, so it would change a kernel whose UNIT is 1. Those leave it out.
+    """
+    return Strides(
+        qb=multiple(s.qb, UNIT), qh=multiple(s.qh, UNIT), qm=multiple(s.qm, UNIT),
+        kb=multiple(s.kb, UNIT), kh=multiple(s.kh, UNIT), kn=multiple(s.kn, UNIT),
+        vb=multiple(s.vb, UNIT), vh=multiple(s.vh, UNIT), vn=multiple(s.vn, UNIT),
+        pkh=multiple(s.pkh, UNIT), pkn=multiple(s.pkn, UNIT),
+        pvh=multiple(s.pvh, UNIT), pvn=multiple(s.pvn, UNIT),
+        pb=multiple(s.pb, 1), pn=multiple(s.pn, 1),
+        mb=multiple(s.mb, 1), mh=multiple(s.mh, 1), mm=multiple(s.mm, 1), mn=multiple(s.mn, 1),
+        bh=multiple(s.bh, 1), bm=multiple(s.bm, 1), bn=multiple(s.bn, 1), lb=multiple(s.lb, 1),
+        dob=multiple(s.dob, UNIT), doh=multiple(s.doh, UNIT), dom=multiple(s.dom, UNIT),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -291,7 +291,8 @@ def prefix_attn_decode_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_R,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
-    s = in_units(s, UNIT)
+    if UNIT != 1:
+        s = in_units(s, UNIT)
     i_program = tl.program_id(0)
     n_prefix = sizes.Hkv * n_units
     if i_program < n_prefix:

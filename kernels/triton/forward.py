@@ -122,7 +122,8 @@ def prefix_attn_fwd_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
-    s = in_units(s, UNIT)
+    if UNIT != 1:
+        s = in_units(s, UNIT)
     sizes = Sizes(Hkv=sizes.Hkv, Lq=sizes.Lq, Lk=Lk, P=sizes.P)
     # With a causal mask the last rows see the most keys: start them first.
     i_b, i_seq, i_h, i_tile, i_start, Lq, Lk = locate(tables, sizes, GROUP, BLOCK_M, CAUSAL)
