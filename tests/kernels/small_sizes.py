@@ -79,6 +79,8 @@ def launches_of(draw: random.Random) -> tuple[list[launch.Launch], str]:
         options["cu_seqlens"] = new(sequences + 1, dtype=torch.int32)
     elif draw.random() < 0.4:
         options["key_padding_mask"] = new(B, Lk, dtype=torch.bool)
+        if draw.random() < 0.5:
+            options["spans"] = new(B, 3, dtype=torch.int32)
     if "cu_seqlens" not in options and draw.random() < 0.3:
         options["key_lengths"] = new(B, dtype=torch.int32)
     if draw.random() < 0.35:
