@@ -51,9 +51,8 @@ class Addresses:
 
     def _hash(self, config: RunConfig) -> str:
         """Of the configuration, and of the content of the files that it names."""
-        content: dict[str, str] = {
-            split: self._digest(Path(file)) for split, file in (config.data_files or {}).items()
-        }
+        named = [*(config.data_files or {}).values(), *(config.more_tests or {}).values()]
+        content = {file: self._digest(Path(file)) for file in named}
         source, _ = model_source(config.model)
         if Path(source).exists():  # else it is a name on the hub
             content["model"] = self._digest(Path(source))
