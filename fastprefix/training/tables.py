@@ -78,18 +78,23 @@ class Table:
 
 def is_better(metric: str, one: float, other: float) -> bool:
     """Whether the first value of a metric is better."""
-    return one < other if metric.partition(" ")[0] in _FALLING else one > other
+    return one < other if _kind(metric) in _FALLING else one > other
 
 
 def metric_title(name: str) -> str:
     """A metric as papers spell it."""
-    base, space, test = name.partition(" ")
-    return _TITLES.get(base, base.replace("_", " ")) + space + test
+    kind = _kind(name)
+    return _TITLES.get(kind, kind.replace("_", " ")) + name.removeprefix(kind)
 
 
 def digits_of(metric: str) -> int:
     """Decimals to show: scores of texts go up to 100, other metrics up to 1."""
-    return 2 if metric.partition(" ")[0] in TEXT_METRICS else 3
+    return 2 if _kind(metric) in TEXT_METRICS else 3
+
+
+def _kind(metric: str) -> str:
+    """The metric of a name such as "bleu (unseen)", which is that of a further test set."""
+    return metric.partition(" (")[0]
 
 
 def held_out(result: Mapping[str, Any]) -> Mapping[str, float]:

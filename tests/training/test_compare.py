@@ -120,12 +120,17 @@ def test_another_setting_or_other_data_make_another_run(tmp_path):
     first = places(base=own)
     assert places(base=own) == first
     assert places(base=own | {"batch_size": 2}) != first
+    more = own | {"more_tests": {"other": str(data / "other.jsonl")}}
+    (data / "other.jsonl").write_text("{}\n")
+    further = places(base=more)
+    (data / "other.jsonl").write_text("{} \n")
+    assert places(base=more) != further
     (data / "train.jsonl").write_text("{} \n")
     changed = places(base=own)
     assert changed != first
     (data / "train.jsonl").write_text("{}\n")
     assert places(base=own) == first
-    assert len(list((tmp_path / "out" / "runs").glob("lora-*"))) == 3
+    assert len(list((tmp_path / "out" / "runs").glob("lora-*"))) == 5
 
 
 def test_the_weights_of_a_model_in_a_folder_count(tmp_path):

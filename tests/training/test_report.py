@@ -15,7 +15,20 @@ from PIL import Image
 from fastprefix.training.compare import run_compare
 from fastprefix.training.grid import CompareConfig
 from fastprefix.training.report import write_report
-from fastprefix.training.tables import Figure, costs_table, rates_table, scores_table
+from fastprefix.training.tables import (
+    Figure,
+    best_cell,
+    costs_table,
+    count,
+    digits_of,
+    is_better,
+    level_with,
+    metric_title,
+    rates_table,
+    scored_cells,
+    scores_table,
+    size,
+)
 from fastprefix_testing.pretended_runs import InThisProcess, train
 
 NASTY = "<script>alert('x')</script> & $x_1$ | *star* `tick`"
@@ -175,6 +188,35 @@ def test_rates_that_were_tried_and_those_at_the_edge(made):
     assert table.strong == {(row, 2) for row in range(4)}
 
 
+def test_metrics_of_further_test_sets_are_shown_as_their_own_kind():
+    assert (metric_title("bleu (new)"), digits_of("bleu (new)")) == ("BLEU (new)", 2)
+    assert (metric_title("accuracy (far_off)"), digits_of("accuracy")) == ("accuracy (far_off)", 3)
+    assert is_better("loss (new)", 1.0, 2.0)
+    assert not is_better("chrf (new)", 1.0, 2.0)
+
+
+def test_what_is_level_with_the_best(made):
+    comparison, _ = made
+    cells = {cell.label: cell for cell in comparison.cells}
+    longest, shorter = (cells[f"prefix, num virtual tokens {length}"] for length in (100, 20))
+    assert best_cell(comparison) == cells["full fine-tuning"]
+    assert level_with(comparison, cells["full fine-tuning"]) == []
+    spreads = dict(scored_cells(comparison))
+    near = abs(spreads[longest].mean - spreads[shorter].mean) <= max(
+        spreads[longest].spread, spreads[shorter].spread
+    )
+    assert (shorter in level_with(comparison, longest)) == near
+
+
+@pytest.mark.parametrize(
+    ("number", "bytes_shown", "count_shown"),
+    [(0, "0 B", "0"), (999, "999 B", "999"), (1000, "1 kB", "1 K"), (36_864, "36.9 kB", "36.9 K"),
+     (999_999, "1000 kB", "1000 K"), (134_515_008, "135 MB", "135 M"), (2.5e9, "2.5 GB", "2.5 B")],
+)  # fmt: skip
+def test_sizes_and_counts(number, bytes_shown, count_shown):
+    assert (size(number), count(number)) == (bytes_shown, count_shown)
+
+
 def test_figures_of_one_seed_and_of_runs_that_diverged():
     assert Figure.of([0.5]).show(3) == "0.500"
     assert Figure.of([1.0, 3.0]).show(2) == "2.00 ± 1.41"
@@ -227,7 +269,7 @@ def test_the_page_in_a_browser(made, tmp_path):
     with Image.open(shot) as opened:
         picture = opened.convert("RGB")
     assert picture.width == 1200
-    seen = {colour: count for count, colour in picture.getcolors(1 << 24)}
+    seen = {colour: number for number, colour in picture.getcolors(1 << 24)}
     for colour in ("0072B2", "D55E00", "009E73", "CC79A7"):  # of four methods, in the pictures
         assert seen[tuple(bytes.fromhex(colour))] > 50, colour
     assert seen[0xFD, 0xF4, 0xF3] > 10_000  # the frame of the failed runs
