@@ -126,6 +126,8 @@ class Encoding:
 
     def prompts(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
         """``input_ids`` and ``attention_mask`` from which a language model writes each target."""
+        if not examples:
+            return []
         read = [self._source_and_question(example) for example in examples]
         texts = [source + question for source, question in read]
         if self.task_type == "CAUSAL_LM":
@@ -189,7 +191,19 @@ class Encoding:
         return DataCollatorWithPadding(self.tokenizer)
 
     def pieces(self, example: AnsweredQuestion) -> Iterator[Piece]:
-        """A question with each piece of its passage."""
+        """A question with each piece of its passage.
+
+        Raises:
+            ValueError: the question leaves too few tokens for a passage.
+        """
+        question = self.tokenizer(example.question, add_special_tokens=False)["input_ids"]
+        room = self.max_length - len(question) - self.tokenizer.num_special_tokens_to_add(pair=True)
+        if room <= self.stride:
+            raise ValueError(
+                f"max_length: got {self.max_length}, which beside the {len(question)} tokens of "
+                f"question {example.id} leaves {room} for its passage; takes more, or a smaller "
+                f"stride than {self.stride}"
+            )
         encoded = self.tokenizer(
             example.question,
             example.context,

@@ -17,6 +17,7 @@ from fastprefix.tasks.splitting import position
 from fastprefix.tasks.task import (
     SPLITS,
     AnsweredQuestion,
+    Classification,
     Example,
     Generation,
     HubSource,
@@ -71,7 +72,8 @@ def load_examples(
 
     Raises:
         ValueError: a column is missing, a value does not fit (the message names the row), a file
-            is damaged, the split has no examples or does not exist.
+            is damaged, the split has no examples or does not exist, or the hub's data set has
+            other classes than the task.
         FileNotFoundError: there is no such file.
         ImportError: the package of the data set, or ``datasets``, is not installed.
         ConnectionError: the data set cannot be loaded from the hub, and is not in its cache.
@@ -164,7 +166,7 @@ class _Rows:
         if isinstance(self.task.source, PackageSource):
             return _rows_of_package(self.task.name, self.task.source, self.split)
         assert isinstance(self.task.source, HubSource)
-        return _rows_of_hub(self.task.name, self.task.source, self.split, streaming)
+        return _rows_of_hub(self.task, self.task.source, self.split, streaming)
 
     def _check_columns(self, row: Row) -> None:
         for column in self.task.columns:
@@ -316,12 +318,12 @@ def _options_of_csv(file: Path) -> dict[str, Any]:
     return {"features": features, "keep_default_na": False}
 
 
-def _rows_of_hub(name: str, source: HubSource, split: Split, streaming: bool) -> Iterator[Row]:
+def _rows_of_hub(task: Task, source: HubSource, split: Split, streaming: bool) -> Iterator[Row]:
     load_dataset = _library().load_dataset
     theirs = source.splits[split]
     files = None if source.files is None else {theirs: source.files.format(split=theirs)}
     try:
-        yield from load_dataset(
+        loaded = load_dataset(
             source.path,
             source.config,
             data_files=files,
@@ -329,11 +331,27 @@ def _rows_of_hub(name: str, source: HubSource, split: Split, streaming: bool) ->
             revision=source.revision,
             streaming=streaming,
         )
+        wrong = _other_classes(task, loaded)
+        if wrong is None:
+            yield from loaded
     except Exception as error:  # of the network, of the hub, or of what a data set has become
         raise ConnectionError(
-            f"{name}: {source.path} cannot be loaded from the hub ({_short(error)}); data_files "
-            "reads files of your own"
+            f"{task.name}: {source.path} cannot be loaded from the hub ({_short(error)}); "
+            "data_files reads files of your own"
         ) from error
+    if wrong is not None:
+        raise ValueError(
+            f"{task.name}: {source.path} has the classes {wrong}, not those of the task"
+        )
+
+
+def _other_classes(task: Task, loaded: Any) -> list[str] | None:
+    """The hub's names of the classes if they are others than the task's: indices would be wrong."""
+    if not isinstance(task, Classification):
+        return None
+    names = getattr((loaded.features or {}).get(task.label), "names", None)
+    same = names is None or [n.lower() for n in names] == [n.lower() for n in task.labels]
+    return None if same else names
 
 
 def _rows_of_package(name: str, source: PackageSource, split: Split) -> Iterable[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -157,6 +158,19 @@ def test_the_hub_out_of_reach(monkeypatch):
         with pytest.raises(ConnectionError, match=told) as caught:
             read("sst2")
         assert "\n" not in str(caught.value)
+
+
+def test_classes_in_another_order_on_the_hub(tmp_path):
+    """Their indices would silently mean other classes."""
+    folder = tmp_path / "classes_in_another_order"  # the cache of datasets knows it by this name
+    (folder / "data").mkdir(parents=True)
+    made = datasets.Dataset.from_list([{"sentence": "x", "label": 0}])
+    made = made.cast_column("label", datasets.ClassLabel(names=["positive", "negative"]))
+    made.to_parquet(str(folder / "data" / "validation-0000.parquet"))
+    task = get_task("sst2")
+    local = replace(task, source=replace(task.source, path=str(folder)))
+    with pytest.raises(ValueError, match=r"has the classes \['positive', 'negative'\], not those"):
+        load_examples(local, "test")
 
 
 def test_a_missing_package_is_named(monkeypatch):
