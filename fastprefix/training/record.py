@@ -12,6 +12,17 @@ from typing import Any
 from transformers import TrainerCallback
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines that a :class:`Record` wrote, oldest first; none without the file.
+
+    A process that is killed while it writes leaves the start of a line. It is left out.
+    """
+    if not file.exists():
+        return []
+    *whole, _ = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]
+
+
 class Record(TrainerCallback):
     """Writes a line of JSON for each log of a Trainer, and times its steps.
 
@@ -35,9 +46,8 @@ class Record(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps what is known of the steps before a checkpoint."""
-        if self._file.exists():
-            lines = [json.loads(line) for line in self._file.read_text("utf-8").splitlines()]
-            self._lines = [line for line in lines if line["step"] <= state.global_step]
+        lines = read_lines(self._file)
+        self._lines = [line for line in lines if line["step"] <= state.global_step]
         self._before = max((line["seconds"] for line in self._lines), default=0.0)
         self._rewrite()
         self._began = time.perf_counter()

@@ -7,7 +7,6 @@ on from its last checkpoint.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from fastprefix.training.evaluation import measured
 from fastprefix.training.examples import Splits, read_splits, task_type_of
 from fastprefix.training.memory import PeakMemory
 from fastprefix.training.methods import Trained, build
-from fastprefix.training.record import Record
+from fastprefix.training.record import Record, read_lines
 from fastprefix.tuning.trainer import PrefixTrainer
 
 ENVIRONMENT, METRICS, RESULT = "environment.json", "metrics.jsonl", "result.json"
@@ -263,7 +262,4 @@ def _write(file: Path, text: str) -> None:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's ``metrics.jsonl``, oldest first."""
-    file = folder / METRICS
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return read_lines(folder / METRICS)

@@ -122,6 +122,8 @@ def test_a_stopped_run_goes_on(tmp_path: Path, tiny_folder: str) -> None:
     with pytest.raises(_StoppedError):
         train_run(config, tmp_path / "broken", show=stop)
     assert not (tmp_path / "broken" / "result.json").exists()
+    with (tmp_path / "broken" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 6, "lo')  # a kill in the middle of a line
     seen: list[int] = []
     again = train_run(config, tmp_path / "broken", show=lambda done, *_: seen.append(done))
     assert seen == [5, 6]  # the last checkpoint is of step 4
