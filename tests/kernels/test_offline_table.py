@@ -39,7 +39,9 @@ OTHERS = {
     "prefix_attn_decode_merge_kernel",
 }
 # Kernels that only features need.
-FOR_FEATURES = {"prefix_attn_tables_kernel", "prefix_attn_ranks_kernel"}
+FOR_FEATURES = {
+    *("prefix_attn_tables_kernel", "prefix_attn_ranks_kernel", "prefix_attn_spans_kernel"),
+}
 LOOPS = {
     "prefix_attn_fwd_kernel": ["prefix", "prefix tail", "sequence", "sequence, masked"],
     "prefix_attn_bwd_dq_kernel": ["prefix", "prefix tail", "sequence", "sequence, masked"],

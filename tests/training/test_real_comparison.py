@@ -27,8 +27,7 @@ def base(tmp_path, tiny_folder):
         rows = [
             {
                 "meaning_representation": f"name[The {place}], food[{dish}]",
-                "target": f"The {place} serves {dish}.",
-                "references": [],
+                "human_reference": f"The {place} serves {dish}.",
             }
             for place in PLACES
             for dish in dishes
@@ -78,7 +77,8 @@ def test_real_runs_that_are_killed_go_on_from_their_checkpoint(tmp_path, base):
 
     first = start(file, tmp_path, 1)
     try:
-        assert eventually(checkpoints, 400)
+        eventually(lambda: checkpoints() or first.poll() is not None, 400)
+        assert checkpoints()
         before = finished(tmp_path)
     finally:
         first.kill()
