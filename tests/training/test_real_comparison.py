@@ -23,7 +23,7 @@ PLACES = ("Bridge", "Mill", "Harbour", "Station", "Garden")
 def base(tmp_path, tiny_folder):
     """A run that takes seconds, on a few records that are made here."""
     files = {}
-    for split, dishes in (("train", DISHES), ("test", DISHES[:1])):
+    for split, dishes in (("train", DISHES), ("validation", DISHES[1:2]), ("test", DISHES[:1])):
         rows = [
             {
                 "meaning_representation": f"name[The {place}], food[{dish}]",
@@ -60,7 +60,7 @@ def test_a_comparison_of_real_runs(tmp_path, base):
     page = write_report(comparison, tmp_path).read_text()
     markdown = (tmp_path / "report.md").read_text()
     assert page.count("<img") == 3
-    assert "name\\[The " in markdown
+    assert "name: The " in markdown
     assert all(o.result["samples"][0]["source"] in page for o in comparison.outcomes)
 
 

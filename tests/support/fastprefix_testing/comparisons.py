@@ -42,7 +42,7 @@ def start(
     """
     script = folder / "compare_script.py"
     script.write_text(_SCRIPT)
-    support = str(Path(__file__).parents[1])
+    folders = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [
             sys.executable,
@@ -53,7 +53,7 @@ def start(
             train.__module__,
             train.__name__,
         ],
-        env=os.environ | {"PYTHONPATH": support},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
