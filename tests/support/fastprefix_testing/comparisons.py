@@ -15,13 +15,15 @@ from fastprefix.training.run import train_run
 # Its arguments: a configuration, a folder, the number of workers, a module, a function of it.
 _SCRIPT = """
 if __name__ == "__main__":  # workers read this file, too
-    import importlib, sys
+    import importlib, signal, sys
     from pathlib import Path
     from fastprefix.training.compare import run_compare
     from fastprefix.training.engines import LocalEngine
     from fastprefix.training.grid import CompareConfig
     from fastprefix.training.report import write_report
 
+    # what a shell starts in the background ignores Ctrl-C, and so would this
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     file, folder, jobs, module, function = sys.argv[1:]
     train = getattr(importlib.import_module(module), function)
     config, engine = CompareConfig.read(Path(file)), LocalEngine(int(jobs))
