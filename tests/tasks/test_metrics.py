@@ -113,7 +113,5 @@ def test_every_metric_goes_from_nothing_to_a_hundred(name):
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sacrebleu.metrics", None)
-    with pytest.raises(
-        ImportError, match="package sacrebleu .pip install sacrebleu, or"
-    ):
+    with pytest.raises(ImportError, match=r"needs the package sacrebleu \(pip install"):
         text_scores(["a"], [["a"]], ["bleu"])
