@@ -1,7 +1,7 @@
-"""README: its table of methods, its snippets, and what `pip install .` gives.
+"""README: its table of methods, its snippets, and what `pip install '.[tasks]'` gives.
 
 Every row of the table goes through README's five lines, and costs what it says. What is marked
-`slow` runs in an environment made by `pip install .` alone (`make fresh`).
+`slow` runs in an environment made by that alone (`make fresh`).
 """
 
 import ast

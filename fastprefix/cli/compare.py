@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from fastprefix.cli.console import progress, tell
+from fastprefix.cli.errors import complain
 from fastprefix.training.compare import Progress, run_compare
 from fastprefix.training.engines import Engine
 from fastprefix.training.grid import CompareConfig
@@ -35,6 +35,5 @@ def run_comparison(config: CompareConfig, output: Path, engine: Engine, command:
     tell(f"{len(comparison.outcomes) - len(comparison.failed)} runs are done")
     print(write_report(comparison, output, command=command))
     if comparison.failed:
-        print(f"error: {len(comparison.failed)} runs failed", file=sys.stderr)
-        return 1
+        return complain(f"{len(comparison.failed)} runs failed", 1)
     return 0

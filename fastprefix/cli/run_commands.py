@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import shlex
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -206,7 +207,7 @@ def compare(
         if engine is EngineName.ray
         else LocalEngine(jobs or 1, threads)
     )
-    command = f"fastprefix compare {config} --output {output}"
+    command = shlex.join(["fastprefix", "compare", str(config), "--output", str(output)])
     raise typer.Exit(run_comparison(CompareConfig.read(config), output, chosen, command))
 
 

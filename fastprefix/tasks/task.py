@@ -7,6 +7,7 @@ the task: :class:`LabelledText`, :class:`WrittenText` or :class:`AnsweredQuestio
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +115,7 @@ class PackageSource:
 
 @methods_refuse_unknown_arguments
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(ABC):
     """A data set with what it takes to train on it and to measure a model.
 
     Attributes:
@@ -137,13 +138,13 @@ class Task:
         default_factory=dict, hash=False
     )
 
+    @abstractmethod
     def read(self, row: Row) -> Example | None:
         """The example of a row. None if the row has none, for example no gold label.
 
         Raises:
             ValueError: a value does not fit; the message names the column.
         """
-        raise NotImplementedError
 
 
 @methods_refuse_unknown_arguments

@@ -30,6 +30,13 @@ LEARNING_RATES: dict[MethodName, float] = {
     "none": 0.0,
 }
 
+# transformers' schedules that need no further arguments. Named here because a configuration is read
+# before transformers is imported.
+SCHEDULERS = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant"),
+    *("constant_with_warmup", "inverse_sqrt"),
+)
+
 
 class RunConfig(Settings):
     """One model, one way to train it, one task.
@@ -59,7 +66,7 @@ class RunConfig(Settings):
         gradient_accumulation_steps: passes in an optimizer step.
         learning_rate: after the warm-up; the method's default if None.
         warmup: share of all steps in which the rate rises.
-        lr_scheduler: transformers' name of how it falls afterwards.
+        lr_scheduler: how it falls afterwards, one of :data:`SCHEDULERS`.
         weight_decay: of AdamW.
         max_grad_norm: gradients with a larger norm are scaled down to it.
         eval_steps: steps between evaluations, each of which writes a checkpoint; a fifth of the
@@ -108,12 +115,9 @@ class RunConfig(Settings):
     @field_validator("lr_scheduler")
     @classmethod
     def _known_scheduler(cls, name: str) -> str:
-        from transformers import SchedulerType
-
-        known = [kind.value for kind in SchedulerType]
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"did you mean {near[0]}?" if near else f"takes one of {known}"
+        if name not in SCHEDULERS:
+            near = difflib.get_close_matches(name, SCHEDULERS, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"takes one of {list(SCHEDULERS)}"
             raise ValueError(f"lr_scheduler: got {name!r}, {meant}")
         return name
 

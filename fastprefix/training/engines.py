@@ -161,7 +161,7 @@ def _done(job: Job, train: Train, threads: int) -> str | None:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         train(job.config, job.folder)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the other jobs go on and the report tells it
         traceback.print_exc()
         return reason(error)
     return None

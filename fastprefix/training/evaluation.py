@@ -69,15 +69,16 @@ def evaluate_run(
         folder: of the run.
         split: "train", "validation" or "test"; test if None, or validation where there is none.
         data_files: other files than the run's, by split.
-        limit: at most that many examples, from the start.
+        limit: at most that many examples, always the same.
         batch_size: of a forward pass; the run's if None.
 
     Returns:
         The split, the number of its examples, the task's metrics and ``loss``.
 
     Raises:
-        ValueError: there is no such split, or what is stored does not fit.
-        OSError: the run has not stored anything, or a file cannot be read.
+        ValueError: there is no such split, the run has stored nothing, or what is stored does not
+            fit.
+        OSError: a file cannot be read.
     """
     task = get_task(config.task)
     files = dict(data_files) if data_files else config.files

@@ -1,4 +1,4 @@
-"""Peak resident memory during a piece of work, as the operating system counts it."""
+"""Peak memory during a piece of work: of the process, or of the GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
+import torch
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -19,8 +20,38 @@ _STATUS = Path("/proc/self/status")
 ALLOCATOR_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
+def peak_memory() -> PeakMemory | PeakCudaMemory:
+    """Measures the memory where models run: that of the GPU if there is one."""
+    return PeakCudaMemory() if torch.cuda.is_available() else PeakMemory()
+
+
+class PeakCudaMemory:
+    """Context manager: how far the tensors on the current GPU rose above what was there.
+
+    PyTorch's allocator counts them.
+
+    Attributes:
+        megabytes: the rise in 10^6 bytes, known after the block.
+    """
+
+    megabytes: float
+
+    def __enter__(self) -> PeakCudaMemory:
+        torch.cuda.reset_peak_memory_stats()
+        self._start = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.megabytes = (torch.cuda.max_memory_allocated() - self._start) / 1e6
+
+
 class PeakMemory:
-    """Context manager: how far resident memory rose above where it stood at the start.
+    """Context manager: how far the process's resident memory rose above where it stood.
 
     On Linux the kernel's own high-water mark is read, which misses nothing; elsewhere a thread
     samples the resident size every millisecond.

@@ -33,7 +33,7 @@ class Record(TrainerCallback):
     Args:
         file: for the lines.
         writes: whether this process writes.
-        show: called with the steps done, all steps and a note, after each log.
+        show: called with the steps done, all steps and a note, after each step.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ from fastprefix.training.config import ADAPTER, CONFIG, RunConfig
 from fastprefix.training.environment import environment, processes
 from fastprefix.training.evaluation import measured
 from fastprefix.training.examples import Splits, read_splits, task_type_of
-from fastprefix.training.memory import PeakMemory
+from fastprefix.training.memory import peak_memory
 from fastprefix.training.methods import Trained, build
 from fastprefix.training.record import Record, read_lines
 from fastprefix.tuning.trainer import PrefixTrainer
@@ -68,7 +68,8 @@ def train_run(
     Args:
         config: of the run.
         folder: of the run; made if missing.
-        resume: goes on from the last checkpoint; otherwise an unfinished run starts again.
+        resume: goes on from the last checkpoint. If False, this run replaces the one in the
+            folder, whatever its configuration, once all that it needs has been loaded.
         show: is called after each step.
 
     Returns:
@@ -85,17 +86,20 @@ def train_run(
         OSError: something cannot be read or written.
         ImportError: a package is missing.
     """
-    finished = _begun(config, folder)
+    finished = _begun(config, folder) if resume else None
     if finished is not None:
         return finished
     main = processes().is_main_process
     run = _prepared(config, folder)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            _remove(folder)
         _write(folder / CONFIG, config.yaml())
         _write(folder / ENVIRONMENT, json_text(environment()))
+    processes().wait_for_everyone()  # before one looks for a checkpoint that the first removes
     record = Record(folder / METRICS, main, show)
-    trained = {} if config.method == "none" else _train(run, resume, record)
+    trained = {} if config.method == "none" else _train(run, record)
     processes().wait_for_everyone()
     result = _described(run) | trained
     if main:
@@ -108,6 +112,14 @@ def train_run(
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     processes().wait_for_everyone()
     return read_json(folder / RESULT)
+
+
+def _remove(folder: Path) -> None:
+    """Removes what a run has written: nothing of it may be taken for a part of the next one."""
+    for name in (RESULT, METRICS):
+        (folder / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, TENSORBOARD, ADAPTER):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _begun(config: RunConfig, folder: Path) -> Result | None:
@@ -146,7 +158,7 @@ def _prepared(config: RunConfig, folder: Path) -> _Run:
     return _Run(config, folder, task, encoding, splits, trained)
 
 
-def _train(run: _Run, resume: bool, record: Record) -> Result:
+def _train(run: _Run, record: Record) -> Result:
     config, checkpoints = run.config, run.folder / CHECKPOINTS
     items = run.splits.train
     watched = run.splits.validation_items
@@ -166,10 +178,8 @@ def _train(run: _Run, resume: bool, record: Record) -> Result:
         trainer.add_callback(_tensorboard(run.folder / TENSORBOARD))
     if config.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(config.patience))
-    last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
-    if last is None and checkpoints.is_dir():
-        shutil.rmtree(checkpoints)
-    with PeakMemory() as memory:
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    with peak_memory() as memory:
         trainer.train(resume_from_checkpoint=last)
     state = trainer.state
     return {

@@ -356,6 +356,9 @@ def test_force_replaces_a_run(own: Path, tiny_folder: str) -> None:
     other = (*first, "--learning-rate", "0.3")
     assert "learning_rate: got 0.3, but" in complaint_behind(run(*other))
     assert file.read_bytes() == before
+    kept = listing(own)
+    assert run(*other, "--force", "--option", "num_virtual_token=3").exit_code == 1
+    assert listing(own) == kept  # what cannot begin replaces nothing
     assert run(*other, "--force").exit_code == 0
     assert file.read_bytes() != before
 
