@@ -233,5 +233,12 @@ def loop(waits: int) -> NamedLoop:
         (Failure(Case("cuda:80"), "k", "PassError: no\nmore"), ["does not compile: PassError: no"]),
     ],
 )
-def test_violations(found, said):
+def test_violations(found, said, monkeypatch):
+    monkeypatch.setattr("fastprefix.kernels.offline.report.TUNED", True)
     assert violations(found) == said
+
+
+def test_spills_and_waits_count_from_triton_3_7_on(monkeypatch):
+    found = report(spill_bytes=8, tensor_core_instructions=0, loops=(loop(waits=8),))
+    monkeypatch.setattr("fastprefix.kernels.offline.report.TUNED", False)
+    assert violations(found) == ["does not use the matrix units"]
