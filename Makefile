@@ -22,7 +22,7 @@ help:
 	@echo "make demo   set up and run the demonstration, figures in demo.json (5 to 8 minutes)"
 	@echo "make test   set up, lint, type-check and run all tests"
 	@echo "make fresh  README's snippets and commands in an environment made by \`pip install .\` alone"
-	@echo "make examples  set up and run every example, offline"
+	@echo "make examples  set up and run every example and notebook, offline"
 	@echo "make bench  set up and run the benchmarks behind the README's figures"
 	@echo "make experiments  every way to tune, compared on real models and data (about an hour)"
 	@echo "make kernels  compile every kernel for every GPU, head size, dtype and feature (hours the first time)"
