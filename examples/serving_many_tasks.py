@@ -34,12 +34,12 @@ model = AutoModelForCausalLM.from_pretrained(**model_arguments(args.model), dtyp
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 tokenizer.padding_side = "left"  # as generate() wants it
 
-found = load_examples("bbc", "test", limit=articles)
+bodies = dict(  # by title: some articles are in the data twice
+    example.text.split("\n", 1) for example in load_examples("bbc", "test", limit=3 * articles)
+)
 limit = int(args.budget * 1e6)
-bank = PrefixBank(KVBudget(limit, folder=tempfile.mkdtemp()))
-titles = {}
-for number, example in enumerate(found):
-    title, _, body = example.text.partition("\n")
+bank, titles = PrefixBank(KVBudget(limit, folder=tempfile.mkdtemp())), {}
+for number, (title, body) in enumerate(list(bodies.items())[:articles]):
     ids = tokenizer(f"News: {body.strip()}", return_tensors="pt").input_ids[:, :200]
     titles[f"article-{number}"] = title
     bank.add(f"article-{number}", PrefixKV.prefill(model, ids))

@@ -183,7 +183,9 @@ class Options(NamedTuple):
     dropout_seed: Annotated[
         Tensor | None,
         Option(
-            "[1] int64 on the query's device, the Philox key; given if and only if dropout_p is",
+            "[1] int64 on the query's device, given if and only if dropout_p is: the Philox key of "
+            "reference and triton, which drop the same weights; composed seeds a generator of "
+            "PyTorch with it and drops others",
             argument=False,
         ),
     ] = None
@@ -199,6 +201,14 @@ class Options(NamedTuple):
         Option(
             "[size] int32: what the triton backend made of prefix_index, prefix_lengths and "
             "cu_seqlens for another call with these; None: each call makes its own",
+            argument=False,
+        ),
+    ] = None
+    spans: Annotated[
+        Tensor | None,
+        Option(
+            "[B, 3] int32: what the triton backend made of key_padding_mask for another call with "
+            "it; None: the kernels look at all of the mask",
             argument=False,
         ),
     ] = None
@@ -242,19 +252,20 @@ def asks_for_features(options: Options) -> bool:
     return not all(map(is_, options[_FIRST:], _UNUSED))
 
 
+# The tensors of which a call's kind tells all that is checked, in the order of the fields.
+TOLD = ("key_padding_mask", "key_lengths", "spans")
 # Places of what a call's kind does not tell: the values of tensors, and the seed of a dropout.
 _NOT_TOLD = tuple(
     place
     for place, (name, hint) in enumerate(_TYPES.items())
-    if name == "dropout_p"
-    or (get_args(hint)[0] == Tensor | None and name not in ("key_padding_mask", "key_lengths"))
+    if name == "dropout_p" or (get_args(hint)[0] == Tensor | None and name not in TOLD)
 )
 
 
 def told_by_kind(options: Options) -> bool:
     """Whether shapes, dtypes and numbers say all that is checked in a call on a device.
 
-    Such options have no tensors but perhaps key_padding_mask and key_lengths.
+    Such options have no tensors but perhaps :data:`TOLD`.
     """
     return not [place for place in _NOT_TOLD if options[place] is not None]
 

@@ -136,7 +136,8 @@ def prefix_attention(
             with key_padding_mask or attn_mask.
         dropout_p: share of the normalised weights that is dropped; the others are multiplied by
             1 / (1 - dropout_p). The log-sum-exp does not change. The seed is drawn from PyTorch's
-            default generator, and every backend drops the same weights.
+            default generator. With the same seed the reference and triton backends drop the same
+            weights; the composed backend drops others, always the same ones for a call's shapes.
         is_causal: query i sees sequence keys 0 .. p_i. Unlike in SDPA the mask is aligned to the
             last key (as a KV cache needs it), and may be combined with attn_mask. It takes a key
             for each query: Lk >= Lq, and key_lengths of at least Lq. Where the values of
@@ -253,7 +254,7 @@ def attention_with_options(
     if prefix_key is None or prefix_value is None:
         prefix_key, prefix_value = _no_prefix(key, value)
     if told_by_kind(options):
-        known = run_known((query, key, value, prefix_key, prefix_value), options, backend)
+        known = run_known((query, key, value, prefix_key, prefix_value), options, backend, step)
         if known is not None:
             return known
     checks.check_tensors(query, key, value, prefix_key, prefix_value)

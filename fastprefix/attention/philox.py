@@ -1,7 +1,10 @@
 """Philox 4x32-10 (Salmon et al., SC 2011) in PyTorch: which attention weights dropout keeps.
 
-A weight's fate is a pure function of the seed and of its coordinates, so that every backend, and
-the backward as the forward, drops the same ones. Words of 32 bits are kept in int64 tensors.
+In the reference and triton backends a weight's fate is a pure function of the seed and of its
+coordinates. So both, and the backward as the forward, drop the same ones. The composed backend
+drops others for the same seed (:mod:`fastprefix.attention.backends.composed.scores`): on a CPU
+these ten rounds for each weight take longer than the rest of a training step. Words of 32 bits are
+kept in int64 tensors.
 """
 
 from __future__ import annotations

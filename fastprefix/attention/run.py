@@ -60,7 +60,7 @@ def run_op(
     if is_watched(query):
         return op.prefix_attention_op(*tensors, *options, backend)
     if step is not None and backend == "triton":
-        options = step.with_tables(tensors, options)
+        options = step.with_spans(step.with_tables(tensors, options))
     if torch.is_grad_enabled() and _needs_gradient(tensors, options):
         if torch._C._get_tracing_state() is not None:  # torch.jit.trace records ops
             return op.prefix_attention_op(*tensors, *options, backend)
@@ -70,7 +70,7 @@ def run_op(
 
 
 def run_known(
-    tensors: tuple[Tensor, ...], options: Options, backend: str
+    tensors: tuple[Tensor, ...], options: Options, backend: str, step: Step | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """What :func:`run_op` returns, for a call without gradients that is like one that ran before.
 
@@ -81,6 +81,7 @@ def run_known(
         tensors: query, key, value, prefix_key, prefix_value.
         options: that are :func:`~fastprefix.options.told_by_kind`.
         backend: as the user gave it.
+        step: see :func:`run_op`.
     """
     query = tensors[0]
     if torch.is_grad_enabled() or type(query) is not Tensor:
@@ -95,7 +96,8 @@ def run_known(
         or type(options.softcap) not in (float, NoneType)
     ):
         return None
-    return op.known_forward(tensors, options)
+    known = options if step is None else step.with_known_spans(options)
+    return None if known is None else op.known_forward(tensors, known)
 
 
 def is_watched(tensor: Tensor) -> bool:

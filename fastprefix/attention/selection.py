@@ -17,8 +17,8 @@
 | prefix_bias [Hq]        | yes       | yes            | yes             | yes            |
 | prefix_bias [Hq, Lq, P] | yes       | yes            | yes             | yes            |
 | prefix_bias 3D gradient | yes       | no             | no              | no             |
-| softcap                 | yes       | no             | no              | yes            |
-| dropout_p               | yes       | no             | no              | yes            |
+| softcap                 | yes       | yes            | no              | yes            |
+| dropout_p               | yes       | yes            | no              | yes            |
 | batch_invariant         | no        | no             | no              | yes            |
 
 The four dtypes are float64, float32, bfloat16 and float16. Every backend can do key_padding_mask,
@@ -27,12 +27,14 @@ for ROCm, whose kernels align causality differently.
 
 :data:`AUTO` lists the backends of each device, and ``auto`` runs the first one that can do
 everything that the call needs. On CUDA and ROCm that is triton; on CUDA composed follows, for where
-Triton is not installed or a head is too large. On the CPU it is composed, or reference for what
-composed cannot do (softcap, dropout_p); the memory of reference grows with Lq x (P + Lk). On every
-device reference runs the calls that need a gradient of an additive mask or of a bias by column,
-which no other backend computes; such a gradient needs memory of that size in any case. A backend
-that is requested by name never falls back. Only triton fixes the order of its sums
-(batch_invariant): the results of PyTorch's own products depend on the size of the batch.
+Triton is not installed or a head is too large. On the CPU it is composed. On every device reference
+runs the calls that need a gradient of an additive mask or of a bias by column, which no other
+backend computes; such a gradient needs memory of Lq x (P + Lk) in any case. A backend that is
+requested by name never falls back. Only triton fixes the order of its sums (batch_invariant): the
+results of PyTorch's own products depend on the size of the batch.
+
+With dropout_p the weights that are dropped follow from the seed of the call. reference and triton
+drop the same ones for the same seed; composed drops others.
 """
 
 from __future__ import annotations
@@ -79,7 +81,10 @@ class Backend:
         return self.elsewhere.get(device, self)
 
 
-_COMPOSED = frozenset(FEATURES) - LARGE_GRADIENTS - {"softcap", "dropout_p", "batch_invariant"}
+_COMPOSED = frozenset(FEATURES) - LARGE_GRADIENTS - {"batch_invariant"}
+_ON_CUDA = Backend(
+    frozenset({"cuda"}), _ALL - {torch.float64}, _COMPOSED - {"softcap", "dropout_p"}
+)
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(None, _ALL, frozenset(FEATURES) - {"batch_invariant"}),
@@ -87,7 +92,7 @@ BACKENDS: dict[str, Backend] = {
         frozenset({"cpu"}),
         _ALL,
         _COMPOSED,
-        elsewhere={"cuda": Backend(frozenset({"cuda"}), _ALL - {torch.float64}, _COMPOSED)},
+        elsewhere={"cuda": _ON_CUDA},
     ),
     "triton": Backend(
         frozenset({"cuda"}),
@@ -140,7 +145,7 @@ def has_feature(requested: str, device: str, feature: str) -> bool:
         feature: one of :data:`FEATURES`.
     """
     names = AUTO.get(device, ()) if requested == "auto" else (requested,)
-    return len(names) > 0 and all(feature in BACKENDS[name].features for name in names)
+    return len(names) > 0 and all(feature in BACKENDS[name].at(device).features for name in names)
 
 
 def refusal(

@@ -1,4 +1,7 @@
-"""What the calls of one forward of a model share: checks of values, and tables on the device."""
+"""What the calls of one forward of a model share: checks of values, and tables on the device.
+
+Also where the real tokens of its padding mask lie.
+"""
 
 from __future__ import annotations
 
@@ -71,11 +74,36 @@ class Step:
         )  # fmt: skip
         return options._replace(tables=self._once(kind, lambda: triton.tables(tensors, options)))
 
+    def with_spans(self, options: Options) -> Options:
+        """The options of a call of the triton backend, with where its mask has real tokens."""
+        mask = options.key_padding_mask
+        if mask is None:
+            return options
+        return options._replace(
+            spans=self._once(self._key_of_view(mask), lambda: triton.spans(mask))
+        )
+
+    def with_known_spans(self, options: Options) -> Options | None:
+        """The same if a call with this mask came before, else None. Nothing is checked."""
+        mask = options.key_padding_mask
+        if mask is None:
+            return options
+        if type(mask) is not Tensor:
+            return None
+        spans = self._made.get(self._key_of_view(mask))
+        return None if spans is None else options._replace(spans=spans)
+
     def _once(self, key: Any, make: Any) -> Tensor:
         found = self._made.get(key)
         if found is None:
             found = self._made[key] = make()
         return found
+
+    def _key_of_view(self, tensor: Tensor) -> Any:
+        """The same for the memory of a tensor: layers may make their own views of one mask."""
+        self._kept[id(tensor)] = tensor
+        version = 0 if tensor.is_inference() else tensor._version
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device, version
 
     def _key(self, tensor: Tensor | None) -> tuple[int, int] | None:
         """What a tensor and its present values are known by."""

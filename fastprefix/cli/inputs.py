@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastprefix.training.config import CONFIG
 from fastprefix.training.sources import (
     ADAPTER_CONFIG,
     DEFAULT_MODEL,
@@ -144,23 +145,20 @@ def folder_to_write(path: Path, argument: str, replace: bool = True) -> None:
         raise ValueError(f"{argument}: got {path}, but {problem}")
 
 
-def run_to_write(path: Path, argument: str, replace: bool) -> None:
+def run_to_write(path: Path, argument: str) -> None:
     """Refuses a path that cannot become the folder of a run.
 
     Args:
         path: of the folder, which need not exist.
         argument: what the path was given as, for messages.
-        replace: what is in it. Without it a run in it is one that goes on.
 
     Raises:
         ValueError: it is a file, cannot be written, or holds something else than a run.
     """
     folder_to_write(path, argument)
-    taken = path.is_dir() and any(path.iterdir()) and not exists(path / "config.yaml")
-    if taken and not replace:
+    if path.is_dir() and any(path.iterdir()) and not exists(path / CONFIG):
         raise ValueError(
-            f"{argument}: got {path}, which holds something else than a run; takes another "
-            "folder, or --force"
+            f"{argument}: got {path}, which holds something else than a run; takes another folder"
         )
 
 

@@ -125,7 +125,7 @@ def train(
         "seed": seed,
     }
     run = run_config(config, typed, option or [], setting or [])
-    inputs.run_to_write(output, "--output", replace=force)
+    inputs.run_to_write(output, "--output")
     quiet()
     from fastprefix.cli.train import run_training
 

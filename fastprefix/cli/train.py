@@ -8,10 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate import PartialState
-
 from fastprefix.cli.console import progress, tell
 from fastprefix.training.config import ADAPTER, CONFIG, RunConfig
+from fastprefix.training.environment import processes
 from fastprefix.training.run import CHECKPOINTS, RESULT, train_run
 
 
@@ -20,12 +19,12 @@ def run_training(config: RunConfig, output: Path, replace: bool) -> None:
 
     Of several processes only the first one prints.
     """
-    first = PartialState().is_main_process
+    first = processes().is_main_process
     if replace and first:
         for name in (CONFIG, RESULT):
             (output / name).unlink(missing_ok=True)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     if not first:
         train_run(config, output)
         return

@@ -139,7 +139,9 @@ class _Rows:
     @property
     def where(self) -> str:
         """For messages."""
-        return f"{self.split} of {self.task.name}" if self.file is None else str(self.file)
+        if self.file is None:
+            return f"{self.split} of {self.task.name}"
+        return f"data_files: {self.file}"
 
     def examples(self, streaming: bool) -> Iterator[Example]:
         """The examples of all rows that have one."""
@@ -169,10 +171,14 @@ class _Rows:
             theirs = self.columns.get(column, column)
             if theirs not in row:
                 near = nearest(theirs, row)
-                hint = f"; did you mean columns={{{column!r}: {near!r}}}?" if near else ""
+                hint = (
+                    f"did you mean columns={{{column!r}: {near!r}}}?"
+                    if near
+                    else f"columns={{{column!r}: ...}} takes the name that it has there"
+                )
                 raise ValueError(
                     f"{self.where}: there is no column {theirs!r} among {list(row)}, and "
-                    f"{self.task.name} takes {list(self.task.columns)}{hint}"
+                    f"{self.task.name} takes {list(self.task.columns)}; {hint}"
                 )
 
 

@@ -76,7 +76,7 @@ def mean_loss(
     total = count = 0.0
     shifted = encoding.task_type == "CAUSAL_LM"
     with evaluating(model):
-        for batch in _batches(model, encoding, list(encoding.items(examples)), batch_size):
+        for _, batch in _batches(model, encoding, list(encoding.items(examples)), batch_size):
             labels = batch.get("labels")
             if labels is None or labels.dim() == 1:
                 weight = len(batch["input_ids"])
@@ -111,12 +111,14 @@ def predict_classes(
     A classification head's largest logit. A language model scores the word of each class behind
     the question, with the token that ends it, and the most probable one is chosen.
     """
-    chosen: list[int] = []
     with evaluating(model):
         if encoding.task_type == "SEQ_CLS":
-            for batch in _batches(model, encoding, list(encoding.items(examples)), batch_size):
-                chosen += model(**batch).logits.argmax(-1).tolist()
-            return chosen
+            chosen = torch.empty(len(examples), dtype=torch.long)
+            for rows, batch in _batches(
+                model, encoding, list(encoding.items(examples)), batch_size
+            ):
+                chosen[rows] = model(**batch).logits.argmax(-1).cpu()
+            return chosen.tolist()
         task = cast(Classification, encoding.task)
         classes = len(task.labels)
         asked = [
@@ -124,11 +126,12 @@ def predict_classes(
             for example in examples
             for label in range(classes)
         ]
-        likely: list[float] = []
+        likely = torch.empty(len(asked))
         shifted = encoding.task_type == "CAUSAL_LM"
-        for batch in _batches(model, encoding, list(encoding.items(asked)), batch_size):
-            likely += _log_probabilities(model(**batch).logits, batch["labels"], shifted).tolist()
-        return torch.tensor(likely).view(-1, classes).argmax(-1).tolist()
+        for rows, batch in _batches(model, encoding, list(encoding.items(asked)), batch_size):
+            logits = model(**batch).logits
+            likely[rows] = _log_probabilities(logits, batch["labels"], shifted).cpu()
+        return likely.view(-1, classes).argmax(-1).tolist()
 
 
 @refuses_unknown_arguments
@@ -139,22 +142,23 @@ def write(
     tokenizer = encoding.tokenizer
     causal = encoding.task_type == "CAUSAL_LM"
     collator = Collator(tokenizer, padding_side="left" if causal else "right")
-    texts: list[str] = []
+    pad = tokenizer.pad_token_id
+    options = {"pad_token_id": tokenizer.eos_token_id if pad is None else pad}
+    if causal:  # the token that ended the targets in training; the model's own may be another
+        options["eos_token_id"] = tokenizer.eos_token_id
+    prompts = encoding.prompts(examples)
+    texts = [""] * len(examples)
     with evaluating(model):
-        for start in range(0, len(examples), batch_size):
-            prompts = encoding.prompts(examples[start : start + batch_size])
-            batch = {k: v.to(_device(model)) for k, v in collator(prompts).items()}
-            pad = tokenizer.pad_token_id
+        for rows in _of_like_length(prompts, batch_size):
+            batch = collator([prompts[i] for i in rows])
+            batch = {key: value.to(_device(model)) for key, value in batch.items()}
             ids = model.generate(
-                **batch,
-                max_new_tokens=encoding.target_room,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+                **batch, **options, max_new_tokens=encoding.target_room, do_sample=False
             )
             new = ids[:, batch["input_ids"].shape[1] :] if causal else ids
-            texts += [
-                text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)
-            ]
+            found = tokenizer.batch_decode(new, skip_special_tokens=True)
+            for i, text in zip(rows, found, strict=True):
+                texts[i] = text.strip()
     return texts
 
 
@@ -205,12 +209,19 @@ def _log_probabilities(logits: Tensor, labels: Tensor, shifted: bool) -> Tensor:
 
 def _batches(
     model: Any, encoding: Encoding, items: list[dict[str, Any]], batch_size: int
-) -> Iterator[dict[str, Tensor]]:
-    """Batches on the model's device."""
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Batches on the model's device, each with the places of its items."""
     collator = encoding.collator()
-    for start in range(0, len(items), batch_size):
-        batch = collator(items[start : start + batch_size])
-        yield {key: value.to(_device(model)) for key, value in batch.items()}
+    for rows in _of_like_length(items, batch_size):
+        batch = collator([items[i] for i in rows])
+        yield rows, {key: value.to(_device(model)) for key, value in batch.items()}
+
+
+def _of_like_length(items: list[dict[str, Any]], batch_size: int) -> Iterator[list[int]]:
+    """The places of the items of each batch, the longest first, so that little is padding."""
+    order = sorted(range(len(items)), key=lambda i: -len(items[i]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def _device(model: Any) -> torch.device:

@@ -14,9 +14,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from fastprefix.arguments import refuses_unknown_arguments
+from fastprefix.arguments import nearest, refuses_unknown_arguments
 
 References = Sequence[Sequence[str]]
+
+# By the beginning of a metric's name: the module that computes it, and the package to install.
+_LIBRARIES = {
+    "accuracy": ("sklearn.metrics", "scikit-learn"),
+    "f1": ("sklearn.metrics", "scikit-learn"),
+    "bleu": ("sacrebleu.metrics", "sacrebleu"),
+    "chrf": ("sacrebleu.metrics", "sacrebleu"),
+    "rouge": ("rouge_score.rouge_scorer", "rouge-score"),
+}
 
 
 @refuses_unknown_arguments
@@ -32,7 +41,7 @@ def classification_scores(predicted: Sequence[int], labels: Sequence[int]) -> di
         ImportError: scikit-learn is not installed.
     """
     _check(predicted, labels)
-    metrics = _needs("sklearn.metrics", "scikit-learn")
+    metrics = _needs(*_LIBRARIES["accuracy"])
     return {
         "accuracy": float(metrics.accuracy_score(labels, predicted)),
         "f1": float(metrics.f1_score(labels, predicted, average="macro", zero_division=0.0)),
@@ -61,7 +70,9 @@ def text_scores(
             raise ValueError(f"references: got none for text {i}, takes at least one")
     for name in names:
         if name not in TEXT_METRICS:
-            raise ValueError(f"names: got {name!r}, takes some of {list(TEXT_METRICS)}")
+            near = nearest(name, TEXT_METRICS)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ValueError(f"names: got {name!r}, takes some of {list(TEXT_METRICS)}{hint}")
     return {name: TEXT_METRICS[name](texts, references) for name in names}
 
 
@@ -81,7 +92,7 @@ def _check(got: Sequence[object], wanted: Sequence[object]) -> None:
 
 def _sacrebleu(name: str) -> Callable[[Sequence[str], References], float]:
     def score(texts: Sequence[str], references: References) -> float:
-        metric = getattr(_needs("sacrebleu.metrics", "sacrebleu"), name)()
+        metric = getattr(_needs(*_LIBRARIES["bleu"]), name)()
         # one list for the first references, one for the second ones, ...; None where there is none
         most = max(map(len, references))
         columns = [[some[i] if i < len(some) else None for some in references] for i in range(most)]
@@ -92,7 +103,7 @@ def _sacrebleu(name: str) -> Callable[[Sequence[str], References], float]:
 
 def _rouge(kind: str) -> Callable[[Sequence[str], References], float]:
     def score(texts: Sequence[str], references: References) -> float:
-        module = _needs("rouge_score.rouge_scorer", "rouge-score")
+        module = _needs(*_LIBRARIES["rouge"])
         scorer = module.RougeScorer([kind], use_stemmer=True)
         best = [
             scorer.score_multi(list(some), text)[kind].fmeasure
@@ -142,6 +153,7 @@ TEXT_METRICS: dict[str, Callable[[Sequence[str], References], float]] = {
     "rouge_1": _rouge("rouge1"),
     "rouge_2": _rouge("rouge2"),
     "rouge_l": _rouge("rougeL"),
+    "rouge_lsum": _rouge("rougeLsum"),  # of texts with a sentence a line, as for CNN/DailyMail
     "squad_em": _squad(_exact),
     "squad_f1": _squad(_token_f1),
 }
@@ -152,5 +164,20 @@ def _needs(module: str, package: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"this metric needs the package {package} (pip install {package})"
+            f"this metric needs the package {package} (pip install {package}, or fastprefix[tasks])"
         ) from error
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Refuses metrics whose library is missing, before the work that they would measure.
+
+    Args:
+        names: of metrics; those without a library are skipped.
+
+    Raises:
+        ImportError: a library is not installed; the message names its package.
+    """
+    for name in names:
+        for start, library in _LIBRARIES.items():
+            if name.startswith(start):
+                _needs(*library)

@@ -212,7 +212,7 @@ _TASKS: tuple[Task, ...] = (
         columns=("article", "highlights"),
         example=written("article", "highlights"),
         question="\nSummary:\n",
-        metrics=("rouge_l", "rouge_1", "rouge_2"),
+        metrics=("rouge_lsum", "rouge_1", "rouge_2"),
         max_new_tokens=128,
     ),
     Generation(

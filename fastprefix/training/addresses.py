@@ -51,16 +51,17 @@ class Addresses:
 
     def _hash(self, config: RunConfig) -> str:
         """Of the configuration, and of the content of the files that it names."""
-        content: dict[str, str] = {
-            split: self._digest(Path(file)) for split, file in (config.data_files or {}).items()
-        }
+        files = {**(config.files or {}), **(config.more_tests or {})}
+        content = {name: self._digest(Path(file)) for name, file in files.items()}
         source, _ = model_source(config.model)
         if Path(source).exists():  # else it is a name on the hub
             content["model"] = self._digest(Path(source))
         data = get_task(config.task).source
         if isinstance(data, PackageSource) and config.data_files is None:
             content["package"] = _version(data.package)
-        text = json.dumps([config.plain(), content], sort_keys=True)
+        # without defaults: a field that a later version adds does not make old runs other ones
+        told = config.model_dump(mode="json", exclude_defaults=True)
+        text = json.dumps([told, content], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
     def _digest(self, path: Path) -> str:

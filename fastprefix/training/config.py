@@ -42,7 +42,9 @@ class RunConfig(Settings):
         options: of ``PrefixConfig``, ``PromptConfig`` or ``peft.LoraConfig``, by the method.
         task_type: PEFT's name of what the model does; found from model and task if None.
         data_files: files of your own by split, in place of the task's source.
-        columns: the names of the task's columns in them.
+        more_tests: further files of test examples, by a name that the figures get behind theirs:
+            "bleu (unseen)". For test sets that differ from the training data in kind.
+        columns: the names of the task's columns in the files.
         train_size: examples to train with, a sample that depends on the seed; all if None.
         validation_size: examples to evaluate with while training, always the same; all if None.
         test_size: examples that are reported, always the same; all if None.
@@ -76,6 +78,7 @@ class RunConfig(Settings):
     options: dict[str, Any] = Field(default_factory=dict)
     task_type: TaskTypeName | None = None
     data_files: dict[SplitName, str] | None = None
+    more_tests: dict[str, str] | None = None
     columns: dict[str, str] | None = None
     train_size: int | None = Field(default=None, ge=1)
     validation_size: int | None = Field(default=None, ge=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 _LIBRARIES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets", "numpy")
 
@@ -24,6 +25,12 @@ def environment() -> dict[str, Any]:
         "versions": {"fastprefix": _version("fastprefix")} | {n: _version(n) for n in _LIBRARIES},
         "commit": commit(),
     }
+
+
+def processes() -> PartialState:
+    """The processes that train together, which ``torchrun`` or ``accelerate launch`` started."""
+    # without a GPU it must be told, or each process believes that it is alone
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def machine() -> str:

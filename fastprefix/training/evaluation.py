@@ -28,8 +28,9 @@ def measured(
 ) -> dict[str, Any]:
     """The figures of ``validation`` and ``test``, and ``samples`` of what a language model writes.
 
-    Where there is a test split, a generation's validation is its loss alone: its texts are not
-    reported.
+    The figures of further test sets are among those of ``test``, with the set's name behind
+    theirs. Where there is a test split, a generation's validation is its loss alone: its texts are
+    not reported.
     """
     size = config.eval_batch_size
     writes = isinstance(encoding.task, Generation)
@@ -42,6 +43,10 @@ def measured(
             found["validation"] = evaluate(model, encoding, splits.validation, size)
         if splits.test:
             found["test"] = evaluate(model, encoding, splits.test, size)
+        for name, examples in splits.more_tests.items():
+            figures = evaluate(model, encoding, examples, size)
+            named = {f"{metric} ({name})": figure for metric, figure in figures.items()}
+            found["test"] = (found["test"] or {}) | named
         shown = (splits.test or splits.validation or [])[:SAMPLES]
         if writes and shown:
             texts = write(model, encoding, shown, size)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from accelerate import PartialState
 
 from fastprefix.tasks.encoding import Encoding, TaskType, task_types
 from fastprefix.tasks.loading import load_examples, splits_of
@@ -15,6 +13,7 @@ from fastprefix.tasks.streaming import StreamedItems
 from fastprefix.tasks.task import Example, Extraction, Generation, Split, Task
 from fastprefix.training.base_models import load_config
 from fastprefix.training.config import RunConfig
+from fastprefix.training.environment import processes
 from fastprefix.training.sources import model_source
 
 
@@ -30,6 +29,7 @@ class Splits:
         validation: held-out examples that decide when to stop; None if there are none.
         validation_items: the same as items.
         test: held-out examples that are reported; None if there are none.
+        more_tests: further ones, by name.
     """
 
     train: Any
@@ -39,6 +39,7 @@ class Splits:
     validation: Sequence[Example] | None
     validation_items: list[dict[str, Any]]
     test: Sequence[Example] | None
+    more_tests: Mapping[str, Sequence[Example]]
 
 
 def task_type_of(config: RunConfig, task: Task) -> TaskType:
@@ -89,7 +90,7 @@ def read_splits(config: RunConfig, task: Task, encoding: Encoding) -> Splits:
     else:
         train = _sample(_load(config, task, "train"), config.train_size, f"{config.seed}")
         items = list(encoding.items(train))
-        steps = config.steps_of(len(items), PartialState().num_processes)
+        steps = config.steps_of(len(items), processes().num_processes)
     return Splits(
         train=items,
         train_examples=None if train is None else len(train),
@@ -98,6 +99,16 @@ def read_splits(config: RunConfig, task: Task, encoding: Encoding) -> Splits:
         validation=validation,
         validation_items=list(encoding.items(validation or [])),
         test=test,
+        more_tests={
+            name: load_examples(
+                task,
+                "test",
+                data_files={"test": file},
+                columns=config.columns,
+                limit=config.test_size,
+            )
+            for name, file in (config.more_tests or {}).items()
+        },
     )
 
 

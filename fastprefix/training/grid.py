@@ -148,9 +148,8 @@ class CompareConfig(Settings):
                 for axis, value in point.items():
                     values = _with(values, axis, value)
                 rates = values.pop("learning_rate", None)
-                yield Cell(
-                    title, point, values, tuple(rates if isinstance(rates, list) else [rates])
-                )
+                rates = rates if isinstance(rates, list) else [rates]
+                yield Cell(title, point, values, tuple(map(_rate, rates)))
 
     def first_runs(self, cell: Cell) -> list[Run]:
         """Those that come first: at each learning rate to try, or all seeds if it is only one."""
@@ -192,10 +191,20 @@ def _check_fields(where: str, values: Values) -> None:
         if name not in RunConfig.model_fields:
             raise ValueError(f"{where}: {name}: unknown; {_one_of(name, RunConfig.model_fields)}")
     rates = values.get("learning_rate")
-    if isinstance(rates, list) and (not rates or len({*map(repr, rates)}) < len(rates)):
-        raise ValueError(
-            f"{where}: learning_rate: got {rates}, takes one or several different ones"
-        )
+    if isinstance(rates, list):
+        rates = [_rate(rate) for rate in rates]
+        if not rates or None in rates or len(set(rates)) < len(rates):
+            raise ValueError(
+                f"{where}: learning_rate: got {rates}, takes one or several different ones"
+            )
+
+
+def _rate(value: Any) -> float | None:
+    """A learning rate; YAML reads 1e-3 as text."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"learning_rate: got {value!r}, takes a number") from None
 
 
 def _check_axis(axis: str, values: Sequence[Any]) -> None:

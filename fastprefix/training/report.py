@@ -27,6 +27,7 @@ from fastprefix.training.tables import (
     costs_table,
     digits_of,
     failed_table,
+    level_with,
     metric_title,
     rates_table,
     results_of,
@@ -151,6 +152,9 @@ def _summary(comparison: Comparison, machines: Sequence[str]) -> list[str]:
         figure = Figure.of(value_of(result, metric) for result in results_of(comparison, best))
         shown = f"{metric_title(metric)} {figure.show(digits_of(metric))}"
         lines.append(f"Best: {best.label}, {shown}.")
+        level = [cell.label for cell in level_with(comparison, best)]
+        if level and figure.count > 1:
+            lines.append(f"Within what seeds vary: {'; '.join(level)}.")
     lines.append(
         f"Task {config.task} ({get_task(config.task).doc}), model {', '.join(models)}. "
         f"{finished} of {len(outcomes)} runs finished, seeds {', '.join(map(str, config.seeds))}."
@@ -181,8 +185,9 @@ def _results(comparison: Comparison, pictures: Mapping[str, Picture]) -> Iterato
     text = (
         "Share is that of the trained parameters in all; stored is what a task needs beside the "
         "base model. Of the steps, the first number is where validation loss was lowest: these "
-        "weights were kept and measured. Seconds per step are the median of a run. Peak memory is "
-        "what training took on top of the loaded model. All are means over seeds."
+        "weights were kept and measured, and the epochs count up to there. Seconds per step are "
+        "the median of a run. Peak memory is what training took on top of the loaded model. All "
+        "are means over seeds."
     )
     yield Section("What it costs", (text,), costs_table(comparison))
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -23,13 +22,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from fastprefix.files import json_text, read_json, written_whole
+from fastprefix.hf.versions import checkpointing_arguments
 from fastprefix.tasks.encode import prompt_template
 from fastprefix.tasks.encoding import Encoding
+from fastprefix.tasks.metrics import check_installed
 from fastprefix.tasks.registry import get_task
 from fastprefix.tasks.task import Generation, Task
 from fastprefix.training.base_models import load_for, load_tokenizer
 from fastprefix.training.config import ADAPTER, CONFIG, RunConfig
-from fastprefix.training.environment import environment
+from fastprefix.training.environment import environment, processes
 from fastprefix.training.evaluation import measured
 from fastprefix.training.examples import Splits, read_splits, task_type_of
 from fastprefix.training.memory import PeakMemory
@@ -88,7 +89,7 @@ def train_run(
     finished = _begun(config, folder)
     if finished is not None:
         return finished
-    main = PartialState().is_main_process
+    main = processes().is_main_process
     run = _prepared(config, folder)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def train_run(
         _write(folder / ENVIRONMENT, json_text(environment()))
     record = Record(folder / METRICS, main, show)
     trained = {} if config.method == "none" else _train(run, resume, record)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     result = _described(run) | trained
     if main:
         result |= measured(config, run.trained.model, run.encoding, run.splits)
@@ -106,7 +107,7 @@ def train_run(
             _write_template(run)
         _write(folder / RESULT, json_text(result))
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     return read_json(folder / RESULT)
 
 
@@ -131,6 +132,7 @@ def _begun(config: RunConfig, folder: Path) -> Result | None:
 
 def _prepared(config: RunConfig, folder: Path) -> _Run:
     task = get_task(config.task)
+    check_installed(task.metrics)
     task_type = task_type_of(config, task)
     tokenizer = load_tokenizer(config.model, task_type)
     encoding = Encoding(task, tokenizer, task_type, config.max_length, config.max_target_length)
@@ -200,7 +202,7 @@ def _arguments(
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.eval_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
+        **(checkpointing_arguments(use_reentrant=False) if config.gradient_checkpointing else {}),
         learning_rate=config.rate,
         warmup_steps=round(config.warmup * steps),
         lr_scheduler_type=config.lr_scheduler,

@@ -6,11 +6,13 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from fastprefix.tasks.metrics import TEXT_METRICS
 from fastprefix.training.compare import Comparison, Outcome, validation_loss
 from fastprefix.training.grid import Cell, field_title, shown_value
+from fastprefix.training.run import read_metrics
 
 NOTHING = "–"
 Results = Sequence[Mapping[str, Any]]  # of one cell, by seed
@@ -76,17 +78,18 @@ class Table:
 
 def is_better(metric: str, one: float, other: float) -> bool:
     """Whether the first value of a metric is better."""
-    return one < other if metric in _FALLING else one > other
+    return one < other if metric.partition(" ")[0] in _FALLING else one > other
 
 
 def metric_title(name: str) -> str:
     """A metric as papers spell it."""
-    return _TITLES.get(name, name.replace("_", " "))
+    base, space, test = name.partition(" ")
+    return _TITLES.get(base, base.replace("_", " ")) + space + test
 
 
 def digits_of(metric: str) -> int:
     """Decimals to show: scores of texts go up to 100, other metrics up to 1."""
-    return 2 if metric in TEXT_METRICS else 3
+    return 2 if metric.partition(" ")[0] in TEXT_METRICS else 3
 
 
 def held_out(result: Mapping[str, Any]) -> Mapping[str, float]:
@@ -115,13 +118,26 @@ def scored_cells(comparison: Comparison) -> list[tuple[Cell, Figure]]:
 
 
 def best_cell(comparison: Comparison) -> Cell | None:
-    """The one with the best mean of the deciding metric; None if no run was finished."""
+    """The one with the best mean of the deciding metric; None if there is no such figure."""
+    metric = comparison.config.deciding_metric
     best: tuple[Cell, Figure] | None = None
     for cell, figure in scored_cells(comparison):
-        metric = comparison.config.deciding_metric
-        if best is None or is_better(metric, figure.mean, best[1].mean):
+        if math.isfinite(figure.mean) and (
+            best is None or is_better(metric, figure.mean, best[1].mean)
+        ):
             best = cell, figure
     return None if best is None else best[0]
+
+
+def level_with(comparison: Comparison, best: Cell) -> list[Cell]:
+    """The cells whose mean is no further from the best one's than seeds vary in either."""
+    scored = dict(scored_cells(comparison))
+    top = scored[best]
+    return [
+        cell
+        for cell, figure in scored.items()
+        if cell != best and abs(figure.mean - top.mean) <= max(figure.spread, top.spread)
+    ]
 
 
 def metrics_of(comparison: Comparison) -> list[str]:
@@ -143,7 +159,8 @@ def scores_table(comparison: Comparison) -> Table:
         *(Column("learning rate"), Column("seeds")),
     ]
 
-    def row(results: Results) -> list[str]:
+    def row(cell: Cell) -> list[str]:
+        results = results_of(comparison, cell)
         figures = [
             Figure.of(value_of(result, name) for result in results).show(digits_of(name))
             for name in metrics
@@ -156,24 +173,25 @@ def scores_table(comparison: Comparison) -> Table:
 def costs_table(comparison: Comparison) -> Table:
     """A row for each cell: what it costs."""
 
-    def row(results: Results) -> list[str]:
-        return [show(results) for _, show in _COSTS]
+    def row(cell: Cell) -> list[str]:
+        chosen = comparison.chosen(cell)
+        return [show(chosen) for _, show in _COSTS]
 
     table = _by_cell(comparison, [Column(title) for title, _ in _COSTS], row)
     return replace(table, strong=frozenset())
 
 
 def _by_cell(
-    comparison: Comparison, columns: Sequence[Column], row: Callable[[Results], list[str]]
+    comparison: Comparison, columns: Sequence[Column], row: Callable[[Cell], list[str]]
 ) -> Table:
     """A table with a row for each cell; the best one's name and first figure are set off."""
     axes = list(comparison.config.grid)
     best = best_cell(comparison)
     rows, strong = [], set()
     for number, cell in enumerate(comparison.cells):
-        results = results_of(comparison, cell)
         point = [shown_value(cell.point[axis]) if axis in cell.point else "" for axis in axes]
-        rows.append([cell.method, *point, *(row(results) if results else [NOTHING] * len(columns))])
+        ran = bool(comparison.chosen(cell))
+        rows.append([cell.method, *point, *(row(cell) if ran else [NOTHING] * len(columns))])
         if cell is best:
             strong |= {(number, 0), (number, 1 + len(axes))}
     names = [Column("method", False), *(Column(field_title(axis)) for axis in axes)]
@@ -237,8 +255,12 @@ def failed_table(failed: Sequence[Outcome]) -> Table:
     return Table(columns, rows)
 
 
-def _mean(results: Results, name: str) -> float:
-    return statistics.fmean(float(result[name]) for result in results)
+def _mean(chosen: Sequence[Outcome], name: str) -> float:
+    return statistics.fmean(float(result[name]) for result in _results(chosen))
+
+
+def _results(chosen: Sequence[Outcome]) -> Results:
+    return [outcome.result for outcome in chosen if outcome.result is not None]
 
 
 def _validation(result: Mapping[str, Any]) -> str:
@@ -253,43 +275,65 @@ def _or_0(rate: float | None) -> float:
     return rate or 0.0
 
 
-def _share(results: Results) -> str:
-    share = 100 * results[0]["trainable"] / results[0]["total"]
+def _trained(chosen: Sequence[Outcome]) -> str:
+    return f"{_results(chosen)[0]['trainable']:,}"
+
+
+def _share(chosen: Sequence[Outcome]) -> str:
+    result = _results(chosen)[0]
+    share = 100 * result["trainable"] / result["total"]
     return "0" if not share else f"{share:.2g} %" if share < 10 else f"{share:.0f} %"
 
 
-def _steps(results: Results) -> str:
-    best, last = (round(_mean(results, name)) for name in ("best_step", "steps"))
+def _stored(chosen: Sequence[Outcome]) -> str:
+    return size(_results(chosen)[0]["bytes"])
+
+
+def _steps(chosen: Sequence[Outcome]) -> str:
+    best, last = (round(_mean(chosen, name)) for name in ("best_step", "steps"))
     return f"{last:,}" if best == last else f"{best:,} of {last:,}"
 
 
-def _measured(name: str, show: Callable[[float], str]) -> Callable[[Results], str]:
+def _epochs(chosen: Sequence[Outcome]) -> str:
+    """Those until the weights that were kept."""
+    found = [_epoch(o.folder, o.result["best_step"]) for o in chosen if o.result is not None]
+    known = [epoch for epoch in found if epoch is not None]
+    return f"{statistics.fmean(known):.1f}" if known else NOTHING
+
+
+def _epoch(folder: Path, step: int) -> float | None:
+    """The epoch of a step; None if that is not in the run's log."""
+    epochs = [line["epoch"] for line in read_metrics(folder) if line["step"] == step]
+    return epochs[0] if epochs else None
+
+
+def _measured(name: str, show: Callable[[float], str]) -> Callable[[Sequence[Outcome]], str]:
     """A cell's mean of something that a run without training does not have."""
 
-    def cell(results: Results) -> str:
-        return show(_mean(results, name)) if all(name in r for r in results) else NOTHING
+    def cell(chosen: Sequence[Outcome]) -> str:
+        return show(_mean(chosen, name)) if all(name in r for r in _results(chosen)) else NOTHING
 
     return cell
 
 
-# What a cell costs: columns of the main table after the metrics.
-_COSTS: tuple[tuple[str, Callable[[Results], str]], ...] = (
-    ("trained", lambda results: f"{results[0]['trainable']:,}"),
-    ("share", _share),
-    ("stored", lambda results: size(results[0]["bytes"])),
-    ("steps", _steps),
-    ("s / step", _measured("seconds_per_step", lambda seconds: f"{seconds:.3g}")),
-    ("training", _measured("seconds", lambda seconds: duration(seconds))),
-    ("peak memory", _measured("peak_memory", lambda count: size(count))),
-)
-
-
 def size(count: float) -> str:
     """Bytes in decimal units: 12.3 MB."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count:.0f}"
-    return f"{count:.0f} B"
+    return _in_unit(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), " B")
+
+
+def count(number: float) -> str:
+    """A number of parameters in short: 230 K."""
+    return _in_unit(number, (("B", 1e9), ("M", 1e6), ("K", 1e3)), "")
+
+
+def _in_unit(number: float, units: Sequence[tuple[str, float]], none: str) -> str:
+    """In the largest unit that it has one of, with three digits or all those before the point."""
+    for unit, factor in units:
+        if number >= factor:
+            digits = max(0, 2 - int(math.log10(number / factor)))
+            shown = f"{number / factor:.{digits}f}"
+            return f"{shown.rstrip('0').rstrip('.') if digits else shown} {unit}"
+    return f"{number:.0f}{none}"
 
 
 def duration(seconds: float) -> str:
@@ -301,9 +345,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def count(number: float) -> str:
-    """A number of parameters in short: 230 K."""
-    for letter, factor in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= factor:
-            return f"{number / factor:.3g} {letter}"
-    return f"{number:.0f}"
+# What a cell costs: a column's title, and what it shows of the runs at the chosen learning rate.
+_COSTS: tuple[tuple[str, Callable[[Sequence[Outcome]], str]], ...] = (
+    ("trained", _trained),
+    ("share", _share),
+    ("stored", _stored),
+    ("steps", _steps),
+    ("epochs", _epochs),
+    ("s / step", _measured("seconds_per_step", lambda seconds: f"{seconds:.3g}")),
+    ("training", _measured("seconds", duration)),
+    ("peak memory", _measured("peak_memory", size)),
+)

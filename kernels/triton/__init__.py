@@ -7,10 +7,11 @@ import triton
 
 from .backward import launch_backward
 from .forward import known_forward, launch_forward, launch_tables
+from .spans import launch_spans
 
 if triton.knobs.runtime.interpret:
     from .interpret import repair
 
     repair()
 
-__all__ = ["known_forward", "launch_backward", "launch_forward", "launch_tables"]
+__all__ = ["known_forward", "launch_backward", "launch_forward", "launch_spans", "launch_tables"]

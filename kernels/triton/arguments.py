@@ -42,12 +42,14 @@ class Masks(NamedTuple):
         mask: [B, Hq, Lq, Lk], bool (True: attend) or added to the scores of the sequence.
         bias: [Hq] or [Hq, Lq, P], added to the scores of the prefix.
         lengths: [B] int32, how many of the Lk keys are in use.
+        spans: [B, 3] int32, where a row's real tokens lie, see `Span`.
     """
 
     pad: Any
     mask: Any
     bias: Any
     lengths: Any
+    spans: Any
 
 
 class Saved(NamedTuple):
@@ -218,6 +220,7 @@ class Source(NamedTuple):
         shift: [BM] or None, added to all scores of a row.
         length: its number of keys.
         column: where it begins in [prefix ; sequence], for dropout.
+        first, solid: of its `Span`; None if it has no padding or nobody has looked for its span.
     """
 
     k: Any
@@ -231,6 +234,22 @@ class Source(NamedTuple):
     shift: Any
     length: Any
     column: Any
+    first: Any
+    solid: Any
+
+
+class Span(NamedTuple):
+    """Where the real tokens of a row of the padding mask lie.
+
+    Attributes:
+        first: the first one; Lk if there is none.
+        solid: all tokens first .. solid are real. It is `end` unless there are holes.
+        end: behind the last one; 0 if there is none.
+    """
+
+    first: Any
+    solid: Any
+    end: Any
 
 
 class Rows(NamedTuple):

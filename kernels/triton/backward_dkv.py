@@ -17,6 +17,7 @@ from .blocks import (
     keys_in_use,
     load_tile,
     prefix_of,
+    span_of,
     store_tile,
 )
 from .problem import Problem
@@ -199,7 +200,8 @@ def prefix_attn_bwd_dkv_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
-    s = in_units(s, UNIT)
+    if UNIT != 1:
+        s = in_units(s, UNIT)
     Hkv = sizes.Hkv
     Lq = sizes.Lq
     Lk = sizes.Lk
@@ -247,6 +249,13 @@ def prefix_attn_bwd_dkv_kernel(
         t_tail = t_end
     if masks.lengths is not None:  # a tile without a key in use gets zeros at once
         used = tl.where(i_n < Lk, 1, 0)
+        t_first *= used
+        t_all *= used
+        t_tail *= used
+        t_end *= used
+    if masks.spans is not None:  # a tile without a real token as well
+        span = span_of(masks.spans, i_b, Lk)
+        used = tl.where((i_n < span.end) & (i_n + BLOCK_N > span.first), 1, 0)
         t_first *= used
         t_all *= used
         t_tail *= used

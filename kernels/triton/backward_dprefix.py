@@ -17,7 +17,6 @@ from .arguments import (
     BatchTables,
     Dropout,
     KeyTile,
-    Masks,
     Parts,
     PrefixSums,
     Rows,
@@ -52,7 +51,8 @@ def prefix_attn_bwd_dprefix_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
-    s = in_units(s, UNIT)
+    if UNIT != 1:
+        s = in_units(s, UNIT)
     Hkv = sizes.Hkv
     Lq = sizes.Lq
     P = sizes.P
@@ -216,7 +216,7 @@ def dprefix_launches(
         ]  # fmt: skip
     own = {
         "keys": problem.arguments["keys"]._replace(k=None, v=None),
-        "masks": Masks(None, None, problem.options.prefix_bias, problem.options.key_lengths),
+        "masks": problem.arguments["masks"]._replace(pad=None, mask=None, spans=None),
         "parts": parts, "tables": problem.tables(None, None)._replace(index=None, starts=starts),
         "saved": Saved(grad_out, lse2, delta), "sums": PrefixSums(*sums),
         "n_tiles": key_tiles, "row_tiles": row_tiles, "split_tiles": split_tiles,

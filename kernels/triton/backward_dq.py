@@ -26,6 +26,7 @@ from .blocks import (
     result_rows,
     sequence_end,
     sequence_tiles,
+    span_of,
     store_tile,
 )
 from .problem import Problem
@@ -74,7 +75,8 @@ def dq_sweep(
             b_p = tl.where((i_n + o_n)[None, :] < o_high, b_p, 0.0)
             if o_low is not None:
                 b_p = tl.where((i_n + o_n)[None, :] >= o_low, b_p, 0.0)
-        if source.pad is not None:
+        # Where a span is known, the tiles without tests have no padding.
+        if (source.pad is not None) and (BOUND or (source.solid is None)):
             p_pad = source.pad + o_start * source.pn + o_n * source.pn
             if BOUND:
                 m_pad = tl.load(p_pad, mask=m_n, other=0) != 0
@@ -112,7 +114,8 @@ def prefix_attn_bwd_dq_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
-    s = in_units(s, UNIT)
+    if UNIT != 1:
+        s = in_units(s, UNIT)
     i_b, i_seq, i_h, i_tile, i_start, Lq, Lk = locate(tables, sizes, GROUP, BLOCK_M, CAUSAL)
     if tables.cu is not None:  # noqa: SIM102 (the inner test is no constant)
         if i_seq < 0:
@@ -162,7 +165,7 @@ def prefix_attn_bwd_dq_kernel(
         k=keys.pk + i_h * s.pkh + tl.cast(i_first, tl.int64) * s.pkn,
         v=keys.pv + i_h * s.pvh + tl.cast(i_first, tl.int64) * s.pvn,
         pad=None, mask=p_bias, kn=s.pkn, vn=s.pvn, pn=None, mn=s.bn, shift=b_row,
-        length=P, column=0,
+        length=P, column=0, first=None, solid=None,
     )  # fmt: skip
     if UNMASKED_LOOP:
         if IN_WINDOW:
@@ -192,8 +195,13 @@ def prefix_attn_bwd_dq_kernel(
     p_mask = None
     if masks.mask is not None:
         p_mask = masks.mask + (i_b * s.mb + o_head * s.mh + o_token * s.mm)[:, None]
+    span = None
+    solid = None
+    if masks.spans is not None:
+        span = span_of(masks.spans, i_b, Lk)
+        solid = span.solid
     n_any, n_low, n_whole, n_end = sequence_tiles(
-        q_first, q_last, Lq, Lk, window, CAUSAL, UNMASKED_LOOP, BLOCK_N
+        q_first, q_last, Lq, Lk, window, span, CAUSAL, UNMASKED_LOOP, BLOCK_N
     )
     o_high = sequence_end(o_q[:, None], Lq, Lk, window, CAUSAL)
     o_low = None
@@ -203,7 +211,7 @@ def prefix_attn_bwd_dq_kernel(
         k=keys.k + i_b * s.kb + i_h * s.kh + tl.cast(i_start, tl.int64) * s.kn,
         v=keys.v + i_b * s.vb + i_h * s.vh + tl.cast(i_start, tl.int64) * s.vn,
         pad=p_pad, mask=p_mask, kn=s.kn, vn=s.vn, pn=s.pn, mn=s.mn, shift=None,
-        length=Lk, column=P,
+        length=Lk, column=P, first=None, solid=solid,
     )  # fmt: skip
     if UNMASKED_LOOP:
         if window is not None:

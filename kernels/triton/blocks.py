@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arguments import Strides
+from .arguments import Span, Strides
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,21 +34,21 @@ def multiple(stride, UNIT: tl.constexpr):
 
 @triton.jit
 def in_units(s, UNIT: tl.constexpr):
-    """`Strides` whose multiples of UNIT the compiler knows; see :func:`.arguments.stride_unit`."""
-    if UNIT == 1:
-        return s
-    else:
-        return Strides(
-            qb=multiple(s.qb, UNIT), qh=multiple(s.qh, UNIT), qm=multiple(s.qm, UNIT),
-            kb=multiple(s.kb, UNIT), kh=multiple(s.kh, UNIT), kn=multiple(s.kn, UNIT),
-            vb=multiple(s.vb, UNIT), vh=multiple(s.vh, UNIT), vn=multiple(s.vn, UNIT),
-            pkh=multiple(s.pkh, UNIT), pkn=multiple(s.pkn, UNIT),
-            pvh=multiple(s.pvh, UNIT), pvn=multiple(s.pvn, UNIT),
-            pb=multiple(s.pb, 1), pn=multiple(s.pn, 1),
-            mb=multiple(s.mb, 1), mh=multiple(s.mh, 1), mm=multiple(s.mm, 1), mn=multiple(s.mn, 1),
-            bh=multiple(s.bh, 1), bm=multiple(s.bm, 1), bn=multiple(s.bn, 1), lb=multiple(s.lb, 1),
-            dob=multiple(s.dob, UNIT), doh=multiple(s.doh, UNIT), dom=multiple(s.dom, UNIT),
-        )  # fmt: skip
+    """`Strides` whose multiples of UNIT the compiler knows; see :func:`.arguments.stride_unit`.
+
+    Without None, so it would change a kernel whose UNIT is 1. Those leave it out.
+    """
+    return Strides(
+        qb=multiple(s.qb, UNIT), qh=multiple(s.qh, UNIT), qm=multiple(s.qm, UNIT),
+        kb=multiple(s.kb, UNIT), kh=multiple(s.kh, UNIT), kn=multiple(s.kn, UNIT),
+        vb=multiple(s.vb, UNIT), vh=multiple(s.vh, UNIT), vn=multiple(s.vn, UNIT),
+        pkh=multiple(s.pkh, UNIT), pkn=multiple(s.pkn, UNIT),
+        pvh=multiple(s.pvh, UNIT), pvn=multiple(s.pvn, UNIT),
+        pb=multiple(s.pb, 1), pn=multiple(s.pn, 1),
+        mb=multiple(s.mb, 1), mh=multiple(s.mh, 1), mm=multiple(s.mm, 1), mn=multiple(s.mn, 1),
+        bh=multiple(s.bh, 1), bm=multiple(s.bm, 1), bn=multiple(s.bn, 1), lb=multiple(s.lb, 1),
+        dob=multiple(s.dob, UNIT), doh=multiple(s.doh, UNIT), dom=multiple(s.dom, UNIT),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -170,14 +170,24 @@ def keys_in_use(masks, s, i_b, Lk):
 
 
 @triton.jit
+def span_of(spans, i_b, Lk):
+    """The `Span` of a row, of which Lk keys are in use."""
+    p_span = spans + i_b * 3
+    return Span(
+        first=clamp(tl.load(p_span), Lk), solid=clamp(tl.load(p_span + 1), Lk),
+        end=clamp(tl.load(p_span + 2), Lk),
+    )  # fmt: skip
+
+
+@triton.jit
 def sequence_tiles(
-    q_first, q_last, Lq, Lk, window,
+    q_first, q_last, Lq, Lk, window, span,
     CAUSAL: tl.constexpr, UNMASKED_LOOP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Where the queries q_first .. q_last see sequence keys: (any, low, whole, end).
 
     Some see keys in any .. end; all of them see the whole tiles low .. whole. There are none of
-    those without an UNMASKED_LOOP.
+    those without an UNMASKED_LOOP. With a `Span` the whole tiles have no padding.
     """
     past = Lk - Lq
     if CAUSAL:
@@ -191,12 +201,26 @@ def sequence_tiles(
         n_end = Lk
     n_any = 0
     n_low = 0
-    n_whole = all_high // BLOCK_N * BLOCK_N
-    if window is not None:
-        n_any = clamp(q_first + past - window + 1, Lk) // BLOCK_N * BLOCK_N
-        all_low = clamp(q_last + past - window + 1, Lk)
-        n_low = tl.maximum(tl.minimum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, n_whole), n_any)
-        n_whole = tl.maximum(n_whole, n_low)
+    if span is None:
+        n_whole = all_high // BLOCK_N * BLOCK_N
+        if window is not None:
+            n_any = clamp(q_first + past - window + 1, Lk) // BLOCK_N * BLOCK_N
+            all_low = clamp(q_last + past - window + 1, Lk)
+            n_low = tl.maximum(tl.minimum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, n_whole), n_any)
+            n_whole = tl.maximum(n_whole, n_low)
+    else:
+        # Tiles begin at the first real token: none has padding and whole tiles on its left.
+        n_any = span.first
+        if window is not None:
+            n_any = tl.maximum(n_any, clamp(q_first + past - window + 1, Lk))
+        n_low = n_any
+        n_end = tl.minimum(n_end, span.end)
+        n_tiles = tl.maximum(tl.minimum(all_high, span.solid) - n_any, 0) // BLOCK_N
+        n_whole = n_any + n_tiles * BLOCK_N
+        if window is not None:
+            all_low = clamp(q_last + past - window + 1, Lk)
+            n_low += tl.cdiv(tl.maximum(all_low - n_any, 0), BLOCK_N) * BLOCK_N
+            n_low = tl.minimum(n_low, n_whole)
     if not UNMASKED_LOOP:
         n_low = n_any
         n_whole = n_any

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastprefix.options import Options
 
 from . import decode_grid, launch
-from .arguments import BatchTables, DecodeBuffers, FixedSizes, Masks, strides
+from .arguments import BatchTables, DecodeBuffers, FixedSizes, strides
 from .decode_grid import (
     MAX_QUERY_LENGTH,
     DecodeGrid,
@@ -136,7 +136,7 @@ def decode_launches(
         "rows": tables and tables.rows, "out": out, "lse": lse,
         "part_out": part_out, "part_lse": part_lse, "Hkv": shape.Hkv, "Lq": shape.Lq,
         # the merge adds the bias
-        "masks": Masks(options.key_padding_mask, None, None, options.key_lengths),
+        "masks": problem.arguments["masks"]._replace(mask=None, bias=None),
         "bias": options.prefix_bias,
         "s": s._replace(pb=None), "s_pb": s.pb,
         "sizes": FixedSizes(shape.Hkv, shape.Lq, 1 if overlaps else None),

@@ -22,6 +22,7 @@ from .blocks import (
     keys_in_use,
     load_tile,
     packed_rows,
+    span_of,
     store_tile,
 )
 
@@ -46,7 +47,7 @@ def first_real(p_pad, s_pn, length):
 
 
 @triton.jit
-def real_span(p_pad, s_pn, lo, hi):
+def scanned_span(p_pad, s_pn, lo, hi):
     """The first real token in lo .. hi and the end of the last; (hi, lo) if there is none."""
     o_n = tl.arange(0, SCAN)
     first = hi
@@ -91,8 +92,14 @@ def decode_sweep(b_q, source, lo, hi, o_first, o_end, scores, shape: tl.constexp
         )  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         if source.pad is not None:
-            b_pad = tl.load(source.pad + (o_start + o_n) * source.pn, mask=m_n, other=0)
-            m_seen = m_n & (b_pad != 0)
+            p_pad = source.pad + (o_start + o_n) * source.pn
+            if source.solid is None:
+                m_seen = m_n & (tl.load(p_pad, mask=m_n, other=0) != 0)
+            else:
+                # `hi` is not behind the last real token: without holes nothing is read here.
+                m_asked = m_n & (i_n + o_n >= source.solid)
+                m_seen = m_n & (i_n + o_n >= source.first)
+                m_seen &= tl.load(p_pad, mask=m_asked, other=1) != 0
         if softcap is None:
             b_s *= scale_log2
         else:
@@ -164,6 +171,7 @@ def prefix_phase(
         source = Source(
             k=keys.pk + i_h * s.pkh, v=keys.pv + i_h * s.pvh, pad=None, mask=None,
             kn=s.pkn, vn=s.pvn, pn=None, mn=None, shift=None, length=None, column=None,
+            first=None, solid=None,
         )  # fmt: skip
         b_out, b_lse = decode_sweep(b_q, source, lo, hi, None, None, scores, shape)
         i_row = (i_h * n_units + i_u) * BLOCK_M
@@ -197,11 +205,19 @@ def sequence_phase(
     # The keys of this split. With FIXED splits start at the row's first real token, wherever the
     # batch's padding has put it, and those below every window are left out whole.
     p_pad = None
+    first = None
+    solid = None
     if masks.pad is not None:
         p_pad = masks.pad + i_b * s_pb
+    if masks.spans is not None:
+        span = span_of(masks.spans, i_b, Lk)
+        first = span.first
+        solid = span.solid
     if FIXED:
         lo = 0
-        if p_pad is not None:
+        if first is not None:
+            lo = first
+        elif p_pad is not None:
             lo = first_real(p_pad, s.pn, Lk)
         if window is not None:
             lo += tl.maximum(first_key - lo, 0) // split * split
@@ -215,8 +231,12 @@ def sequence_phase(
     if p_pad is not None:
         # Neither left padding nor the empty slots of a static cache are read. Whole tiles are left
         # out, so the others stay where they are.
-        first, hi = real_span(p_pad, s.pn, lo, hi)
-        lo += tl.maximum(first - lo, 0) // BLOCK_N * BLOCK_N
+        if masks.spans is not None:
+            lo_real = span.first
+            hi = tl.minimum(hi, span.end)
+        else:
+            lo_real, hi = scanned_span(p_pad, s.pn, lo, hi)
+        lo += tl.maximum(lo_real - lo, 0) // BLOCK_N * BLOCK_N
 
     o_first = None
     o_end = None
@@ -235,7 +255,7 @@ def sequence_phase(
     source = Source(
         k=keys.k + i_b * s.kb + i_h * s.kh, v=keys.v + i_b * s.vb + i_h * s.vh,
         pad=p_pad, mask=None, kn=s.kn, vn=s.vn, pn=s.pn, mn=None,
-        shift=None, length=None, column=None,
+        shift=None, length=None, column=None, first=first, solid=solid,
     )  # fmt: skip
     b_out, b_lse = decode_sweep(b_q, source, lo, hi, o_first, o_end, scores, shape)
     row = first_row + (i_bh.to(tl.int64) * n_splits + i_split) * (GROUP * Lq) + i_tile * BLOCK_M
@@ -271,7 +291,8 @@ def prefix_attn_decode_kernel(
         HEAD=HEAD, HEAD_V=HEAD_V, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_R,
         BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
-    s = in_units(s, UNIT)
+    if UNIT != 1:
+        s = in_units(s, UNIT)
     i_program = tl.program_id(0)
     n_prefix = sizes.Hkv * n_units
     if i_program < n_prefix:

@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from fastprefix.options import Options
+from fastprefix.options import TOLD, Options
 
 from . import launch
 from .plan_cache import PLANS
@@ -35,6 +35,7 @@ ALIGNMENT = 128
 UNPLANNED = False
 
 runtime = triton.knobs.runtime
+told = operator.attrgetter(*TOLD)
 INTERPRETED = runtime.interpret
 
 
@@ -157,13 +158,15 @@ def known(launcher: Callable[..., Results], tensors: tuple[Tensor, ...], options
     Args:
         launcher: see :func:`planned`.
         tensors: of the call; not checked.
-        options: not checked, with no tensors but perhaps key_padding_mask and key_lengths.
+        options: not checked, with no tensors but perhaps those that are
+            :data:`~fastprefix.options.TOLD`.
     """
     if launch.collecting():
         return None
-    mask, lengths = options.key_padding_mask, options.key_lengths
+    mask, lengths, spans = told(options)
     every = tensors if mask is None else (*tensors, mask)
     every = every if lengths is None else (*every, lengths)
+    every = every if spans is None else (*every, spans)
     try:
         addresses = [tensor.data_ptr() for tensor in every]
         plan = PLANS.get(key_of(launcher, every, addresses, options, ()))

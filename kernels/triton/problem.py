@@ -130,6 +130,7 @@ class Problem:
                 options.attn_mask,
                 options.prefix_bias,
                 options.key_lengths,
+                options.spans,
             ),
             "sinks": options.sinks,
             "seed": options.dropout_seed if dropped is not None else None,
@@ -299,6 +300,7 @@ def _check_tensors_of_options(problem: Problem) -> None:
         "sinks": ((Hq,), numbers),
         "prefix_bias": (bias_shape, numbers),
         "dropout_seed": ((1,), (torch.int64,)),
+        "spans": ((B, 3), (torch.int32,)),
     }
     if problem.options.tables is not None:  # their number is checked where it is known
         tensors["tables"] = ((problem.options.tables.numel(),), (torch.int32,))
@@ -320,6 +322,8 @@ def _check_options(problem: Problem) -> None:
     """What goes together, and numbers."""
     options = problem.options
     B, _, _, Lq, Lk, _ = problem.sizes
+    if options.spans is not None and options.key_padding_mask is None:
+        raise ValueError("spans: takes key_padding_mask beside it")
     if (options.prefix_index is None) != (options.prefix_lengths is None):
         raise ValueError("prefix_index and prefix_lengths come together")
     if options.cu_seqlens is not None:

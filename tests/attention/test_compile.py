@@ -79,10 +79,13 @@ def test_masks_and_value_head_sizes(masking_backend):
     torch.testing.assert_close(solve(problem, compiled), solve(problem, function))
 
 
-@pytest.mark.parametrize("backend", ["reference", "composed"])
+@pytest.mark.parametrize(
+    ("backend", "without"),
+    [("reference", "dropout_p"), ("composed", "dropout_p"), ("composed", "softcap")],
+)
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_feature_in_one_graph(backend, packed):
-    features = set(BACKENDS[backend].features) - {"prefix_bias [Hq, Lq, P]", "dropout_p"}
+def test_every_feature_in_one_graph(backend, without, packed):
+    features = set(BACKENDS[backend].features) - {"prefix_bias [Hq, Lq, P]", "dropout_p", without}
     alone = {"attn_mask", "attn_mask gradient", "key_lengths"}  # not with packed sequences
     features -= alone if packed else {"cu_seqlens"}
     call = feature_calls.build(

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastprefix.attention.backends import composed
+from fastprefix.attention.backends.composed import chunks
 from fastprefix.options import Options
 from fastprefix_testing.problems import Problem
 
@@ -64,6 +65,24 @@ def test_backward_allocates_no_gradient_per_row(problem):
     assert largest.elements <= Hkv * P * D
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("by_scores", [{"softcap": 2.0}, {"dropout_p": 0.1}])
+def test_scores_exist_for_one_chunk_at_a_time(by_scores, rows, dtype):
+    """Where a softcap or dropout needs them: never for a row, and not more for more rows."""
+    L, seed = 512, torch.tensor([1]) if "dropout_p" in by_scores else None
+    problem = Problem(B=rows, Hq=Hq, Hkv=Hkv, Lq=L, Lk=L, P=P, D=D, dtype=dtype).draw()
+    mask = torch.ones(rows, L, dtype=torch.bool)
+    options = CAUSAL._replace(**by_scores, dropout_seed=seed, key_padding_mask=mask)
+    inputs = problem.tensors.values()
+    with LargestBuffer() as largest:
+        out, lse = composed.forward(*inputs, options)
+        composed.backward(problem.grad_out, *inputs, out, lse, options, ALL_FIVE)
+    a_row = Hq * L * (P + L)
+    # a chunk's scores, or the output of all rows
+    assert largest.elements <= max(chunks._SCORES, rows * Hq * L * D) < a_row
+
+
 def test_keys_are_not_repeated_for_the_query_heads():
     """Hq / Hkv = 4 over a long cache: nothing as large as two copies of the keys."""
     problem = Problem(
@@ -77,8 +96,9 @@ def test_keys_are_not_repeated_for_the_query_heads():
     assert largest.elements < 2 * keys
 
 
-def test_what_is_kept_for_the_backward_has_one_prefix(problem):
-    """Autograd saves the inputs themselves, the output and the log-sum-exp: nothing else."""
+@pytest.mark.parametrize("by_scores", [{}, {"softcap": 2.0, "dropout_p": 0.1}])
+def test_what_is_kept_for_the_backward_has_one_prefix(problem, by_scores):
+    """Autograd saves the inputs themselves, the output, the log-sum-exp, a seed: nothing else."""
     from fastprefix import prefix_attention
 
     saved = {}
@@ -90,8 +110,8 @@ def test_what_is_kept_for_the_backward_has_one_prefix(problem):
     leaves = [x.requires_grad_() for x in problem.tensors.values()]
     inputs = sum(x.numel() for x in leaves)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = prefix_attention(*leaves, is_causal=True, backend="composed")
-    assert sum(saved.values()) <= inputs + out.numel() + B * Hq
+        out = prefix_attention(*leaves, is_causal=True, **by_scores, backend="composed")
+    assert sum(saved.values()) <= inputs + out.numel() + B * Hq + len(by_scores) // 2
 
 
 def test_a_frozen_first_layer_keeps_no_keys_and_values(problem):

@@ -91,7 +91,7 @@ def test_an_option_in_use_asks_for_its_feature(name):
 def test_what_the_kind_of_a_call_tells(name):
     """Numbers, and tensors whose values are not checked on a device."""
     tensors = {other for other, kind in TYPES.items() if kind == "Tensor?"}
-    not_told = {*tensors, "dropout_p"} - {"key_padding_mask", "key_lengths"}
+    not_told = {*tensors, "dropout_p"} - {"key_padding_mask", "key_lengths", "spans"}
     options = PLAIN._replace(**{name: VALUES.get(TYPES[name], 0.5)})
     assert told_by_kind(options) == (name not in not_told)
 

@@ -97,6 +97,7 @@ FEATURES = {
         "dtype": torch.bfloat16,
         "wide_parameters": True,
     },
+    "cap, dropout": {"features": {"softcap", "dropout_p", "sinks", "packed prefixes"}},
 }
 
 
@@ -104,6 +105,8 @@ FEATURES = {
 def test_opcheck_with_features(call):
     call = feature_calls.build(**{"dtype": torch.float32, **call}, D=8)
     tensors, options = dict(call.tensors), dict(call.options)
+    if "dropout_p" in options:
+        options["dropout_seed"] = torch.tensor([3])
     five = [tensors.pop(name).requires_grad_() for name in FIVE]
     added = {name: x.requires_grad_() for name, x in tensors.items()}
     inputs = (*five, *Options(scale=0.25, **options, **added), "composed")

@@ -77,21 +77,39 @@ def test_reference_is_the_first_choice_nowhere():
 
 
 def test_auto_on_the_cpu_is_reference_where_composed_cannot():
-    for features in (["softcap"], ["dropout_p", "sinks"], ["attn_mask gradient", "attn_mask"]):
-        name, reason = selection.choose_backend(
-            "auto", "cpu", torch.float32, frozenset(features), 8
-        )
-        assert name == "reference"
-        assert features[0] in reason
+    name, reason = selection.choose_backend(
+        "auto", "cpu", torch.float32, frozenset({"attn_mask gradient", "attn_mask"}), 8
+    )
+    assert name == "reference"
+    assert "attn_mask gradient" in reason
     inputs = tensors()
-    capped = prefix_attention(*inputs, softcap=1.0)
-    assert torch.equal(capped, prefix_attention(*inputs, softcap=1.0, backend="reference"))
+    learned = {"attn_mask": torch.randn(3, 3, requires_grad=True)}
+    found = prefix_attention(*inputs, **learned)
+    assert torch.equal(found, prefix_attention(*inputs, **learned, backend="reference"))
 
 
 @pytest.mark.parametrize("options", [{"softcap": 1.0}, {"dropout_p": 0.5}])
-def test_composed_asked_for_by_name_never_falls_back(options):
-    with pytest.raises(RuntimeError, match=rf"composed.*{next(iter(options))}.*'reference'"):
-        prefix_attention(*tensors(), **options, backend="composed")
+def test_auto_on_the_cpu_is_composed_for_a_softcap_and_for_dropout(options):
+    inputs, found = tensors(), []
+    for backend in ("auto", "composed", "reference"):
+        torch.manual_seed(0)
+        found.append(prefix_attention(*inputs, **options, backend=backend))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])  # in their last bits, or by their masks
+
+
+@pytest.mark.parametrize("feature", ["softcap", "dropout_p"])
+def test_composed_on_cuda_has_no_scores(feature):
+    why_not = selection.refusal("composed", "cuda", torch.bfloat16, frozenset({feature}), 64)
+    assert why_not == f"it cannot do {feature}"
+    assert not selection.has_feature("composed", "cuda", feature)
+    assert not selection.has_feature("auto", "cuda", feature)
+    assert selection.has_feature("auto", "cpu", feature)
+
+
+def test_composed_asked_for_by_name_never_falls_back():
+    with pytest.raises(RuntimeError, match=r"composed.*batch_invariant.*'triton'"):
+        prefix_attention(*tensors(), batch_invariant=True, backend="composed")
 
 
 @pytest.mark.parametrize("name", selection.BACKENDS)

@@ -25,11 +25,17 @@ CASES: dict[str, Any] = {
     "prefill": {**ROWS, "Lq": 20, "is_causal": True},
     "packed sequences": {"cu_seqlens": (0, 7, 7, 18), **HEADS, "is_causal": True},
 }
+# With one prefix nothing else is shared.
+PADDED: dict[str, Any] = {
+    "padded decode": {**HEADS, "B": 3, "Lq": 1, "Lk": 90, "P": 20, "padding": "left"},
+    "padded prefill": {**HEADS, "B": 3, "Lq": 40, "P": 20, "padding": "holes", "is_causal": True},
+    "padded prefill, several prefixes": {**ROWS, "Lq": 20, "is_causal": True, "padding": "right"},
+}
 
 
 def call_of(case: str) -> tuple[list[Tensor], Options]:
     """Tensors that need gradients, and the options."""
-    inputs, rule = operands(Problem(**CASES[case]).draw())
+    inputs, rule = operands(Problem(**(CASES | PADDED)[case]).draw())
     return [x.requires_grad_() for x in inputs], Options(**rule)
 
 
@@ -60,6 +66,30 @@ def test_layers_that_share_a_step_find_what_each_finds_alone(case, monkeypatch):
         assert torch.equal(out, alone)
         for x, y in zip(torch.autograd.grad(out.square().sum(), tensors), expected, strict=True):
             assert torch.equal(x, y)
+
+
+@interpreted
+@pytest.mark.parametrize("case", PADDED)
+def test_layers_that_share_a_step_look_for_padding_once(case, monkeypatch):
+    tensors, options = call_of(case)
+    step, made, make = Step(), [], triton.spans
+    monkeypatch.setattr(triton, "spans", lambda *a: made.append(make(*a)) or made[-1])
+    mask = options.key_padding_mask
+    assert mask is not None
+    # layers may unpack their padding from one mask, each for itself
+    layers = [options._replace(key_padding_mask=mask[:, :]) for _ in range(2)]
+    outs = [attention_with_options(*tensors, each, "triton", step)[0] for each in layers]
+    alone, _ = attention_with_options(*tensors, options, "triton")
+    assert len(made) == 1
+    expected = torch.autograd.grad(alone.square().sum(), tensors)
+    for out in outs:
+        torch.testing.assert_close(out, alone)
+        for x, y in zip(torch.autograd.grad(out.square().sum(), tensors), expected, strict=True):
+            torch.testing.assert_close(x, y)
+    mask[:, :7] = False
+    out, _ = attention_with_options(*tensors, layers[0], "triton", step)
+    assert len(made) == 2
+    torch.testing.assert_close(out, attention_with_options(*tensors, options, "triton")[0])
 
 
 @interpreted

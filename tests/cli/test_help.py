@@ -5,19 +5,17 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from fastprefix.cli import app as commands
+from fastprefix.cli import typed
 from fastprefix.cli.app import app
 from fastprefix.cli.convert import FORMATS
 from fastprefix.cli.inputs import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from fastprefix.formats.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from fastprefix.kernels.offline.cases import DTYPES, TARGETS
-from fastprefix.tuning.configs.prefix_config import PrefixInit
 
 NAMES = [
     *("check", "compare", "convert", "demo", "eval", "generate", "info", "inspect", "tasks"),
@@ -74,21 +72,23 @@ def test_examples_do_what_they_say(
 ) -> None:
     """One after the other, as a user types them, on a tiny model and in few steps."""
     monkeypatch.chdir(tmp_path)
-    training, own_data = examples("train")
-    line = next(line for line in run("train", "-h").stdout.splitlines() if '{"attributes"' in line)
-    (tmp_path / "records.jsonl").write_text(line.strip() + "\n")
-    few = ["--model", tiny_folder, "--steps", "2", "--num-virtual-tokens", "2", "--batch-size", "2"]
-    short = ["--model", tiny_folder, "--max-new-tokens", "2"]
+    training = examples("train")[0]
+    few = ["--model", tiny_folder, "--option", "num_virtual_tokens=2", "--batch-size", "2"]
+    few += ["--set", "validation_size=2", "--set", "test_size=2", "--set", "max_target_length=4"]
+    short = ["--max-new-tokens", "2"]
     with_adapter, with_prompt, _ = examples("generate")
     convert, back, folder = examples("convert")
     for arguments in (
-        [*training, *few],
-        [*own_data, *few, "--force"],
+        [*training, *few, "--max-steps", "2"],
+        examples("eval")[0],
         ["generate", *short, *with_adapter[1:]],
-        ["generate", *short, *with_prompt[1:]],
-        convert,
-        back,
+        ["generate", *short, "--model", tiny_folder, *with_prompt[1:]],
+        *(examples("tasks")),
     ):
+        result = run(*arguments)
+        assert result.exit_code == 0, (arguments, result.output)
+    (tmp_path / "run" / "adapter").rename(tmp_path / "adapter")
+    for arguments in (convert, back):
         result = run(*arguments)
         assert result.exit_code == 0, (arguments, result.output)
     assert (tmp_path / "again" / "adapter_config.json").exists()
@@ -102,11 +102,10 @@ def test_choices_are_the_librarys() -> None:
     def values(kind: type) -> list[str]:
         return [member.value for member in kind]  # type: ignore[attr-defined]
 
-    assert values(commands.Init) == [name for name in get_args(PrefixInit) if name != "prefix"]
-    assert values(commands.Format) == list(FORMATS)
-    assert values(commands.KernelDType) == list(DTYPES)
+    assert values(typed.Format) == list(FORMATS)
+    assert values(typed.KernelDType) == list(DTYPES)
     targets = [target.removeprefix("hip:").replace("cuda:", "sm_") for target in TARGETS]
-    assert values(commands.Arch) == targets
+    assert values(typed.Arch) == targets
     assert (ADAPTER_CONFIG, ADAPTER_WEIGHTS) == (CONFIG_FILE, WEIGHTS_FILE)
 
 

@@ -48,11 +48,12 @@ def test_generated_texts_are_all_of_standard_output(tiny_folder: str) -> None:
 
 def test_training_fills_no_log(tiny_folder: str, tmp_path: Path) -> None:
     result = run(
-        *("train", "--model", tiny_folder, "--output", str(tmp_path / "out"), "--steps", "25"),
-        *("--batch-size", "1", "--num-virtual-tokens", "2", "--dtype", "float32"),
+        *("train", "--model", tiny_folder, "--output", str(tmp_path / "out"), "--max-steps", "25"),
+        *("--batch-size", "1", "--option", "num_virtual_tokens=2", "--set", "validation_size=2"),
+        *("--set", "test_size=2", "--set", "max_target_length=8"),
     )
     assert result.exit_code == 0, result.output
-    assert result.stdout == ""
+    assert set(json.loads(result.stdout)) == {"validation", "test"}
     assert plain(result.stderr)
     lines = result.stderr.splitlines()
     steps = [line for line in lines if line.startswith("training: ")]
@@ -61,8 +62,8 @@ def test_training_fills_no_log(tiny_folder: str, tmp_path: Path) -> None:
         "training: 25 of 25",
     ]
     assert all(", loss " in line for line in steps)
-    assert len(lines) == len(steps) + 3  # loading, parameters, what came of it
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    assert len(lines) == len(steps) + 2  # what begins, what came of it
+    assert {path.name for path in (tmp_path / "out" / "adapter").iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "README.md")
     }
 
@@ -125,9 +126,11 @@ def test_texts_that_a_terminal_cannot_show_are_escaped(monkeypatch: pytest.Monke
 
 
 def test_control_characters_of_a_name_do_nothing() -> None:
-    result = run("train", "--output", "out", "--data", "n\x1b[2J")
+    result = run("train", "--output", "out", "--data-files", "train=n\x1b[2J")
     assert result.exit_code == 1
-    assert result.stderr.startswith(r"error: --data: got n\x1b[2J, which does not exist")
+    assert result.stderr.startswith(
+        r"error: --data-files: train: got n\x1b[2J, which does not exist"
+    )
 
 
 def test_a_file_is_written_whole_or_kept(tmp_path: Path) -> None:

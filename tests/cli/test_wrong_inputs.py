@@ -171,7 +171,7 @@ AT_ONCE: list[tuple[list[str], int, str]] = [
     (["tune", "--dtype", "int8"], 2, "--dtype: got 'int8', takes one of fp32, bf16, fp16"),
     (["info", "now"], 2, "got unexpected extra argument"),
     (["info", "--backends=yes"], 2, "--backends: got a value, takes none"),
-    (["trian"], 2, "command: got 'trian', takes one of train, eval, tasks, generate, info, check"),
+    (["trian"], 2, "command: got 'trian', takes one of train, eval, compare, tasks, generate, inf"),
     (["trian"], 2, "did you mean train? (fastprefix --help)"),
 ]
 
@@ -252,14 +252,14 @@ BEFORE_THE_MODEL = [
     ),
     (
         ["train", "--output", "out", "--data-files", "train=shape.jsonl"],
-        'line 1: the key "attributes" is miss',
+        "shape.jsonl: there is no column 'attributes' among ['que",
     ),
     (
         ["train", "--output", "out", "--data-files", "train=binary.jsonl"],
         "binary.jsonl, line 1: not UT",
     ),
     (["train", "--output", "out", "--data-files", "train=binary.txt"], "binary.txt, line 1: "),
-    (["train", "--output", "out", "--data-files", "train=long.jsonl"], "more than max_length=256"),
+    (["train", "--output", "out", "--data-files", "train=long.jsonl"], "has no examples"),
     (["generate", "Hi", "--model", "unknown"], "model: got unknown; "),
     (["check", "unknown"], "model: got unknown; the configuration cannot be loaded: "),
     (["generate", "Hi", "--model", "wordless"], "model: got wordless; the tokenizer cannot be lo"),
@@ -306,6 +306,19 @@ def test_an_adapter_for_another_model(here: Path, tiny_folder: str) -> None:
     assert "for this model" in line
 
 
+TINY_RUN = (
+    *("train", "--output", "run", "--max-steps", "1", "--batch-size", "1"),
+    *("--option", "num_virtual_tokens=9", "--set", "validation_size=1", "--set", "test_size=1"),
+    *("--set", "max_target_length=4"),
+)
+
+
+def complaint_behind(result: Result) -> str:
+    """The last line on standard error, of a command that had begun."""
+    assert result.exit_code == 1
+    return result.stderr.splitlines()[-1]
+
+
 @pytest.fixture
 def own(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with an adapter that may be replaced."""
@@ -314,41 +327,37 @@ def own(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_no_space_for_the_adapter(own: Path, tiny_folder: str) -> None:
-    """What was there is kept, what is new is not half there."""
+def test_no_space_for_the_run(own: Path, tiny_folder: str) -> None:
+    """What was there is kept, what is new is not half there, and the run can go on later."""
     before = listing(own)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        result = run(
-            *(
-                "train",
-                "--model",
-                tiny_folder,
-                "--output",
-                "adapter",
-                "--force",
-                "--max-steps",
-                "1",
-            ),
-            *("--batch-size", "1", "--option", "num_virtual_tokens=9"),
-        )
+        result = run(*TINY_RUN, "--model", tiny_folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    line = complaint(result)
-    assert line.startswith("--output: ")
+    assert result.exit_code == 1
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: output_dir: ")
     assert "file too large" in line.lower()
-    assert listing(own) == before
-
-
-def test_force_replaces_an_adapter(own: Path, tiny_folder: str) -> None:
-    before = (own / "adapter" / "adapter_model.safetensors").read_bytes()
-    result = run(
-        *("train", "--model", tiny_folder, "--output", "adapter", "--force", "--max-steps", "1"),
-        *("--batch-size", "1", "--option", "num_virtual_tokens=2"),
+    after = listing(own)
+    assert {path: after[path] for path in before} == before
+    assert not any(
+        "result.json" in path or "adapter_model" in path for path in after.keys() - before
     )
-    assert result.exit_code == 0, result.output
-    assert (own / "adapter" / "adapter_model.safetensors").read_bytes() != before
+    assert run(*TINY_RUN, "--model", tiny_folder).exit_code == 0
+
+
+def test_force_replaces_a_run(own: Path, tiny_folder: str) -> None:
+    first = (*TINY_RUN, "--model", tiny_folder)
+    assert run(*first).exit_code == 0
+    file = own / "run" / "adapter" / "adapter_model.safetensors"
+    before = file.read_bytes()
+    other = (*first, "--learning-rate", "0.3")
+    assert "learning_rate: got 0.3, but" in complaint_behind(run(*other))
+    assert file.read_bytes() == before
+    assert run(*other, "--force").exit_code == 0
+    assert file.read_bytes() != before
 
 
 def test_ctrl_c_ends_in_a_line_too(

@@ -79,6 +79,36 @@ def test_what_a_step_runs(driver, shape, learns, launches, kernels, inference):
     assert found[1] - found[0] == {name: 3 * each for name, each in kernels.items()}
 
 
+PADDED: dict[str, tuple[dict[str, Any], bool, int, dict[str, int]]] = {
+    "decode": ({"Lq": 1, "Lk": 256, "P": 4096, "pad": True}, False, 2, {}),
+    "decode, keys in use": (
+        {"Lq": 1, "Lk": 256, "P": 4096, "pad": True, "in_use": 200}, False, 2, {},
+    ),
+    "training": ({"Lq": 64, "Lk": 64, "P": 4096, "pad": True}, True, 2 + 6, {"add": 5}),
+}  # fmt: skip
+
+
+@inside
+@pytest.mark.parametrize(("shape", "learns", "launches", "kernels"), PADDED.values(), ids=PADDED)
+def test_a_step_looks_for_padding_once(driver, shape, learns, launches, kernels):
+    call = causal_call(**shape)
+    for x in call.five if learns else ():
+        x.requires_grad_()
+    with torch.set_grad_enabled(learns):
+        layers(call, 2)
+        found = []
+        for count in (1, 4):
+            with simulated_gpu.counting(driver) as counts:
+                layers(call, count)
+            names = [each.name for each in counts.launches]
+            assert names[0] == "prefix_attn_spans_kernel"
+            assert len(names) == 1 + count * launches
+            assert not counts.loaded
+            assert not counts.outliving
+            found.append(counts.kernels)
+        assert found[1] - found[0] == {name: 3 * each for name, each in kernels.items()}
+
+
 @inside
 def test_a_captured_call_makes_its_tables_itself(driver):
     """So every replay of a graph makes them anew, and two graphs share nothing."""

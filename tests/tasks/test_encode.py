@@ -2,35 +2,14 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import fastprefix_testing.models as tiny
 from fastprefix.tasks import Collator, Encoding, WrittenText, load_examples
 from fastprefix.tasks.encode import prompt_template
+from fastprefix_testing.tokenizers import byte_tokenizer
 
 EXAMPLE = WrittenText("name: The Café | seats: 8", ("The Café is an eight-seat café.",))
-
-
-def byte_tokenizer(bos=False, **special):
-    """Return a tokenizer of single bytes, after "<bos>", "<eos>" and "<pad>" (0, 1 and 2)."""
-    vocab = {"<bos>": 0, "<eos>": 1, "<pad>": 2}
-    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab[letter] = len(vocab)
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
 def small_model(vocab_size):

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -33,6 +32,7 @@ from fastprefix.tasks.task import (
     WrittenText,
 )
 from fastprefix.tuning.trainer import PrefixTrainingArguments
+from fastprefix_testing.tokenizers import byte_tokenizer
 
 _REVIEWS = ["a fine film", "dull from start to end", "we laughed a lot", "not for me"]
 _ANSWER = {"text": ["a red house"], "answer_start": [12]}
@@ -155,23 +155,8 @@ CASES = [(name, kind) for name, task in TASKS.items() for kind in task_types(tas
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Single bytes, with special tokens around a text as BERT's tokenizer puts them."""
-    vocab = {"<bos>": 0, "<eos>": 1, "<pad>": 2}
-    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab[letter] = len(vocab)
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>",
-        pair="<bos> $A <eos> $B:1 <eos>:1",
-        special_tokens=[("<bos>", 0), ("<eos>", 1)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<bos>",
-        cls_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
+    return byte_tokenizer(
+        bos=True, bos_token="<bos>", cls_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
 
 

@@ -159,9 +159,9 @@ def test_costs_name_their_units(made):
     table = costs_table(comparison)
     rows = {tuple(row[:2]): row[2:] for row in table.rows}
     assert rows["prefix", "20"] == [
-        "9,216", "0.0069 %", "36.9 kB", "30 of 40", "0.34", "30.0 s", "320 MB",
+        "9,216", "0.0069 %", "36.9 kB", "30 of 40", "0.8", "0.34", "30.0 s", "320 MB",
     ]  # fmt: skip
-    assert rows["no tuning", ""] == ["0", "0", "0 B", "0", "–", "–", "–"]
+    assert rows["no tuning", ""] == ["0", "0", "0 B", "0", "–", "–", "–", "–"]
 
 
 def test_rates_that_were_tried_and_those_at_the_edge(made):

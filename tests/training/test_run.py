@@ -74,7 +74,7 @@ def test_every_method_ends_in_a_folder(tmp_path: Path, method: str) -> None:
     assert environment["versions"]["torch"] == torch.__version__
     if trains:
         split, count, again = evaluate_run(config, tmp_path / "run", "test")
-        assert (split, count) == ("test", 225)  # all of the split; the run reported a part
+        assert (split, count) == ("test", 463)  # all of the split; the run reported a part
         stored = sum(f.stat().st_size for f in (tmp_path / "run" / "adapter").iterdir())
         assert stored == result["bytes"]
         assert math.isfinite(again["loss"])
@@ -85,10 +85,25 @@ def test_what_was_stored_is_what_was_measured(tmp_path: Path, tiny_folder: str) 
         folder = tmp_path / method
         config = written(tiny_folder, method=method, options=options, test_size=None)
         result = train_run(config, folder)
-        assert evaluate_run(config, folder)[2] == pytest.approx(result["test"])
+        assert evaluate_run(config, folder)[2] == pytest.approx(result["test"], rel=1e-4)
         assert len(result["samples"]) == 5
         assert all(set(s) == {"source", "written", "references"} for s in result["samples"])
         assert set(result["validation"]) == {"loss"}
+
+
+def test_more_tests(tmp_path: Path, tiny_folder: str) -> None:
+    """Further test sets are measured as the first one is, under names of their own."""
+    lines = [
+        {"attributes": {"name": f"Inn {i}"}, "description": f"Inn {i} is an inn."} for i in range(3)
+    ]
+    file = tmp_path / "more.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = written(tiny_folder, max_steps=2, more_tests={"inns": str(file)})
+    test = train_run(config, tmp_path / "run")["test"]
+    own = {name for name in test if "(" not in name}
+    assert {name for name in test if name not in own} == {f"{name} (inns)" for name in own}
+    again = evaluate_run(config, tmp_path / "run", "test", {"test": str(file)})[2]
+    assert again == pytest.approx({name: test[f"{name} (inns)"] for name in own}, rel=1e-4)
 
 
 class _StoppedError(Exception):
@@ -176,7 +191,7 @@ def test_what_does_not_fit(
     tmp_path: Path, tiny_folder: str, values: dict[str, Any], said: str
 ) -> None:
     with pytest.raises((ValueError, OSError), match=said):
-        train_run(written(tiny_folder, **values), tmp_path / "run")
+        train_run(written(**{"model": tiny_folder} | values), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

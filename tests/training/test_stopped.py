@@ -7,13 +7,12 @@ import signal
 import yaml
 
 from fastprefix_testing.comparisons import begun, eventually, gone, start
-
-RUNS = "fastprefix_testing.pretended_runs"
+from fastprefix_testing.pretended_runs import train
 
 
 def write_config(tmp_path, methods):
     config = {"base": {"task": "e2e_nlg", "max_steps": 8}, "methods": methods, "seeds": [0]}
-    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return tmp_path / "compare.yaml"
 
 
@@ -27,7 +26,7 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     comes_later = tmp_path / "later"
     waits = {"method": "lora", "options": {"wait_for": str(comes_later)}}
     file = write_config(tmp_path, {"prefix": {}, "full": {"method": "full"}, "LoRA": waits})
-    first = start(file, tmp_path, 2, RUNS)
+    first = start(file, tmp_path, 2, train)
     try:
         assert eventually(lambda: len(finished(tmp_path)) >= 2 and len(begun(tmp_path)) >= 3)
         before = finished(tmp_path)
@@ -41,7 +40,7 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
     comes_later.touch()
-    second = start(file, tmp_path, 2, RUNS)
+    second = start(file, tmp_path, 2, train)
     _, told = second.communicate(timeout=240)
     assert second.returncode == 0, told
     after = finished(tmp_path)
@@ -57,7 +56,7 @@ def test_workers_end_on_ctrl_c(tmp_path):
     """All processes of a terminal get the signal; only the parent may act on it."""
     never = {"options": {"wait_for": str(tmp_path / "never")}}
     methods = {"a": never, "b": never | {"method": "lora"}}
-    parent = start(write_config(tmp_path, methods), tmp_path, 2, RUNS)
+    parent = start(write_config(tmp_path, methods), tmp_path, 2, train)
     try:
         workers = eventually(lambda: len(begun(tmp_path)) == 2 and begun(tmp_path))
         assert workers, "the comparison did not begin"

@@ -77,13 +77,17 @@ def _attend(
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
 
-    places = _places(query, Lk, P, options)
-    seen, added = _seen_and_added(query, Lk, P, places, options)
+    numbers, places = _places(query, Lk, P, options)
+    prefix, sequence = seen_and_added(places, options, scores.dtype)
+    seen, added = (
+        torch.cat([one.expand(B, Hq, Lq, P), other.expand(B, Hq, Lq, Lk)], dim=-1)
+        for one, other in zip(prefix, sequence, strict=True)
+    )
     # hidden before the sum: an infinite bias would send NaN into the gradients
     scores = (scores + added.masked_fill(~seen, 0.0)).masked_fill(~seen, float("-inf"))
     weights, lse = _softmax(scores, options.sinks)
     if options.dropout_p is not None and options.dropout_seed is not None:
-        kept = _kept(places, Hq, options.dropout_p, options.dropout_seed)
+        kept = _kept(numbers, places, Hq, options.dropout_p, options.dropout_seed)
         weights = weights * kept.to(weights.dtype) / (1.0 - options.dropout_p)
     weights = weights.reshape(B, Hkv, Hq // Hkv, Lq, P + Lk)
     out = torch.einsum("bhgqp,hpd->bhgqd", weights[..., :P], prefix_value)
@@ -91,16 +95,26 @@ def _attend(
     return out.reshape(B, Hq, Lq, value.shape[-1]), lse
 
 
-def _seen_and_added(
-    query: Tensor, Lk: int, P: int, places: _Places, options: Options
-) -> tuple[Tensor, Tensor]:
-    """What each query sees (bool), and what is added to its scores, both [B, Hq, Lq, P + Lk]."""
-    B, Hq, Lq, _ = query.shape
+def seen_and_added(
+    places: Places, options: Options, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What each query sees (bool), and what is added to its scores: of prefix and sequence.
+
+    Args:
+        places: where queries, keys and prefix columns stand.
+        options: of the call; tensors by query or by key are for those of `places`.
+        dtype: of what is added.
+
+    Returns:
+        A pair for the prefix, broadcastable to [B, Hq, Lq, P], and one for the sequence,
+        broadcastable to [B, Hq, Lq, Lk].
+    """
     prefix_seen = places.own[:, None]  # [B, 1, Lq, P]
     sequence_seen = places.together[:, None]  # [B, 1, Lq, Lk]
     position = places.position[:, None, :, None]
     if options.key_lengths is not None:
-        sequence_seen = sequence_seen & _in_use(options.key_lengths, Lk)[:, None, None]
+        in_use = _in_use(options.key_lengths, places.key.shape[0])
+        sequence_seen = sequence_seen & in_use[:, None, None]
     if options.is_causal:
         sequence_seen = sequence_seen & (places.key <= position)
     if options.sliding_window is not None:
@@ -114,22 +128,16 @@ def _seen_and_added(
         sequence_seen = sequence_seen & options.key_padding_mask[:, None, None, :]
     if options.attn_mask is not None and options.attn_mask.dtype is torch.bool:
         sequence_seen = sequence_seen & options.attn_mask
-    prefix_added = sequence_added = query.new_zeros(())
+    prefix_added = sequence_added = torch.zeros((1, 1, 1, 1), dtype=dtype, device=places.key.device)
     if options.attn_mask is not None and options.attn_mask.dtype is not torch.bool:
         sequence_seen = sequence_seen & (options.attn_mask > MASKED)
-        sequence_added = options.attn_mask.to(query.dtype)
+        sequence_added = options.attn_mask.to(dtype)
     if options.prefix_bias is not None:
         bias = options.prefix_bias
         bias = bias[:, None, None] if bias.dim() == 1 else bias
         prefix_seen = prefix_seen & (bias > MASKED)
-        prefix_added = bias.to(query.dtype)
-    seen = torch.cat(
-        [prefix_seen.expand(B, Hq, Lq, P), sequence_seen.expand(B, Hq, Lq, Lk)], dim=-1
-    )
-    added = torch.cat(
-        [prefix_added.expand(B, Hq, Lq, P), sequence_added.expand(B, Hq, Lq, Lk)], dim=-1
-    )
-    return seen, added
+        prefix_added = bias.to(dtype)
+    return (prefix_seen, prefix_added), (sequence_seen, sequence_added)
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -153,22 +161,18 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     return weights / total.masked_fill(total == 0, 1.0), lse
 
 
-class _Places(NamedTuple):
+class Places(NamedTuple):
     """Where queries, keys and prefix columns stand, each in its own sequence or prefix.
 
     Attributes:
-        sequence: [B, Lq], the query's sequence: its batch row, or m with cu_seqlens.
-        query: [Lq], i.
         position: [1, Lq], or [B, Lq] with key_lengths: p_i.
         key: [Lk], j.
-        together: [1, Lq, Lk] bool, query and key belong to one sequence.
+        together: [1, Lq, Lk] bool, or broadcastable to it: query and key belong to one sequence.
         column: [P], the token's index in its own prefix.
-        own: [B, Lq, P] bool, the column belongs to the query's prefix.
-        prefix_length: [B, Lq], of the query's prefix.
+        own: [B, Lq, P] bool, or broadcastable to it: the column belongs to the query's prefix.
+        prefix_length: [B, Lq], or broadcastable to it, of the query's prefix.
     """
 
-    sequence: Tensor
-    query: Tensor
     position: Tensor
     key: Tensor
     together: Tensor
@@ -177,7 +181,19 @@ class _Places(NamedTuple):
     prefix_length: Tensor
 
 
-def _places(query: Tensor, Lk: int, P: int, options: Options) -> _Places:
+class _Numbers(NamedTuple):
+    """The coordinates of each query.
+
+    Attributes:
+        sequence: [B, Lq], its sequence: its batch row, or m with cu_seqlens.
+        query: [Lq], i.
+    """
+
+    sequence: Tensor
+    query: Tensor
+
+
+def _places(query: Tensor, Lk: int, P: int, options: Options) -> tuple[_Numbers, Places]:
     B, _, Lq, _ = query.shape
     device = query.device
     index, key = torch.arange(Lq, device=device), torch.arange(Lk, device=device)
@@ -206,7 +222,8 @@ def _places(query: Tensor, Lk: int, P: int, options: Options) -> _Places:
         mine = options.prefix_index.long()[sequence]  # [B, Lq]
         own = number == mine[..., None]
         prefix_length = torch.cat([lengths, lengths.new_zeros(1)])[mine]  # -1 takes the zero
-    return _Places(sequence, index, position, key, together, column, own, prefix_length)
+    places = Places(position, key, together, column, own, prefix_length)
+    return _Numbers(sequence, index), places
 
 
 def _in_use(key_lengths: Tensor, Lk: int) -> Tensor:
@@ -223,12 +240,12 @@ def _real_before(position: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     return (real.cumsum(1) - real).gather(1, position.expand(real.shape[0], -1))
 
 
-def _kept(places: _Places, Hq: int, dropout_p: float, seed: Tensor) -> Tensor:
+def _kept(numbers: _Numbers, places: Places, Hq: int, dropout_p: float, seed: Tensor) -> Tensor:
     """Which weights dropout keeps, [B, Hq, Lq, P + Lk] bool."""
-    B, Lq = places.sequence.shape
+    B, Lq = numbers.sequence.shape
     columns = torch.cat(
         [places.column.expand(B, Lq, -1), places.prefix_length[..., None] + places.key], dim=-1
     )
-    heads = places.sequence[:, None, :, None] * Hq
+    heads = numbers.sequence[:, None, :, None] * Hq
     heads = heads + torch.arange(Hq, device=seed.device)[:, None, None]
-    return philox.keep(seed, dropout_p, columns[:, None], places.query[:, None], heads)
+    return philox.keep(seed, dropout_p, columns[:, None], numbers.query[:, None], heads)

@@ -45,6 +45,13 @@ def tables(tensors: tuple[Tensor, ...], options: Options) -> Tensor:
         return made
 
 
+def spans(key_padding_mask: Tensor) -> Tensor:
+    """The option `spans` of calls with this padding mask [B, Lk] bool."""
+    with torch.cuda.device_of(key_padding_mask):
+        made: Tensor = _kernels().launch_spans(key_padding_mask)
+        return made
+
+
 # Device types whose calls get plans.
 PLANNED_ON = {"cuda"}
 

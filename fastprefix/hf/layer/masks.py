@@ -242,7 +242,10 @@ def _packed(request: dict[str, Any]) -> Tensor:
 
 
 def _all_real_so_far(attention_mask: Tensor, start: int, in_use: int | Tensor) -> bool:
-    """Whether no key in use is padding; False where the answer would cost a synchronisation."""
+    """Whether no key in use is padding; False where the answer would cost a synchronisation.
+
+    There the kernels find out, once for all layers.
+    """
     if torch.compiler.is_compiling() or attention_mask.device.type != "cpu":
         return False
     end = start + int(in_use)

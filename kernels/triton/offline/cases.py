@@ -21,6 +21,7 @@ from fastprefix.options import Options
 from .. import launch, tilings
 from ..backward import launch_backward
 from ..forward import launch_forward
+from ..spans import launch_spans
 from ..target import Target, family_of_amd, target_of_capability
 
 TARGETS = (
@@ -69,6 +70,10 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # The options that each feature sets. To compile a new feature, add its line.
 FEATURES: dict[str, Callable[[Case], dict[str, Any]]] = {
     "padding": lambda c: {"key_padding_mask": _empty(c.batch, c.length, dtype=torch.bool)},
+    "spans": lambda c: {
+        "key_padding_mask": _empty(c.batch, c.length, dtype=torch.bool),
+        "spans": _empty(c.batch, 3, dtype=torch.int32),
+    },
     "key_lengths": lambda c: {"key_lengths": _empty(c.batch, dtype=torch.int32)},
     "attn_mask": lambda c: {"attn_mask": _empty(c.batch, 1, c.query_length, c.length)},
     "bool_mask": lambda c: {
@@ -94,12 +99,12 @@ FEATURES: dict[str, Callable[[Case], dict[str, Any]]] = {
 # All features at least once, in as few kernels as possible. The two kinds of masks exclude each
 # other, and cu_seqlens excludes both, and key_lengths.
 MEETINGS: tuple[tuple[str, ...], ...] = (
-    ("attn_mask", "prefix_bias", "sliding_window", "padding", "sinks", "negative_scale"),
-    ("bool_mask", "prefix_bias_columns", "prefix_in_window", "softcap", "key_lengths"),
+    ("attn_mask", "prefix_bias", "sliding_window", "spans", "sinks", "negative_scale"),
+    ("bool_mask", "prefix_bias_columns", "prefix_in_window", "softcap", "key_lengths", "padding"),
     ("cu_seqlens", "packed", "dropout"),
 )
 DECODE_MEETINGS: tuple[tuple[str, ...], ...] = (
-    ("padding", "key_lengths", "sliding_window", "softcap", "sinks", "prefix_bias"),
+    ("spans", "key_lengths", "sliding_window", "softcap", "sinks", "prefix_bias"),
     ("padding", "sliding_window", "packed", "batch_invariant"),
 )
 # Queries that fill a tile of 32 rows, and a head size whose tiles have few keys. Most features add
@@ -185,6 +190,8 @@ def launches(case: Case) -> list[launch.Launch]:
     bias = options.get("prefix_bias")
     needs = (True,) * len(inputs) + ("sinks" in options, bias is not None and bias.dim() == 1)
     with launch.collected(launch_target(c.target)) as steps:
+        if "spans" in options:
+            options["spans"] = launch_spans(options["key_padding_mask"])
         out, lse = launch_forward(*inputs, Options(**options))
         grad_out = _empty(B, Hq, Lq, Dv, dtype=dtype)
         launch_backward(grad_out, *inputs, out, lse, Options(**options), needs)

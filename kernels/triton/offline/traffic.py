@@ -97,11 +97,13 @@ def _decode(step: launch.Launch, tensors: dict[str, Tensor]) -> dict[str, float]
     Lk, splits = tensors["k"].shape[2], a["n_splits"]
     tiles = -(-rows // step.constants["BLOCK_R"])
     visible = (Lk - a["first_key"]) / Lk if Lk else 0.0
+    scanned = "spans" not in tensors
     return (
         dict.fromkeys(PREFIX, a["n_units"] / splits if splits else 0.0)
         | dict.fromkeys(KEYS, tiles * visible)
-        # Every split reads its rows. It reads the padding twice: for what to skip, and to mask.
-        | {"q": splits + a["n_sequence_splits"], "pad": 2 * a["Hkv"] * tiles * visible}
+        # Every split reads its rows. It reads the padding twice: for what to skip, and to mask. If
+        # the spans say what to skip, and there are no holes, it reads none.
+        | {"q": splits + a["n_sequence_splits"], "pad": 2 * a["Hkv"] * tiles * visible * scanned}
     )
 
 

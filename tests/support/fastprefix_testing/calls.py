@@ -8,16 +8,21 @@ random numbers of the dropout, for which it computes Philox in Python's integers
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastprefix import prefix_attention
+from fastprefix.attention import philox
+from fastprefix.attention.backends.composed import scores
 from fastprefix.attention.selection import BACKENDS, FEATURES
+from fastprefix.options import Options
 from fastprefix_testing.oracle import HIDDEN, concatenated_attention
 from fastprefix_testing.tolerance import LSE_OF_HALF, assert_accurate
 
@@ -110,11 +115,43 @@ def assert_as_concatenated(call: Call, found: Mapping[str, Tensor]) -> None:
     assert_accurate(found, exact, plain, dtype, lse_of_half=LSE_OF_HALF)
 
 
-def assert_as_reference(call: Call, backend: str) -> None:
-    """Asserts the rule of ``tolerance.py`` for the results of a backend, against reference."""
-    exact, plain = call.to(torch.float64).by("reference"), call.by("reference")
+def assert_as_reference(call: Call, backend: str, gradient_floor: float = 1.0) -> None:
+    """Asserts the rule of ``tolerance.py`` for the results of a backend, against reference.
+
+    Reference drops the weights that the backend drops. `gradient_floor` is that of
+    :func:`assert_accurate`.
+    """
+    with dropping_as(backend, call):
+        exact, plain = call.to(torch.float64).by("reference"), call.by("reference")
     dtype = call.grad_out.dtype
-    assert_accurate(call.by(backend), exact, plain, dtype, lse_of_half=LSE_OF_HALF)
+    found = call.by(backend)
+    assert_accurate(
+        found, exact, plain, dtype, gradient_floor=gradient_floor, lse_of_half=LSE_OF_HALF
+    )
+
+
+def kept_by_composed(call: Call) -> Tensor:
+    """Which weights composed keeps, [B, Hq, Lq, P + Lk], in a call with dropout."""
+    torch.manual_seed(call.seed)
+    tensors = call.tensors
+    given: dict[str, Any] = {"scale": 1.0, **call.options}
+    given |= {name: tensors[name] for name in ("sinks", "prefix_bias") if name in tensors}
+    options = Options(**given, dropout_seed=torch.randint(2**63 - 1, (1,)))
+    prefix_key = tensors["prefix_key"]
+    if prefix_key is None:
+        prefix_key = tensors["key"][0, :, :0]
+    return scores.kept(tensors["query"], tensors["key"], prefix_key, options)
+
+
+@contextmanager
+def dropping_as(backend: str, call: Call) -> Iterator[None]:
+    """Reference drops the weights that a backend drops in a call: composed drops others."""
+    if backend != "composed" or not call.options.get("dropout_p"):
+        yield
+        return
+    kept = kept_by_composed(call)
+    with mock.patch.object(philox, "keep", return_value=kept):
+        yield
 
 
 def build(
@@ -235,11 +272,19 @@ COMPARED = [name for name in FEATURES if name in BACKENDS["reference"].features]
 
 
 @st.composite
-def drawn(draw: st.DrawFn, backend: str, longest: int | None = None) -> dict[str, Any]:
-    """Arguments of :func:`build`: any combination of what a backend can do, and any shape."""
+def drawn(
+    draw: st.DrawFn,
+    backend: str,
+    longest: int | None = None,
+    without: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """Arguments of :func:`build`: any combination of what a backend can do, and any shape.
+
+    `longest` limits Lq; `without` are features that are not drawn.
+    """
     if longest is None:  # Triton's interpreter is slow
         longest = 7 if backend == "triton" else 20
-    can = [name for name in COMPARED if name in BACKENDS[backend].features]
+    can = [name for name in COMPARED if name in BACKENDS[backend].features - without]
     features = {name for name in can if draw(st.booleans())}
     if "cu_seqlens" in features:
         features -= {"attn_mask", "attn_mask gradient", "key_lengths"}

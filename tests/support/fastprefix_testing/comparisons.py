@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Its arguments: a configuration, a folder, the number of workers, a module with a function `train`.
+from fastprefix.training.run import train_run
+
+# Its arguments: a configuration, a folder, the number of workers, a module, a function of it.
 _SCRIPT = """
 if __name__ == "__main__":  # workers read this file, too
     import importlib, sys
@@ -20,27 +22,37 @@ if __name__ == "__main__":  # workers read this file, too
     from fastprefix.training.grid import CompareConfig
     from fastprefix.training.report import write_report
 
-    file, folder, jobs, module = sys.argv[1:]
-    train = getattr(importlib.import_module(module), "train")
+    file, folder, jobs, module, function = sys.argv[1:]
+    train = getattr(importlib.import_module(module), function)
     config, engine = CompareConfig.read(Path(file)), LocalEngine(int(jobs))
     write_report(run_compare(config, Path(folder), engine=engine, train=train), Path(folder))
 """
 
 
-def start(config: Path, folder: Path, jobs: int, module: str) -> subprocess.Popen[str]:
+def start(
+    config: Path, folder: Path, jobs: int, train: Callable[..., object] = train_run
+) -> subprocess.Popen[str]:
     """Starts a comparison that writes its report, in a process group as a terminal gives it.
 
     Args:
         config: its YAML file.
         folder: for the runs and the report.
         jobs: worker processes.
-        module: has the function ``train`` that does a run.
+        train: does a run.
     """
     script = folder / "compare_script.py"
     script.write_text(_SCRIPT)
     support = str(Path(__file__).parents[1])
     return subprocess.Popen(
-        [sys.executable, str(script), str(config), str(folder), str(jobs), module],
+        [
+            sys.executable,
+            str(script),
+            str(config),
+            str(folder),
+            str(jobs),
+            train.__module__,
+            train.__name__,
+        ],
         env=os.environ | {"PYTHONPATH": support},
         stderr=subprocess.PIPE,
         text=True,

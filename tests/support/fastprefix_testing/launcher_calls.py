@@ -102,6 +102,8 @@ def random_options(chosen: random.Random, call: dict[str, Any]) -> dict[str, Any
         found["prefix_index"] = torch.zeros(B, dtype=torch.int32)
     if B == 1 and Lq == Lk and often(0.5):
         found["cu_seqlens"] = torch.tensor([0, Lq], dtype=torch.int32)
+    if "key_padding_mask" in found and often(0.5):
+        found["spans"] = torch.zeros(B, 3, dtype=torch.int32)
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.attention.backends import reference
-from fastprefix.kernels import launch_backward, launch_forward
+from fastprefix.kernels import launch_backward, launch_forward, launch_spans
 from fastprefix.options import Options
 from fastprefix_testing.calls import Call
 from fastprefix_testing.tolerance import assert_accurate
@@ -40,10 +40,12 @@ def operands(call: Call) -> tuple[tuple[Any, Any, Any, Any, Any], dict[str, Any]
     return inputs, options
 
 
-def launched(call: Call) -> dict[str, Tensor]:
+def launched(call: Call, with_spans: bool = False) -> dict[str, Tensor]:
     """`out`, `lse` and all gradients of the kernels, by name."""
     inputs, given = operands(call)
     options = Options(**given)
+    if with_spans and options.key_padding_mask is not None:
+        options = options._replace(spans=launch_spans(options.key_padding_mask))
     wanted = tuple(name in call.tensors for name in (*FIVE, "sinks", "prefix_bias"))
     out, lse = launch_forward(*inputs, options)
     grads = launch_backward(call.grad_out, *inputs, out, lse, options, wanted)
@@ -73,10 +75,15 @@ def rounded(call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def assert_kernels_accurate(call: Call) -> None:
-    """Asserts the rule of ``tolerance.py`` for forward and backward of the kernels."""
+    """Asserts the rule of ``tolerance.py`` for forward and backward of the kernels.
+
+    If something is padded, also where they are told in which span.
+    """
     dtype = call.grad_out.dtype
     exact, plain = rounded(call, torch.float64), rounded(call, dtype)
-    assert_accurate(launched(call), exact, plain, dtype, gradient_floor=GRADIENT_FLOOR)
+    for with_spans in (False, True) if "key_padding_mask" in call.options else (False,):
+        found = launched(call, with_spans)
+        assert_accurate(found, exact, plain, dtype, gradient_floor=GRADIENT_FLOOR)
 
 
 def judge(call: Call, found: tuple[Tensor, Tensor]) -> None:

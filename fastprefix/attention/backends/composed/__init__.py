@@ -17,13 +17,15 @@ prefix, CUDA has one part for all of them, and a mask hides the other rows' pref
 - plain: calls with one prefix, one sequence a row, and masks
 - parts, features: what only some calls use (several prefixes, packed sequences, windows, sinks, a
   bias), out of the same kernels
+- chunks, scores: calls on the CPU with a softcap or with dropout, which its kernel cannot do, by
+  explicit formulas over the scores of one chunk at a time
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fastprefix.attention.backends.composed import features, plain
+from fastprefix.attention.backends.composed import features, plain, scores
 from fastprefix.attention.backends.composed.lengths import with_unused, without_unused
 from fastprefix.options import Options
 
@@ -43,8 +45,12 @@ def forward(
     if options.key_lengths is not None:
         key, value, options = without_unused(query, key, value, options)
     inputs = (query, key, value, prefix_key, prefix_value)
-    chosen = plain if plain.is_plain(options) else features
-    out, lse = chosen.forward(*inputs, options)
+    if scores.is_for(options):
+        out, lse = scores.forward(*inputs, options)
+    elif plain.is_plain(options):
+        out, lse = plain.forward(*inputs, options)
+    else:
+        out, lse = features.forward(*inputs, options)
     return _as_blhd(out), lse.contiguous()
 
 
@@ -81,7 +87,9 @@ def backward(
     buffers = key, value
     key, value, options = without_unused(query, key, value, options)
     inputs = (grad_out, query, key, value, prefix_key, prefix_value)
-    if plain.is_plain(options):
+    if scores.is_for(options):
+        found = scores.backward(*inputs, out, lse, options, needs)
+    elif plain.is_plain(options):
         found = (*plain.backward(*inputs, out, lse, options, needs[:5]), None, None)
     else:
         found = features.backward(*inputs, out, lse, options, needs)
