@@ -22,7 +22,7 @@ help:
 	@echo "make demo   set up and run the demonstration, figures in demo.json (5 to 8 minutes)"
 	@echo "make test   set up, lint, type-check and run all tests"
 	@echo "make fresh  README's snippets and commands in an environment made by \`pip install '.[tasks]'\` alone"
-	@echo "make examples  set up and run every example, offline"
+	@echo "make examples  set up and run every example and notebook, offline"
 	@echo "make bench  set up and run the benchmarks behind the README's figures"
 	@echo "make experiments  the comparisons of experiments/ with their reports (hours; they can be stopped)"
 	@echo "make experiments-methods  every way to tune, compared in a short budget (about an hour)"
