@@ -78,7 +78,7 @@ class CompareConfig(Settings):
         grid: values to try, by field. A dot reaches into a mapping:
             ``options.num_virtual_tokens: [10, 20]``. Several fields make a product.
         vary: titles of the methods that the grid applies to; None for all.
-        seeds: each method runs with each of them.
+        seeds: each method that trains runs with each of them.
         metric: decides which method is best: one of the task's metrics, or "loss". None for the
             task's first.
     """
@@ -158,12 +158,15 @@ class CompareConfig(Settings):
         return [Run(cell, rate, self.seeds[0]) for rate in cell.rates]
 
     def runs_at(self, cell: Cell, rate: float | None) -> list[Run]:
-        """All seeds at a learning rate."""
-        return [Run(cell, rate, seed) for seed in self.seeds]
+        """All seeds at a learning rate; one if nothing is trained, because all would be the same."""
+        return [Run(cell, rate, seed) for seed in self._seeds(cell)]
 
     def number_of_runs(self) -> int:
         """How many there are, whatever rates will be chosen."""
-        return sum(len(cell.rates) - 1 + len(self.seeds) for cell in self.cells())
+        return sum(len(cell.rates) - 1 + len(self._seeds(cell)) for cell in self.cells())
+
+    def _seeds(self, cell: Cell) -> tuple[int, ...]:
+        return self.seeds[:1] if cell.values.get("method") == "none" else self.seeds
 
 
 def field_title(axis: str) -> str:

@@ -72,6 +72,15 @@ def test_learning_rates_are_tried_with_the_first_seed_and_then_all_seeds_run():
     assert first[0].label == "prefix, learning rate 0.1, seed 7"
 
 
+def test_what_does_not_train_runs_once():
+    made = CompareConfig.of(
+        {"base": {"task": "bbc"}, "methods": {"as it is": {"method": "none"}}, "seeds": [3, 4]}
+    )
+    (cell,) = made.cells()
+    assert [run.seed for run in made.first_runs(cell)] == [3]
+    assert made.number_of_runs() == 1
+
+
 def test_the_metric_that_decides_is_the_first_of_the_task_unless_named():
     assert config().deciding_metric == "bleu"
     assert config(metric="loss").deciding_metric == "loss"
