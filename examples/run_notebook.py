@@ -38,6 +38,11 @@ def execute(path: Path, **parameters: Any) -> NotebookNode:
     return notebook
 
 
+def is_code(cell: NotebookNode) -> bool:
+    """Whether a cell runs."""
+    return bool(cell.cell_type == "code")
+
+
 def printed(notebook: NotebookNode) -> str:
     """All that its cells print."""
     return "".join(
@@ -61,8 +66,10 @@ def main() -> None:
     if args.write:
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # times, which would change the file each time
-            if cell.cell_type == "code":  # warnings name places on this machine
-                cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
+        for number, cell in enumerate(filter(is_code, notebook.cells), 1):
+            cell.execution_count = number  # the cell that set the parameters is counted, too
+            # warnings name places on this machine
+            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
         nbformat.write(notebook, args.notebook)
 
 
