@@ -23,7 +23,9 @@ from fastprefix.tasks.task import (
     Split,
     Task,
     WrittenText,
+    fields_of,
     text_of,
+    texts_of,
     written,
 )
 
@@ -82,30 +84,32 @@ def _meaning(row: Row) -> WrittenText:
 
 def _choices(row: Row) -> str:
     """A question of CommonsenseQA with its choices, a line each."""
-    choices = row["choices"]
-    lines = [
-        f"{label}. {text}" for label, text in zip(choices["label"], choices["text"], strict=True)
-    ]
+    choices = fields_of(row, "choices", "label", "text")
+    labels, texts = (texts_of(choices, name, f"choices.{name}") for name in ("label", "text"))
+    named = zip(labels, texts, strict=True)
+    lines = [f"{label}. {text}" for label, text in named]
     return "\n".join([text_of(row, "question"), *lines])
 
 
 def _triples(row: Row) -> WrittenText:
     """The triples of WebNLG (``subject | relation | object``), joined, and all their texts."""
-    if not row["input"]:
+    triples = texts_of(row, "input")
+    if not triples:
         raise ValueError("input: got no triple, takes at least one")
     first = text_of(row, "target")
-    others = [text for text in row.get("references") or () if text != first]
-    return WrittenText(" ; ".join(row["input"]), (first, *others))
+    references = texts_of(row, "references") if row.get("references") else ()
+    others = [text for text in references if text != first]
+    return WrittenText(" ; ".join(triples), (first, *others))
 
 
 def _translation(row: Row) -> WrittenText:
-    pair = row["translation"]
+    pair = fields_of(row, "translation", "de", "en")
     return WrittenText(text_of(pair, "de"), (text_of(pair, "en"),))
 
 
 def _dialogue(row: Row) -> WrittenText | None:
     """The last turn of a dialogue as the reply to the turns before it."""
-    turns = [turn.strip() for turn in row["utterances"]]
+    turns = [turn.strip() for turn in texts_of(row, "utterances")]
     if len(turns) < 2:
         return None
     return WrittenText("\n".join(f"- {turn}" for turn in turns[:-1]), (turns[-1],))
@@ -113,7 +117,8 @@ def _dialogue(row: Row) -> WrittenText | None:
 
 def _answer(row: Row) -> WrittenText | None:
     """A question of SQuAD behind its passage; None if the passage has no answer."""
-    answers = tuple(dict.fromkeys(row["answers"]["text"]))
+    found = fields_of(row, "answers", "text", "answer_start")
+    answers = tuple(dict.fromkeys(texts_of(found, "text", "answers.text")))
     if not answers:
         return None
     # The passage may be cut off, so the question comes first.

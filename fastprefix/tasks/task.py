@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fastprefix.arguments import methods_refuse_unknown_arguments
+from fastprefix.arguments import methods_refuse_unknown_arguments, shown
 
 Row = Mapping[str, Any]
 Split = Literal["train", "validation", "test"]
@@ -250,9 +250,10 @@ class Extraction(Task):
 
     def read(self, row: Row) -> AnsweredQuestion:
         """See :meth:`Task.read`."""
-        answers = row["answers"]
-        texts = tuple(answers["text"])
-        starts = tuple(int(start) for start in answers["answer_start"])
+        answers = fields_of(row, "answers", "text", "answer_start")
+        texts, starts = texts_of(answers, "text", "answers.text"), tuple(answers["answer_start"])
+        if len(starts) != len(texts) or not all(isinstance(start, int) for start in starts):
+            raise ValueError(f"answers.answer_start: got {starts}, takes an index for each text")
         context = text_of(row, "context")
         if not texts:
             raise ValueError("answers: got none, takes at least one (SQuAD 2.0 is not supported)")
@@ -281,6 +282,35 @@ def text_of(row: Row, column: str) -> str:
     return value
 
 
+def texts_of(row: Row, column: str, name: str | None = None) -> tuple[str, ...]:
+    """The texts in a column that holds a list of them.
+
+    Args:
+        row: of the data.
+        column: of the list.
+        name: of the column in messages, if it is a part of another one.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    value = row[column]
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{name or column}: got {shown(value)}, takes a list of texts")
+    return tuple(value)
+
+
+def fields_of(row: Row, column: str, *fields: str) -> Row:
+    """The fields in a column that holds several.
+
+    Raises:
+        ValueError: it holds something else, or a field is missing.
+    """
+    value = row[column]
+    if not isinstance(value, Mapping) or any(field not in value for field in fields):
+        raise ValueError(f"{column}: got {shown(value)}, takes the fields {list(fields)}")
+    return value
+
+
 def written(
     source: str, target: str, targets: str | None = None
 ) -> Callable[[Row], WrittenText | None]:
@@ -295,7 +325,7 @@ def written(
 
     def read(row: Row) -> WrittenText:
         first = text_of(row, target)
-        others = () if targets is None else row.get(targets) or ()
+        others = texts_of(row, targets) if targets is not None and row.get(targets) else ()
         return WrittenText(
             text_of(row, source), (first, *(text for text in others if text != first))
         )

@@ -158,7 +158,7 @@ class CompareConfig(Settings):
         return [Run(cell, rate, self.seeds[0]) for rate in cell.rates]
 
     def runs_at(self, cell: Cell, rate: float | None) -> list[Run]:
-        """All seeds at a learning rate; one if nothing is trained, because all would be the same."""
+        """All seeds at a learning rate; only the first if nothing is trained."""
         return [Run(cell, rate, seed) for seed in self._seeds(cell)]
 
     def number_of_runs(self) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from typer.testing import CliRunner, Result
 from fastprefix import PrefixKV
 from fastprefix.cli.app import app
 from fastprefix.formats.peft_prefixes import save_adapter
+from fastprefix.tasks.registry import TASKS, get_task
+from fastprefix.tasks.task import Classification
 
 
 def run(*arguments: str) -> Result:
@@ -298,6 +301,35 @@ def test_found_before_the_model_is_loaded(
     assert "would be loaded" not in line
     assert len(line) < 300
     assert listing(deeply) == before
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_that_do_not_fit_the_task(
+    name: str, tmp_path: Path, tiny_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = get_task(name)
+    *others, last = task.columns
+    row = dict.fromkeys(task.columns, "never seen")
+    columns = "|".join(task.columns)
+    flaws = {
+        "column": (dict.fromkeys(others, "x") | {"more": 1}, f"there is no column '{last}'"),
+        "values": (row | {last: {"a": 7}}, f"row 1: ({columns}): got .*, takes "),
+    }
+    if isinstance(task, Classification):
+        flaws["label"] = (row, f"row 1: {last}: got 'never seen', takes one of ")
+    monkeypatch.chdir(tmp_path)
+    for flaw, (values, said) in flaws.items():
+        Path(f"{flaw}.jsonl").write_text(json.dumps(values) + "\n")
+        arguments = ["--task", name, "--model", tiny_folder, "--output", "out"]
+        line = complaint(run("train", *arguments, "--data-files", f"train={flaw}.jsonl"))
+        assert re.match(f"data_files: {flaw}.jsonl.* {said}", line), line
+        assert not Path("out").exists()
+
+
+def test_a_task_that_nobody_knows(here: Path) -> None:
+    before = listing(here)
+    assert "did you mean 'bbc'?" in complaint(run("train", "--task", "bcb", "--output", "out"))
+    assert listing(here) == before
 
 
 def test_an_adapter_for_another_model(here: Path, tiny_folder: str) -> None:
