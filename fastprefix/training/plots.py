@@ -13,11 +13,13 @@ from fastprefix.training.grid import Cell, field_title, shown_value
 from fastprefix.training.run import read_metrics
 from fastprefix.training.tables import (
     Figure,
+    Results,
     count,
     is_better,
     metric_title,
     results_of,
     scored_cells,
+    step_time,
     value_of,
 )
 
@@ -186,17 +188,26 @@ def _parameters(comparison: Comparison) -> Drawing:
     return drawing
 
 
-# What is drawn along an axis of the grid: a title, a result's value.
-_COSTS = (
-    ("seconds per step", lambda result: result.get("seconds_per_step", math.nan)),
-    ("peak memory, MB", lambda result: result.get("peak_memory", math.nan) / 1e6),
-)
+def _step_time(results: Results) -> Figure:
+    return Figure(step_time(results), 0.0, len(results))
+
+
+def _peak_memory(results: Results) -> Figure:
+    return Figure.of(result.get("peak_memory", math.nan) / 1e6 for result in results)
+
+
+# What is drawn along an axis of the grid: a title, and the figure of a cell's results.
+_COSTS = (("seconds per step", _step_time), ("peak memory, MB", _peak_memory))
 
 
 def _along(comparison: Comparison, axis: str, varied: Sequence[Cell]) -> Drawing:
     """The deciding metric and what it costs, along an axis of the grid."""
     metric = comparison.config.deciding_metric
-    panels = [(_axis_title(metric), lambda result: value_of(result, metric)), *_COSTS]
+
+    def scores(results: Results) -> Figure:
+        return Figure.of(value_of(result, metric) for result in results)
+
+    panels = [(_axis_title(metric), scores), *_COSTS]
     values = list({repr(cell.point[axis]): cell.point[axis] for cell in varied}.values())
     places = _Places(values)
     drawing = _drawing(3.2)
@@ -204,9 +215,9 @@ def _along(comparison: Comparison, axis: str, varied: Sequence[Cell]) -> Drawing
     for cell in varied:
         lines.setdefault(_without(cell, axis), []).append(cell)
     axes: Any = drawing.subplots(1, len(panels))
-    for ax, (title, value) in zip(axes, panels, strict=True):
+    for ax, (title, figure_of) in zip(axes, panels, strict=True):
         for number, (label, cells) in enumerate(lines.items()):
-            figures = [Figure.of(map(value, results_of(comparison, cell))) for cell in cells]
+            figures = [figure_of(results_of(comparison, cell)) for cell in cells]
             ax.errorbar(
                 [places.of(cell.point[axis]) for cell in cells],
                 [_finite(figure.mean) for figure in figures],

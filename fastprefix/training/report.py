@@ -186,8 +186,9 @@ def _results(comparison: Comparison, pictures: Mapping[str, Picture]) -> Iterato
         "Share is that of the trained parameters in all; stored is what a task needs beside the "
         "base model. Of the steps, the first number is where validation loss was lowest: these "
         "weights were kept and measured, and the epochs count up to there. Seconds per step are "
-        "the median of a run. Peak memory is what training took on top of the loaded model. All "
-        "are means over seeds."
+        "the median of a run, of the fastest of the runs: other work on the machine slows some "
+        "of them. Training is all steps at this pace. Peak memory is what training took on top of "
+        "the loaded model. Steps, epochs and memory are means over seeds."
     )
     yield Section("What it costs", (text,), costs_table(comparison))
 

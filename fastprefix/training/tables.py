@@ -312,13 +312,24 @@ def _epoch(folder: Path, step: int) -> float | None:
     return epochs[0] if epochs else None
 
 
-def _measured(name: str, show: Callable[[float], str]) -> Callable[[Sequence[Outcome]], str]:
-    """A cell's mean of something that a run without training does not have."""
+def step_time(results: Results) -> float:
+    """The seconds of a step in the least disturbed of several runs; NaN if nothing was trained."""
+    return min((float(r.get("seconds_per_step", math.nan)) for r in results), default=math.nan)
 
-    def cell(chosen: Sequence[Outcome]) -> str:
-        return show(_mean(chosen, name)) if all(name in r for r in _results(chosen)) else NOTHING
 
-    return cell
+def _seconds_per_step(chosen: Sequence[Outcome]) -> str:
+    seconds = step_time(_results(chosen))
+    return NOTHING if math.isnan(seconds) else f"{seconds:.3g}"
+
+
+def _training_time(chosen: Sequence[Outcome]) -> str:
+    seconds = step_time(_results(chosen)) * _mean(chosen, "steps")
+    return NOTHING if math.isnan(seconds) else duration(seconds)
+
+
+def _peak_memory(chosen: Sequence[Outcome]) -> str:
+    known = all("peak_memory" in result for result in _results(chosen))
+    return size(_mean(chosen, "peak_memory")) if known else NOTHING
 
 
 def size(count: float) -> str:
@@ -357,7 +368,7 @@ _COSTS: tuple[tuple[str, Callable[[Sequence[Outcome]], str]], ...] = (
     ("stored", _stored),
     ("steps", _steps),
     ("epochs", _epochs),
-    ("s / step", _measured("seconds_per_step", lambda seconds: f"{seconds:.3g}")),
-    ("training", _measured("seconds", duration)),
-    ("peak memory", _measured("peak_memory", size)),
+    ("s / step", _seconds_per_step),
+    ("training", _training_time),
+    ("peak memory", _peak_memory),
 )

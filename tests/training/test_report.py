@@ -28,6 +28,7 @@ from fastprefix.training.tables import (
     scored_cells,
     scores_table,
     size,
+    step_time,
 )
 from fastprefix_testing.pretended_runs import InThisProcess, train
 
@@ -132,7 +133,7 @@ def test_both_say_what_was_found(made):
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     for text in (pages, markdown.replace("\\", "")):
         assert "Best: full fine-tuning, BLEU 57.00 ± 0.00." in text
-        assert "25 of 28 runs finished, seeds 0, 1, 2." in text
+        assert "23 of 26 runs finished, seeds 0, 1, 2." in text
         assert "Measured on 2 CPU cores, pretended." in text
         assert "3 runs failed" in text
         assert "broken, seed 1" in text
@@ -172,9 +173,14 @@ def test_costs_name_their_units(made):
     table = costs_table(comparison)
     rows = {tuple(row[:2]): row[2:] for row in table.rows}
     assert rows["prefix", "20"] == [
-        "9,216", "0.0069 %", "36.9 kB", "30 of 40", "0.8", "0.34", "30.0 s", "320 MB",
+        "9,216", "0.0069 %", "36.9 kB", "30 of 40", "0.8", "0.34", "13.6 s", "320 MB",
     ]  # fmt: skip
     assert rows["no tuning", ""] == ["0", "0", "0 B", "0", "–", "–", "–", "–"]
+
+
+def test_a_step_takes_what_it_takes_where_nothing_disturbs():
+    assert step_time([{"seconds_per_step": 4.0}, {"seconds_per_step": 1.0}]) == 1.0
+    assert math.isnan(step_time([{"steps": 0}]))
 
 
 def test_rates_that_were_tried_and_those_at_the_edge(made):
