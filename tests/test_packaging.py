@@ -1,7 +1,6 @@
 """What is written for others' machines: metadata, workflow, hooks. It names only what exists."""
 
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def test_targets_of_make_exist():
         assert re.search(rf"^{re.escape(name)}:", MAKEFILE, re.MULTILINE), target
     listed = re.findall(r'@echo "make ([\w-]+)', MAKEFILE)
     phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split()
-    assert {*listed, "help"} == set(phony)
+    assert set(listed) < set(phony)
 
 
 def test_paths_exist():
@@ -67,9 +66,11 @@ def test_each_job_can_start():
 
 
 def test_every_environment_of_other_versions_is_run():
-    known = runpy.run_path(str(ROOT / "tests" / "versions" / "run.py"))
-    names = [known["FLOOR"].name, *(each.name for each in known["OTHERS"])]
-    assert matrix("versions", "environment") == names
+    text = (ROOT / "tests" / "versions" / "run.py").read_text(encoding="utf-8")
+    names = list(dict.fromkeys(re.findall(r'\bEnvironment\(\s*"([^"]+)"', text)))
+    names.remove("newest")  # found out when it is run; the job `adapters` does
+    assert "floor" in names
+    assert sorted(matrix("versions", "environment")) == sorted(names)
 
 
 def test_the_classifiers_name_the_pythons_that_are_run():
