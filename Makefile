@@ -16,14 +16,15 @@ PEERS_INSTALL := $(PEERS)/bin/python -m pip install --disable-pip-version-check 
 VERSION ?= 3.6.0
 OTHER_TRITON := .cache/triton-$(VERSION)
 
-.PHONY: help demo test fresh lint examples bench experiments experiments-methods kernels kernels-triton models gpu-here gpu-cache versions dist clean
+.PHONY: help demo test fresh lint docs examples bench experiments experiments-methods kernels kernels-triton models gpu-here gpu-cache versions dist clean
 
 help:
 	@echo "make demo   set up and run the demonstration, figures in demo.json (5 to 8 minutes)"
 	@echo "make test   set up, lint, type-check and run all tests"
-	@echo "make fresh  README's snippets and commands in an environment made by \`pip install '.[tasks]'\` alone"
-	@echo "make examples  set up and run every example, offline"
-	@echo "make bench  set up and run the benchmarks behind the README's figures"
+	@echo "make fresh  README and Start here, on the real model, in an environment made by \`pip install '.[tasks]'\` alone"
+	@echo "make docs   the site of docs/, into .cache/site; a warning is an error"
+	@echo "make examples  set up and run every example and notebook, offline"
+	@echo "make bench  set up and run the benchmarks behind the figures of README and docs"
 	@echo "make experiments  the comparisons of experiments/ with their reports (hours; they can be stopped)"
 	@echo "make experiments-methods  every way to tune, compared in a short budget (about an hour)"
 	@echo "make kernels  compile every kernel for every GPU, head size, dtype and feature (hours the first time)"
@@ -42,12 +43,15 @@ test: $(VENV)/.test lint
 	$(PYTEST)
 
 fresh: $(VENV)/.test
-	$(PYTEST) -n 0 -m slow tests/test_readme.py
+	$(PYTEST) -n 0 -m slow tests/test_install.py tests/docs
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(VENV)/.test
+	$(BIN)/python -m mkdocs build --strict
 
 examples: $(VENV)/.test
 	$(BIN)/python examples/run_all.py
@@ -56,7 +60,7 @@ bench: $(PEERS)/.bench
 	$(PEERS)/bin/python benchmarks/operator.py --output benchmarks/results
 	$(PEERS)/bin/python benchmarks/roofline.py --output benchmarks/results
 	TRITON_INTERPRET=0 $(PEERS)/bin/python benchmarks/host.py --output benchmarks/results
-	$(PEERS)/bin/python benchmarks/compatibility.py --readme README.md
+	$(PEERS)/bin/python benchmarks/compatibility.py --page docs/models.md
 
 # Stopped, it goes on where it was: the runs are kept in .cache/methods. DATA_FILES="TRAIN HELDOUT"
 # names other records than E2E's.

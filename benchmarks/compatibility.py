@@ -130,9 +130,7 @@ def main() -> None:
         help="folder for compatibility.md, .json, .png; results beside this file if all is run",
     )
     parser.add_argument("--json", type=Path, help="file for the cells alone")
-    parser.add_argument(
-        "--readme", type=Path, help="file whose marked part the short table becomes"
-    )
+    parser.add_argument("--page", type=Path, help="file whose marked part the short table becomes")
     parser.add_argument(
         "--time-limit",
         type=float,
@@ -182,8 +180,8 @@ def main() -> None:
         picture(cells, versions, chosen.output / "compatibility.png")
     if chosen.json:
         chosen.json.write_text(content + "\n")
-    if chosen.readme:
-        insert(chosen.readme, short)
+    if chosen.page:
+        insert(chosen.page, short)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     make gpu-here                       on the Python at hand, into benchmarks/results/gpu.json
     make gpu-cache ARCH=sm_90           beforehand, anywhere: compile the kernels, to carry along
     python benchmarks/gpu.py --plan     the stages and the time that they are expected to take
-    python benchmarks/gpu.py --draw     README's section and pictures from the JSON
+    python benchmarks/gpu.py --draw     the section of docs/benchmarks.md and pictures from the JSON
 
 Stages run in the order of their importance until the budget is spent, each in processes of its own.
 The JSON is written after every stage. It names what failed, what skipped itself and what did not
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--reduced", action="store_true", help="a few cases, in the interpreter")
     parser.add_argument("--compile-for", metavar="ARCH", help="only compile, without a device")
     parser.add_argument("--plan", action="store_true", help="print the stages and expected times")
-    parser.add_argument("--draw", action="store_true", help="README's section from the JSON")
+    parser.add_argument("--draw", action="store_true", help="write docs/benchmarks.md's section")
     parser.add_argument("--part", choices=("about", "operator", "models"), help=argparse.SUPPRESS)
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -51,7 +51,7 @@ def main() -> int:
     if chosen.draw:
         from device.report import draw
 
-        draw(chosen.output / "gpu.json", ROOT / "README.md")
+        draw(chosen.output / "gpu.json", ROOT / "docs" / "benchmarks.md")
         return 0
     return suite(chosen)
 

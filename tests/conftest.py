@@ -99,6 +99,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An environment in which nothing was done but `pip install '.[tasks]'`; slow tests use it."""
+    from fastprefix_testing.fresh import fresh_environment
+
+    return fresh_environment(tmp_path_factory.mktemp("checkout") / "source")
+
+
 @pytest.fixture
 def ram_path(tmp_path: Path) -> Iterator[Path]:
     """As tmp_path, but in memory where that is possible: some tests sync thousands of files."""

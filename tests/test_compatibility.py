@@ -168,28 +168,28 @@ def test_a_cell_that_hangs_is_cut(compat, case):
     assert (cell.status, cell.message) == ("refused", "_TimeLimitError: took longer than 0.2 s")
 
 
-def test_the_readme_part_is_replaced_and_nothing_else(compat, tmp_path):
-    report, readme = compat.report, tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+def test_the_marked_part_is_replaced_and_nothing_else(compat, tmp_path):
+    report, page = compat.report, tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     for text in ("new", "newer"):
-        report.insert(readme, text)
-    assert readme.read_text() == f"before\n{report.BEGIN}\nnewer\n{report.END}\nafter\n"
-    readme.write_text("no markers")
+        report.insert(page, text)
+    assert page.read_text() == f"before\n{report.BEGIN}\nnewer\n{report.END}\nafter\n"
+    page.write_text("no markers")
     with pytest.raises(ValueError, match="each once"):
-        report.insert(readme, "new")
+        report.insert(page, "new")
 
 
 def test_the_command_writes_table_json_and_picture(compat, tmp_path, monkeypatch):
     import compatibility
 
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- compatibility: begin --><!-- compatibility: end -->")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- compatibility: begin --><!-- compatibility: end -->")
     command = [
         "compatibility.py",
         "--jobs",
         "1",
-        "--readme",
-        str(readme),
+        "--page",
+        str(page),
         "--output",
         str(tmp_path),
     ]
@@ -202,6 +202,6 @@ def test_the_command_writes_table_json_and_picture(compat, tmp_path, monkeypatch
     assert len(ours) == 4
     checked = ours if peft_mismatch() else cells  # PEFT's are what PEFT makes of it
     assert all(c["status"] in ("passes", "does not apply") for c in checked)
-    assert "| forward, no padding | 2 of 2 |" in readme.read_text()
-    assert readme.read_text().splitlines()[1] in (tmp_path / "compatibility.md").read_text()
+    assert "| forward, no padding | 2 of 2 |" in page.read_text()
+    assert page.read_text().splitlines()[1] in (tmp_path / "compatibility.md").read_text()
     assert (tmp_path / "compatibility.png").stat().st_size > 10_000

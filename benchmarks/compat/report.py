@@ -119,17 +119,17 @@ def _shortened(names: list[str], most: int = 6) -> list[str]:
     return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
 
 
-def insert(readme: Path, text: str) -> None:
+def insert(page: Path, text: str) -> None:
     """Replaces what stands between the two marker comments.
 
     Raises:
         ValueError: the file does not have each marker once, in order.
     """
-    old = readme.read_text(encoding="utf-8")
+    old = page.read_text(encoding="utf-8")
     if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{readme}: takes {BEGIN} and then {END}, each once")
+        raise ValueError(f"{page}: takes {BEGIN} and then {END}, each once")
     head, tail = old.split(BEGIN)[0], old.split(END)[1]
-    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
 
 
 def picture(cells: list[Cell], versions: dict[str, str], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""README's section on GPUs, and its pictures, from the JSON of a run on one."""
+"""The section on GPUs of docs/benchmarks.md, and its pictures, from the JSON of a run on one."""
 
 from __future__ import annotations
 
@@ -140,17 +140,17 @@ def _missing(found: dict[str, Any]) -> str:
     return " ".join(texts)
 
 
-def draw(file: Path, readme: Path) -> None:
-    """Writes the section between README's marks, and the picture beside the JSON."""
+def draw(file: Path, page: Path) -> None:
+    """Writes the section between the page's marks, and the picture beside the JSON."""
     found = measured(file)
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     body = section(found)
     if found is not None:
         plot(found, file.with_name(PICTURE))
-        body += f"\n\n![Time of a call by side](benchmarks/results/{PICTURE})"
-    readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+        body += f"\n\n![Time of a call by side](../benchmarks/results/{PICTURE})"
+    page.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
 
 
 def plot(found: dict[str, Any], file: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-HELPERS = {"local_models.py", "run_all.py", "small_t5.py"}
+HELPERS = {"local_models.py", "run_all.py", "run_notebook.py", "small_t5.py"}
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in HELPERS)
 GROUPS = ("encoder", "decoder", "cross")  # of an encoder-decoder
 

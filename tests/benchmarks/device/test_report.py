@@ -1,4 +1,4 @@
-"""README's section on GPUs is what the JSON says; without one it says that nothing was measured."""
+"""The section on GPUs of docs/benchmarks.md is what the JSON says, or says that there is none."""
 
 import json
 from pathlib import Path
@@ -16,9 +16,9 @@ def between_marks(text):
     return text.split(report.BEGIN)[1].split(report.END)[0].strip()
 
 
-def test_readme_holds_what_was_measured():
+def test_the_page_holds_what_was_measured():
     found = report.measured(RESULTS)
-    written = between_marks((ROOT / "README.md").read_text(encoding="utf-8"))
+    written = between_marks((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"))
     assert written.startswith(report.section(found))
     assert (found is None) == ("Nothing was measured" in written)
 
@@ -54,11 +54,11 @@ def found():
 
 def test_a_run_becomes_a_section_and_a_picture(found, tmp_path):
     pytest.importorskip("matplotlib")
-    file, readme = tmp_path / "gpu.json", tmp_path / "README.md"
+    file, page = tmp_path / "gpu.json", tmp_path / "page.md"
     file.write_text(json.dumps(found))
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.draw(file, readme)
-    text = readme.read_text()
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.draw(file, page)
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     section = between_marks(text)
