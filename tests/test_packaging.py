@@ -40,7 +40,7 @@ def pythons():
 
 def test_targets_of_make_exist():
     used = re.findall(r"\bmake (\S+)", COMMANDS)
-    assert {"test", "fresh", "dist"} <= set(used)
+    assert {"test", "fresh", "docs", "dist"} <= set(used)
     for target in used:
         name = target.replace(".venv/", "$(VENV)/")
         assert re.search(rf"^{re.escape(name)}:", MAKEFILE, re.MULTILINE), target
