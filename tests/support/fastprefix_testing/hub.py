@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprefix.training.base_models import load
 from fastprefix_testing.models import smollm2_tokenizer
@@ -32,11 +32,12 @@ def real_home(folder: Path) -> Path:
     return _stored(folder, model, tokenizer)
 
 
-def _stored(folder: Path, model: torch.nn.Module, tokenizer: object) -> Path:
+def _stored(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
     stored = folder / "hub" / f"models--{NAME.replace('/', '--')}"
     commit = "0" * 40
     (stored / "refs").mkdir(parents=True)
     (stored / "refs" / "main").write_text(commit)
-    for part in (model.to(torch.bfloat16), tokenizer):
-        part.save_pretrained(stored / "snapshots" / commit)
+    snapshot = stored / "snapshots" / commit
+    model.bfloat16().save_pretrained(snapshot)
+    tokenizer.save_pretrained(snapshot)
     return folder
