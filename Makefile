@@ -16,7 +16,7 @@ PEERS_INSTALL := $(PEERS)/bin/python -m pip install --disable-pip-version-check 
 VERSION ?= 3.6.0
 OTHER_TRITON := .cache/triton-$(VERSION)
 
-.PHONY: help demo test fresh lint docs examples bench experiments experiments-methods kernels kernels-triton models gpu-here gpu-cache versions clean
+.PHONY: help demo test fresh lint docs examples bench experiments experiments-methods kernels kernels-triton models gpu-here gpu-cache versions dist clean
 
 help:
 	@echo "make demo   set up and run the demonstration, figures in demo.json (5 to 8 minutes)"
@@ -33,6 +33,7 @@ help:
 	@echo "make versions  everything again with other transformers, PEFT, torch and Triton, in environments of their own (gigabytes, an hour)"
 	@echo "make gpu-here  tests and timings on this machine's GPU, with the Python at hand (8 minutes at most)"
 	@echo "make gpu-cache ARCH=sm_90  compile its kernels beforehand, on any machine, to carry .cache/gpu along"
+	@echo "make dist  wheel and sdist, into dist/"
 	@echo "make clean  remove what the targets above made"
 
 demo: $(PEERS)/.demo
@@ -140,5 +141,10 @@ $(PEERS)/constraints.txt: constraints.txt Makefile
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
+dist: | $(VENV)
+	$(PIP_INSTALL) build
+	rm -rf dist
+	$(BIN)/python -m build
+
 clean:
-	rm -rf $(VENV) $(PEERS) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info demo.json demo-adapter
+	rm -rf $(VENV) $(PEERS) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info demo.json demo-adapter

@@ -48,6 +48,8 @@ def test_wheels_of_a_checkout_of_its_sdist_and_without_symlinks_have_the_same_fi
     assert link.is_symlink()
     shutil.unpack_archive(built(source, tmp_path / "sdist", "sdist"), tmp_path / "unpacked")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert (unpacked / "CHANGELOG.md").is_file()
+    assert not (unpacked / "tests").exists()  # they need the whole repository
     plain = checkout(tmp_path / "plain")
     (plain / "fastprefix" / "kernels").unlink()
     (plain / "fastprefix" / "kernels").write_text(
@@ -75,6 +77,8 @@ def test_wheels_of_a_checkout_of_its_sdist_and_without_symlinks_have_the_same_fi
         f"fastprefix-{fastprefix.__version__}.dist-info",
     }
     assert not any(name.startswith("kernels") for name in found["checkout"])
+    data = ("fastprefix/py.typed", "fastprefix/training/report.html")
+    assert {*data, "fastprefix/tasks/data/descriptions-train.jsonl"} <= found["checkout"]
 
 
 @pytest.mark.slow

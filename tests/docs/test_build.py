@@ -1,11 +1,15 @@
 """The site builds without a warning, and its navigation has every page."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+import fastprefix
+from fastprefix import tasks
 
 ROOT = Path(__file__).parents[2]
 mkdocs = pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install '.[docs]'")
@@ -52,3 +56,29 @@ def test_strict_build_and_what_pages_show_from_the_repository(site):
     picture = site / "benchmarks" / "results" / "methods.png"
     assert picture.is_file()
     assert "benchmarks/results/methods.png" in (site / "methods" / "index.html").read_text()
+
+
+def test_the_reference_has_every_public_name_and_shows_no_role(site):
+    pages = {path: path.read_text() for path in (site / "reference").rglob("index.html")}
+    found = {
+        name for text in pages.values() for name in re.findall(r'id="(fastprefix[\w.]*)"', text)
+    }
+    public = [name for name in fastprefix.__all__ if name != "__version__"]
+    assert {f"fastprefix.{name}" for name in public} <= found
+    assert {f"fastprefix.tasks.{name}" for name in tasks.__all__ if name[0] != "_"} - found <= {
+        "fastprefix.tasks.Collator",  # what Encoding.collator() returns
+        "fastprefix.tasks.TASKS",
+    }
+    for path, text in {**pages, site: (site / "operator" / "index.html").read_text()}.items():
+        assert not re.search(r":(attr|class|data|func|meth|mod):", text), path
+        assert "<autoref" not in text, path
+    assert 'href="../hf/#fastprefix.patch_model"' in pages[site / "reference" / "kv" / "index.html"]
+
+
+def test_pages_bring_in_files_and_tables_from_the_code(site):
+    def text(page):
+        return (site / page / "index.html").read_text()
+
+    assert "Working on fastprefix" in text("contributing")
+    assert "prefix_attn_tables_kernel" in text("kernels")
+    assert "batch_invariant" in text("operator").split("devices", 1)[1]
