@@ -21,7 +21,7 @@ from fastprefix_testing.pages import NOT_RUN, OURS, PEFT, blocks, pages
 from fastprefix_testing.session import run_blocks
 
 PAGES = pages()
-SUPPORT = Path(__file__).parents[1] / "support" / "fastprefix_testing"
+SUPPORT = Path(__file__).parents[1] / "support"
 
 # How many blocks of a page no test runs, and what keeps them from it.
 LEFT_OUT: dict[tuple[str, str], int] = {
@@ -118,8 +118,10 @@ def test_what_a_page_shows_is_what_its_blocks_print(page, fresh, real, tmp_path)
     given.write_text(json.dumps([page, *found]), encoding="utf-8")
     (tmp_path / "work").mkdir()
     path = os.pathsep.join([str(fresh.python.parent), os.environ["PATH"]])
-    run([fresh.python, SUPPORT / "session.py", given, result], tmp_path / "work",
-        PATH=path, HF_HOME=str(real), HF_HUB_OFFLINE="1")  # fmt: skip
+    # by its name: the folder of a script goes to the front of the path, and some files in this one
+    # have names of libraries
+    run([fresh.python, "-m", "fastprefix_testing.session", given, result], tmp_path / "work",
+        PYTHONPATH=str(SUPPORT), PATH=path, HF_HOME=str(real), HF_HUB_OFFLINE="1")  # fmt: skip
     for block, printed in zip(found, json.loads(result.read_text()), strict=True):
         if block.shown is not None:
             same = doctest.OutputChecker().check_output(block.shown, printed, doctest.ELLIPSIS)

@@ -1,6 +1,6 @@
 """Runs the blocks of a page as though they were pasted into one session, one after the other.
 
-    python session.py BLOCKS.json PRINTED.json
+    python -m fastprefix_testing.session BLOCKS.json PRINTED.json
 
 It needs Python alone, so that an environment without pytest can run it.
 """
