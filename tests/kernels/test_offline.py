@@ -234,11 +234,11 @@ def loop(waits: int) -> NamedLoop:
     ],
 )
 def test_violations(found, said, monkeypatch):
-    monkeypatch.setattr("fastprefix.kernels.offline.report.TUNED", True)
+    monkeypatch.setattr("fastprefix.kernels.offline.report.HELD", True)
     assert violations(found) == said
 
 
 def test_spills_and_waits_count_from_triton_3_7_on(monkeypatch):
     found = report(spill_bytes=8, tensor_core_instructions=0, loops=(loop(waits=8),))
-    monkeypatch.setattr("fastprefix.kernels.offline.report.TUNED", False)
+    monkeypatch.setattr("fastprefix.kernels.offline.report.HELD", False)
     assert violations(found) == ["does not use the matrix units"]

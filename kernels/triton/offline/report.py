@@ -37,8 +37,8 @@ from .cases import DTYPES, Case, Job, gpu_target, is_main, launch_target, launch
 from .occupancy import LIMITS, Occupancy, occupancy
 from .traffic import Traffic, traffic
 
-# Whether this Triton is one whose machine code the tiles were chosen by.
-TUNED = TRITON >= (3, 7)
+# Whether spills and waits of the main path count against this Triton.
+HELD = TRITON >= (3, 7)
 POINTERS = {
     torch.bool: "*u1", torch.int32: "*i32", torch.int64: "*i64",
     **{dtype: f"*{name}" for name, dtype in DTYPES.items()},
@@ -353,12 +353,12 @@ def violations(r: Report | Failure) -> list[str]:
     if r.shared_bytes > r.shared_limit:
         found.append(f"{r.shared_bytes} bytes of shared memory, {r.shared_limit} exist")
     main = is_main(case)
-    if TUNED and main and r.spill_bytes + (r.spill_instructions or 0):
+    if HELD and main and r.spill_bytes + (r.spill_instructions or 0):
         found.append(f"spills {r.spill_bytes} bytes, {r.spill_instructions} instructions")
     if main and r.kernel in PRODUCTS and not r.tensor_core_instructions:
         found.append("does not use the matrix units")
     for loop in r.loops:
-        if TUNED and loop.matrix_waits * 4 > loop.matrix_instructions:
+        if HELD and loop.matrix_waits * 4 > loop.matrix_instructions:
             found.append(
                 f"serialises the tensor cores: {loop.matrix_waits} waits for "
                 f"{loop.matrix_instructions} products in the loop over {loop.name}"
