@@ -137,3 +137,12 @@ def bare(architecture: str) -> Any:
     import fastprefix_testing.models as tiny
 
     return tiny.build(architecture)
+
+
+@pytest.fixture
+def rounded_once() -> Iterator[None]:
+    """For tests of bits in Triton's interpreter: see :mod:`fastprefix_testing.products`."""
+    from fastprefix_testing import products
+
+    with products.rounded_once():
+        yield

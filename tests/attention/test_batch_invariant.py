@@ -10,7 +10,7 @@ import torch
 from fastprefix import prefix_attention
 from fastprefix.options import Options
 
-pytestmark = pytest.mark.usefixtures("triton")
+pytestmark = pytest.mark.usefixtures("triton", "rounded_once")
 
 HEADS = {"Hq": 4, "Hkv": 2}
 LENGTHS = (70, 0, 33)
