@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastprefix.attention.backends.composed import flash
 from fastprefix_testing.calls import assert_as_concatenated
 from fastprefix_testing.problems import Problem
 
@@ -72,16 +71,6 @@ def build(case, **changes):
 def test_forward_lse_and_gradients(masking_backend, case):
     problem = build(case)
     assert_as_concatenated(problem, problem.by(masking_backend))
-
-
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case["dtype"] is not torch.float32], ids=name_of
-)
-def test_composed_in_half_precision_throughout(case, monkeypatch):
-    """Long texts are computed so. The backward of a short text, as here, would be float32."""
-    monkeypatch.setattr(flash, "_SHORT", 0)
-    problem = build(case)
-    assert_as_concatenated(problem, problem.by("composed"))
 
 
 @pytest.mark.parametrize("case", FEWER, ids=name_of)

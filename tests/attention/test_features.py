@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastprefix.attention.backends.composed import flash
+from fastprefix.attention.backends.composed import plain
 from fastprefix.attention.selection import BACKENDS, FEATURES
 from fastprefix_testing import calls as feature_calls
 from fastprefix_testing.calls import assert_as_reference
@@ -68,13 +68,14 @@ def test_backends_are_reference(backend, dtype, sizes, feature):
     assert_as_reference(call, backend)
 
 
-@pytest.mark.parametrize("feature", sorted(BACKENDS["composed"].features))
-@pytest.mark.parametrize("dtype", HALF)
-def test_composed_is_reference_in_half_precision_throughout(dtype, feature, monkeypatch):
-    """Long texts are computed so. The backward of a short text, as here, would be float32."""
-    monkeypatch.setattr(flash, "_SHORT", 0)
-    call = feature_calls.build(features={feature}, dtype=dtype, **SIZES["prefill"])
-    assert_as_reference(call, "composed")
+@pytest.mark.parametrize("few_bytes", [0, 1 << 40], ids=["two calls", "one call"])
+@pytest.mark.parametrize("pad", ["none", "left", "holes", "row"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+def test_composed_decodes_in_one_call_and_in_two(dtype, pad, few_bytes, monkeypatch):
+    monkeypatch.setattr(plain, "_ONE_CALL_BYTES", few_bytes)
+    for B, Hkv, group in [(1, 2, 2), (3, 2, 3), (2, 3, 1)]:
+        sizes = {"B": B, "Hkv": Hkv, "group": group, "Lq": 1, "past": 11, "lengths": (9,)}
+        assert_as_reference(feature_calls.build(dtype=dtype, pad=pad, **sizes), "composed")
 
 
 @pytest.mark.parametrize(("backend", "without", "examples"), HELD)

@@ -49,9 +49,15 @@ def forward(
         piece.of_queries(out).copy_(part.unfold(part_out))
         piece.of_queries(lse).copy_(part_lse)
     out = out.masked_fill_((lse == -math.inf)[..., None], 0.0)
+    # a row is in one group at most, so that one merge is enough for all of them
+    prefix_out, prefix_lse = None, torch.full_like(lse, -math.inf)
     for group in groups(query, key, prefix_key, options):
         part_out, part_lse = group.attend(query, prefix_key, prefix_value, options)
-        group.put(out, lse, *_merge(group.take(out), group.take(lse), part_out, part_lse))
+        if prefix_out is None:
+            prefix_out = part_out.new_zeros(out.shape)
+        group.put(prefix_out, prefix_lse, part_out, part_lse)
+    if prefix_out is not None:
+        out, lse = _merge(out, lse, prefix_out, prefix_lse)
     if options.sinks is not None:
         sinks = options.sinks.to(wide)[:, None].expand_as(lse)
         out, lse = _merge(out, lse, None, sinks)
@@ -91,10 +97,12 @@ def backward(
         for group in groups(query, key, prefix_key, options):
             Hkv, columns = prefix_key.shape[0], group.columns
             rows_query, rows_lse = group.take(query), group.take(lse)
+            bias = head_bias(options, lse)
+            own_lse = rows_lse if bias is None else rows_lse - bias
             part_dq, part_dk, part_dv = gradients(
                 fold_rows(group.take(grad_out), Hkv), fold_rows(rows_query, Hkv),
                 prefix_key[None, :, columns], prefix_value[None, :, columns],
-                fold_rows(group.take(out), Hkv), fold_rows(rows_lse - head_bias(options, lse), Hkv),
+                fold_rows(group.take(out), Hkv), fold_rows(own_lse, Hkv),
                 options.scale, Seen(mask=group.mask(query, Hkv, options)),
             )  # fmt: skip
             group.add(dq, unfold_rows(part_dq, rows_query.shape))

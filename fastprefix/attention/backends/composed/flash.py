@@ -12,10 +12,6 @@ from fastprefix.attention.backends.composed.seen import Seen
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-# PyTorch's half-precision backward takes up to nine times as long as its float32 one where queries
-# or keys are fewer than this (2.13, a processor with AMX), and 0.7 to 1.8 times as long beyond.
-_SHORT = 256
-
 # Masked scores get this instead of -inf: the kernel reports lse = 0 for a row whose scores are
 # all -inf, which a merge would take for a real weight. A finite floor drops out of every merge by
 # underflow, and a row whose lse is still near the floor has seen nothing.
@@ -42,10 +38,13 @@ def flash_backward(
     scale: float,
     seen: Seen,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's gradients of query, key and value; float32 where it is faster in float32."""
+    """The kernel's gradients of query, key and value, in float32 for half-precision inputs.
+
+    In half precision the kernel takes 2 to 5 times as long without AMX, and with it up to 9 times
+    as long for short sequences and 0.7 to 1.8 times for long ones (PyTorch 2.13).
+    """
     mask = seen.mask
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if half and min(query.shape[-2], key.shape[-2]) < _SHORT:
+    if query.dtype in (torch.bfloat16, torch.float16):
         grad_out, query, key, value, out = (x.float() for x in (grad_out, query, key, value, out))
         mask = None if mask is None else mask.float()
     dq, dk, dv = _backward_kernel(
@@ -69,9 +68,28 @@ def unfold_rows(x: Tensor, shape: torch.Size) -> Tensor:
     return x.reshape(B, Hq, Lq, *tail)
 
 
+def merge(
+    out: Tensor, lse: Tensor, prefix_out: Tensor, prefix_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The result of two parts from each one's. The tensors of the first may be overwritten.
+
+    The prefix weighs exp(prefix_lse) / (exp(prefix_lse) + exp(lse)), in the accumulation dtype.
+    """
+    weight = torch.sub(prefix_lse, lse).sigmoid_()[..., None]
+    wide = out.to(weight.dtype).lerp_(prefix_out.to(weight.dtype), weight)
+    return wide.to(out.dtype), torch.logaddexp(lse, prefix_lse)
+
+
 def hiding_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a mask that only hides: the query's, if it can hold the floor."""
     return torch.float32 if dtype is torch.float16 else dtype
+
+
+def hiding(key_padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, Lk] bool, True = real token, as what is added to scores: [B, 1, 1, Lk]."""
+    dtype = hiding_dtype(dtype)
+    bias = torch.zeros(key_padding_mask.shape, dtype=dtype, device=key_padding_mask.device)
+    return bias.masked_fill_(~key_padding_mask, FLOOR)[:, None, None, :]
 
 
 def additive(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:

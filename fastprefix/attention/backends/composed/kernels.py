@@ -26,6 +26,7 @@ class Kernels(NamedTuple):
             heads, causality with more keys than queries, a window and packed sequences.
         head_size: the size to pad a head size to.
         can_load: whether the kernels can read a tensor as it lies in memory.
+        copies_small: whether a call on small copies of keys is faster than two calls.
         host_reads: whether the host can read values of a tensor without waiting for the device.
     """
 
@@ -34,6 +35,7 @@ class Kernels(NamedTuple):
     takes_all: Callable[[Tensor], bool]
     head_size: Callable[[int], int]
     can_load: Callable[[Tensor], bool]
+    copies_small: bool
     host_reads: bool
 
 
@@ -44,6 +46,7 @@ KERNELS: dict[str, Kernels] = {
         takes_all=lambda query: False,
         head_size=lambda size: size,
         can_load=lambda x: x.stride(-1) == 1,
+        copies_small=True,
         host_reads=True,
     ),
     "cuda": Kernels(
@@ -52,6 +55,7 @@ KERNELS: dict[str, Kernels] = {
         takes_all=cuda.is_flash,
         head_size=cuda.head_size,
         can_load=cuda.can_load,
+        copies_small=False,
         host_reads=False,
     ),
 }

@@ -119,7 +119,7 @@ class Group(NamedTuple):
             if self.rows is None:
                 whole.copy_(part)
             else:
-                whole.index_copy_(2 if self.tokens else 0, self.rows, part)
+                whole.index_copy_(2 if self.tokens else 0, self.rows, part.to(whole.dtype))
 
     def add(self, whole: Tensor, part: Tensor) -> None:
         """Adds to the rows of a tensor."""
@@ -169,11 +169,12 @@ class Group(NamedTuple):
         )  # fmt: skip
         lse = unfold_rows(lse, rows.shape[:3])
         lse = lse if mask is None else unsee(lse)
-        return unfold_rows(out, rows.shape), lse + head_bias(options, lse)
+        bias = head_bias(options, lse)
+        return unfold_rows(out, rows.shape), lse if bias is None else lse + bias
 
 
 def groups(query: Tensor, key: Tensor, prefix_key: Tensor, options: Options) -> Iterator[Group]:
-    """The groups of a call; together they hold each row at most once for each prefix column."""
+    """The groups of a call; together they hold each row at most once."""
     B, Hq, Lq, _ = query.shape
     if query.numel() == 0 or prefix_key.shape[1] == 0:
         return
@@ -287,9 +288,9 @@ def _fewest_and_most(real_before: Tensor, key: Tensor, options: Options) -> tupl
     return (Lk - Lq if by_place else 0), Lk - 1
 
 
-def head_bias(options: Options, lse: Tensor) -> Tensor:
-    """What a prefix_bias [Hq] adds to the prefix part's log-sum-exp [B, Hq, Lq]."""
+def head_bias(options: Options, lse: Tensor) -> Tensor | None:
+    """What a prefix_bias [Hq] adds to the prefix part's log-sum-exp [B, Hq, Lq]; None for 0."""
     bias = options.prefix_bias
     if bias is None or bias.dim() == 3:
-        return lse.new_zeros(())
+        return None
     return bias.to(lse.dtype).masked_fill(bias <= FLOOR, -math.inf)[:, None]

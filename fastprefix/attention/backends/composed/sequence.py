@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix.attention.backends.composed.flash import FLOOR, additive, hiding_dtype
+from fastprefix.attention.backends.composed.flash import (
+    FLOOR,
+    additive,
+    hiding,
+    hiding_dtype,
+)
 from fastprefix.attention.backends.composed.kernels import kernels_of
 from fastprefix.attention.backends.composed.seen import Seen
 
@@ -45,9 +50,7 @@ class SequencePart:
             is_causal, cu_seqlens = False, None
         bias = None
         if key_padding_mask is not None:
-            dtype = hiding_dtype(query.dtype)
-            bias = torch.zeros(key_padding_mask.shape, dtype=dtype, device=query.device)
-            bias = bias.masked_fill_(~key_padding_mask, FLOOR)[:, None, None, :]
+            bias = hiding(key_padding_mask, query.dtype)
         if attn_mask is not None:
             added = additive(attn_mask, query.dtype)
             bias = added if bias is None else torch.clamp(bias + added, min=FLOOR)
