@@ -1,4 +1,4 @@
-"""Matrix products of Triton's interpreter whose bits do not depend on where a row lies in a tile."""
+"""Products of Triton's interpreter whose bits do not depend on where a row lies in a tile."""
 
 from __future__ import annotations
 
