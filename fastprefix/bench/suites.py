@@ -1,0 +1,36 @@
+"""All suites by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from fastprefix.bench import operator_suite
+from fastprefix.bench.case import Case
+
+SUITES: dict[str, tuple[tuple[Case, ...], tuple[Case, ...]]] = {
+    "operator": (operator_suite.PUBLISHED, operator_suite.TINY),
+}
+
+
+def cases(suites: Iterable[str] = (), *, tiny: bool = False, only: str = "") -> list[Case]:
+    """The cases of suites, in their order.
+
+    Args:
+        suites: names; all if there are none.
+        tiny: a few cases that show that everything works; their figures say nothing.
+        only: a text that must be in the label of a case.
+
+    Raises:
+        ValueError: there is no such suite, or no such case.
+    """
+    chosen = list(suites) or list(SUITES)
+    for name in chosen:
+        if name not in SUITES:
+            near = difflib.get_close_matches(name, SUITES)
+            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"suite: got {name!r}, takes {', '.join(SUITES)}{meant}")
+    found = [case for name in chosen for case in SUITES[name][tiny] if only in case.label]
+    if not found:
+        raise ValueError(f"case: got {only!r}, which is in no label of {', '.join(chosen)}")
+    return found
