@@ -109,6 +109,16 @@ def random_prefix(model: Any, length: int, seed: int = 0) -> PrefixKV:
     return PrefixKV(parts(), parts(), length)
 
 
+def repeated_cache(model: Any, prefixes: Sequence[PrefixKV]) -> DynamicCache:
+    """A cache with a copy of its prefix for each row; one for each row, all of one length."""
+    cache = DynamicCache()
+    for layer in range(model.config.num_hidden_layers):
+        key = torch.stack([kv.keys[layer] for kv in prefixes])
+        value = torch.stack([kv.values[layer] for kv in prefixes])
+        cache.update(key, value, layer)
+    return cache
+
+
 def expanded_loss(model: Any, prefixes: Sequence[PrefixKV], ids: Tensor) -> Tensor:
     """The loss of a bare model with a copy of its prefix in every row of the cache.
 
@@ -117,16 +127,11 @@ def expanded_loss(model: Any, prefixes: Sequence[PrefixKV], ids: Tensor) -> Tens
         prefixes: one for each row, all of one length.
         ids: [B, L] token ids without padding.
     """
-    cache = DynamicCache()
-    for layer in range(model.config.num_hidden_layers):
-        key = torch.stack([kv.keys[layer] for kv in prefixes])
-        value = torch.stack([kv.values[layer] for kv in prefixes])
-        cache.update(key, value, layer)
     length = prefixes[0].num_virtual_tokens
     mask = ids.new_ones(len(ids), length + ids.shape[1])
     places = torch.arange(length, length + ids.shape[1], device=ids.device)
     return model(
-        ids, attention_mask=mask, position_ids=places.expand_as(ids), past_key_values=cache,
+        ids, attention_mask=mask, position_ids=places.expand_as(ids), past_key_values=repeated_cache(model, prefixes),
         labels=ids,
     ).loss  # fmt: skip
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from fastprefix.bench import operator_suite
+from fastprefix.bench import generate_suite, operator_suite, train_suite
 from fastprefix.bench.case import Case
 
 SUITES: dict[str, tuple[tuple[Case, ...], tuple[Case, ...]]] = {
     "operator": (operator_suite.PUBLISHED, operator_suite.TINY),
+    "generate": (generate_suite.PUBLISHED, generate_suite.TINY),
+    "train": (train_suite.PUBLISHED, train_suite.TINY),
 }
 
 
