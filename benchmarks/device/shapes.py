@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastprefix.bench.problem import Shape
 
-
 # The most important first: what the budget does not allow is left out from the end.
 SHAPES = (
     Shape("decode", 32, 32, 8, 1024, 256, flex=True),

@@ -37,6 +37,7 @@ class Case(ABC):
         figures: what is timed, by name, in words; the first one is the most important.
         bound: the provider that does less than the others, as a lower bound; it is not compared.
         rounds: fewest rounds that are measured.
+        warm_up: whether a round comes before those that count.
         budget_s: about how many seconds all rounds together should take.
     """
 
@@ -44,6 +45,7 @@ class Case(ABC):
     figures: ClassVar[dict[str, str]] = {"ms": "ms"}
     bound: ClassVar[str | None] = None
     rounds: ClassVar[int] = 5
+    warm_up: ClassVar[bool] = True
     budget_s: ClassVar[float] = 3.0
 
     @property
@@ -82,8 +84,12 @@ class Case(ABC):
         """About how many bytes a provider takes beyond the inputs, reckoned from the shapes."""
 
     @abstractmethod
-    def expected_s(self) -> float:
-        """About how many seconds the case takes on two cores, its memory included."""
+    def expected_s(self, pace: float = 1.0) -> float:
+        """About how many seconds the case takes, its memory included.
+
+        Args:
+            pace: see :func:`fastprefix.bench.pace.pace`.
+        """
 
     def tokens(self) -> dict[str, int]:
         """By figure, how many tokens are made in its time; for tokens per second."""

@@ -7,6 +7,7 @@ forward of the text and a cache's copies for each row included.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,14 +18,12 @@ import torch
 from torch import Tensor
 
 from fastprefix.bench import language_model as lm
-from fastprefix.bench.case import OURS, Case, Figures, Work, synchronize
+from fastprefix.bench.case import OURS, Figures, Work, synchronize
 from fastprefix.bench.model_sides import (
     NO_PREFIX,
     PEFT,
-    REPEATED,
     Inputs,
-    held_bytes,
-    inputs,
+    ModelCase,
     last_logits,
     peft_model,
 )
@@ -34,52 +33,23 @@ CHECKED = 2  # rows of the batch that are compared
 
 
 @dataclass(frozen=True)
-class GenerateCase(Case):
-    """SmolLM2-135M in bfloat16, or a tiny model.
+class GenerateCase(ModelCase):
+    """See :class:`ModelCase`. With P 0 only what the patch costs is measured.
 
     Attributes:
-        B: rows.
-        P: tokens of the prefix; with 0 only what the patch costs is measured.
-        L: tokens of each row's text.
         new: tokens made for each row.
-        tiny: whether the model is.
     """
 
     suite: ClassVar[str] = "generate"
     figures: ClassVar[dict[str, str]] = {
         "step_ms": "ms a decoding step", "generate_ms": "ms of generate(), the text's forward too",
     }  # fmt: skip
-    bound: ClassVar[str | None] = NO_PREFIX
-    rounds: ClassVar[int] = 3
-    budget_s: ClassVar[float] = 6.0
 
-    B: int
-    P: int
-    L: int = 16
     new: int = 8
-    tiny: bool = False
-
-    @property
-    def label(self) -> str:
-        """As tables write it."""
-        return f"{'tiny' if self.tiny else 'SmolLM2'} B{self.B} P{self.P} text {self.L}"
-
-    @property
-    def tolerance(self) -> float:
-        """Of logits: in bfloat16 two orders of rounding through all layers."""
-        return 1e-3 if self.tiny else 5e-2
-
-    def providers(self) -> tuple[str, ...]:
-        """fastprefix, PEFT, a cache with a copy for each row, and the model without a prefix."""
-        return (OURS, PEFT, REPEATED, NO_PREFIX) if self.P else (OURS, NO_PREFIX)
 
     def tokens(self) -> dict[str, int]:
         """A step makes one for every row."""
         return {"step_ms": self.B, "generate_ms": self.B * self.new}
-
-    def inputs(self, device: torch.device) -> Inputs:
-        """Texts and a prefix."""
-        return inputs(self.tiny, device, self.B, self.L, self.P)
 
     def exact(self, inputs: Inputs) -> list[Tensor]:
         """Logits of the first rows by the untouched model, the prefix repeated in its cache."""
@@ -102,7 +72,9 @@ class GenerateCase(Case):
             )
         if provider == NO_PREFIX:
             plain = inputs.plain
-            return self._work(plain, lambda: (inputs.ids, mask, {}), lambda: last_logits(plain, few))
+            return self._work(
+                plain, lambda: (inputs.ids, mask, {}), lambda: last_logits(plain, few)
+            )
         # which tokens stand for the cached keys makes no difference: nothing reads them
         ids = torch.cat([inputs.ids.new_ones(self.B, self.P), inputs.ids], dim=1)
         whole, rows = torch.ones_like(ids), inputs.kvs * self.B
@@ -127,7 +99,7 @@ class GenerateCase(Case):
                 ids, mask, more = arguments()
                 clock = lm.Clock(lambda: times.append(_now(device)))
                 lm.generate(model, ids, mask, self.new, stopping_criteria=[clock], **more)
-            steps = [1e3 * (b - a) for a, b in zip(times[1:-1], times[2:], strict=True)]
+            steps = [1e3 * (b - a) for a, b in itertools.pairwise(times[1:])]
             return {"step_ms": steps, "generate_ms": [1e3 * (times[-1] - times[0])]}
 
         def result() -> list[Tensor]:
@@ -136,19 +108,13 @@ class GenerateCase(Case):
 
         return Work(result, run)
 
-    def held_bytes(self, provider: str) -> int:
-        """The copies of the prefix."""
-        return 0 if self.tiny else held_bytes(provider, self.B, self.P)
-
-    def expected_s(self) -> float:
-        """By the bytes of all copies that all steps read, and the model's own products."""
+    def expected_s(self, pace: float = 1.0) -> float:
+        """By what steps take; memory is measured in a slower process."""
         if self.tiny:
             return 2.0
-        step = 0.035 + 0.0016 * self.B
-        ours = step + 2.5e-7 * self.B * self.P
-        copied = step + 3.2e-6 * self.B * self.P * (held_bytes(REPEATED, self.B, self.P) < 8e9)
-        one = (step + ours + 2 * copied) * (self.new + self.B * self.L / 100)
-        return max(self.budget_s, (self.rounds + 1) * one) + 2 * one
+        ours, copied = self.step_s(pace)
+        one = 2 * (ours + copied) * (self.new + self.B * self.L / 100)
+        return max(self.budget_s, (self.rounds + 1) * one) + 3 * one + 2
 
 
 def _now(device: torch.device) -> float:
@@ -163,4 +129,4 @@ PUBLISHED = tuple(
         (1, 2048), (16, 2048), (1, 8192), (4, 8192), (64, 8192),
     )
 )  # fmt: skip
-TINY = tuple(GenerateCase(2, P, L=4, new=3, tiny=True) for P in (0, 6))
+TINY = tuple(GenerateCase(2, P, L=4, dtype="float32", tiny=True, new=3) for P in (0, 6))

@@ -131,8 +131,8 @@ def expanded_loss(model: Any, prefixes: Sequence[PrefixKV], ids: Tensor) -> Tens
     mask = ids.new_ones(len(ids), length + ids.shape[1])
     places = torch.arange(length, length + ids.shape[1], device=ids.device)
     return model(
-        ids, attention_mask=mask, position_ids=places.expand_as(ids), past_key_values=repeated_cache(model, prefixes),
-        labels=ids,
+        ids, attention_mask=mask, position_ids=places.expand_as(ids),
+        past_key_values=repeated_cache(model, prefixes), labels=ids,
     ).loss  # fmt: skip
 
 

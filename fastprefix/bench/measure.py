@@ -20,7 +20,7 @@ SHARE = 0.5
 GB = 1e9
 
 
-class WrongResult(RuntimeError):
+class WrongResultError(RuntimeError):
     """A provider does not compute what the others do, so nothing of the case is timed."""
 
 
@@ -29,6 +29,7 @@ def measure(
     device: torch.device,
     meter: MemoryMeter | None = None,
     providers: Iterable[str] | None = None,
+    rounds: int | None = None,
 ) -> dict[str, Any]:
     """One case, measured.
 
@@ -37,17 +38,18 @@ def measure(
         device: where.
         meter: of memory; None leaves memory out.
         providers: only these of the case's.
+        rounds: how often each provider is timed; None for what fits into the case's budget.
 
     Returns:
         ``providers``: for each one ``figures`` (see :func:`summary`), ``samples`` (all times) and,
         with a meter, ``peak_bytes``. ``left_out``: why others have none.
 
     Raises:
-        WrongResult: a provider's result is wrong. Nothing was timed.
+        WrongResultError: a provider's result is wrong. Nothing was timed.
     """
     asked = [name for name in case.providers() if providers is None or name in set(providers)]
     works, left_out = ready(case, device, asked)
-    samples = interleaved({name: work.run for name, work in works.items()}, case)
+    samples = interleaved({name: work.run for name, work in works.items()}, case, rounds)
     names = list(works)
     works.clear()  # what they hold is no part of the memory that is measured next
     found: dict[str, Any] = {
@@ -66,7 +68,7 @@ def ready(
     """All providers that can do a case and are right, and why the others are left out.
 
     Raises:
-        WrongResult: one of them is wrong.
+        WrongResultError: one of them is wrong.
         Exception: whatever stops fastprefix itself. What stops another one is its reason.
     """
     inputs = case.inputs(device)
@@ -81,12 +83,13 @@ def ready(
         except Exception as failure:
             if name == OURS:
                 raise
-            kind = "" if isinstance(failure, NotImplementedError | ImportError) else "failed: "
+            known = isinstance(failure, NotImplementedError | ImportError)
+            kind = "" if known else f"{type(failure).__name__}: "
             left_out[name] = kind + (str(failure).splitlines() or [type(failure).__name__])[0][:300]
             continue
         wrong = 0.0 if got is None else error(got, exact)
         if not wrong <= case.tolerance:
-            raise WrongResult(
+            raise WrongResultError(
                 f"{case.suite}, {case.label}: {name} is wrong (relative error {wrong:.1e}, allowed "
                 f"{case.tolerance:.0e}); nothing was timed"
             )
@@ -94,19 +97,22 @@ def ready(
     return works, left_out
 
 
-def interleaved(runs: Mapping[str, Callable[[], Figures]], case: Case) -> dict[str, Figures]:
+def interleaved(
+    runs: Mapping[str, Callable[[], Figures]], case: Case, rounds: int | None = None
+) -> dict[str, Figures]:
     """Times of all runs, which take turns: every second round goes backwards.
 
-    So that what changes while the machine runs, such as its clock, meets all of them. One more
-    round comes first, warms up, and says how many rounds fit into the case's budget.
+    So that what changes while the machine runs, such as its clock, meets all of them. There are at
+    least the case's rounds, and more as long as its budget lasts.
     """
-    begin = time.perf_counter()
-    for run in runs.values():
-        run()
-    one = time.perf_counter() - begin
-    rounds = min(MOST_ROUNDS, max(case.rounds, int(case.budget_s / max(one, 1e-9))))
+    if case.warm_up:
+        for run in runs.values():
+            run()
     samples: dict[str, Figures] = {name: {} for name in runs}
-    for i in range(rounds):
+    begin = time.perf_counter()
+    for i in range(rounds or MOST_ROUNDS):
+        if rounds is None and i >= case.rounds and time.perf_counter() - begin > case.budget_s:
+            break
         for name in list(runs) if i % 2 == 0 else reversed(list(runs)):
             for figure, times in runs[name]().items():
                 samples[name].setdefault(figure, []).extend(times)
@@ -114,7 +120,7 @@ def interleaved(runs: Mapping[str, Callable[[], Figures]], case: Case) -> dict[s
 
 
 def summary(samples: Figures) -> dict[str, dict[str, float]]:
-    """For each figure ``median``, ``p20`` and ``p80`` in milliseconds, and the number of samples."""
+    """For each figure ``median``, ``p20``, ``p80`` in milliseconds, and the number of samples."""
     return {
         name: {
             "median": statistics.median(times),

@@ -21,6 +21,7 @@ import torch
 from fastprefix.bench.case import Case, synchronize
 from fastprefix.training.memory import ALLOCATOR_ENVIRONMENT, PeakCudaMemory, PeakMemory
 
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 QUICK_S = 1.0  # shorter work is measured twice: the first time libraries start, too
 
 
@@ -54,6 +55,7 @@ class MemoryMeter:
             self._child = ProcessPoolExecutor(1, context)
             before = dict(os.environ)
             os.environ.update(ALLOCATOR_ENVIRONMENT)  # read by the C library when a process starts
+            os.environ.update(QUIET)
             try:
                 self._child.submit(int).result()
             finally:

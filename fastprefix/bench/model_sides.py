@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastprefix.bench import language_model as lm
+from fastprefix.bench.case import OURS, Case
 from fastprefix.hf import patch_model
 from fastprefix.hf.versions import peft_mismatch
 from fastprefix.kv import PrefixKV, to_flat
@@ -23,15 +24,16 @@ NO_PREFIX = "no prefix"
 
 
 @functools.lru_cache(maxsize=2)
-def models(tiny: bool, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
+def models(dtype: str, tiny: bool, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A model that fastprefix has patched, and one that it never touched, with equal weights.
 
     Args:
-        tiny: two small layers in float32 instead of SmolLM2 in bfloat16.
+        dtype: of the weights.
+        tiny: two small layers instead of SmolLM2.
         device: of the weights.
     """
-    dtype = torch.float32 if tiny else torch.bfloat16
-    ours, plain = (lm.build(device, dtype, "cpu" if tiny else "") for _ in range(2))
+    place = "cpu" if tiny else ""
+    ours, plain = (lm.build(device, getattr(torch, dtype), place) for _ in range(2))
     patch_model(ours)
     return ours, plain
 
@@ -58,11 +60,71 @@ class Inputs:
         return self.kvs[0] if self.kvs else None
 
 
-def inputs(tiny: bool, device: torch.device, B: int, L: int, P: int, tasks: int = 1) -> Inputs:
-    """Random texts, and prefixes of P tokens; none if P is 0."""
-    ours, plain = models(tiny, device)
-    kvs = tuple(prefix(ours, P, task) for task in range(tasks if P else 0))
-    return Inputs(ours, plain, kvs, lm.tokens(ours, B, L, seed=99))
+@dataclass(frozen=True)
+class ModelCase(Case):
+    """A case on a whole model: SmolLM2-135M, or a tiny one.
+
+    Attributes:
+        B: rows.
+        P: tokens of the prefix.
+        L: tokens of each row's text.
+        dtype: of the weights.
+        tiny: whether the model is.
+    """
+
+    bound: ClassVar[str | None] = NO_PREFIX
+    rounds: ClassVar[int] = 3
+    budget_s: ClassVar[float] = 6.0
+
+    B: int
+    P: int
+    L: int = 16
+    dtype: str = "bfloat16"
+    tiny: bool = False
+
+    @property
+    def label(self) -> str:
+        """As tables write it."""
+        name = "tiny" if self.tiny else "SmolLM2"
+        return f"{name} B{self.B} P{self.P} text {self.L} {self.dtype}"
+
+    @property
+    def tolerance(self) -> float:
+        """Of logits: in bfloat16 two orders of rounding through all layers."""
+        return 1e-3 if self.dtype == "float32" else 5e-2
+
+    def providers(self) -> tuple[str, ...]:
+        """fastprefix, PEFT, a cache with a copy for each row, and the model without a prefix."""
+        return (OURS, PEFT, REPEATED, NO_PREFIX) if self.P else (OURS, NO_PREFIX)
+
+    def inputs(self, device: torch.device) -> Inputs:
+        """Random texts, and a prefix unless P is 0."""
+        return self.inputs_of(device, int(self.P > 0))
+
+    def inputs_of(self, device: torch.device, tasks: int) -> Inputs:
+        """Random texts, and a prefix for each task."""
+        ours, plain = models(self.dtype, self.tiny, device)
+        kvs = tuple(prefix(ours, self.P, task) for task in range(tasks))
+        return Inputs(ours, plain, kvs, lm.tokens(ours, self.B, self.L, seed=99))
+
+    def held_bytes(self, provider: str) -> int:
+        """About how many bytes the copies of the prefix take.
+
+        PEFT looks its prefix up in float32 for every row, and copies that into the cache's dtype.
+        """
+        shape, itemsize = lm.SHAPE, 4 if self.dtype == "float32" else 2
+        width = shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+        copies = 0 if self.tiny else 2 * width * self.B * self.P
+        one = copies * itemsize
+        return {PEFT: 2 * 4 * copies + one, REPEATED: one * 5 // 4}.get(provider, 0)
+
+    def step_s(self, pace: float) -> tuple[float, float]:
+        """Seconds of a decoding step with one copy of the prefix, and with copies; reckoned."""
+        step = (0.035 + 0.0016 * self.B) * min(pace, 4)
+        fits = self.held_bytes(REPEATED) < 8e9
+        return step + 2.5e-7 * self.B * self.P * min(pace, 4), step + (
+            4e-6 * self.B * self.P * min(pace, 2) * fits
+        )
 
 
 def prefix(model: PreTrainedModel, P: int, seed: int) -> PrefixKV:
@@ -104,9 +166,7 @@ def peft_model(model: Any, kvs: Sequence[PrefixKV]) -> Any:
         raise NotImplementedError(reason)
     from peft import PrefixTuningConfig, get_peft_model
 
-    config = PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=kvs[0].num_virtual_tokens
-    )
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=kvs[0].num_virtual_tokens)
     tuned: Any = get_peft_model(model, config, adapter_name="0")
     for i, kv in enumerate(kvs):
         if i:
@@ -115,14 +175,3 @@ def peft_model(model: Any, kvs: Sequence[PrefixKV]) -> Any:
         with torch.no_grad():
             weight.copy_(to_flat(kv))
     return tuned.to(model.device).eval()
-
-
-def held_bytes(provider: str, B: int, P: int) -> int:
-    """About how many bytes a provider's copies of a prefix take in SmolLM2, in bfloat16.
-
-    PEFT looks its prefix up in float32 for every row, and copies that into bfloat16.
-    """
-    shape = lm.SHAPE
-    width = shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
-    copies = 2 * 2 * width * B * P
-    return {PEFT: 4 * copies, REPEATED: copies * 5 // 4}.get(provider, 0)

@@ -86,7 +86,7 @@ class OperatorCase(Case):
         keys = 2 * s.Hkv * s.D * s.itemsize * (rows * s.P + s.B * s.L)
         return keys * (3 if s.work == "train" else 2)
 
-    def expected_s(self) -> float:
+    def expected_s(self, pace: float = 1.0) -> float:
         """The rounds' budget, and what the reference in float64 takes."""
         s = self.shape
         gflop = 4 * s.B * s.Hq * s.Lq * (s.P + s.L) * s.D / 1e9

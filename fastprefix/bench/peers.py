@@ -302,7 +302,7 @@ SIDES = {
         sdpa_concatenated, True, "SDPA on expanded keys, concatenated in each call as in a cache"
     ),
     "hydragen": Side(hydragen, False, "Hydragen in plain PyTorch"),
-    "composed": Side(by_backend("composed"), False, "our backend composed: PyTorch's flash kernels"),
+    "composed": Side(by_backend("composed"), False, "our backend composed: flash kernels"),
     "flashinfer": Side(flashinfer, False, "FlashInfer's cascade"),
     "fa2": Side(flash_attention("flash_attn"), True, "FlashAttention 2 on expanded keys"),
     "fa3": Side(flash_attention("flash_attn_interface"), True, "FlashAttention 3 on expanded keys"),

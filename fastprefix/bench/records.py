@@ -1,4 +1,4 @@
-"""Records of measured cases: one line of JSON each, appended to a file that is never overwritten."""
+"""Records of measured cases: a line of JSON each, added to a file that is never overwritten."""
 
 from __future__ import annotations
 
