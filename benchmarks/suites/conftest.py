@@ -12,6 +12,7 @@ function that is benchmarked moves it on by the next sample.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of SmolLM2's weights"
     )
+    group.addoption("--memory", action="store_true", help="measure peak memory, too")
     group.addoption("--rounds", type=int, help="rounds of each case; by its time if left out")
 
 
@@ -97,7 +99,9 @@ def measured(request: pytest.FixtureRequest) -> Any:
             raise known[key]
         return known[key]
 
-    with MemoryMeter(device) as meter:
+    with contextlib.ExitStack() as stack:
+        memory = request.config.getoption("--memory")
+        meter = stack.enter_context(MemoryMeter(device)) if memory else None
         yield find
 
 
@@ -124,7 +128,7 @@ def replay(benchmark: Any, measured: Any, case: str, provider: str, request: Any
             benchmark.pedantic(lambda: None)
             return
         mine = found["providers"][provider]
-        benchmark.extra_info |= {"peak_bytes": mine["peak_bytes"], "figures": mine["figures"]}
+        benchmark.extra_info |= {name: mine[name] for name in mine if name != "samples"}
         benchmark.pedantic(*_replayed(mine["samples"][next(iter(found_case.figures))]))
 
     return run

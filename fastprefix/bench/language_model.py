@@ -54,13 +54,15 @@ def build(device: torch.device, dtype: torch.dtype, place: str = "", layers: int
     model.config.num_hidden_layers = kept
     if hasattr(model.config, "layer_types") and model.config.layer_types:
         model.config.layer_types = model.config.layer_types[:kept]
-    return model.to(device).eval().requires_grad_(False)
+    placed: Any = model
+    return placed.to(device).eval().requires_grad_(False)
 
 
 def _random(dtype: torch.dtype, fields: dict[str, Any]) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**fields)).to(dtype)
+        model: Any = LlamaForCausalLM(LlamaConfig(**fields))
+        return model.to(dtype)
 
 
 def name_of(model: Any) -> str:

@@ -131,7 +131,8 @@ def compiled_flex(shape: Shape, device: str) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     eager = device == "cpu" and interpreting()  # a test: nothing is timed
-    return flex_attention if eager else torch.compile(flex_attention, dynamic=False)
+    chosen: Any = flex_attention if eager else torch.compile(flex_attention, dynamic=False)
+    return chosen
 
 
 @functools.lru_cache

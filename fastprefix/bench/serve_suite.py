@@ -131,7 +131,7 @@ class ServeCase(ModelCase):
         if provider in (OURS, BUDGET):
             # removed with the function that holds it
             home = tempfile.TemporaryDirectory() if provider == BUDGET else None
-            prefixes = bank(inputs.kvs, home and home.name)
+            prefixes = bank(inputs.kvs, None if home is None else home.name)
 
             def forward(task: int, home: Any = home) -> Tensor:
                 with use_prefix(inputs.ours, prefixes[str(task)], check=False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -35,9 +34,7 @@ def cases(
     chosen = list(suites) or list(SUITES)
     for name in chosen:
         if name not in SUITES:
-            near = difflib.get_close_matches(name, SUITES)
-            meant = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"suite: got {name!r}, takes {', '.join(SUITES)}{meant}")
+            raise ValueError(f"suites: got {name!r}, takes {', '.join(SUITES)}")
     listed = [case for name in chosen for case in SUITES[name][tiny]]
     if not tiny:
         listed = [replace(c, dtype=dtype) if isinstance(c, ModelCase) else c for c in listed]

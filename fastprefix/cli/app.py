@@ -237,7 +237,7 @@ def tune(
 )
 def bench(
     suites: Annotated[
-        list[Suite] | None, typer.Argument(help="operator, generate, train, serve; all if none.")
+        list[str] | None, typer.Argument(help="operator, generate, train, serve; all if none.")
     ] = None,
     device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.cpu,
     output: Annotated[
@@ -264,6 +264,8 @@ def bench(
 
     Each case beside SDPA, PEFT and others; who is wrong gets no figure.
     """
+    names = suites or []
+    inputs.names(names, [suite.value for suite in Suite], "suites")
     inputs.folder_to_write(output, "--output")
     if page is not None:
         inputs.file_to_read(page, "--page")
@@ -274,7 +276,6 @@ def bench(
     quiet()
     from fastprefix.cli.bench import run_bench, run_plot
 
-    names = [suite.value for suite in suites or ()]
     if plot:
         run_plot(names, output, page)
         return 0

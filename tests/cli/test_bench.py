@@ -1,6 +1,7 @@
 """``fastprefix bench``: measures, adds, draws; and what it refuses."""
 
 import json
+from contextlib import nullcontext
 
 from typer.testing import CliRunner
 
@@ -13,13 +14,15 @@ def run(*arguments):
     return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 
 
-def test_records_are_added_and_drawn(tmp_path):
+def test_records_are_added_and_drawn(tmp_path, monkeypatch):
     once = ["operator", "--tiny", "--case", "prefill", "--rounds", 2, "--output", tmp_path]
     for count in (1, 2):
         result = run(*once)
         assert result.exit_code == 0, result.output
         lines = (tmp_path / "bench.jsonl").read_text().splitlines()
         assert len(lines) == count
+        # once is enough for a child process, which takes seconds to start
+        monkeypatch.setattr("fastprefix.cli.bench.MemoryMeter", lambda device: nullcontext())
     assert "1 cases, about 0 minutes" in result.stderr
     record = json.loads(lines[0])
     assert record["suite"] == "operator"
@@ -49,7 +52,11 @@ def test_a_wrong_provider_is_an_error_and_no_record(tmp_path, monkeypatch):
 
 def test_mistakes_are_one_clear_line(tmp_path):
     for arguments, code, said in (
-        (["serving"], 2, "suites: got 'serving', takes one of operator, generate, train, serve"),
+        (
+            ["serving"],
+            1,
+            "suites: got 'serving', takes operator, generate, train, serve; did",
+        ),
         (["serve", "--case", "P7"], 1, "case: got 'P7', which is in no label of serve"),
         (["--page", tmp_path], 1, "--page: got "),
         (["--plot", "--output", tmp_path], 1, "bench.jsonl: got no records"),

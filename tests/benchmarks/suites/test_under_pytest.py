@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 
 def run(*arguments):
     command = [sys.executable, "-m", "pytest", "benchmarks/suites/test_operator.py", "--tiny"]
-    options = ["--rounds", "3", "-p", "no:cacheprovider", "-k", "prefill"]
+    options = ["--rounds", "3", "-p", "no:cacheprovider", "-k", "prefill and not reference"]
     environment = {**os.environ, "PYTEST_ADDOPTS": "", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*command, *options, *map(str, arguments)],
@@ -35,7 +35,6 @@ def test_figures_are_saved_grouped_and_compared(tmp_path):
         figures = each["extra_info"]["figures"]["ms"]
         assert each["stats"]["median"] == pytest.approx(figures["median"] / 1e3, abs=1e-9)
         assert each["stats"]["rounds"] == 3
-        assert each["extra_info"]["peak_bytes"] >= 0
     assert "needs a GPU" in done.stdout  # why the others skip
 
     again = run("--benchmark-compare", storage, "--benchmark-group-by=param:provider")
