@@ -23,10 +23,12 @@ class Work:
     Attributes:
         result: what the provider computes, to be compared with what is right.
         run: does the work once and returns its times.
+        peak: does as much of it as reaches its peak memory; None for all.
     """
 
     result: Callable[[], list[Tensor]]
     run: Callable[[], Figures]
+    peak: Callable[[], object] | None = None
 
 
 class Case(ABC):

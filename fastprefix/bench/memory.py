@@ -91,6 +91,7 @@ def _measured(case: Case, provider: str, device: torch.device) -> int:
     synchronize(device)
     memory = PeakCudaMemory() if device.type == "cuda" else PeakMemory()
     with memory:
-        case.make(provider, inputs).run()
+        work = case.make(provider, inputs)
+        (work.peak or work.run)()
         synchronize(device)
     return round(memory.megabytes * 1e6)

@@ -73,8 +73,8 @@ class ModelCase(Case):
     """
 
     bound: ClassVar[str | None] = NO_PREFIX
-    rounds: ClassVar[int] = 3
-    budget_s: ClassVar[float] = 6.0
+    rounds: ClassVar[int] = 2
+    budget_s: ClassVar[float] = 4.0
 
     B: int
     P: int

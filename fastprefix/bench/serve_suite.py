@@ -167,7 +167,7 @@ class ServeCase(ModelCase):
         ours, copied = self.step_s(pace)
         one = 2 * (ours + copied) + 0.035 * pace * self.tasks * (self.work == "mixed")
         one *= self.new + self.B * self.L / 100 if self.work == "mixed" else 2
-        return max(self.budget_s, (self.rounds + 1) * one) + 3 * one + 0.5 * self.tasks
+        return max(self.budget_s, (self.rounds + 1) * one) + 2 * one + 0.5 * self.tasks
 
 
 def bank(kvs: tuple[PrefixKV, ...], folder: str | None) -> PrefixBank:
@@ -185,10 +185,7 @@ def bank(kvs: tuple[PrefixKV, ...], folder: str | None) -> PrefixBank:
 
 
 PUBLISHED = (
-    *(
-        ServeCase(B, P, work="mixed", tasks=tasks)
-        for tasks, B, P in ((4, 16, 128), (4, 16, 512), (16, 16, 512), (16, 64, 128))
-    ),
+    *(ServeCase(B, P, work="mixed", tasks=tasks) for tasks, B, P in ((4, 16, 128), (16, 16, 512))),
     *(ServeCase(B, P, work="switch", tasks=8) for B, P in ((4, 512), (1, 2048))),
 )
 TINY = tuple(
