@@ -103,9 +103,7 @@ class ModelCase(Case):
 
     def inputs_of(self, device: torch.device, tasks: int) -> Inputs:
         """Random texts, and a prefix for each task."""
-        ours, plain = models(self.dtype, self.tiny, device)
-        kvs = tuple(prefix(ours, self.P, task) for task in range(tasks))
-        return Inputs(ours, plain, kvs, lm.tokens(ours, self.B, self.L, seed=99))
+        return inputs_of_size(self.dtype, self.tiny, device, (self.B, self.L), self.P, tasks)
 
     def held_bytes(self, provider: str) -> int:
         """About how many bytes the copies of the prefix take.
@@ -125,6 +123,16 @@ class ModelCase(Case):
         return step + 2.5e-7 * self.B * self.P * min(pace, 4), step + (
             4e-6 * self.B * self.P * min(pace, 2) * fits
         )
+
+
+@functools.lru_cache(maxsize=1)  # asked for by one provider after the other; nobody changes them
+def inputs_of_size(
+    dtype: str, tiny: bool, device: torch.device, size: tuple[int, int], P: int, tasks: int
+) -> Inputs:
+    """See :meth:`ModelCase.inputs_of`; the size is [B, L]."""
+    ours, plain = models(dtype, tiny, device)
+    kvs = tuple(prefix(ours, P, task) for task in range(tasks))
+    return Inputs(ours, plain, kvs, lm.tokens(ours, *size, seed=99))
 
 
 def prefix(model: PreTrainedModel, P: int, seed: int) -> PrefixKV:
