@@ -114,7 +114,8 @@ def _map(family: Family) -> Figure:
     axes.set_yticks(range(len(batches)), list(map(str, batches)))
     axes.set_xlabel("prefix length")
     axes.set_ylabel("batch")
-    figure.colorbar(image, label="best peer's time over fastprefix's: above 1, blue, one copy wins")
+    figure.colorbar(image, label="best peer's time over fastprefix's")
+    axes.set_title("above 1, blue: one copy of the prefix wins", fontsize=9)
     _say(figure, family)
     return figure
 

@@ -277,7 +277,7 @@ def bench(
     from fastprefix.cli.bench import run_bench, run_plot
 
     if plot:
-        run_plot(names, output, page)
+        run_plot(names, output, page, tiny=tiny)
         return 0
     kind = None if dtype is None else dtype.value
     return run_bench(

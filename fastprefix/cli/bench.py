@@ -19,6 +19,7 @@ from fastprefix.cli.console import console, progress, tell
 from fastprefix.cli.errors import complain
 
 MARKDOWN = "bench.md"  # beside the records
+TINY = "bench_tiny.jsonl"  # in place of FILE for what says nothing
 
 
 def run_bench(
@@ -54,6 +55,7 @@ def run_bench(
     speed = pace(dtype, place)
     minutes = sum(case.expected_s(speed) for case in chosen) / 60
     tell(f"{len(chosen)} cases, about {minutes:.0f} minutes if nothing else runs here")
+    file = output / (TINY if tiny else FILE)
     wrong: list[str] = []
     done = []
     with MemoryMeter(place) as meter, progress("cases", len(chosen)) as show:
@@ -64,40 +66,47 @@ def run_bench(
             except WrongResultError as error:
                 wrong.append(str(error))
                 continue
-            append(output / FILE, line)
+            append(file, line)
             done.append(line)
         show(len(chosen), "")
     if done:
         _print(done)
-    tell(f"{len(done)} records were added to {output / FILE}")
+    tell(f"{len(done)} records were added to {file}")
     for message in wrong:
         complain(message, 1)
     return int(bool(wrong))
 
 
-def run_plot(suites: Sequence[str], output: Path, page: Path | None = None) -> None:
+def run_plot(
+    suites: Sequence[str], output: Path, page: Path | None = None, *, tiny: bool = False
+) -> None:
     """Draws the newest record of every case, and writes their tables.
 
     Args:
         suites: their names; all if there are none.
         output: the folder of the records; pictures and tables are written there.
         page: a page whose markers the tables are written between, too.
+        tiny: the records of tiny cases.
     """
     from fastprefix.bench.plots import draw  # matplotlib is optional
 
-    records = [line for line in newest(output / FILE) if not suites or line["suite"] in suites]
+    file = output / (TINY if tiny else FILE)
+    records = [line for line in newest(file) if not suites or line["suite"] in suites]
     if not records:
-        raise ValueError(f"suite: got {', '.join(suites)}, of which {output / FILE} has no record")
+        raise ValueError(f"suite: got {', '.join(suites)}, of which {file} has no record")
     text = markdown(records)
     (output / MARKDOWN).write_text(text, encoding="utf-8")
     if page is not None:
         write_into(page, text)
-    for file in (*draw(records, output), output / MARKDOWN, *([] if page is None else [page])):
-        tell(f"wrote {file}")
+    for written in (*draw(records, output), output / MARKDOWN, *([] if page is None else [page])):
+        tell(f"wrote {written}")
     _print(records)
 
 
 def _print(records: list[dict]) -> None:
+    if not console.is_terminal:  # tables for people do not fit into a file's 80 columns
+        print(markdown(records))
+        return
     for each in tables(records):
         shown = Table(title=each.title)
         for column in each.columns:

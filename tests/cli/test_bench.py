@@ -19,7 +19,7 @@ def test_records_are_added_and_drawn(tmp_path, monkeypatch):
     for count in (1, 2):
         result = run(*once)
         assert result.exit_code == 0, result.output
-        lines = (tmp_path / "bench.jsonl").read_text().splitlines()
+        lines = (tmp_path / "bench_tiny.jsonl").read_text().splitlines()
         assert len(lines) == count
         # once is enough for a child process, which takes seconds to start
         monkeypatch.setattr("fastprefix.cli.bench.MemoryMeter", lambda device: nullcontext())
@@ -33,7 +33,7 @@ def test_records_are_added_and_drawn(tmp_path, monkeypatch):
     assert ours["peak_bytes"] >= 0
     page = tmp_path / "page.md"
     page.write_text(f"{BEGIN}\n{END}\n")
-    drawn = run("--plot", "--output", tmp_path, "--page", page)
+    drawn = run("--plot", "--tiny", "--output", tmp_path, "--page", page)
     assert drawn.exit_code == 0, drawn.output
     assert "prefill B2 Hq4 Hkv2" in page.read_text()
     assert (tmp_path / "bench.md").read_text() in page.read_text()
@@ -47,7 +47,7 @@ def test_a_wrong_provider_is_an_error_and_no_record(tmp_path, monkeypatch):
     result = run("operator", "--tiny", "--output", tmp_path)
     assert result.exit_code == 1
     assert "error: operator, a case: sdpa is wrong" in result.stderr
-    assert not (tmp_path / "bench.jsonl").exists()
+    assert not (tmp_path / "bench_tiny.jsonl").exists()
 
 
 def test_mistakes_are_one_clear_line(tmp_path):
