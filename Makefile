@@ -24,7 +24,7 @@ help:
 	@echo "make fresh  README and Start here, on the real model, in an environment made by \`pip install '.[tasks]'\` alone"
 	@echo "make docs   the site of docs/, into .cache/site; a warning is an error"
 	@echo "make examples  set up and run every example and notebook, offline"
-	@echo "make bench  set up and run the benchmarks behind the figures of README and docs"
+	@echo "make bench  set up and run the benchmarks behind the figures of README and docs (half an hour)"
 	@echo "make experiments  the comparisons of experiments/ with their reports (hours; they can be stopped)"
 	@echo "make experiments-methods  every way to tune, compared in a short budget (about an hour)"
 	@echo "make kernels  compile every kernel for every GPU, head size, dtype and feature (hours the first time)"
@@ -57,7 +57,8 @@ examples: $(VENV)/.test
 	$(BIN)/python examples/run_all.py
 
 bench: $(PEERS)/.bench
-	$(PEERS)/bin/python benchmarks/operator.py --output benchmarks/results
+	$(PEERS)/bin/fastprefix bench --output benchmarks/results
+	$(PEERS)/bin/fastprefix bench --plot --output benchmarks/results --page docs/benchmarks.md
 	$(PEERS)/bin/python benchmarks/roofline.py --output benchmarks/results
 	TRITON_INTERPRET=0 $(PEERS)/bin/python benchmarks/host.py --output benchmarks/results
 	$(PEERS)/bin/python benchmarks/compatibility.py --page docs/models.md

@@ -29,6 +29,7 @@ LAYERS = (
     ("integrations",),
     ("tasks",),
     ("training",),
+    ("bench",),
     ("cli", "__main__"),
 )
 RANK = {f"fastprefix.{name}": i for i, names in enumerate(LAYERS) for name in names}
@@ -43,12 +44,15 @@ UPWARD = {
 # What a function may import, and why it does not stand at the top of the file.
 LAZY = {
     "accelerate": "slow to import; only training needs it",
+    "fastprefix.bench.plots": "imports matplotlib, which is optional",
+    "flashinfer": "optional, and only one peer of the benchmarks",
     "datasets": "optional, and slow to import; only what reads data sets needs it",
     "huggingface_hub": "only what reads or writes the hub needs it",
     "peft": "optional",
     "ray": "optional, and needed by one engine only",
     "safetensors": "errors are explained without it",
     "transformers": "slow to import; kv and cli work without it, and hf reads rare parts of it",
+    "torch.nn.attention.flex_attention": "imports PyTorch's compiler",
     "torch.utils.tensorboard": "optional",
     "triton": "optional, and needed by kernels only",
     "fastprefix.attention.differentiated": "imports PyTorch's compiler",
@@ -67,6 +71,7 @@ WIDE = {
     "attention_interface": "transformers' AttentionInterface, and what models hand to it",
     "prefix_attention": "the operator: torch's scaled_dot_product_attention and our options",
     "PrefixTuningModel.from_pretrained": "PEFT's, and our options",
+    "bench": "one parameter for each option of the command",
     "train": "one parameter for each option of the command",
     "generate": "one parameter for each option of the command",
     "inspect": "one parameter for each option of the command",

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import roofline
+from fastprefix.bench.records import installed, output, source
 
 from .records import run_units
 
 ROOT = Path(__file__).parents[2]
-COMMIT = "FASTPREFIX_COMMIT"  # environment
 PACKAGES = ("torch", "triton", "transformers", "peft", "flashinfer-python", "flash-attn")
 GIB = 1 << 30
 
@@ -36,14 +33,14 @@ def about() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in PACKAGES},
         "cuda": torch.version.cuda, "hip": torch.version.hip,
-        **source(),
+        **source(ROOT),
     }  # fmt: skip
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {
             "device": properties.name,
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "clocks": _output("nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit",
+            "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "clocks": output("nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit",
                               "--format=csv,noheader"),
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / GIB, 1),
@@ -51,20 +48,6 @@ def about() -> dict[str, Any]:
             "data_sheet": data_sheet(properties.name),
         }  # fmt: skip
     return found
-
-
-def source() -> dict[str, Any]:
-    """The commit, and whether files differ from it.
-
-    A copy without a repository has COMMIT to name it.
-    """
-    git = ("git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT))
-    commit = _output(*git, "rev-parse", "HEAD")
-    changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
-    return {
-        "commit": commit or os.environ.get(COMMIT),
-        "changed": None if changed is None else bool(changed),
-    }
 
 
 def data_sheet(name: str) -> dict[str, Any] | None:
@@ -102,19 +85,3 @@ def peaks() -> dict[str, Any]:
         "tbytes_per_s": 2 * source.numel() / fastest(lambda: target.copy_(source)) / 1e12,
         "tflop_per_s": 2 * n**3 / fastest(lambda: a @ b) / 1e12,
     }
-
-
-def installed(name: str) -> str | None:
-    """The version of a package, or None."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

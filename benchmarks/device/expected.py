@@ -73,8 +73,8 @@ def _environment() -> dict[str, str]:
 
 
 def timed_sides(s: Shape) -> int:
-    """How many sides a shape has where no package is installed for them: see device.peers."""
-    forward = s.work != "train"  # Hydragen
+    """How many sides a shape has where no package is installed: see fastprefix.bench.peers."""
+    forward = 2 * (s.work != "train")  # Hydragen, and keys that are concatenated
     rows = s.work == "decode" and s.Hq != s.Hkv  # SDPA with a group's heads as rows
     return 2 + forward + rows + 2 * s.flex
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastprefix import PrefixKV, patch_model, use_prefix
+from fastprefix.bench import language_model as lm
 
-from . import language_model as lm
 from .kernels import LOADED
 from .records import run_units
 

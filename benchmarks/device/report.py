@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .peers import SIDES
+from fastprefix.bench.peers import SIDES
+
 from .records import NO_TIME
 
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"

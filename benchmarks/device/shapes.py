@@ -2,45 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One row: what is computed, and on what.
-
-    Attributes:
-        work: decode, prefill, or train (forward and backward).
-        L: length of the text: in the cache for decode, new tokens otherwise.
-        flex: whether FlexAttention is timed too, whose compilation takes long.
-    """
-
-    work: str
-    B: int
-    Hq: int
-    Hkv: int
-    P: int
-    L: int
-    D: int = 128
-    dtype: str = "bfloat16"
-    flex: bool = False
-
-    @property
-    def label(self) -> str:
-        """As tables write it."""
-        heads = f"H{self.Hq}" if self.Hq == self.Hkv else f"Hq{self.Hq} Hkv{self.Hkv}"
-        return f"{self.work} B{self.B} {heads} D{self.D} P{self.P} text {self.L}"
-
-    @property
-    def Lq(self) -> int:  # noqa: N802
-        """Number of queries of a sequence."""
-        return 1 if self.work == "decode" else self.L
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number."""
-        return 4 if self.dtype == "float32" else 2
-
+from fastprefix.bench.problem import Shape
 
 # The most important first: what the budget does not allow is left out from the end.
 SHAPES = (

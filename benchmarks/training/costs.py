@@ -30,7 +30,7 @@ from .train import Source, fresh, material_of
 
 What = Literal["seconds", "megabytes"]
 
-# A fresh Python that finds this package. The folder goes last: its operator.py is not Python's.
+# A fresh Python that finds this package.
 _MEASURE = f"""
 import sys
 sys.path.append({str(Path(__file__).parents[1])!r})

@@ -19,6 +19,7 @@ from fastprefix.cli.typed import (
     HEAD_SIZES,
     SIZES,
     Arch,
+    Device,
     DType,
     DTypeOption,
     ForceOption,
@@ -26,6 +27,7 @@ from fastprefix.cli.typed import (
     KernelDType,
     ModelOption,
     SeedOption,
+    Suite,
     app,
     examples,
     quiet,
@@ -224,6 +226,63 @@ def tune(
     dtypes = [kind.value for kind in dtype or [KernelDType.bf16]]
     sizes |= {"prefix": prefix, "decode_batch": decode_batch}
     run_tuning(head_dim or [64, 128], dtypes, sizes)
+
+
+@app.command(
+    epilog=examples(
+        "  fastprefix bench operator --case decode",
+        "  fastprefix bench generate train --output results",
+        "  fastprefix bench --plot --output results",
+    )
+)
+def bench(
+    suites: Annotated[
+        list[str] | None, typer.Argument(help="operator, generate, train, serve; all if none.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.cpu,
+    output: Annotated[
+        Path, typer.Option(help="Folder of the results; new ones are added, old ones stay.")
+    ] = Path("bench"),
+    case: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A few small cases; their figures say nothing.")
+    ] = False,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Of SmolLM2's weights; what suits the device if left out.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of each case; by its time if left out.")
+    ] = None,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Measure nothing: draw and tabulate the results.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option(help="With --plot: a page to write the tables into.")
+    ] = None,
+) -> int:
+    """Measure attention, generation, training and serving.
+
+    Each case beside SDPA, PEFT and others; who is wrong gets no figure.
+    """
+    names = suites or []
+    inputs.names(names, [suite.value for suite in Suite], "suites")
+    inputs.folder_to_write(output, "--output")
+    if page is not None:
+        inputs.file_to_read(page, "--page")
+        if not plot:
+            raise ValueError("--page: got it without --plot, which it belongs to")
+    for package in ("psutil", *(["matplotlib"] if plot else [])):
+        inputs.package(package, "fastprefix bench")
+    quiet()
+    from fastprefix.cli.bench import run_bench, run_plot
+
+    if plot:
+        run_plot(names, output, page, tiny=tiny)
+        return 0
+    kind = None if dtype is None else dtype.value
+    return run_bench(
+        names, device=device.value, output=output, only=case, tiny=tiny, dtype=kind, rounds=rounds
+    )
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import socket
 import tempfile
@@ -32,6 +33,7 @@ __all__ = [
     "folder_to_read",
     "folder_to_write",
     "model",
+    "names",
     "package",
     "place_to_write",
     "run_to_write",
@@ -89,6 +91,19 @@ def texts(values: Sequence[str], argument: str) -> None:
             raise ValueError(f"{argument}: got an empty one, takes a text")
         if any("\ud800" <= c <= "\udfff" for c in value):
             raise ValueError(f"{argument}: got {value!a}, takes a text in UTF-8")
+
+
+def names(values: Sequence[str], known: Sequence[str], argument: str) -> None:
+    """Refuses names that are not known, with the nearest one that is.
+
+    Raises:
+        ValueError: one of them is such.
+    """
+    for value in values:
+        if value not in known:
+            near = difflib.get_close_matches(value, known)
+            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"{argument}: got {value!r}, takes {', '.join(known)}{meant}")
 
 
 def file_to_read(path: Path, argument: str) -> None:

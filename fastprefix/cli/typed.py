@@ -41,6 +41,22 @@ class Format(str, enum.Enum):
     P_TUNING = "P_TUNING"
 
 
+class Suite(str, enum.Enum):
+    """Benchmark suites."""
+
+    operator = "operator"
+    generate = "generate"
+    train = "train"
+    serve = "serve"
+
+
+class Device(str, enum.Enum):
+    """Where suites are measured."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class KernelDType(str, enum.Enum):
     """Dtypes of the kernels' operands."""
 

@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from fastprefix.bench.suites import SUITES
 from fastprefix.cli import typed
 from fastprefix.cli.app import app
 from fastprefix.cli.convert import FORMATS
@@ -18,8 +19,8 @@ from fastprefix.formats.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from fastprefix.kernels.offline.cases import DTYPES, TARGETS
 
 NAMES = [
-    *("check", "compare", "convert", "demo", "eval", "generate", "info", "inspect", "tasks"),
-    *("train", "tune"),
+    *("bench", "check", "compare", "convert", "demo", "eval", "generate", "info", "inspect"),
+    *("tasks", "train", "tune"),
 ]
 
 
@@ -102,6 +103,7 @@ def test_choices_are_the_librarys() -> None:
     def values(kind: type) -> list[str]:
         return [member.value for member in kind]  # type: ignore[attr-defined]
 
+    assert values(typed.Suite) == list(SUITES)
     assert values(typed.Format) == list(FORMATS)
     assert values(typed.KernelDType) == list(DTYPES)
     targets = [target.removeprefix("hip:").replace("cuda:", "sm_") for target in TARGETS]

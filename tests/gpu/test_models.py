@@ -10,9 +10,9 @@ import os
 import pytest
 import torch
 
-from device import language_model as lm
 from device.records import SUITE_ON
 from fastprefix import PrefixKV, patch_model, use_prefix
+from fastprefix.bench import language_model as lm
 
 pytestmark = pytest.mark.gpu
 PLACE = os.environ.get(SUITE_ON, "")

