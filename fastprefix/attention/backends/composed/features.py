@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastprefix.attention.backends.composed.flash import fold_rows, unfold_rows, unsee
 from fastprefix.attention.backends.composed.kernels import equal_head_sizes, kernels_of
-from fastprefix.attention.backends.composed.parts import groups, head_bias, pieces
+from fastprefix.attention.backends.composed.parts import groups, pieces, without_head_bias
 from fastprefix.attention.backends.composed.seen import Seen
 from fastprefix.options import Options
 
@@ -97,12 +97,11 @@ def backward(
         for group in groups(query, key, prefix_key, options):
             Hkv, columns = prefix_key.shape[0], group.columns
             rows_query, rows_lse = group.take(query), group.take(lse)
-            bias = head_bias(options, lse)
-            own_lse = rows_lse if bias is None else rows_lse - bias
             part_dq, part_dk, part_dv = gradients(
                 fold_rows(group.take(grad_out), Hkv), fold_rows(rows_query, Hkv),
                 prefix_key[None, :, columns], prefix_value[None, :, columns],
-                fold_rows(group.take(out), Hkv), fold_rows(own_lse, Hkv),
+                fold_rows(group.take(out), Hkv),
+                fold_rows(without_head_bias(options, rows_lse), Hkv),
                 options.scale, Seen(mask=group.mask(query, Hkv, options)),
             )  # fmt: skip
             group.add(dq, unfold_rows(part_dq, rows_query.shape))

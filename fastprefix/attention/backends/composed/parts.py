@@ -169,8 +169,7 @@ class Group(NamedTuple):
         )  # fmt: skip
         lse = unfold_rows(lse, rows.shape[:3])
         lse = lse if mask is None else unsee(lse)
-        bias = head_bias(options, lse)
-        return unfold_rows(out, rows.shape), lse if bias is None else lse + bias
+        return unfold_rows(out, rows.shape), with_head_bias(options, lse)
 
 
 def groups(query: Tensor, key: Tensor, prefix_key: Tensor, options: Options) -> Iterator[Group]:
@@ -288,8 +287,20 @@ def _fewest_and_most(real_before: Tensor, key: Tensor, options: Options) -> tupl
     return (Lk - Lq if by_place else 0), Lk - 1
 
 
-def head_bias(options: Options, lse: Tensor) -> Tensor | None:
-    """What a prefix_bias [Hq] adds to the prefix part's log-sum-exp [B, Hq, Lq]; None for 0."""
+def with_head_bias(options: Options, lse: Tensor) -> Tensor:
+    """The prefix part's log-sum-exp [B, Hq, Lq] with what a prefix_bias [Hq] adds to it."""
+    bias = _head_bias(options, lse)
+    return lse if bias is None else lse + bias
+
+
+def without_head_bias(options: Options, lse: Tensor) -> Tensor:
+    """The inverse of :func:`with_head_bias`."""
+    bias = _head_bias(options, lse)
+    return lse if bias is None else lse - bias
+
+
+def _head_bias(options: Options, lse: Tensor) -> Tensor | None:
+    """A prefix_bias by head, [Hq, 1]; None where there is none."""
     bias = options.prefix_bias
     if bias is None or bias.dim() == 3:
         return None
