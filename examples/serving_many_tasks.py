@@ -30,7 +30,7 @@ args = parser.parse_args()
 articles, requests, new_tokens = (4, 6, 4) if args.quick else (12, 36, 12)
 
 tokenizer = AutoTokenizer.from_pretrained(**tokenizer_arguments(args.model))
-model = AutoModelForCausalLM.from_pretrained(**model_arguments(args.model), dtype=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained(**model_arguments(args.model), dtype=torch.float32)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 tokenizer.padding_side = "left"  # as generate() wants it
 

@@ -53,8 +53,7 @@ def features(examples):
 
 rows = []
 known, new = [example.label for example in train], [example.label for example in heldout]
-with torch.autocast("cpu", torch.bfloat16):
-    pairs = zip(("mean", "first token"), features(train), features(heldout), strict=True)
+pairs = zip(("mean", "first token"), features(train), features(heldout), strict=True)
 for name, ours, theirs in pairs:
     probe = LogisticRegression(max_iter=1000).fit(ours, known)
     rows.append((f"probe on the {name}", probe.score(theirs, new), probe.coef_.size))
@@ -67,7 +66,6 @@ arguments = PrefixTrainingArguments(
     max_steps=steps,
     per_device_train_batch_size=16,
     learning_rate=3e-2,
-    bf16=True,
     use_cpu=not torch.cuda.is_available(),
     logging_steps=20,
     save_strategy="no",

@@ -24,6 +24,7 @@ from fastprefix.bench.case import Case
 from fastprefix.bench.measure import measure, ready
 from fastprefix.bench.memory import MemoryMeter
 from fastprefix.bench.suites import cases
+from fastprefix.training.speed import fast_dtype
 
 
 class Clock:
@@ -50,10 +51,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
     group.addoption("--tiny", action="store_true", help="small cases; their figures say nothing")
     group.addoption(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of SmolLM2's weights"
-    )
+        "--dtype", choices=("bfloat16", "float32"),
+        help="of SmolLM2's weights; bfloat16, or float32 on a CPU that is faster in it",
+    )  # fmt: skip
     group.addoption("--memory", action="store_true", help="measure peak memory, too")
     group.addoption("--rounds", type=int, help="rounds of each case; by its time if left out")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One dtype for all tests of a run."""
+    if config.option.dtype is None:
+        found = fast_dtype(torch.device(config.option.device))
+        config.option.dtype = str(found).removeprefix("torch.")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

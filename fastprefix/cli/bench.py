@@ -11,12 +11,13 @@ from rich.text import Text
 
 from fastprefix.bench.measure import WrongResultError, measure
 from fastprefix.bench.memory import MemoryMeter
-from fastprefix.bench.pace import model_dtype, pace
+from fastprefix.bench.pace import pace
 from fastprefix.bench.records import FILE, about, append, newest, record
 from fastprefix.bench.suites import cases
 from fastprefix.bench.tables import markdown, origin, tables, write_into
 from fastprefix.cli.console import console, progress, tell
 from fastprefix.cli.errors import complain
+from fastprefix.training.speed import fast_dtype
 
 MARKDOWN = "bench.md"  # beside the records
 TINY = "bench_tiny.jsonl"  # in place of FILE for what says nothing
@@ -49,7 +50,7 @@ def run_bench(
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, but PyTorch sees no GPU here; takes cpu")
     place = torch.device(device)
-    dtype = dtype or model_dtype(place)
+    dtype = dtype or str(fast_dtype(place)).removeprefix("torch.")
     chosen = cases(suites, tiny=tiny, only=only, dtype=dtype)
     facts = about(place)
     speed = pace(dtype, place)

@@ -27,6 +27,7 @@ from fastprefix.tasks.measuring import mean_loss, write
 from fastprefix.tasks.registry import get_task
 from fastprefix.tasks.task import Example
 from fastprefix.training.base_models import load
+from fastprefix.training.speed import fast_dtype
 from fastprefix.tuning import PrefixConfig, PrefixTuningModel
 from fastprefix.tuning.trainer import FitOptions
 
@@ -51,7 +52,7 @@ def run_demo(
     if no_peft is not None:
         console.print(_WITHOUT_PEFT.format(reason=no_peft))
     with working(f"loading {model_name}"):
-        model, tokenizer = load(model_name, torch.bfloat16)
+        model, tokenizer = load(model_name, fast_dtype(torch.device("cpu")))
     encoding = Encoding(get_task("descriptions"), tokenizer, "CAUSAL_LM", _MAX_LENGTH)
     # nothing is chosen by a validation split, so its records are learned from, too
     train = [*load_examples(encoding.task, "train"), *load_examples(encoding.task, "validation")]
@@ -174,9 +175,8 @@ def _descriptions(examples: list[Any], before: list[str], after: list[str]) -> T
 def _comparison(measured: dict[str, Any], w: Workload) -> Table:
     speed, extra = measured["decode_tokens_per_s"], measured["decode_extra_mb"]
     step, peak = measured["train_step_s"], measured["train_extra_mb"]
-    table = Table(
-        title=f"bfloat16, prefix of {w.num_virtual_tokens} tokens, medians of {w.repeats}"
-    )
+    about = f"prefix of {w.num_virtual_tokens} tokens, medians of {w.repeats}"
+    table = Table(title=f"{measured['dtype']}, {about}")
     for column in ("", "fastprefix", "PEFT", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     rows = (

@@ -111,7 +111,7 @@ def _tokens(batch: int, length: int) -> Tensor:
 
 
 def _load(folder: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
 def _fastprefix_side(folder: str, flat: Tensor, workload: Workload) -> _Side:
@@ -256,12 +256,14 @@ def compare(model: PreTrainedModel, workload: Workload | None = None) -> dict[st
     """Measures both libraries on copies of a model, in processes of their own.
 
     Args:
-        model: a decoder-only model; it is saved to a temporary folder in bfloat16.
+        model: a decoder-only model; it is saved to a temporary folder in its dtype, in which all is
+            measured.
         workload: what to measure.
 
     Returns:
-        ``decode_tokens_per_s``, ``decode_extra_mb``, ``train_step_s`` and ``train_extra_mb``, each
-        with ``fastprefix`` and ``peft``; see :func:`measure_time` and :func:`measure_memory`.
+        ``dtype``; and ``decode_tokens_per_s``, ``decode_extra_mb``, ``train_step_s`` and
+        ``train_extra_mb``, each with ``fastprefix`` and ``peft``; see :func:`measure_time` and
+        :func:`measure_memory`.
 
     Raises:
         RuntimeError: the installed PEFT does not run with transformers; or a measuring process
@@ -273,12 +275,12 @@ def compare(model: PreTrainedModel, workload: Workload | None = None) -> dict[st
     workload = workload or Workload()
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(Path(temporary, "model"))
-        state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
-        plain = type(model)(model.config).bfloat16()
-        plain.load_state_dict(state)
+        plain: Any = type(model)(model.config)
+        plain.to(model.dtype)
+        plain.load_state_dict(model.state_dict())
         plain.save_pretrained(folder)
-        del plain, state
-        results: dict[str, Any] = {}
+        del plain
+        results: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch.")}
         for what, extra in (("time", {}), ("memory", ALLOCATOR_ENVIRONMENT)):
             out = Path(temporary, f"{what}.json")
             command = [

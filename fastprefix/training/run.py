@@ -8,6 +8,7 @@ on from its last checkpoint.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from fastprefix.training.examples import Splits, read_splits, task_type_of
 from fastprefix.training.memory import peak_memory
 from fastprefix.training.methods import Trained, build
 from fastprefix.training.record import Record, read_lines
+from fastprefix.training.speed import is_slow
 from fastprefix.tuning.trainer import PrefixTrainer
 
 ENVIRONMENT, METRICS, RESULT = "environment.json", "metrics.jsonl", "result.json"
@@ -114,6 +116,14 @@ def train_run(
     return read_json(folder / RESULT)
 
 
+def _warn_of_slow(name: str, device: torch.device) -> None:
+    if is_slow(getattr(torch, name), device):
+        warnings.warn(
+            f"dtype: got {name}, which this CPU multiplies several times as slowly as float32",
+            stacklevel=3,
+        )
+
+
 def _remove(folder: Path) -> None:
     """Removes what a run has written: nothing of it may be taken for a part of the next one."""
     for name in (RESULT, METRICS):
@@ -150,6 +160,7 @@ def _prepared(config: RunConfig, folder: Path) -> _Run:
     splits = read_splits(config, task, encoding)
     set_seed(config.seed)  # a new head and the start of a prefix are random
     frozen = config.method not in ("full", "head", "bitfit")
+    _warn_of_slow(config.dtype, processes().device)
     dtype = getattr(torch, config.dtype) if frozen else torch.float32
     model = load_for(config.model, task_type, dtype, getattr(task, "labels", ()))
     if model.config.pad_token_id is None:  # a causal classifier finds the last token by it
