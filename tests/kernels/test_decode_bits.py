@@ -10,7 +10,7 @@ from fastprefix.options import Options
 from fastprefix_testing.launchers import interpreted, operands
 from fastprefix_testing.problems import decoding
 
-pytestmark = interpreted
+pytestmark = [interpreted, pytest.mark.usefixtures("rounded_once")]
 
 
 @pytest.mark.parametrize(

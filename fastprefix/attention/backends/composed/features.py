@@ -92,16 +92,15 @@ def backward(
     # summed over many groups, hence in the accumulation dtype
     dpk, dpv = (torch.zeros_like(x, dtype=wide) for x in (prefix_key, prefix_value))
     dbias = lse.new_zeros(query.shape[1])
-    gradients = kernels_of(query).backward
+    gradients, Hkv = kernels_of(query).backward, prefix_key.shape[0]
     if needs[0] or needs[3] or needs[4] or needs[6]:
         for group in groups(query, key, prefix_key, options):
-            Hkv, columns = prefix_key.shape[0], group.columns
-            rows_query, rows_lse = group.take(query), group.take(lse)
+            columns, rows_query, rows_lse = group.columns, group.take(query), group.take(lse)
+            own_lse = without_head_bias(options, rows_lse)
             part_dq, part_dk, part_dv = gradients(
                 fold_rows(group.take(grad_out), Hkv), fold_rows(rows_query, Hkv),
                 prefix_key[None, :, columns], prefix_value[None, :, columns],
-                fold_rows(group.take(out), Hkv),
-                fold_rows(without_head_bias(options, rows_lse), Hkv),
+                fold_rows(group.take(out), Hkv), fold_rows(own_lse, Hkv),
                 options.scale, Seen(mask=group.mask(query, Hkv, options)),
             )  # fmt: skip
             group.add(dq, unfold_rows(part_dq, rows_query.shape))
