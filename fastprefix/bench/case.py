@@ -31,6 +31,7 @@ class Work:
     peak: Callable[[], object] | None = None
 
 
+@dataclass(frozen=True)
 class Case(ABC):
     """One row of a suite. Subclasses are frozen dataclasses, so that a child process gets them.
 
@@ -99,7 +100,7 @@ class Case(ABC):
 
     def fields(self) -> dict[str, Any]:
         """What describes the case in a record."""
-        return asdict(self)  # type: ignore[call-overload]
+        return asdict(self)
 
 
 def synchronize(device: torch.device) -> None:

@@ -40,8 +40,9 @@ def flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's gradients of query, key and value, in float32 for half-precision inputs.
 
-    In half precision the kernel takes 2 to 5 times as long without AMX, and with it up to 9 times
-    as long for short sequences and 0.7 to 1.8 times for long ones (PyTorch 2.13).
+    On a processor with AMX the kernel in half precision takes up to 9 times as long for short
+    sequences, and 0.7 to 1.8 times for long ones (PyTorch 2.13). With AVX2 alone long ones, too,
+    take several times as long.
     """
     mask = seen.mask
     if query.dtype in (torch.bfloat16, torch.float16):
